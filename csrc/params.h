@@ -1,0 +1,78 @@
+// What each CPU op receives: one plain struct, raw pointers and 64-bit sizes. Letters: R rows of a
+// padded batch (1 when packed), T positions, V vocabulary, S sequences, B pairs, K terms.
+#pragma once
+
+#include <cstdint>
+
+namespace dpo {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// z = softcap(scale * x) * inv_temperature; softcap 0 means none.
+struct Transform {
+  double scale, softcap, inv_temperature;
+};
+
+struct TokenLogps {
+  const void* logits;           // [R, T, V], unit stride in V
+  int64_t stride_r, stride_t;   // in elements
+  const int64_t* targets;       // [R, T] contiguous
+  int64_t R, T, V, ignore_index;
+  DType dtype;
+  Transform transform;
+  float* logps;                 // [R, T]
+  double* lse;                  // [R, T]
+  float* entropy;               // [R, T] or null, as the three below
+  float* mean_logits;
+  float* is_top1;
+  float* log_sum_sq_probs;
+};
+
+struct TokenLogpsBackward {
+  const float* grad;            // [R, T]
+  const void* logits;           // [R, T, V]
+  int64_t stride_r, stride_t;
+  const int64_t* targets;       // [R, T] contiguous
+  const double* lse;            // [R, T]
+  int64_t R, T, V, ignore_index;
+  DType dtype;
+  Transform transform;
+  void* out;                    // [R, T, V], may be `logits`
+  int64_t out_stride_r, out_stride_t;
+};
+
+struct SequenceSum {
+  const int64_t* targets;       // [R, T] contiguous, flat positions 0 .. R*T
+  const int64_t* starts;        // [S + 1] first flat position of each sequence
+  int64_t S, ignore_index;
+  double tail_weight;
+  const float* values;          // forward in: [R, T]
+  double* sums;                 // forward out: [S]
+  int64_t* counts;              // forward out: [S]
+  const double* grad;           // backward in: [S]
+  float* d_values;              // backward out: [R, T], zeroed by the caller
+};
+
+struct PairLoss {
+  const double *u, *v, *beta;   // [B]
+  const double* offset;         // [B] or null
+  const int32_t* phis;          // [K]
+  const double* terms;          // [K, 10]: w a b c c_beta c_inv_beta c_offset p scaled w_beta
+  int64_t B, K;
+  double* loss;                 // [B]
+  double* slopes;               // [4, B]: d/du d/dv d/dbeta d/doffset
+};
+
+// Threads that share a row when there are fewer rows than threads (results do not depend on it).
+void token_logps(const TokenLogps&);
+void token_logps_backward(const TokenLogpsBackward&);
+void sequence_sum(const SequenceSum&);
+void sequence_sum_backward(const SequenceSum&);
+void pair_loss(const PairLoss&);
+
+// The instruction sets of this build that this processor runs, best first, comma-separated.
+const char* instruction_sets();
+// Use the one named (for tests); false if it cannot run here. Empty: back to the best.
+bool use_instruction_set(const char* name);
+
+}  // namespace dpo

@@ -1,0 +1,240 @@
+"""Every op in plain torch: the specification the other backends are held to.
+
+Letters: `R` rows of a padded batch (1 when packed), `T` positions, `V` vocabulary, `S` sequences,
+`B` pairs. Any floating dtype and any device. bf16 and fp16 logits are upcast to fp32, fp64 stays
+fp64. The functions here are differentiable by torch's own autograd (twice, too), so the `torch`
+backend needs no hand-written backward; `token_logps_backward` states the formula the fused
+backends implement, and serves the in-place gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..losses import DISCOPOP, EXO, IDENTITY, RELU, SIGMOID, SOFTPLUS, SQUARE, Term
+from ..transform import LogitTransform
+
+name = "torch"
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def token_logps(
+    logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T] int64
+    ignore_index: int,
+    transform: LogitTransform,
+    stats: tuple[str, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logps [R, T], log-sum-exp [R, T] fp64, statistics [len(stats), R, T]; 0 where ignored."""
+    z = transform(logits.to(accumulate_dtype(logits.dtype)))
+    V = z.shape[-1]
+    scored = targets != ignore_index
+    legal = (targets >= 0) & (targets < V)
+    if V == 0:
+        zero = z.new_zeros(targets.shape)
+        return zero, zero.double(), z.new_zeros((len(stats), *targets.shape))
+    # Ignored rows may hold anything, NaN included: they are cut off before the softmax so that
+    # neither a value nor a gradient comes from them.
+    z = torch.where(scored.unsqueeze(-1), z, 0.0)
+    lse = torch.logsumexp(z, dim=-1)
+    index = torch.where(legal, targets, 0).unsqueeze(-1)
+    x = z.gather(-1, index).squeeze(-1)
+    logp_all = torch.log_softmax(z, dim=-1)
+    logps = logp_all.gather(-1, index).squeeze(-1)
+    logps = torch.where(legal, logps, x + float("nan"))
+    logps = torch.where(scored, logps, 0.0)
+    columns = [
+        _statistic(stat, z.detach(), logp_all.detach(), targets, logps.detach()) for stat in stats
+    ]
+    table = [torch.where(scored, column, 0.0) for column in columns]
+    empty = logps.new_zeros((0, *targets.shape))
+    lse = torch.where(scored, lse, 0.0).detach().double()
+    return logps, lse, torch.stack(table) if table else empty
+
+
+def _statistic(stat: str, z: Tensor, logp: Tensor, targets: Tensor, logps: Tensor) -> Tensor:
+    if stat == "entropy":
+        p = logp.exp()
+        value = -torch.where(p > 0, p * logp, 0.0).sum(-1)
+    elif stat == "mean_logits":
+        value = z.mean(-1)
+    elif stat == "is_top1":
+        value = (z.argmax(-1) == targets).to(z.dtype)
+    elif stat == "log_sum_sq_probs":
+        value = torch.logsumexp(2 * logp, dim=-1)
+    else:
+        raise AssertionError(stat)
+    # A row that has no log-prob has no statistics either.
+    return torch.where(logps.isnan(), logps, value)
+
+
+def token_logps_backward(
+    grad: Tensor,  # [R, T]
+    logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T]
+    lse: Tensor,  # [R, T] fp64
+    ignore_index: int,
+    transform: LogitTransform,
+    out: Tensor,  # [R, T, V], may be `logits` itself
+) -> None:
+    """out = grad * (onehot(target) - softmax(z)) * dz/dx; 0 where ignored or grad is 0."""
+    x = logits.to(accumulate_dtype(logits.dtype))
+    z = transform(x)
+    V = z.shape[-1]
+    p = (z - lse.unsqueeze(-1)).exp().to(z.dtype)
+    legal = (targets >= 0) & (targets < V)
+    active = (targets != ignore_index) & (grad != 0)
+    scale = torch.where(legal, grad.to(z.dtype), float("nan")).unsqueeze(-1)
+    d = -p * scale
+    if V:
+        index = torch.where(legal, targets, 0).unsqueeze(-1)
+        d.scatter_add_(-1, index, scale)
+    d = d * transform.derivative(x)
+    out.copy_(torch.where(active.unsqueeze(-1), d, 0.0))
+
+
+def sequence_ids(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[R, T] index of the sequence each position belongs to."""
+    R, T = targets.shape
+    if cu_seqlens is None:
+        return torch.arange(R, device=targets.device).unsqueeze(1).expand(R, T)
+    position = torch.arange(T, device=targets.device)
+    ids = torch.searchsorted(cu_seqlens.to(torch.int64)[1:].contiguous(), position, right=True)
+    # Rows past the last boundary (lengths that do not add up) belong to no sequence: the last one
+    # takes them, and the caller's check of cu_seqlens is what refuses them.
+    return ids.clamp(max=cu_seqlens.numel() - 2).unsqueeze(0)
+
+
+def token_weights(
+    targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int, tail_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [R, T] (0 where ignored), sequence ids [R, T], scored counts [S].
+
+    With `tail_weight` != 1 (LD-DPO, arXiv 2409.06411, `ld_alpha`) a sequence's scored tokens past
+    the shorter completion of its pair weigh `tail_weight`; sequences i and i + S/2 are a pair.
+    """
+    S = targets.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    scored = targets != ignore_index
+    ids = sequence_ids(targets, cu_seqlens)
+    counts = torch.zeros(S, dtype=torch.int64, device=targets.device)
+    counts = counts.index_add(0, ids.reshape(-1), scored.reshape(-1).to(torch.int64))
+    weights = scored.to(torch.float64)
+    if tail_weight != 1.0:
+        flat = scored.reshape(-1).to(torch.int64)
+        before = counts.cumsum(0) - counts
+        rank = (flat.cumsum(0) - flat).view_as(targets) - before[ids]
+        shorter = torch.minimum(counts, counts.roll(S // 2))
+        weights = torch.where(rank < shorter[ids], weights, weights * tail_weight)
+    return weights, ids, counts
+
+
+def sequence_sum(
+    values: Tensor,  # [R, T]
+    targets: Tensor,  # [R, T]
+    cu_seqlens: Tensor | None,  # [S + 1] when packed, else S = R
+    ignore_index: int,
+    tail_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums over the scored tokens of each sequence [S] fp64, and their counts [S]."""
+    weights, ids, counts = token_weights(targets, cu_seqlens, ignore_index, tail_weight)
+    scored = torch.where(weights != 0, values.double() * weights, 0.0)
+    sums = torch.zeros(counts.shape, dtype=torch.float64, device=values.device)
+    return sums.index_add(0, ids.reshape(-1), scored.reshape(-1)), counts
+
+
+def sequence_sum_backward(
+    grad: Tensor,  # [S] fp64
+    targets: Tensor,  # [R, T]
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    tail_weight: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[R, T] of `dtype`, saturating: an overflowing gradient stays finite."""
+    weights, ids, _ = token_weights(targets, cu_seqlens, ignore_index, tail_weight)
+    limit = torch.finfo(dtype).max
+    product = torch.where(weights != 0, grad[ids] * weights, 0.0)
+    return product.clamp(-limit, limit).to(dtype)
+
+
+def phi(kind: int, z: Tensor, p: float) -> Tensor:
+    """The scalar functions of the table of losses, each finite wherever its value is."""
+    from torch.nn.functional import logsigmoid
+
+    if kind == SOFTPLUS:
+        return -logsigmoid(-z)
+    if kind == SIGMOID:
+        return torch.sigmoid(z)
+    if kind == SQUARE:
+        return z * z
+    if kind == RELU:
+        return torch.relu(z)
+    if kind == EXO:
+        log1m_e, log_e = torch.log1p(z.new_tensor(-p)), torch.log(z.new_tensor(p))
+        return torch.sigmoid(z) * (logsigmoid(z) - log1m_e) + torch.sigmoid(-z) * (
+            logsigmoid(-z) - log_e
+        )
+    if kind == DISCOPOP:
+        # m exp(-z) as one exponential: the product overflows (inf * 0) long before its value does.
+        m_exp = torch.exp(logsigmoid(z / p) - z)
+        return torch.sigmoid(-z / p) * -logsigmoid(z) + m_exp
+    if kind == IDENTITY:
+        return z
+    raise AssertionError(kind)
+
+
+def pair_loss(
+    u: Tensor,  # [B] fp64
+    v: Tensor,  # [B] fp64
+    beta: Tensor,  # [B] fp64
+    offset: Tensor | None,  # [B] fp64
+    terms: tuple[Term, ...],
+) -> Tensor:
+    """sum_k w_k phi_k(z_k) [B] fp64, z_k = beta^s (a u + b v) + c, as `losses.Term` says."""
+    total = torch.zeros_like(u)
+    for t in terms:
+        z = _zero_safe(t.a, u) + _zero_safe(t.b, v)
+        if t.scaled:
+            z = beta * z
+        z = z + t.c
+        if t.c_beta:
+            z = z + t.c_beta * beta
+        if t.c_inv_beta:
+            z = z + t.c_inv_beta / beta
+        if offset is not None and t.c_offset:
+            shift = offset if t.scaled else offset / beta
+            z = z + t.c_offset * shift
+        weight = t.w * beta if t.w_beta else t.w
+        total = total + weight * phi(t.phi, z, t.p)
+    return total
+
+
+def _zero_safe(coefficient: float, x: Tensor) -> Tensor | float:
+    """coefficient * x, but exactly 0 (not NaN at x = inf) for a coefficient of 0."""
+    return coefficient * x if coefficient else 0.0
+
+
+def pair_loss_forward(
+    u: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    offset: Tensor | None,
+    phis: list[int],
+    numbers: list[float],
+) -> tuple[Tensor, Tensor]:
+    """Loss [B] and its slopes [4, B] in u, v, beta, offset: what the fused backends compute."""
+    from ..ops.pair_loss import unflatten
+
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (u, v, beta)]
+        shift = torch.zeros_like(u) if offset is None else offset
+        leaves.append(shift.detach().requires_grad_())
+        loss = pair_loss(*leaves, unflatten(phis, numbers))  # type: ignore[arg-type]
+        slopes = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    rows = [torch.zeros_like(u) if s is None else s for s in slopes]
+    return loss.detach(), torch.stack(rows)

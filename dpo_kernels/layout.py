@@ -1,0 +1,90 @@
+"""How rows of logits are grouped into sequences: padded `[rows, T]` or packed `[N]` + `cu_seqlens`.
+
+Both become one form for the ops: `targets` [R, T] aligned with the rows of logits (R = 1 when
+packed) and, when packed, the boundaries of the sequences. With `shift` (Hugging Face's convention)
+row t scores the label of position t + 1 of the same sequence; a sequence's last row scores nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops import checks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which target each row scores, and which sequence it belongs to."""
+
+    targets: Tensor  # [R, T] int64, `ignore_index` where nothing is scored
+    cu_seqlens: Tensor | None  # [S + 1] when packed
+    sequences: int  # S
+    ignore_index: int
+    shift: bool
+
+    @staticmethod
+    def of(
+        labels: object,
+        cu_seqlens: object | None,
+        *,
+        shift: bool,
+        ignore_index: int,
+        V: int,
+    ) -> Layout:
+        """From the public arguments, checked: labels [S, T], or [N] with cu_seqlens [S + 1]."""
+        labels = checks.integer("labels", labels)
+        packed = cu_seqlens is not None
+        if labels.dim() != (1 if packed else 2):
+            wanted = "[N] with cu_seqlens" if packed else "[rows, T] (or [N] with cu_seqlens=)"
+            raise ValueError(f"labels must have shape {wanted}, got {list(labels.shape)}")
+        checks.labels_in_range(labels, V, ignore_index)
+        if not packed:
+            targets = labels
+            if shift:
+                targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+                targets = targets[:, : labels.shape[1]]
+            return Layout(targets, None, labels.shape[0], ignore_index, shift)
+        N = labels.shape[0]
+        cu = checks.cu_seqlens_of(cu_seqlens, N, labels)
+        targets = labels
+        if shift and N:
+            targets = labels.roll(-1)
+            last = (cu[1:].to(torch.int64) - 1).clamp(0, N - 1)
+            # An empty sequence at the front would name row 0 as its last row: it names its own
+            # neighbour's last row (N - 1, never scored under shift) instead.
+            last = torch.where(cu[1:] == 0, N - 1, last)
+            targets = targets.index_fill(0, last, ignore_index)
+        return Layout(targets.unsqueeze(0), cu, cu.numel() - 1, ignore_index, shift)
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    def rows(self, name: str, value: object, last: str) -> Tensor:
+        """`value` [S, T, last] or packed [N, last] as [R, T, last], without a copy."""
+        tensor = checks.floating(name, value)
+        lead = self.targets.shape[1:] if self.packed else self.targets.shape
+        if tensor.dim() != len(lead) + 1 or tensor.shape[:-1] != lead:
+            raise ValueError(
+                f"{name} must have shape {[*lead, last]} (labels give the leading sizes), "
+                f"got {list(tensor.shape)}"
+            )
+        checks.same_device(name, tensor, "labels", self.targets)
+        return tensor.unsqueeze(0) if self.packed else tensor
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """Row values [R, T] in the shape users see: [N] packed, [S, T - 1] shifted, [S, T]."""
+        if self.packed:
+            return values[0]
+        return values[:, :-1] if self.shift else values
+
+    def from_per_token(self, name: str, values: Tensor) -> Tensor:
+        """The inverse of `per_token`: [R, T]."""
+        expected = tuple(self.per_token(self.targets).shape)
+        checks.shape(name, values, expected, "sequence sums or one value per token")
+        if self.packed:
+            return values.unsqueeze(0)
+        return torch.nn.functional.pad(values, (0, 1)) if self.shift else values

@@ -1,0 +1,81 @@
+"""Checks of arguments: each raises, naming the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def floating(name: str, value: object) -> Tensor:
+    tensor = is_tensor(name, value)
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
+    return tensor
+
+
+def integer(name: str, value: object, dtypes: tuple[torch.dtype, ...] = (torch.int64,)) -> Tensor:
+    tensor = is_tensor(name, value)
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(d) for d in dtypes)
+        raise ValueError(f"{name} must be {names}, got {tensor.dtype}")
+    return tensor
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...], why: str = "") -> None:
+    if tuple(value.shape) != expected:
+        because = f" ({why})" if why else ""
+        raise ValueError(
+            f"{name} must have shape {list(expected)}{because}, got {list(value.shape)}"
+        )
+
+
+def same_device(name: str, value: Tensor, other: str, reference: Tensor) -> None:
+    if value.device != reference.device:
+        raise ValueError(f"{name} is on {value.device}, but {other} is on {reference.device}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether values may be looked at here: on the CPU, and not while being traced."""
+    return (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+def labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:
+    """A label is `ignore_index` or in [0, V). On GPUs the kernels refuse instead (NaN)."""
+    if not readable(labels) or labels.numel() == 0:
+        return
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= V))
+    if bool(bad.any()):
+        where = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels must be in [0, {V}) or ignore_index={ignore_index}, "
+            f"got {int(labels[tuple(where)])} at {where}"
+        )
+
+
+def cu_seqlens_of(value: object, N: int, labels: Tensor) -> Tensor:
+    """Checked boundaries: [S + 1] integers from 0 to N that never fall."""
+    cu = integer("cu_seqlens", value, (torch.int32, torch.int64))
+    if cu.dim() != 1 or cu.numel() < 2:
+        raise ValueError(f"cu_seqlens must have shape [sequences + 1], got {list(cu.shape)}")
+    same_device("cu_seqlens", cu, "labels", labels)
+    if readable(cu):
+        steps = cu.diff()
+        if int(cu[0]) != 0 or int(cu[-1]) != N or bool((steps < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the number of rows {N}, got {cu.tolist()[:8]}"
+                f"{'...' if cu.numel() > 8 else ''}"
+            )
+    return cu

@@ -1,0 +1,103 @@
+"""`pair_loss`: sum_k w_k phi_k(z_k) of each pair, and its derivatives, in fp64.
+
+The op that knows the loss: it takes the terms of a row of `losses.TABLE` as data. The derivatives
+with respect to u, v, beta and the offset are computed with the loss, in the same launch, so the
+backward is one product. Letters: `B` pairs, `u` and `v` the chosen and rejected scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import torch as reference
+from ..losses import Term
+from . import checks
+
+_FIELDS = ("w", "a", "b", "c", "c_beta", "c_inv_beta", "c_offset", "p")
+STRIDE = len(_FIELDS) + 2  # numbers per term handed to a backend: the fields, scaled, w_beta
+
+
+def flatten(terms: tuple[Term, ...]) -> list[float]:
+    """STRIDE numbers a term: w, a, b, c, c_beta, c_inv_beta, c_offset, p, scaled, w_beta."""
+    rows = [[*(float(getattr(t, f)) for f in _FIELDS), t.scaled, t.w_beta] for t in terms]
+    return [float(x) for row in rows for x in row]
+
+
+def unflatten(phis: list[int], numbers: list[float]) -> tuple[Term, ...]:
+    """The terms back from `flatten`."""
+    terms = []
+    for k, kind in enumerate(phis):
+        *values, scaled, w_beta = numbers[k * STRIDE : (k + 1) * STRIDE]
+        named = dict(zip(_FIELDS, values, strict=True))
+        terms.append(Term(kind, scaled=bool(scaled), w_beta=bool(w_beta), **named))
+    return tuple(terms)
+
+
+def pair_loss(
+    u: Tensor,
+    v: Tensor,
+    terms: tuple[Term, ...],
+    *,
+    beta: float | Tensor,
+    offset: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Loss of each pair [B] fp64 from scores `u`, `v` [B]; `beta` a number or [B], `offset` [B].
+
+    Differentiable in u, v, and in beta and offset where they are tensors.
+    """
+    checks.floating("u", u)
+    checks.shape("v", v, tuple(u.shape), "that of u")
+    name = backends.choose(backend, u.device, torch.float32)
+    u, v = u.double(), v.double()
+    beta_tensor = beta.double() if isinstance(beta, Tensor) else torch.full_like(u, beta)
+    offset = offset.double() if offset is not None else None
+    if name == "torch":
+        return reference.pair_loss(u, v, beta_tensor, offset, terms)
+    loss, _ = _pair_loss(
+        u.contiguous(),
+        v.contiguous(),
+        beta_tensor.contiguous(),
+        None if offset is None else offset.contiguous(),
+        [t.phi for t in terms],
+        flatten(terms),
+        name,
+    )
+    return loss
+
+
+@torch.library.custom_op("dpo_kernels::pair_loss", mutates_args=())
+def _pair_loss(
+    u: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    offset: Tensor | None,
+    phis: list[int],
+    numbers: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    impl = backends.load(backend)
+    return impl.pair_loss_forward(u, v, beta, offset, phis, numbers)
+
+
+@_pair_loss.register_fake
+def _(u, v, beta, offset, phis, numbers, backend):
+    return u.new_empty(u.shape), u.new_empty((4, *u.shape))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.has_offset = inputs[3] is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad, _):
+    (slopes,) = ctx.saved_tensors  # [4, B]: d/du, d/dv, d/dbeta, d/doffset
+    # A pair of weight 0 gives 0 whatever its slope, an infinite one included.
+    d = torch.where(grad == 0, 0.0, grad * slopes)
+    return d[0], d[1], d[2], d[3] if ctx.has_offset else None, None, None, None
+
+
+_pair_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,99 @@
+"""`sequence_sum`: per-token values summed over the scored tokens of each sequence, in fp64.
+
+A sequence of thousands of tokens has a log-prob of size 1e3, where fp32 resolves 1e-4: the sums and
+everything after them up to the loss stay in fp64. A padded batch has one sequence a row; a packed
+one says with `cu_seqlens` where each begins. Letters: `R` rows, `T` positions, `S` sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import torch as reference
+from . import checks
+
+
+def sequence_sum(
+    values: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    tail_weight: float = 1.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sums [S] fp64 and scored counts [S] int64 of `values` [R, T].
+
+    Positions whose target is `ignore_index` do not count. With `tail_weight` != 1 (LD-DPO's alpha,
+    arXiv 2409.06411) the scored tokens of a sequence past the shorter one of its pair (sequences i
+    and i + S/2) weigh `tail_weight`.
+    """
+    checks.floating("values", values)
+    checks.shape("values", values, tuple(targets.shape), "that of targets")
+    S = targets.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if tail_weight != 1.0 and S % 2:
+        raise ValueError(f"tail_weight needs pairs, an even number of sequences, got {S}")
+    dtype = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
+    name = backends.choose(backend, values.device, torch.float32)
+    if name == "torch" or dtype == torch.float64:
+        return reference.sequence_sum(values, targets, cu_seqlens, ignore_index, tail_weight)
+    return _sequence_sum(values.to(dtype), targets, cu_seqlens, ignore_index, tail_weight, name)
+
+
+@torch.library.custom_op("dpo_kernels::sequence_sum", mutates_args=())
+def _sequence_sum(
+    values: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    tail_weight: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    impl = backends.load(backend)
+    return impl.sequence_sum(values.detach(), targets, cu_seqlens, ignore_index, tail_weight)
+
+
+@_sequence_sum.register_fake
+def _(values, targets, cu_seqlens, ignore_index, tail_weight, backend):
+    S = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sums = values.new_empty((S,), dtype=torch.float64)
+    return sums, values.new_empty((S,), dtype=torch.int64)
+
+
+def _setup_context(ctx, inputs, output):
+    _, targets, cu_seqlens, ctx.ignore_index, ctx.tail_weight, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(targets, cu_seqlens)
+
+
+def _backward(ctx, grad, _):
+    targets, cu_seqlens = ctx.saved_tensors
+    d = _sequence_sum_backward(
+        grad, targets, cu_seqlens, ctx.ignore_index, ctx.tail_weight, ctx.backend
+    )
+    return d, *[None] * 5
+
+
+_sequence_sum.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("dpo_kernels::sequence_sum_backward", mutates_args=())
+def _sequence_sum_backward(
+    grad: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    tail_weight: float,
+    backend: str,
+) -> Tensor:
+    impl = backends.load(backend)
+    return impl.sequence_sum_backward(
+        grad, targets, cu_seqlens, ignore_index, tail_weight, torch.float32
+    )
+
+
+@_sequence_sum_backward.register_fake
+def _(grad, targets, cu_seqlens, ignore_index, tail_weight, backend):
+    return grad.new_empty(targets.shape, dtype=torch.float32)

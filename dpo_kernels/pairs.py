@@ -1,0 +1,253 @@
+"""From the log-probs of pairs to loss and rewards: score maps, terms, weights, reduction.
+
+Everything here is [B] in fp64: O(pairs) work between the two heavy ops. `u`, `v` are the chosen
+and rejected log-ratios (log-probs where there is no reference).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from . import ops
+from .losses import Loss, LossOptions, Terms
+from .ops import checks
+
+# Past this argument exp is continued by its tangent: still rising, never inf - inf.
+_EXP_MAX = 700.0
+
+
+class DPOOutput(NamedTuple):
+    """What every front function returns; all on the device, all but `loss` detached.
+
+    `loss` is a scalar (`[B]` with `reduction="none"`); the rest are `[B]`: policy log-probs of the
+    completions, rewards `beta * log-ratio`, `margins` = chosen - rejected rewards, and `accuracy`
+    (1 where the chosen reward is larger, ties 0). fp32, or fp64 for fp64 input.
+    """
+
+    loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    margins: Tensor
+    accuracy: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Sequence log-probs of a batch of pairs, fp64, and what some losses need besides."""
+
+    chosen: Tensor  # [B] policy, LD-weighted if ld_alpha
+    rejected: Tensor  # [B]
+    ref_chosen: Tensor | None  # [B]; None: no reference
+    ref_rejected: Tensor | None  # [B]
+    chosen_lengths: Tensor | None  # [B] scored tokens
+    rejected_lengths: Tensor | None  # [B]
+    chosen_nll: Tensor  # [B] -sum of the chosen's log-probs, without LD weights
+    wpo: Tensor | None  # [B] W_w W_l of WPO, detached
+
+
+def loss_of(
+    p: Pairs,
+    options: LossOptions,
+    losses: list[tuple[Loss, float, Terms]],
+    dtype: torch.dtype,
+    backend: str,
+) -> DPOOutput:
+    """Loss, rewards and metrics of the pairs; floating results in `dtype`."""
+    B = p.chosen.shape[0]
+    beta = options.beta
+    per_pair = torch.zeros_like(p.chosen)
+    nll_weight: float | Tensor = options.sft_weight
+    for row, weight, terms in losses:
+        if row.sft is not None:
+            scale = getattr(options, row.sft) if isinstance(row.sft, str) else row.sft
+            wpo = p.wpo.mean() if row.name == "sft" and p.wpo is not None else 1.0
+            nll_weight = nll_weight + weight * scale * wpo
+        if not terms:
+            continue
+        u, v = _scores(row, p, options)
+        beta_row, keep = beta, None
+        if row.name == "beta_dpo":
+            beta_row, keep = _beta_dpo(u - v, options)
+        loss = ops.pair_loss(
+            u, v, terms, beta=beta_row, offset=_offset(row, p, options), backend=backend
+        )
+        for factor in (keep, p.wpo):
+            loss = loss if factor is None else _weighted(factor, loss)
+        per_pair = per_pair + (loss if weight == 1.0 else _weighted(weight, loss))
+    if options.weights is not None:
+        per_pair = _weighted(options.weights.double(), per_pair)
+    nll = _nll_per_pair(p, options, nll_weight)
+    if options.reduction == "none":
+        loss = per_pair if nll is None else per_pair + nll
+    else:
+        loss = per_pair.sum() / (B if options.num_pairs is None else options.num_pairs)
+        loss = loss if nll is None else loss + nll.mean()
+    with torch.no_grad():
+        chosen_rewards, rejected_rewards = _rewards(losses, p, options)
+        margins = chosen_rewards - rejected_rewards
+        metrics = (p.chosen, p.rejected, chosen_rewards, rejected_rewards, margins)
+        accuracy = (chosen_rewards > rejected_rewards).to(dtype)
+        return DPOOutput(loss.to(dtype), *(x.detach().to(dtype) for x in metrics), accuracy)
+
+
+def _weighted(weight: Tensor | float, loss: Tensor) -> Tensor:
+    """weight * loss, and 0 for a weight of 0 however bad the pair."""
+    return torch.where(torch.as_tensor(weight, device=loss.device) == 0, 0.0, weight * loss)
+
+
+def _ratios(p: Pairs, row: Loss) -> tuple[Tensor, Tensor]:
+    # `sft` alone among the losses without a reference reports rewards against one if it is given.
+    reference = row.reference or row.name == "sft"
+    if not reference or p.ref_chosen is None or p.ref_rejected is None:
+        return p.chosen, p.rejected
+    return p.chosen - p.ref_chosen, p.rejected - p.ref_rejected
+
+
+def _lengths(p: Pairs) -> tuple[Tensor, Tensor]:
+    assert p.chosen_lengths is not None and p.rejected_lengths is not None
+    return p.chosen_lengths.clamp(min=1).double(), p.rejected_lengths.clamp(min=1).double()
+
+
+def _scores(row: Loss, p: Pairs, o: LossOptions) -> tuple[Tensor, Tensor]:
+    """u, v of a row: the log-ratios after its score map."""
+    u, v = _ratios(p, row)
+    if row.score == "sort_margin":
+        margin = (p.chosen - p.rejected).sort().values
+        if p.ref_chosen is None or p.ref_rejected is None:
+            return margin, torch.zeros_like(margin)
+        return margin, (p.ref_chosen - p.ref_rejected).sort().values
+    if row.score == "sort":
+        return u.sort().values, v.sort().values
+    if row.score == "dpop":
+        return u - o.dpop_lambda * torch.relu(-u), v
+    if row.f_divergence:
+        u, v = _divergence(u, o), _divergence(v, o)
+    if row.score == "ratio":
+        return u, v
+    n_w, n_l = _lengths(p)
+    u, v = u / n_w, v / n_l
+    if row.score == "odds":
+        return _log_odds(u), _log_odds(v)
+    if row.score == "alphapo":
+        return -_expm1(-o.alphapo_alpha * u) / o.alphapo_alpha, (
+            -_expm1(-o.alphapo_alpha * v) / o.alphapo_alpha
+        )
+    return u, v
+
+
+def _divergence(u: Tensor, o: LossOptions) -> Tensor:
+    """f'(exp(u)), the score of f-DPO (arXiv 2309.16240)."""
+    kind, al = o.f_divergence_type, o.f_alpha_divergence_coef
+    if kind == "reverse_kl" or (kind == "alpha_divergence" and abs(al - 1) < 1e-6):
+        return u
+    if kind == "forward_kl":
+        return -_expm1(-u)
+    if kind == "js_divergence":
+        return logsigmoid(u) + 0.6931471805599453
+    return _expm1((al - 1) * u) / (al - 1)
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1, continued by its tangent past `_EXP_MAX`: differences of two never are NaN."""
+    top = torch.expm1(torch.tensor(_EXP_MAX, dtype=x.dtype)).item()
+    return torch.expm1(x.clamp(max=_EXP_MAX)) + top * torch.relu(x - _EXP_MAX)
+
+
+def _log_odds(m: Tensor) -> Tensor:
+    """log(p / (1 - p)) of p = exp(m), m <= 0; log(1 - p) as log(-expm1(m)) keeps p near 1 exact."""
+    m = m.clamp(max=-1e-300)
+    near_one = m > -0.6931471805599453
+    # Each branch sees only arguments where it and its gradient are finite.
+    low = torch.where(near_one, -1.0, m)
+    high = torch.where(near_one, m, -0.5)
+    return m - torch.where(near_one, torch.log(-torch.expm1(high)), torch.log1p(-torch.exp(low)))
+
+
+def _offset(row: Loss, p: Pairs, o: LossOptions) -> Tensor | None:
+    if row.name != "rdpo":
+        return o.offset
+    n_w, n_l = p.chosen_lengths, p.rejected_lengths
+    assert n_w is not None and n_l is not None
+    length = -o.rdpo_alpha * (n_w - n_l).double()
+    return length if o.offset is None else o.offset + length
+
+
+def _beta_dpo(margin: Tensor, o: LossOptions) -> tuple[Tensor, Tensor]:
+    """beta of the batch [B] and weights [B] of the kept pairs (arXiv 2407.08639, section 4).
+
+    The running mean and deviation of the margin (`beta_dpo_state` [2]; a fresh zero state if none)
+    are updated first; pairs near the mean are kept by sampling without replacement (Gumbel top-k,
+    which needs no host synchronisation), and beta follows the kept margins.
+    """
+    D = margin.detach()
+    B = D.shape[0]
+    state = o.beta_dpo_state
+    state = torch.zeros(2, dtype=D.dtype, device=D.device) if state is None else state
+    deviation = D.std() if B > 1 else torch.zeros_like(D[0])
+    batch = torch.stack([D.mean(), deviation]).to(state.dtype)
+    with torch.no_grad():
+        state.copy_(o.beta_dpo_momentum * state + (1 - o.beta_dpo_momentum) * batch)
+    mean, sd = state.to(D.dtype).unbind()
+    z = torch.where(sd > 0, (D - mean) / sd, 0.0)
+    keep = torch.ones_like(D)
+    kept = max(1, int(B * o.beta_dpo_keep))
+    if kept < B:
+        gumbel = -torch.log(-torch.log(torch.rand_like(D).clamp(1e-12, 1 - 1e-12)))
+        index = (gumbel - 0.5 * z * z).topk(kept).indices
+        keep = torch.zeros_like(D).index_fill(0, index, 1.0)
+    mean_kept = (D * keep).sum() / kept
+    beta = o.beta * (1 + o.beta_dpo_alpha * (mean_kept - mean))
+    return beta.clamp(min=1e-3).expand_as(D), keep * (B / kept)
+
+
+def _nll_per_pair(p: Pairs, o: LossOptions, weight: float | Tensor) -> Tensor | None:
+    """The SFT term spread over the pairs, so that its mean is the term; None where there is none.
+
+    The term is the NLL of the chosen, mean over the chosen tokens of the batch.
+    """
+    if not isinstance(weight, Tensor) and weight == 0:
+        return None
+    B = p.chosen.shape[0]
+    if o.num_chosen_tokens is not None:
+        tokens = o.num_chosen_tokens
+    else:
+        assert p.chosen_lengths is not None
+        tokens = p.chosen_lengths.sum().clamp(min=1)
+    return p.chosen_nll * (weight * B / tokens)
+
+
+def _rewards(
+    losses: list[tuple[Loss, float, Terms]], p: Pairs, o: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """beta * log-ratio; per token for the reference-free losses on averages, as TRL logs them."""
+    row = losses[0][0]
+    u, v = _ratios(p, row)
+    if not row.reference and row.score in ("mean", "odds", "alphapo"):
+        n_w, n_l = _lengths(p)
+        u, v = u / n_w, v / n_l
+        if row.score == "alphapo":
+            u, v = _scores(row, p, o)
+    return o.beta * u, o.beta * v
+
+
+def check_pair_options(o: LossOptions, B: int, like: Tensor) -> None:
+    """Shapes and devices of the per-pair options."""
+    if B == 0:
+        raise ValueError("the batch has no pairs (B = 0); expected at least one")
+    for name in ("beta", "offset", "weights"):
+        value = getattr(o, name)
+        if value is None or isinstance(value, int | float):
+            continue
+        checks.floating(name, value)
+        if value.dim() or name != "beta":
+            checks.shape(name, value, (B,), "one value a pair")
+        checks.same_device(name, value, "the log-probs", like)
+        if name == "beta" and checks.readable(value) and not bool((value > 0).all()):
+            raise ValueError(f"beta must be positive, got {value.min().item()}")
