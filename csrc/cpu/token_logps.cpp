@@ -1,11 +1,11 @@
 // Log-prob and log-sum-exp of each scored row, and the gradient of the logits.
 //
 // Compiled once per instruction set (DPO_ISA names the namespace). A row is cut into segments of
-// fixed length; each gives (maximum, sum of 2^(x k - c)) with its own maximum, and the segments are
+// fixed length; each gives (m, sum of 2^((x - m) k)) with its own maximum m, and the segments are
 // combined in order in double. So a row's result does not depend on how many threads share it, nor
-// on what else is in the batch. Work is in powers of two: k = log2(e) dz/dx folds scale and
-// temperature, and c = k * maximum enters the log-sum-exp exactly as it was rounded in the sum, so
-// a large common offset of the logits costs no digits.
+// on what else is in the batch. k = log2(e) dz/dx folds scale and temperature into one product, and
+// subtracting m from the logit itself loses nothing where it counts (x near m), whatever common
+// offset the logits have. Only softcap needs z itself, a block at a time, in fp32.
 #include <omp.h>
 
 #include <algorithm>
@@ -25,17 +25,17 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int64_t BLOCK = 2048;        // elements kept in L1 between the two passes
 constexpr int64_t SEGMENT = 8 * BLOCK; // elements one thread takes at least
 
-struct Sum {            // of 2^(x k - c) over some columns
-  double c = -INFINITY; // in powers of two; -inf: nothing yet
-  double l = 0;
+struct Sum {            // of 2^((x - m) k) over some columns
+  double m = 0;
+  double l = 0;         // 0: nothing yet
 };
 
-Sum combine(Sum a, Sum b) {
+Sum combine(Sum a, Sum b, double k) {
   if (std::isnan(a.l) || std::isnan(b.l)) return {0, NAN};
-  if (b.c == -INFINITY) return a;
-  if (a.c == -INFINITY) return b;
-  if (a.c >= b.c) return {a.c, a.l + b.l * std::exp2(b.c - a.c)};
-  return {b.c, b.l + a.l * std::exp2(a.c - b.c)};
+  if (b.l == 0) return a;
+  if (a.l == 0) return b;
+  if ((b.m - a.m) * k <= 0) return {a.m, a.l + b.l * std::exp2((b.m - a.m) * k)};
+  return {b.m, b.l + a.l * std::exp2((a.m - b.m) * k)};
 }
 
 template <class T>
@@ -70,20 +70,20 @@ float block_min(const T* x, int64_t n) {
 }
 
 template <class T>
-double block_sum(const T* x, int64_t n, float k, float c) {
+double block_sum(const T* x, int64_t n, float k, float m) {
   F s0 = splat(0.0f), s1 = s0, s2 = s0, s3 = s0;
-  const F vk = splat(k), vc = splat(c);
+  const F vk = splat(k), vm = splat(m);
   int64_t j = 0;
   for (; j + 4 * W <= n; j += 4 * W) {
-    s0 += exp2(load(x + j) * vk - vc);
-    s1 += exp2(load(x + j + W) * vk - vc);
-    s2 += exp2(load(x + j + 2 * W) * vk - vc);
-    s3 += exp2(load(x + j + 3 * W) * vk - vc);
+    s0 += exp2((load(x + j) - vm) * vk);
+    s1 += exp2((load(x + j + W) - vm) * vk);
+    s2 += exp2((load(x + j + 2 * W) - vm) * vk);
+    s3 += exp2((load(x + j + 3 * W) - vm) * vk);
   }
-  for (; j + W <= n; j += W) s0 += exp2(load(x + j) * vk - vc);
+  for (; j + W <= n; j += W) s0 += exp2((load(x + j) - vm) * vk);
   double sum = horizontal_sum((s0 + s1) + (s2 + s3));
   if (j < n) {
-    F e = exp2(load_tail(x + j, n - j, 0.0f) * vk - vc);
+    F e = exp2((load_tail(x + j, n - j, m) - vm) * vk);
     for (int i = 0; i < n - j; ++i) sum += e[i];
   }
   return sum;
@@ -92,19 +92,18 @@ double block_sum(const T* x, int64_t n, float k, float c) {
 // Adds one block, of any sign of k, to the running sum.
 template <class T>
 void add_block(Sum& sum, const T* x, int64_t n, float k) {
-  const double top = (double)(k >= 0 ? block_max(x, n) : block_min(x, n)) * k;
-  if (top == -INFINITY) {  // all -inf: nothing to add, unless a NaN hides among them
+  const float m = k >= 0 ? block_max(x, n) : block_min(x, n);
+  if (m * k == -INF) {  // exp(z) is 0 throughout: nothing to add, unless a NaN hides among them
     if (has_nan(x, n)) sum.l = NAN;
     return;
   }
-  const float c = (float)top;
-  sum = combine(sum, {(double)c, block_sum(x, n, k, c)});
+  sum = combine(sum, {(double)m, block_sum(x, n, k, m)}, k);
 }
 
-// fp32 z = softcap(scale x) inv_temperature of a block, and dz/dx if asked.
+// A block in fp32: softcap's z, and dz/dx if asked; x itself where there is no softcap.
 template <class T>
-void transform_block(const T* x, int64_t n, const Transform& t, float* z, float* slope) {
-  const F outer = splat((float)((t.softcap ? t.softcap : t.scale) * t.inv_temperature));
+void widen(const T* x, int64_t n, const Transform& t, float* z, float* slope) {
+  const F outer = splat((float)(t.softcap * t.inv_temperature));
   const F inner = splat((float)(t.softcap ? t.scale / t.softcap : 0.0));
   const F chain = splat((float)(t.scale * t.inv_temperature));
   for (int64_t j = 0; j < n; j += W) {
@@ -112,19 +111,23 @@ void transform_block(const T* x, int64_t n, const Transform& t, float* z, float*
     if (t.softcap) {
       v = tanh(v * inner);
       if (slope) store(slope + j, chain * ((1.0f - v) * (1.0f + v)));
-    } else if (slope) {
-      store(slope + j, chain);
+      v *= outer;
     }
-    store(z + j, v * outer);
+    store(z + j, v);
   }
 }
 
-// z of one logit in double: the target's, where every digit goes into the log-prob.
-double transform_one(double x, const Transform& t) {
-  x *= t.scale;
-  if (t.softcap) x = t.softcap * std::tanh(x / t.softcap);
-  return x * t.inv_temperature;
+// The value of one column as the sums see it. The target must carry the very same rounding as its
+// own term of the sum: a more exact one would make confident tokens worse, log-probs above 0.
+template <class T>
+double value_of(const T* x, const Transform& t) {
+  float z[W];
+  widen(x, 1, t, z, nullptr);
+  return z[0];
 }
+
+// dz per unit of that value.
+double factor(const Transform& t) { return t.softcap ? 1.0 : t.scale * t.inv_temperature; }
 
 double slope_one(double x, const Transform& t) {
   const double chain = t.scale * t.inv_temperature;
@@ -136,19 +139,19 @@ double slope_one(double x, const Transform& t) {
 // One set of a row's statistics over some columns, combined like Sum.
 struct Stats {
   Sum sum;
-  double weighted = 0;  // of 2^t (z - m), m = c / k
-  double squares = 0;   // of 4^t
-  double total = 0;     // of z
+  double weighted = 0;  // of 2^((x - m) k) (x - m)
+  double squares = 0;   // of 4^((x - m) k)
+  double total = 0;     // of x
   bool beaten = false;  // a column comes before the target in the order of argmax
 };
 
 Stats combine(const Stats& a, const Stats& b, double k) {
   Stats r;
-  r.sum = combine(a.sum, b.sum);
+  r.sum = combine(a.sum, b.sum, k);
   for (const Stats* s : {&a, &b}) {
-    if (s->sum.c == -INFINITY) continue;
-    const double shift = s->sum.c - r.sum.c, f = std::exp2(shift);
-    r.weighted += f * (s->weighted + s->sum.l * (shift / k));
+    if (s->sum.l == 0) continue;
+    const double shift = s->sum.m - r.sum.m, f = std::exp2(shift * k);
+    r.weighted += f * (s->weighted + s->sum.l * shift);
     r.squares += f * f * s->squares;
   }
   r.total = a.total + b.total;
@@ -156,26 +159,27 @@ Stats combine(const Stats& a, const Stats& b, double k) {
   return r;
 }
 
-// The statistics of one block of z starting at column `first`; k = log2(e).
-Stats block_stats(const float* z, int64_t n, int64_t first, int64_t y, float zy) {
+// The statistics of one block of fp32 values starting at column `first`.
+Stats block_stats(const float* x, int64_t n, int64_t first, int64_t y, float xy, float k) {
   Stats r;
-  const float k = (float)LOG2E;
-  add_block(r.sum, z, n, k);
+  add_block(r.sum, x, n, k);
   double total = 0;
   bool beaten = false;
+  const float sign = k < 0 ? -1.0f : 1.0f;
   for (int64_t j = 0; j < n; ++j) {
-    total += z[j];
-    beaten |= z[j] > zy || (z[j] == zy && first + j < y);
+    total += x[j];
+    beaten |= sign * x[j] > sign * xy || ((x[j] == xy || k == 0) && first + j < y);
   }
   r.total = total;
   r.beaten = beaten;
-  if (r.sum.c == -INFINITY) return r;
-  const float c = (float)r.sum.c, m = (float)(r.sum.c / k);
+  if (r.sum.l == 0) return r;
+  const float m = (float)r.sum.m;
   F weighted = splat(0.0f), squares = splat(0.0f);
   for (int64_t j = 0; j < n; j += W) {
-    F v = j + W <= n ? load(z + j) : load_tail(z + j, n - j, -INF);
-    F e = exp2(v * k - c), d = v - m;
+    F v = j + W <= n ? load(x + j) : load_tail(x + j, n - j, m);
+    F d = v - m, e = exp2(d * k);
     d = d < splat(-1e4f) ? splat(-1e4f) : d;  // -inf times an (underflown) weight is 0
+    d = d > splat(1e4f) ? splat(1e4f) : d;
     if (j + W > n)
       for (int i = (int)(n - j); i < W; ++i) e[i] = 0.0f;
     weighted += e * d;
@@ -188,40 +192,28 @@ Stats block_stats(const float* z, int64_t n, int64_t first, int64_t y, float zy)
 
 struct Forward {
   const TokenLogps& p;
-  const float k;        // x (or z, where a block is transformed first) to powers of two
-  const bool buffered;  // blocks are transformed into fp32 first
   const bool stats;
+  const bool buffered;  // blocks are widened to fp32 first
+  const double unit;    // z per unit of what is summed
+  const float k;        // powers of two per unit
 
   explicit Forward(const TokenLogps& params)
       : p(params),
-        k((float)(LOG2E * (buffer_needed(params) ? 1.0 : factor(params)))),
-        buffered(buffer_needed(params)),
-        stats(wants_stats(params)) {}
-
-  static double factor(const TokenLogps& p) {
-    return p.transform.scale * p.transform.inv_temperature;
-  }
-  static bool wants_stats(const TokenLogps& p) {
-    return p.entropy || p.mean_logits || p.is_top1 || p.log_sum_sq_probs;
-  }
-  static bool buffer_needed(const TokenLogps& p) {
-    return p.transform.softcap != 0 || wants_stats(p) || factor(p) == 0;
-  }
+        stats(p.entropy || p.mean_logits || p.is_top1 || p.log_sum_sq_probs),
+        buffered(stats || p.transform.softcap != 0),
+        unit(factor(p.transform)),
+        k((float)(LOG2E * unit)) {}
 
   template <class T>
   Stats segment(const T* x, int64_t first, int64_t n, int64_t y) const {
     Stats r;
     float z[BLOCK + W];
-    float zy = 0;
-    if (stats) {
-      transform_block(x + y, 1, p.transform, z, nullptr);
-      zy = z[0];
-    }
+    const float zy = (float)value_of(x + y, p.transform);
     for (int64_t j = first; j < first + n; j += BLOCK) {
       const int64_t count = std::min(BLOCK, first + n - j);
-      if (buffered) transform_block(x + j, count, p.transform, z, nullptr);
+      if (buffered) widen(x + j, count, p.transform, z, nullptr);
       if (stats)
-        r = combine(r, block_stats(z, count, j, y, zy), k);
+        r = combine(r, block_stats(z, count, j, y, zy, k), k);
       else if (buffered)
         add_block(r.sum, z, count, k);
       else
@@ -230,20 +222,19 @@ struct Forward {
     return r;
   }
 
-  // The row's results from its combined segments.
+  // The row's results from its combined segments. k is `unit` as fp32 rounds it, in the sum and
+  // here alike; differences are taken before they are scaled.
   template <class T>
   void finish(const T* x, int64_t row, int64_t y, const Stats& r) const {
-    const double units = buffered ? 1.0 : factor(p);  // powers of two / k: units of x, or of z
-    const double lse = (r.sum.c + std::log2(r.sum.l)) / k * units;
-    const double logp = transform_one(load_one(x + y), p.transform) - lse;
-    p.lse[row] = lse;
+    const double log_l = std::log2(r.sum.l) * LN2;
+    const double logp = (value_of(x + y, p.transform) - r.sum.m) * unit - log_l;
+    const double nan = std::isnan(logp) ? NAN : 0.0;
+    p.lse[row] = r.sum.m * unit + log_l;
     p.logps[row] = (float)logp;
-    const double m = r.sum.c / k, nan = std::isnan(logp) ? NAN : 0.0;
-    if (p.entropy) p.entropy[row] = (float)(lse - m - r.weighted / r.sum.l + nan);
-    if (p.mean_logits) p.mean_logits[row] = (float)(r.total / (double)p.V + nan);
+    if (p.entropy) p.entropy[row] = (float)(log_l - r.weighted * unit / r.sum.l + nan);
+    if (p.mean_logits) p.mean_logits[row] = (float)(r.total * unit / (double)p.V + nan);
     if (p.is_top1) p.is_top1[row] = (float)((r.beaten ? 0.0 : 1.0) + nan);
-    if (p.log_sum_sq_probs)
-      p.log_sum_sq_probs[row] = (float)(std::log(r.squares) - 2 * std::log(r.sum.l) + nan);
+    if (p.log_sum_sq_probs) p.log_sum_sq_probs[row] = (float)(std::log(r.squares) - 2 * log_l + nan);
   }
 
   void blank(int64_t row, float value) const {
@@ -298,22 +289,22 @@ struct Forward {
   }
 };
 
-// out = g p over n columns of x, g folding the sign, the slope and the rounding of the log-sum-exp.
+// out = g p over n columns of x, p = 2^((x - m) k); g folds the sign, the slope and what rounding took from the log-sum-exp m.
 template <bool Stream, class T>
-void scaled_softmax(const T* x, T* out, int64_t n, float k, float c, float g) {
-  const F vk = splat(k), vc = splat(c), vg = splat(g);
+void scaled_softmax(const T* x, T* out, int64_t n, float k, float m, float g) {
+  const F vk = splat(k), vm = splat(m), vg = splat(g);
   int64_t j = 0;
   if constexpr (Stream) {
     constexpr int64_t line = 64;
     while (j < n && ((uintptr_t)(out + j) % line)) {
-      store_one(out + j, exp2(splat(load_one(x + j)) * k - c)[0] * g);
+      store_one(out + j, exp2((splat(load_one(x + j)) - m) * k)[0] * g);
       ++j;
     }
     alignas(64) T buffer[line / sizeof(T)];
     constexpr int64_t step = line / sizeof(T);
     for (; j + step <= n; j += step) {
       for (int64_t i = 0; i < step; i += W)
-        store(buffer + i, exp2(load(x + j + i) * vk - vc) * vg);
+        store(buffer + i, exp2((load(x + j + i) - vm) * vk) * vg);
 #if defined(__x86_64__)
       const __m128i* from = (const __m128i*)buffer;
       __m128i* to = (__m128i*)(out + j);
@@ -324,40 +315,39 @@ void scaled_softmax(const T* x, T* out, int64_t n, float k, float c, float g) {
     }
   }
   for (; j + 2 * W <= n; j += 2 * W) {
-    F a = exp2(load(x + j) * vk - vc) * vg, b = exp2(load(x + j + W) * vk - vc) * vg;
+    F a = exp2((load(x + j) - vm) * vk) * vg, b = exp2((load(x + j + W) - vm) * vk) * vg;
     store(out + j, a);
     store(out + j + W, b);
   }
-  for (; j + W <= n; j += W) store(out + j, exp2(load(x + j) * vk - vc) * vg);
-  if (j < n) store_tail(out + j, exp2(load_tail(x + j, n - j, 0.0f) * vk - vc) * vg, n - j);
+  for (; j + W <= n; j += W) store(out + j, exp2((load(x + j) - vm) * vk) * vg);
+  if (j < n) store_tail(out + j, exp2((load_tail(x + j, n - j, 0.0f) - vm) * vk) * vg, n - j);
 }
 
 template <class T>
 void backward_row(const TokenLogpsBackward& p, const T* x, T* out, int64_t row, bool stream) {
   const int64_t y = p.targets[row];
-  const double g = p.grad[row], lse = p.lse[row];
+  const double g = p.grad[row], unit = factor(p.transform);
   const double xy = load_one(x + y);  // before it is overwritten
-  const double logp = transform_one(xy, p.transform) - lse;
-  const double chain = p.transform.scale * p.transform.inv_temperature;
+  const double logp = value_of(x + y, p.transform) * unit - p.lse[row];
+  const float k = (float)(LOG2E * unit);
+  const double exact = unit ? p.lse[row] / unit : 0.0;  // in units of what is summed
+  const float m = (float)exact;
+  // With k = 0 (logit_scale=0) the softmax is flat, exp(-lse), and the chain below is 0 anyway.
+  const double rounding = std::exp2(((double)m - exact) * k);
+  const double chain = p.transform.softcap ? 1.0 : unit;
+  const float factor = (float)(-g * chain * rounding);
   if (!p.transform.softcap) {
-    // c is lse in powers of two as fp32 rounds it; what the rounding lost is a factor of g.
-    const float k = (float)(LOG2E * chain);
-    const double exact = chain ? lse / chain * (double)k : lse * LOG2E;
-    const float c = (float)exact;
-    const float factor = (float)(-g * chain * std::exp2((double)c - exact));
     if (stream)
-      scaled_softmax<true>(x, out, p.V, k, c, factor);
+      scaled_softmax<true>(x, out, p.V, k, m, factor);
     else
-      scaled_softmax<false>(x, out, p.V, k, c, factor);
+      scaled_softmax<false>(x, out, p.V, k, m, factor);
   } else {
-    const float k = (float)LOG2E, c = (float)(lse * k);
-    const float factor = (float)(-g * std::exp2((double)c - lse * k));
     float z[BLOCK + W], slope[BLOCK + W];
     for (int64_t j = 0; j < p.V; j += BLOCK) {
       const int64_t n = std::min(BLOCK, p.V - j);
-      transform_block(x + j, n, p.transform, z, slope);
+      widen(x + j, n, p.transform, z, slope);
       for (int64_t i = 0; i < n; i += W) {
-        F d = exp2(load(z + i) * k - c) * factor * load(slope + i);
+        F d = exp2((load(z + i) - m) * k) * factor * load(slope + i);
         if (i + W <= n)
           store(out + j + i, d);
         else
