@@ -89,12 +89,13 @@ def loss_of(
     else:
         loss = per_pair.sum() / (B if options.num_pairs is None else options.num_pairs)
         loss = loss if nll is None else loss + nll.mean()
+    loss = loss.to(dtype)
     with torch.no_grad():
         chosen_rewards, rejected_rewards = _rewards(losses, p, options)
         margins = chosen_rewards - rejected_rewards
         metrics = (p.chosen, p.rejected, chosen_rewards, rejected_rewards, margins)
         accuracy = (chosen_rewards > rejected_rewards).to(dtype)
-        return DPOOutput(loss.to(dtype), *(x.detach().to(dtype) for x in metrics), accuracy)
+        return DPOOutput(loss, *(x.detach().to(dtype) for x in metrics), accuracy)
 
 
 def _weighted(weight: Tensor | float, loss: Tensor) -> Tensor:

@@ -51,9 +51,17 @@ inline V load_raw(const void* p) {
   return x;
 }
 
-// NaN in either operand: the first is kept if it is NaN (comparisons with NaN are false).
-inline F max(F a, F b) { return b > a ? b : a; }
-inline F min(F a, F b) { return b < a ? b : a; }
+// If either operand is NaN the result is `b`: maxps as the hardware has it, and what the ternary says.
+inline F max(F a, F b) {
+#if defined(__AVX512F__)
+  return (F)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline F min(F a, F b) { return -max(-a, -b); }
 
 inline F load(const float* p) { return load_raw<F>(p); }
 
@@ -141,7 +149,7 @@ inline void store_one(T* p, float x) {
 // 2^t for t <= 127: relative error 9e-8 and rounding; below -126 it is 2^-126. NaN gives NaN: the power of two is
 // applied by a product, since adding it to the exponent's bits can turn a NaN into a number.
 inline F exp2(F t) {
-  t = t < splat(-126.0f) ? splat(-126.0f) : t;
+  t = max(splat(-126.0f), t);
   const F magic = splat(12582912.0f + 127.0f);  // 1.5 * 2^23, and the exponent's bias
   F shifted = t + magic;
   F f = t - (shifted - magic);
