@@ -1,0 +1,16 @@
+"""Triton kernels: NVIDIA GPUs, AMD by compilation; CPU tensors under TRITON_INTERPRET=1 only."""
+
+from .pair_loss import pair_loss_forward
+from .sequence_sum import sequence_sum, sequence_sum_backward
+from .token_logps import token_logps, token_logps_backward
+
+name = "triton"
+
+__all__ = [
+    "name",
+    "pair_loss_forward",
+    "sequence_sum",
+    "sequence_sum_backward",
+    "token_logps",
+    "token_logps_backward",
+]
