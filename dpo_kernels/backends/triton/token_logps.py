@@ -26,6 +26,7 @@ from .launch import on
 # Launch configurations, one place: (K, LANES, warps) forward, (tile, warps) backward. Not yet
 # measured on a GPU.
 FORWARD = {"K": 8, "LANES": 1024, "num_warps": 4}
+FORWARD_STATS = {"K": 4, "LANES": 1024, "num_warps": 8}  # six running values a lane: smaller tiles
 BACKWARD = {"TILE": 4096, "num_warps": 4}
 _ALIGN = tl.constexpr(16)  # elements: 32 bytes of bf16, 64 of fp32
 
@@ -187,7 +188,7 @@ def _backward(
     grad, logits, targets, lse, out,  # [R, T], [R, T, V], [R, T], [R, T] fp64, [R, T, V]
     stride_r, stride_t, out_stride_r, out_stride_t, T, V, ignore_index,
     inner, outer, k, unit_hi, unit_lo, chain,
-    SOFTCAP: tl.constexpr, TILE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     # Rows backwards: the last rows the forward read may still lie in L2.
     index = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
@@ -199,7 +200,7 @@ def _backward(
     head = out_start % _ALIGN
     row_out = out + tl.multiple_of(out_start - head, _ALIGN)
     row = logits + (start - head)
-    if start % _ALIGN == head:
+    if SAME_PHASE:  # both rows lie alike within 16 elements: whole vectors in and out
         row = logits + tl.multiple_of(start - head, _ALIGN)
     cols = first + tl.arange(0, TILE)
     end = head + V
@@ -272,7 +273,7 @@ def token_logps(
             _forward[(R * T,)](
                 logits, targets, logps, lse, table, logits.stride(0), logits.stride(1),
                 T, V, R * T, ignore_index, **_scalars(transform), SOFTCAP=transform.softcap != 0,
-                STATS=bool(stats), **FORWARD,
+                STATS=bool(stats), **(FORWARD_STATS if stats else FORWARD),
             )  # fmt: skip
     order = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
     if stats and tuple(stats) != order:
@@ -294,12 +295,15 @@ def token_logps_backward(
     if logits.numel() == 0:
         return
     chain = transform.scale * transform.inv_temperature
+    same_phase = all((a - b) % _ALIGN.value == 0 for a, b in zip(logits.stride(), out.stride(),
+                                                                  strict=True))  # fmt: skip
     # The first tile begins up to _ALIGN - 1 elements before the row.
     tiles = triton.cdiv(V + _ALIGN.value - 1, BACKWARD["TILE"])
     with on(logits):
         _backward[(R * T, tiles)](
             grad.float().contiguous(), logits, targets.contiguous(), lse.contiguous(), out,
             logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), T, V, ignore_index,
-            **_scalars(transform), chain=chain, SOFTCAP=transform.softcap != 0, **BACKWARD,
+            **_scalars(transform), chain=chain, SOFTCAP=transform.softcap != 0,
+            SAME_PHASE=same_phase, **BACKWARD,
         )  # fmt: skip
 

@@ -1,0 +1,106 @@
+"""Compile every Triton kernel ahead of time at its real launch configuration; prints JSON.
+
+Run as a program without TRITON_INTERPRET (the test suite sets it for its own process, where
+kernels are interpreted). No GPU is needed. What it prints, per kernel and target: registers and
+spills (NVIDIA, from cuobjdump), or that it compiled (AMD).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# The package's attributes of these names are the functions; the modules are asked for by name.
+pair_loss, sequence_sum, token_logps = (
+    importlib.import_module(f"dpo_kernels.backends.triton.{name}")
+    for name in ("pair_loss", "sequence_sum", "token_logps")
+)
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def kernels():
+    """name -> (function, {argument: type}, {constexpr: value}, warps)."""
+    row = {"stride_r": "i64", "stride_t": "i64", "T": "i32", "V": "i32", "ignore_index": "i32",
+           "inner": "fp32", "outer": "fp32", "k": "fp32", "unit_hi": "fp32",
+           "unit_lo": "fp32"}  # fmt: skip
+    backward = dict(token_logps.BACKWARD)
+    backward_warps = backward.pop("num_warps")
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = {"logits": f"*{dtype}", "targets": "*i64", "logps": "*fp32", "lse": "*fp64",
+                 "stats": "*fp32", **row, "rows": "i32"}  # fmt: skip
+        for softcap, stats in ((False, False), (True, False), (False, True), (True, True)):
+            forward = dict(token_logps.FORWARD_STATS if stats else token_logps.FORWARD)
+            forward_warps = forward.pop("num_warps")
+            constants = {"SOFTCAP": softcap, "STATS": stats, **forward}
+            name = f"forward_{dtype}{'_softcap' * softcap}{'_stats' * stats}"
+            yield name, token_logps._forward, types, constants, forward_warps
+        types = {"grad": "*fp32", "logits": f"*{dtype}", "targets": "*i64", "lse": "*fp64",
+                 "out": f"*{dtype}", **row, "out_stride_r": "i64", "out_stride_t": "i64",
+                 "chain": "fp32"}  # fmt: skip
+        for softcap in (False, True):
+            name = f"backward_{dtype}{'_softcap' * softcap}"
+            constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
+            yield name, token_logps._backward, types, constants, backward_warps
+    for tail in (False, True):
+        for back in (False, True):
+            types = {"targets": "*i64", "cu_seqlens": "*i64", "T": "i32", "N": "i32", "S": "i32",
+                     "ignore_index": "i32", "tail_weight": "fp32"}  # fmt: skip
+            pointers = {"grad": "*fp64", "d_values": "*fp32"} if back else {
+                "values": "*fp32", "sums": "*fp64", "counts": "*i64"}  # fmt: skip
+            absent = {"values": None, "sums": None, "counts": None, "grad": None, "d_values": None}
+            constants = {"PACKED": True, "TAIL": tail, "BACKWARD": back,
+                         "BLOCK": sequence_sum.BLOCK}  # fmt: skip
+            constants |= {n: None for n in absent if n not in pointers}
+            name = f"sequence_sum{'_tail' * tail}{'_backward' * back}"
+            yield name, sequence_sum._kernel, {**types, **pointers}, constants, 4
+    types = {n: "*fp64" for n in ("u", "v", "beta", "offset", "numbers", "loss", "slopes")}
+    for kind in range(7):
+        constants = {"PHI0": kind, "PHI1": 0, "PHI2": -1, "HAS_OFFSET": True,
+                     "BLOCK": pair_loss.BLOCK}  # fmt: skip
+        yield f"pair_loss_phi{kind}", pair_loss._kernel, {**types, "B": "i32"}, constants, 4
+
+
+def resources(compiled) -> dict:
+    """Registers a thread and bytes of local memory (spills) that ptxas settled on."""
+    cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True,
+                              check=True).stdout  # fmt: skip
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"]))
+    return {"registers": int(usage["REG"]), "spills": int(usage["LOCAL"]) + int(usage["STACK"]), "wide_loads": wide}
+
+
+def main(targets: list[str]) -> None:
+    for name, fn, types, constants, warps in kernels():
+        # Pointers and row strides as torch gives them: 16-byte aligned, not multiples of 16.
+        signature = {a: "constexpr" if a in constants else types[a] for a in fn.arg_names}
+        names = list(fn.arg_names)
+        aligned = {(names.index(a),): [["tt.divisibility", 16]] for a, t in types.items()
+                   if t.startswith("*") and a not in constants}  # fmt: skip
+        source = ASTSource(fn, signature, constexprs=constants, attrs=aligned)
+        for target in targets:
+            compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+            result = resources(compiled) if "cubin" in compiled.asm else {"compiled": True}
+            print(json.dumps({"kernel": name, "target": target, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(TARGETS))
