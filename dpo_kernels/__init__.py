@@ -20,7 +20,6 @@ from .pairs import DPOOutput
 from .version import __version__
 
 
-
 __all__ = [
     "DPOOutput",
     "FusedDPOLoss",

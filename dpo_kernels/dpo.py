@@ -379,7 +379,7 @@ class _Run:
         wpo = None
         if self.options.use_weighting:
             aligned = policy.logps.detach() - policy.stats["log_sum_sq_probs"]
-            mean = self.sums(aligned)[0] / counts.clamp(min=1)
+            mean = self.sums(aligned)[0] / counts.clamp(min=1).double()
             wpo = (mean[:B] + mean[B:]).exp()
         pairs = Pairs(
             chosen=sums[:B],

@@ -109,8 +109,10 @@ class Loss:
 
     @property
     def needs_lengths(self) -> bool:
-        return self.score in ("mean", "odds", "alphapo") or self.sft is not None or (
-            self.name == "rdpo"
+        return (
+            self.score in ("mean", "odds", "alphapo")
+            or self.sft is not None
+            or (self.name == "rdpo")
         )
 
     @property

@@ -220,7 +220,8 @@ def _nll_per_pair(p: Pairs, o: LossOptions, weight: float | Tensor) -> Tensor | 
         tokens = o.num_chosen_tokens
     else:
         assert p.chosen_lengths is not None
-        tokens = p.chosen_lengths.sum().clamp(min=1)
+        # As fp64: a number over an integer tensor is torch's default dtype, fp32.
+        tokens = p.chosen_lengths.sum().clamp(min=1).double()
     return p.chosen_nll * (weight * B / tokens)
 
 

@@ -70,7 +70,11 @@ def _starts(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def sequence_sum(
-    values: Tensor, targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int, tail_weight: float
+    values: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    tail_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """As `backends.torch.sequence_sum`."""
     values, targets = values.contiguous(), targets.contiguous()

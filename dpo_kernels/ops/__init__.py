@@ -5,4 +5,12 @@ from .pair_loss import pair_loss
 from .sequence_sum import sequence_sum
 from .token_logps import STATS, TokenLogps, check_stats, token_logps
 
-__all__ = ["STATS", "TokenLogps", "check_stats", "linear_logps", "pair_loss", "sequence_sum", "token_logps"]
+__all__ = [
+    "STATS",
+    "TokenLogps",
+    "check_stats",
+    "linear_logps",
+    "pair_loss",
+    "sequence_sum",
+    "token_logps",
+]

@@ -224,8 +224,10 @@ def _linear_logps_backward(
             d_weight.addmm_(z.T, h)
         if want_bias:
             d_bias += z.sum(0)
-    return d_hidden.view_as(hidden) if want_hidden else d_hidden, d_weight.to(weight.dtype), (
-        d_bias.to(weight.dtype)
+    return (
+        d_hidden.view_as(hidden) if want_hidden else d_hidden,
+        d_weight.to(weight.dtype),
+        (d_bias.to(weight.dtype)),
     )
 
 

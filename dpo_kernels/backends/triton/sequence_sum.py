@@ -89,7 +89,11 @@ def _launch(targets, cu_seqlens, values, sums, counts, grad, d_values, ignore_in
 
 
 def sequence_sum(
-    values: Tensor, targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int, tail_weight: float
+    values: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    tail_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """As `backends.torch.sequence_sum`."""
     S = targets.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1

@@ -142,11 +142,15 @@ def _forward(
         base = tl.where(top == -float("inf"), 0.0, top)
         drop = tl.where(m == -float("inf"), 0.0, m - base)
         shrink = tl.where(m == -float("inf"), 0.0, tl.exp2(drop * k))
-        # A NaN lane may have no maximum: its sum still carries the NaN (0 * NaN).
-        sum_l = tl.sum(l * shrink, 0)
-        sum_l = tl.where(top == -float("inf"), float("nan"), sum_l)
+        # The terms of the maximum itself, 1 each, are counted apart: beside them the rest of a
+        # confident row (1 - p) would be rounded away. A NaN sum stays NaN.
+        tied = m == top
+        ones = tl.sum(tied.to(tl.float32), 0)
+        rest = tl.sum(tl.where(tied, l - 1.0, l * shrink), 0)
+        rest = tl.where(top == -float("inf"), float("nan"), rest)
+        sum_l = ones.to(tl.float64) + rest.to(tl.float64)
         unit = tl.zeros([], tl.float64) + unit_hi + unit_lo
-        log_l = tl.log(sum_l.to(tl.float64))
+        log_l = tl.log(sum_l)
         logp = (zy - top).to(tl.float64) * unit - log_l
         tl.store(logps + index, logp.to(tl.float32))
         tl.store(lse + index, top.to(tl.float64) * unit + log_l)
@@ -154,7 +158,7 @@ def _forward(
             nan = tl.where(logp != logp, logp, 0.0)
             sum_w = tl.sum(shrink * (weighted + l * drop), 0)
             sum_s = tl.sum(shrink * shrink * squares, 0)
-            entropy = log_l - (sum_w / sum_l).to(tl.float64) * unit
+            entropy = log_l - sum_w.to(tl.float64) / sum_l * unit
             mean = tl.sum(total.to(tl.float64), 0) * unit / V
             is_top1 = 1.0 - tl.max(beaten, 0).to(tl.float64)
             log_squares = tl.log(sum_s.to(tl.float64)) - 2 * log_l
@@ -306,4 +310,3 @@ def token_logps_backward(
             **_scalars(transform), chain=chain, SOFTCAP=transform.softcap != 0,
             SAME_PHASE=same_phase, **BACKWARD,
         )  # fmt: skip
-

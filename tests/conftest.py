@@ -1,0 +1,14 @@
+"""Triton kernels are interpreted on machines without a GPU; this must be set before triton loads."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
