@@ -262,8 +262,9 @@ def preference_loss(
         ValueError, TypeError: a wrong argument, named.
     """
     options, rows = _losses.resolve(loss_options)
-    for option in ("ld_alpha", "use_weighting"):
-        if getattr(options, option) not in (None, False):
+    by_token = {"ld_alpha": options.ld_alpha is not None, "use_weighting": options.use_weighting}
+    for option, wanted in by_token.items():
+        if wanted:
             raise ValueError(f"{option} needs per-token log-probs; use fused_dpo_loss")
     names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps",
              "chosen_lengths", "rejected_lengths")  # fmt: skip
@@ -476,9 +477,7 @@ class _LossModule(torch.nn.Module):
         self.options = options
         known = _losses.LossOptions.__dataclass_fields__
         chosen = {k: v for k, v in options.items() if k in known}
-        names = chosen.get("loss_type", "sigmoid")
-        names = [names] if isinstance(names, str) else list(names)
-        rows = [_losses.get(name) for name in names]
+        rows = [_losses.get(name) for name in _losses.names_of(chosen.get("loss_type", "sigmoid"))]
         # odpo's offset comes with each batch: everything else is checked now, at construction.
         if not any(row.name == "odpo" for row in rows):
             _losses.resolve(chosen)

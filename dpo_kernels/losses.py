@@ -290,6 +290,17 @@ def get(name: str) -> Loss:
     return TABLE[key]
 
 
+def names_of(loss_type: object) -> list[str]:
+    """`loss_type` as a list of names."""
+    if isinstance(loss_type, str):
+        return [loss_type]
+    if not isinstance(loss_type, list | tuple):
+        raise TypeError(
+            f"loss_type must be a name or a list of names, got {type(loss_type).__name__}"
+        )
+    return list(loss_type)
+
+
 def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]]:
     """Check `**loss_options`; the options and, per loss: its row, its weight, its terms.
 
@@ -301,8 +312,7 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"unknown loss option {name!r}{hint}")
     o = LossOptions(**options)
-    single = isinstance(o.loss_type, str)
-    losses = [get(n) for n in ([o.loss_type] if single else list(o.loss_type))]
+    losses = [get(name) for name in names_of(o.loss_type)]
     if not losses:
         raise ValueError("loss_type must name at least one loss, got an empty list")
     weights = [1.0] * len(losses) if o.loss_weights is None else list(o.loss_weights)

@@ -6,7 +6,7 @@ and rejected log-ratios (log-probs where there is no reference).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from .losses import Loss, LossOptions, Terms
 from .ops import checks
 
 # Past this argument exp is continued by its tangent: still rising, never inf - inf.
-_EXP_MAX = 700.0
+_EXP_MAX = 600.0
 
 
 class DPOOutput(NamedTuple):
@@ -64,6 +64,7 @@ def loss_of(
     beta = options.beta
     per_pair = torch.zeros_like(p.chosen)
     nll_weight: float | Tensor = options.sft_weight
+    live = p if options.weights is None else _without(p, options.weights == 0)
     for row, weight, terms in losses:
         if row.sft is not None:
             scale = getattr(options, row.sft) if isinstance(row.sft, str) else row.sft
@@ -71,7 +72,7 @@ def loss_of(
             nll_weight = nll_weight + weight * scale * wpo
         if not terms:
             continue
-        u, v = _scores(row, p, options)
+        u, v = _scores(row, p if row.batch_coupled else live, options)
         beta_row, keep = beta, None
         if row.name == "beta_dpo":
             beta_row, keep = _beta_dpo(u - v, options)
@@ -96,6 +97,14 @@ def loss_of(
         metrics = (p.chosen, p.rejected, chosen_rewards, rejected_rewards, margins)
         accuracy = (chosen_rewards > rejected_rewards).to(dtype)
         return DPOOutput(loss, *(x.detach().to(dtype) for x in metrics), accuracy)
+
+
+def _without(p: Pairs, dropped: Tensor) -> Pairs:
+    """The pairs with log-probs 0 where dropped: a NaN there reaches neither loss nor gradient."""
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    values = {name: getattr(p, name) for name in names}
+    kept = {k: None if x is None else torch.where(dropped, 0.0, x) for k, x in values.items()}
+    return replace(p, **kept)
 
 
 def _weighted(weight: Tensor | float, loss: Tensor) -> Tensor:
