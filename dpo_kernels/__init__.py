@@ -19,7 +19,6 @@ from .dpo import (
 from .pairs import DPOOutput
 from .version import __version__
 
-
 __all__ = [
     "DPOOutput",
     "FusedDPOLoss",

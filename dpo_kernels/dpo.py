@@ -277,11 +277,11 @@ def preference_loss(
     for name, value in zip(names, values, strict=True):
         if value is None and name not in ("chosen_logps", "rejected_logps"):
             continue
-        checks.is_tensor(name, value)
+        tensor = checks.is_tensor(name, value)
         if "lengths" not in name:
-            checks.floating(name, value)
-        checks.shape(name, value, shape, "that of chosen_logps")
-        checks.same_device(name, value, "chosen_logps", chosen_logps)
+            checks.floating(name, tensor)
+        checks.shape(name, tensor, shape, "that of chosen_logps")
+        checks.same_device(name, tensor, "chosen_logps", chosen_logps)
     check_pair_options(options, shape[0], chosen_logps)
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):
         raise ValueError("ref_chosen_logps and ref_rejected_logps come together, got one of them")

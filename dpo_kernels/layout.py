@@ -69,7 +69,8 @@ class Layout:
         lead = self.targets.shape[1:] if self.packed else self.targets.shape
         if tensor.dim() != len(lead) + 1 or tensor.shape[:-1] != lead:
             raise ValueError(
-                f"{name} must have shape {[*lead, last]} (labels give the leading sizes), "
+                f"{name} must have shape [{', '.join(map(str, lead))}, {last}] "
+                "(labels give the leading sizes), "
                 f"got {list(tensor.shape)}"
             )
         checks.same_device(name, tensor, "labels", self.targets)

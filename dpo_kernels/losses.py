@@ -337,7 +337,7 @@ def _check_numbers(o: LossOptions) -> None:
         if not ok:
             raise ValueError(f"{name} must be {expected}, got {getattr(o, name)!r}")
 
-    for name in _OWN_OPTIONS + ["label_smoothing", "sft_weight", "f_alpha_divergence_coef"]:
+    for name in [*_OWN_OPTIONS, "label_smoothing", "sft_weight", "f_alpha_divergence_coef"]:
         if isinstance(getattr(o, name), bool) or not isinstance(getattr(o, name), int | float):
             raise TypeError(f"{name} must be a number, got {type(getattr(o, name)).__name__}")
         require(abs(getattr(o, name)) < float("inf"), name, "a finite number")

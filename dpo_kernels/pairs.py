@@ -94,17 +94,30 @@ def loss_of(
     with torch.no_grad():
         chosen_rewards, rejected_rewards = _rewards(losses, p, options)
         margins = chosen_rewards - rejected_rewards
-        metrics = (p.chosen, p.rejected, chosen_rewards, rejected_rewards, margins)
-        accuracy = (chosen_rewards > rejected_rewards).to(dtype)
-        return DPOOutput(loss, *(x.detach().to(dtype) for x in metrics), accuracy)
+        accuracy = chosen_rewards > rejected_rewards
+
+        def out(x: Tensor) -> Tensor:
+            return x.detach().to(dtype)
+
+        return DPOOutput(
+            loss, out(p.chosen), out(p.rejected), out(chosen_rewards), out(rejected_rewards),
+            out(margins), out(accuracy),
+        )  # fmt: skip
 
 
 def _without(p: Pairs, dropped: Tensor) -> Pairs:
     """The pairs with log-probs 0 where dropped: a NaN there reaches neither loss nor gradient."""
-    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-    values = {name: getattr(p, name) for name in names}
-    kept = {k: None if x is None else torch.where(dropped, 0.0, x) for k, x in values.items()}
-    return replace(p, **kept)
+
+    def kept(x: Tensor) -> Tensor:
+        return torch.where(dropped, 0.0, x)
+
+    return replace(
+        p,
+        chosen=kept(p.chosen),
+        rejected=kept(p.rejected),
+        ref_chosen=None if p.ref_chosen is None else kept(p.ref_chosen),
+        ref_rejected=None if p.ref_rejected is None else kept(p.ref_rejected),
+    )
 
 
 def _weighted(weight: Tensor | float, loss: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton kernels are interpreted on machines without a GPU; this must be set before triton loads."""
+"""Without a GPU Triton kernels are interpreted; that must be set before triton loads."""
 
 import os
 

@@ -27,7 +27,7 @@ def cdpo(h, e):
     return -(1 - e) * logsigmoid(h) - e * logsigmoid(-h)
 
 
-def literal(name, w, l, rw, rl, b=BETA, e=E, off=None):  # noqa: C901
+def literal(name, w, l, rw, rl, b=BETA, e=E, off=None):
     """Per-pair losses as the papers write them, without the terms and scores of the table."""
     u, v = w - rw, l - rl
     D, h, m_w, m_l = u - v, b * (u - v), w / N_W, l / N_L

@@ -85,7 +85,11 @@ def resources(compiled) -> dict:
                               check=True).stdout  # fmt: skip
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"]))
-    return {"registers": int(usage["REG"]), "spills": int(usage["LOCAL"]) + int(usage["STACK"]), "wide_loads": wide}
+    return {
+        "registers": int(usage["REG"]),
+        "spills": int(usage["LOCAL"]) + int(usage["STACK"]),
+        "wide_loads": wide,
+    }
 
 
 def main(targets: list[str]) -> None:

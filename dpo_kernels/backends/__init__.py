@@ -79,7 +79,7 @@ def choose(backend: str | None, device: _torch.device, dtype: _torch.dtype) -> s
             f"backend {backend!r} takes fp32, bf16 and fp16, got {dtype}; use backend='torch'"
         )
     takes_cpu = backend == "cpu" or (backend == "triton" and interpreted())
-    if device.type == "cuda" and backend == "cpu" or device.type == "cpu" and not takes_cpu:
+    if (device.type == "cuda" and backend == "cpu") or (device.type == "cpu" and not takes_cpu):
         raise ValueError(f"backend {backend!r} does not take tensors on {device}")
     return backend
 

@@ -198,7 +198,7 @@ def pair_loss(
     """sum_k w_k phi_k(z_k) [B] fp64, z_k = beta^s (a u + b v) + c, as `losses.Term` says."""
     total = torch.zeros_like(u)
     for t in terms:
-        z = _zero_safe(t.a, u) + _zero_safe(t.b, v)
+        z = _times(t.a, u) + _times(t.b, v)
         if t.scaled:
             z = beta * z
         z = z + t.c
@@ -214,9 +214,9 @@ def pair_loss(
     return total
 
 
-def _zero_safe(coefficient: float, x: Tensor) -> Tensor | float:
+def _times(coefficient: float, x: Tensor) -> Tensor:
     """coefficient * x, but exactly 0 (not NaN at x = inf) for a coefficient of 0."""
-    return coefficient * x if coefficient else 0.0
+    return coefficient * x if coefficient else torch.zeros_like(x)
 
 
 def pair_loss_forward(
@@ -231,10 +231,9 @@ def pair_loss_forward(
     from ..ops.pair_loss import unflatten
 
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (u, v, beta)]
         shift = torch.zeros_like(u) if offset is None else offset
-        leaves.append(shift.detach().requires_grad_())
-        loss = pair_loss(*leaves, unflatten(phis, numbers))  # type: ignore[arg-type]
+        leaves = [x.detach().requires_grad_() for x in (u, v, beta, shift)]
+        loss = pair_loss(leaves[0], leaves[1], leaves[2], leaves[3], unflatten(phis, numbers))
         slopes = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
     rows = [torch.zeros_like(u) if s is None else s for s in slopes]
     return loss.detach(), torch.stack(rows)
