@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: help build train test lint check clean
+.PHONY: help build train test lint bench clean
 
 help:
 	@echo "make train   build if needed, train the embedded default model (a few minutes)"
 	@echo "make test    build if needed, run the whole test suite"
 	@echo "make build   make $(VENV) with the package and its test tools"
 	@echo "make lint    ruff and mypy"
+	@echo "make bench   benchmarks beside plain torch"
 	@echo "make clean   remove $(VENV) and build products"
 
 # The stamp is newer than what the build depends on; Python files need no rebuild (editable).
@@ -40,6 +41,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info dpo_kernels/*.so
