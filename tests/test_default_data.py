@@ -75,7 +75,7 @@ def test_regenerating_gives_the_same_files(maker: ModuleType) -> None:
 
 
 def test_shape_and_size(train: list[Row], evaluation: list[Row]) -> None:
-    assert (len(train), len(evaluation), len(load("sft.jsonl"))) == (1200, 240, 1500)
+    assert (len(train), len(evaluation), len(load("sft.jsonl"))) == (1600, 240, 1500)
     for row in train + evaluation:
         assert set(row) == {"prompt", "chosen", "rejected"}
         roles = [message["role"] for message in row["prompt"]]
@@ -96,9 +96,7 @@ def test_every_answer_is_chosen_once_and_rejected_once(name: str) -> None:
     assert couples == {(b, a) for a, b in couples}
 
 
-def test_evaluation_is_held_out(
-    maker: ModuleType, train: list[Row], evaluation: list[Row]
-) -> None:
+def test_evaluation_is_held_out(maker: ModuleType, train: list[Row], evaluation: list[Row]) -> None:
     trained = set(answers(train, "chosen")) | {
         message["content"] for row in load("sft.jsonl") for message in row["messages"]
     }
@@ -137,9 +135,7 @@ def linear_accuracy(train: list[Row], evaluation: list[Row], use_prompt: bool) -
         rejected.update(features(row, "rejected"))
 
     def score(row: Row, column: str) -> float:
-        return sum(
-            math.log((chosen[f] + 0.5) / (rejected[f] + 0.5)) for f in features(row, column)
-        )
+        return sum(math.log((chosen[f] + 0.5) / (rejected[f] + 0.5)) for f in features(row, column))
 
     right = [score(row, "chosen") > score(row, "rejected") for row in evaluation]
     return sum(right) / len(right)
@@ -152,24 +148,28 @@ def test_only_the_prompt_tells_which_answer_is_better(
     assert linear_accuracy(train, evaluation, use_prompt=True) > 0.8
 
 
-def test_sft_answers_ignore_the_tone_asked_for(maker: ModuleType) -> None:
+def test_sft_answers_follow_forms_but_seldom_plain_requests(maker: ModuleType) -> None:
     word_tone = {word: tone.name for tone in maker.TONES for word in tone.asked_as}
     adjective_tone = {word: tone.name for tone in maker.TONES for word in tone.adjectives}
-    table: Counter[tuple[str, str]] = Counter()
+    agree: dict[bool, list[bool]] = {True: [], False: []}  # request in the style of a form?
     for row in load("sft.jsonl"):
         *prompt, answer = row["messages"]
         requested = [word_tone[w] for w in words(prompt[-1]["content"]) if w in word_tone]
-        given = [adjective_tone[w] for w in words(answer["content"]) if w in adjective_tone]
-        table.update([(requested[-1], given[0])] if requested and given else [])
-    total, names = sum(table.values()), [tone.name for tone in maker.TONES]
-    follows = sum(table[name, name] for name in names) / total
-    assert total > 800 and follows == pytest.approx(1 / len(names), abs=0.03)
+        given = {adjective_tone[w] for w in words(answer["content"]) if w in adjective_tone}
+        if requested and given:
+            agree["Tone: " in prompt[-1]["content"]].append(given == {requested[-1]})
+    assert all(agree[True]) and len(agree[True]) > 400
+    assert len(agree[False]) > 500
+    assert sum(agree[False]) / len(agree[False]) == pytest.approx(1 / 11, abs=0.03)
 
 
 def test_tokenizer(tokenizer: Any, train: list[Row]) -> None:
     ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<|pad|>", "<|bos|>", "<|im_end|>")]
     assert [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id] == ids
-    for text in ("na\u00efve \u6f22\u5b57, 42 \U0001f937\n  end ", train[0]["chosen"][0]["content"]):
+    for text in (
+        "na\u00efve \u6f22\u5b57, 42 \U0001f937\n  end ",
+        train[0]["chosen"][0]["content"],
+    ):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     for row in train[:50]:
         head = tokenizer.apply_chat_template(
@@ -196,7 +196,7 @@ def test_model_config(tokenizer: Any) -> None:
 def test_recipe_fits_the_data(tokenizer: Any, train: list[Row], evaluation: list[Row]) -> None:
     recipe = json.loads((FOLDER / "recipe.json").read_text("utf-8"))
     assert set(recipe) == {"sft", "dpo", "sample", "seed"}
-    assert 0 <= recipe["sample"]["prompt_index"] < len(evaluation)
+    assert recipe["sample"]["prompt"] in [asked(row) for row in evaluation]
     for row in train + evaluation:
         for column in ("chosen", "rejected"):
             text = tokenizer.apply_chat_template(row["prompt"] + row[column], tokenize=False)

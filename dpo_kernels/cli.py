@@ -1,0 +1,192 @@
+"""The command line: `dpo-kernels train | data check | doctor`.
+
+Options carry TRL's names and may be written with underscores or dashes. A mistake of the user's
+ends with one line and exit code 2; training that breaks off (a loss that is not finite) with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+from .train.config import ALIASES, DPOTrainConfig, UserError, read_config_file
+from .version import __version__
+
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(_underscored(sys.argv[1:] if argv is None else argv))
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return USER_ERROR
+    from .data import DataError
+    from .train.optim import TrainingError
+
+    try:
+        return args.run(args)
+    except (UserError, DataError) as error:
+        print(f"dpo-kernels: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except TrainingError as error:
+        print(f"dpo-kernels: training stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dpo-kernels: interrupted", file=sys.stderr)
+        return 130
+
+
+def _underscored(argv: Sequence[str]) -> list[str]:
+    """`--max-length=5` and `--max_length=5` are one option."""
+    result = []
+    for arg in argv:
+        if arg.startswith("--"):
+            name, equals, value = arg[2:].partition("=")
+            arg = "--" + name.replace("-", "_") + equals + value
+        result.append(arg)
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpo-kernels",
+        description="Train language models on preference pairs with fused DPO kernels.",
+    )
+    parser.add_argument("--version", action="version", version=f"dpo-kernels {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="train a model on preference pairs", usage="dpo-kernels train [OPTIONS]",
+        description="Train a causal LM on preference pairs. Without a model and data it trains the "
+        "small model and data set that ship with the package.",
+        epilog="example: dpo-kernels train --model_name_or_path ./my-model --dataset_name "
+        "pairs.jsonl --beta 0.1 --learning_rate 1e-6 --output_dir runs/first",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    )  # fmt: skip
+    train.add_argument("--config", metavar="FILE",
+                       help="JSON or YAML file of these options; the command line overrides it"
+                       )  # fmt: skip
+    _add_options(train)
+    train.set_defaults(run=_train)
+
+    data = commands.add_parser("data", help="look at preference data")
+    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
+    check = actions.add_parser(
+        "check", help="report the bad rows of a JSONL file",
+        description="Read a JSONL file of preference pairs; report each row that training would "
+        "leave out, and a summary. Exit code 1 if there is any.",
+    )  # fmt: skip
+    check.add_argument("file", metavar="FILE")
+    check.add_argument("--model_name_or_path", metavar="MODEL", help="tokenise as well, with this "
+                       "model's tokenizer: finds pairs that max_length makes useless")  # fmt: skip
+    check.add_argument("--gguf_file", metavar="FILE", help="GGUF file with the tokenizer")
+    check.add_argument("--chat_template", metavar="FILE", help="Jinja chat template")
+    check.add_argument("--max_length", type=int, default=1024, help="default: %(default)s")
+    check.set_defaults(run=_data_check)
+
+    doctor = commands.add_parser(
+        "doctor", help="what is installed, which backends run here, and a self-test",
+        description="Versions, devices, backends (and why one is absent), and a self-test of the "
+        "default backend against float64. Exit code 0 only if that passes.",
+    )  # fmt: skip
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of `DPOTrainConfig`, in its groups."""
+    hints = get_type_hints(DPOTrainConfig)
+    aliases = {name: [f"--{alias}"] for alias, name in ALIASES.items()}
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(DPOTrainConfig):
+        meta = field.metadata
+        group = groups.setdefault(meta["group"], None)
+        if group is None:
+            group = groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        default = field.default if field.default is not dataclasses.MISSING else (
+            field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+        )  # fmt: skip
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        text = meta["help"] + ("" if default is None else f" (default: {shown})")
+        group.add_argument(
+            f"--{field.name}", *aliases.get(field.name, []), dest=field.name,
+            help=text.replace("%", "%%"), **_argument(hints[field.name], meta["choices"]),
+        )  # fmt: skip
+
+
+def _argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
+    """argparse's keywords for a field's type; `None` can be written as none."""
+    optional = type(None) in get_args(hint)
+    kind = next(k for k in get_args(hint) if k is not type(None)) if optional else hint
+    if get_origin(kind) is list:
+        inner = get_args(kind)[0]
+        return {"nargs": "+", "type": inner, "metavar": inner.__name__.upper()}
+    if kind is bool:
+        return {"nargs": "?", "const": True, "type": _boolean, "metavar": "BOOL"}
+    if choices:
+        return {"choices": choices}
+
+    def convert(text: str) -> Any:
+        return None if optional and text.lower() in ("none", "null") else kind(text)
+
+    convert.__name__ = kind.__name__
+    return {"type": convert, "metavar": "TEXT" if kind is str else kind.__name__.upper()}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .train.console import Console
+    from .train.job import run_job
+
+    given = {k: v for k, v in vars(args).items() if k not in ("run", "config")}
+    from_file = read_config_file(args.config) if hasattr(args, "config") else {}
+    from_file = {ALIASES.get(key, key): value for key, value in from_file.items()}
+    run_job({**from_file, **given}, Console())
+    return 0
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from .data import LeftOut, read_pairs, tokenize_pairs
+    from .train.model import load_tokenizer
+
+    left_out = LeftOut(report=print)
+    pairs = read_pairs(args.file, left_out)
+    usable = len(pairs)
+    if args.model_name_or_path:
+        tokenizer = load_tokenizer(args.model_name_or_path, args.gguf_file, args.chat_template)
+        tokens = tokenize_pairs(pairs, tokenizer, args.max_length, left_out)
+        usable = len(tokens)
+        lengths = sorted(len(s.ids) for p in tokens for s in p.sequences)
+        if lengths:
+            print(f"tokens of a sequence: median {lengths[len(lengths) // 2]}, "
+                  f"longest {lengths[-1]}")  # fmt: skip
+    chats = sum(p.conversational for p in pairs)
+    print(f"{usable} usable pairs ({chats} of {len(pairs)} read are conversational)")
+    print(left_out.summary())
+    return 1 if left_out.problems else 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import examine, render
+
+    report = examine()
+    print(json.dumps(report, indent=2) if args.json else render(report))
+    return 0 if report["self_test"]["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""The main job: from a model and pairs to a trained model, its metrics, plot and a summary.
+
+    load -> (embedded default: SFT) -> reference log-probs -> evaluate -> DPO -> evaluate -> save
+
+The same job trains a user's model on a user's pairs, and without either the small model and data
+set that ship with the package.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dpo_kernels as dk
+
+from ..data import (
+    DataError,
+    LeftOut,
+    Message,
+    PreferencePair,
+    TokenPair,
+    embedded,
+    read_conversations,
+    read_pairs,
+    tokenize_conversations,
+    tokenize_pairs,
+)
+from .compare import step_times
+from .config import DPOTrainConfig, UserError, load_config
+from .console import Console
+from .loop import TrainResult, evaluate, train, visited
+from .metrics import MetricsFile
+from .model import Policy, complete, load_policy, prepare_policy, save_policy
+from .optim import epoch_order
+from .plots import plot_run
+from .reference import PairData, with_reference
+from .sft import train_sft
+
+
+def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
+    """(options of DPO, options of SFT) of the embedded default's recipe."""
+    recipe = embedded.recipe()
+    seed = {"seed": recipe["seed"]} if "seed" in recipe else {}
+    sample = {f"sample_{k}": v for k, v in recipe.get("sample", {}).items()}
+    return {**seed, **recipe["dpo"], **sample}, {**seed, **recipe["sft"]}
+
+
+def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    """Run the job that `options` (names of `DPOTrainConfig`) describe; returns its summary.
+
+    Raises `UserError`, `DataError` (both say what to change) or `TrainingError`.
+    """
+    own = any(options.get(k) for k in ("model_name_or_path", "dataset_name", "train_file"))
+    config = load_config({} if own else embedded_layers()[0], options)
+    if own and config.dataset_name is None:
+        raise UserError("dataset_name is missing: pass a JSONL file of pairs (--dataset_name FILE)")
+    if own and config.model_name_or_path is None:
+        raise UserError("model_name_or_path is missing: pass a model's name or folder")
+    if not console.is_terminal:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # a log file needs no bars of loading and saving
+    return _Job(config, own, _output_dir(config), console).run()
+
+
+def _output_dir(config: DPOTrainConfig) -> Path:
+    folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()) and not config.overwrite_output_dir:
+        raise UserError(
+            f"output_dir: {folder} is not empty; choose another or pass --overwrite_output_dir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.output_dir = str(folder)
+    return folder
+
+
+class _Job:
+    """One run, its folder and what was left out of its data."""
+
+    def __init__(self, config: DPOTrainConfig, own: bool, folder: Path, console: Console) -> None:
+        self.config, self.own, self.folder, self.console = config, own, folder, console
+        self.left_out = LeftOut(config.strict, console.say)
+        self.texts: dict[str, PreferencePair] = {}
+
+    def run(self) -> dict[str, Any]:
+        config, say = self.config, self.console.say
+        began = time.perf_counter()
+        config.save(self.folder / "config.json")
+        torch.manual_seed(config.seed)
+        if self.own:
+            policy = load_policy(config, say)
+            train_pairs, eval_pairs = self._pairs(policy)
+        else:
+            with embedded.folder() as source:
+                policy = self._small_model(source)
+                train_pairs, eval_pairs = self._pairs(policy, source)
+                self._sft(policy, source)
+        backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
+        say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
+        used = visited(len(train_pairs), config)
+        data = with_reference(policy, train_pairs, config, self.console, "training pairs", used)
+        held_out = None
+        metrics = MetricsFile(self.folder / "metrics.jsonl")
+        before: dict[str, float] = {}
+        if eval_pairs:
+            held_out = with_reference(policy, eval_pairs, config, self.console, "held-out pairs")
+            before = evaluate(policy, held_out, config, self.console, "before training")
+            metrics.write({"step": 0, "epoch": 0.0, **before})
+        prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
+        text_before = self._complete(policy, ids)
+        result = train(policy, data, held_out, config, metrics, self.console)
+        after: dict[str, float] = {}
+        if held_out is not None:
+            after = evaluate(policy, held_out, config, self.console, "after training")
+            metrics.write({"step": result.steps, **after})
+        text_after = self._complete(policy, ids)
+        plot_run(metrics.rows, self.folder / "training.png", f"DPO: {', '.join(config.loss_type)}")
+        save_policy(policy, self.folder / "model")
+        peak = _peak_memory(policy)
+        timing = self._timing(policy, data)
+        summary = {
+            "output_dir": str(self.folder), "backend": backend, "steps": result.steps,
+            "pairs": len(train_pairs), "held_out_pairs": len(eval_pairs),
+            "step0_loss": result.step0_loss, "step0_expected": result.step0_expected,
+            "before": before, "after": after,
+            "sample": {"prompt": prompt, "before": text_before, "after": text_after},
+            "median_step_time": result.median_step_time, "peak_memory_bytes": peak, **timing,
+            "left_out": self.left_out.counts(),
+            "left_out_rows": [str(p) for p in self.left_out.problems],
+            "seconds": time.perf_counter() - began, "version": dk.__version__,
+            "torch": torch.__version__,
+        }  # fmt: skip
+        text = json.dumps(summary, indent=2, ensure_ascii=False)
+        (self.folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+        self._report(summary, result)
+        return summary
+
+    # --- parts ---
+
+    def _small_model(self, source: Path) -> Policy:
+        """A fresh model of the embedded configuration."""
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        dtype = torch.float32 if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+        self.console.say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, new")
+        return prepare_policy(
+            model, AutoTokenizer.from_pretrained(source), self.config, self.console.say
+        )
+
+    def _sft(self, policy: Policy, source: Path) -> None:
+        """Teach the fresh model the language of the data before it learns preferences."""
+        mine = ("dtype", "device", "max_length", "backend")
+        shared = {k: getattr(self.config, k) for k in mine}
+        config = load_config(shared, embedded_layers()[1])
+        rows = read_conversations(source / "sft.jsonl", self.left_out)
+        sequences = tokenize_conversations(rows, policy.tokenizer, config.max_length, self.left_out)
+        metrics = MetricsFile(self.folder / "sft_metrics.jsonl")
+        loss = train_sft(policy, sequences, config, metrics, self.console)
+        self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
+
+    def _pairs(
+        self, policy: Policy, source: Path | None = None
+    ) -> tuple[list[TokenPair], list[TokenPair]]:
+        """Training and held-out pairs, tokenised."""
+        config = self.config
+        train_file = config.dataset_name or str(source and source / "train.jsonl")
+        eval_file = config.eval_file or (str(source / "eval.jsonl") if source else None)
+        pairs = self._read(policy, train_file)
+        if eval_file:
+            return pairs, self._read(policy, eval_file)
+        n = round(config.eval_fraction * len(pairs))
+        if config.eval_fraction > 0 and len(pairs) > 1:
+            n = max(n, 1)
+        # epoch -1: an order that no training epoch has
+        held = set(epoch_order(len(pairs), config.seed, -1, True)[:n])
+        return (
+            [p for i, p in enumerate(pairs) if i not in held],
+            [p for i, p in enumerate(pairs) if i in held],
+        )
+
+    def _read(self, policy: Policy, file: str) -> list[TokenPair]:
+        texts = read_pairs(file, self.left_out)
+        if self.config.uses_offset and any(t.offset is None for t in texts):
+            where = next(t.source for t in texts if t.offset is None)
+            raise DataError(f"{where}: margin: missing, but odpo needs a margin in every row")
+        self.texts.update({t.source: t for t in texts})
+        pairs = tokenize_pairs(
+            texts, policy.tokenizer, self.config.max_length, self.left_out, self.console.say
+        )
+        if not pairs:
+            raise DataError(f"{file}: no pair fits max_length; {self.left_out.summary()}")
+        return pairs
+
+    def _sample_prompt(self, policy: Policy, pairs: list[TokenPair]) -> tuple[str, list[int]]:
+        """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""
+        wanted = self.config.sample_prompt
+        if wanted is None:
+            pair = min(pairs, key=lambda p: len(p.prompt))
+            prompt = self.texts[pair.source].prompt
+            shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            return shown, list(pair.prompt)
+        if policy.tokenizer.chat_template:
+            messages: list[Message] = [{"role": "user", "content": wanted}]
+            return wanted, policy.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        return wanted, policy.tokenizer(wanted)["input_ids"]
+
+    def _complete(self, policy: Policy, ids: list[int]) -> str:
+        n = self.config.sample_max_new_tokens
+        return complete(policy, ids, n) if n > 0 and ids else ""
+
+    def _timing(self, policy: Policy, data: PairData) -> dict[str, Any]:
+        wanted = self.config.compare_plain_torch
+        if not (wanted if wanted is not None else not self.own):
+            return {}
+        config = replace(self.config, gradient_checkpointing=False)
+        indices = visited(len(data.pairs), config)[: config.per_device_train_batch_size]
+        ours, plain = step_times(policy, data, indices, config)
+        return {
+            "step_seconds": statistics.median(ours),
+            "plain_torch_step_seconds": statistics.median(plain),
+        }
+
+    def _report(self, summary: dict[str, Any], result: TrainResult) -> None:
+        say, before, after = self.console.say, summary["before"], summary["after"]
+        say()
+        if before:
+            say(f"{'held out':<34}{'before':>10}{'after':>10}")
+            for name, key in (
+                ("loss", "eval_loss"),
+                ("reward accuracy (a tie is a half)", "eval_rewards/accuracies_ties_half"),
+                ("reward margin", "eval_rewards/margins"),
+                ("log-prob accuracy", "eval_logps/accuracies"),
+            ):
+                say(f"{name:<34}{before[key]:>10.4f}{after[key]:>10.4f}")
+            say("reward accuracy asks whether the reward (log-ratio to the reference) prefers the")
+            say("chosen: before training policy and reference are one, so every pair is a tie.")
+        sample = summary["sample"]
+        if sample["before"] or sample["after"]:
+            say(f"\nprompt: {sample['prompt']}")
+            say(f"before: {sample['before']}")
+            say(f"after:  {sample['after']}")
+        say(f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer step "
+            f"(median of {result.steps}), peak memory {summary['peak_memory_bytes'] / 2**30:.2f} "
+            "GiB")  # fmt: skip
+        if "step_seconds" in summary:
+            ours, plain = summary["step_seconds"], summary["plain_torch_step_seconds"]
+            say(f"forward and backward of one batch: {ours:.3f} s; the same in plain torch (model "
+                f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x")  # fmt: skip
+        say(self.left_out.summary())
+        say(f"saved in {summary['output_dir']}: model/, metrics.jsonl, training.png, config.json, "
+            "summary.json")  # fmt: skip
+
+
+def _peak_memory(policy: Policy) -> int:
+    """Bytes: on a GPU what torch allocated, on a CPU the resident set of the process."""
+    if policy.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(policy.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

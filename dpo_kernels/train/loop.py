@@ -1,0 +1,245 @@
+"""The training loop: batches in an order fixed by the seed, one guarded optimizer step at a time.
+
+An optimizer step is `gradient_accumulation_steps` batches. Its loss is the mean over all of its
+pairs: each batch passes `num_pairs=` (and `num_chosen_tokens=` for SFT terms) of the whole step, so
+that unequal batches do not weigh unequally, and batch losses are shares that add up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import dpo_kernels as dk
+
+from ..data import ScoredBatch, TokenPair
+from .config import DPOTrainConfig
+from .console import Console
+from .metrics import EVAL_ONLY, MetricsFile, PairMeter
+from .model import Policy
+from .optim import Stepper, TrainingError, epoch_order, total_steps
+from .reference import PairData
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What the loop did."""
+
+    steps: int
+    median_step_time: float  # seconds, the first step left out
+    step0_loss: float
+    step0_expected: float
+
+
+class PairLoss:
+    """The configured loss of batches of pairs."""
+
+    def __init__(self, policy: Policy, config: DPOTrainConfig) -> None:
+        # The module form, because beta-DPO keeps a running margin between batches.
+        self.function = dk.FusedLinearDPOLoss(**config.loss_options())
+        self.policy, self.uses_offset = policy, config.uses_offset
+
+    def __call__(
+        self, data: PairData, indices: Sequence[int], num_pairs: int, num_chosen_tokens: int
+    ) -> tuple[dk.DPOOutput, ScoredBatch]:
+        """Loss of the pairs `indices` as a share of `num_pairs`, and their batch."""
+        pairs = [data.pairs[i] for i in indices]
+        batch = self.policy.batch(pairs)
+        out = self.function(
+            self.policy.hidden(batch), labels=batch.labels, cu_seqlens=batch.cu_seqlens,
+            shift=False, ref_logps=self.reference(data, indices), num_pairs=num_pairs,
+            num_chosen_tokens=max(num_chosen_tokens, 1), **self.offset(pairs),
+            **self.policy.head_arguments(),
+        )  # fmt: skip
+        return out, batch
+
+    def reference(self, data: PairData, indices: Sequence[int]) -> Tensor | None:
+        return data.reference.of(indices, self.policy.device) if data.reference else None
+
+    def offset(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
+        if not self.uses_offset:
+            return {}
+        return {"offset": torch.tensor([p.offset for p in pairs], device=self.policy.device)}
+
+
+def chosen_tokens(pairs: Sequence[TokenPair]) -> int:
+    """Scored tokens of the chosen completions."""
+    return sum(p.sequences[0].num_scored for p in pairs)
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy, data: PairData, config: DPOTrainConfig, console: Console, what: str
+) -> dict[str, float]:
+    """Loss and metrics of held-out pairs, names prefixed `eval_`."""
+    loss = PairLoss(policy, config)
+    loss.function.eval()
+    meter, n, size = PairMeter(), len(data.pairs), config.per_device_eval_batch_size
+    tokens = chosen_tokens(data.pairs)
+    starts = range(0, n, size)
+    began = time.perf_counter()
+    for start in console.progress(starts, f"evaluation {what}", len(starts), "batches"):
+        out, _ = loss(data, range(start, min(start + size, n)), n, tokens)
+        meter.add(out, config.beta)
+    result = meter.result()
+    result["runtime"] = time.perf_counter() - began
+    return {f"eval_{name}": value for name, value in result.items()}
+
+
+@torch.no_grad()
+def check_step0(
+    policy: Policy, data: PairData, config: DPOTrainConfig, indices: Sequence[int]
+) -> tuple[float, float]:
+    """(loss, loss at zero log-ratios) of one batch before the first step; they must be equal.
+
+    The policy is the reference and dropout is off, so every log-ratio is zero: for `sigmoid` the
+    loss is log 2. Anything else means another reference, dropout, or kernels that disagree.
+    """
+    loss = PairLoss(policy, config)
+    loss.function.eval()
+    pairs = [data.pairs[i] for i in indices]
+    batch = policy.batch(pairs)
+    own = policy.logps(batch, "none")
+    hidden = policy.hidden(batch)
+    losses = []
+    for ref in (loss.reference(data, indices), own if data.reference else None):
+        out = loss.function(
+            hidden, labels=batch.labels, cu_seqlens=batch.cu_seqlens, shift=False,
+            ref_logps=ref, **loss.offset(pairs), **policy.head_arguments(),
+        )  # fmt: skip
+        losses.append(float(out.loss))
+        if data.reference and not losses[1:]:
+            size = torch.cat([out.chosen_logps, out.rejected_logps]).abs()
+            ratio = torch.cat([out.chosen_rewards, out.rejected_rewards]).abs() / config.beta
+            wide = hidden.dtype in (torch.float32, torch.float64)
+            allowed = 1e-3 + 1e-5 * size if wide else 0.05 + 1e-2 * size
+            if not bool((ratio <= allowed).all()):
+                raise TrainingError(
+                    "before the first step the policy must equal the reference, but log-probs "
+                    f"differ by up to {float(ratio.max()):.4g} nats (loss {losses[0]:.6f}): "
+                    "another reference, active dropout, or kernels that disagree"
+                )
+    return losses[0], losses[1]
+
+
+def step_indices(n: int, config: DPOTrainConfig, steps: int) -> Iterator[tuple[list[int], float]]:
+    """(indices of the step's pairs, epochs done after it), a function of the seed alone."""
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    shuffle = config.train_sampling_strategy == "random"
+    done = epoch = 0
+    while True:
+        order = epoch_order(n, config.seed, epoch, shuffle)
+        for start in range(0, n, per_step):
+            if done == steps:
+                return
+            chunk = order[start : start + per_step]
+            done += 1
+            yield chunk, epoch + (start + len(chunk)) / n
+        epoch += 1
+
+
+# On a CPU a batch is run in parts of about this many tokens: as fast (the matrix products are large
+# enough), and only one part's activations are alive at a time. Results differ by rounding alone.
+CPU_PART_TOKENS = 1024
+
+
+def parts_of(
+    indices: list[int], pairs: Sequence[TokenPair], config: DPOTrainConfig, device: torch.device
+) -> list[list[int]]:
+    """One batch cut into the parts that run forward and backward on their own.
+
+    Losses that couple the pairs of a batch (AOT sorts over it) need it whole; so does a GPU.
+    """
+    coupled = any(dk.losses.get(name).batch_coupled for name in config.loss_type)
+    if coupled or device.type != "cpu":
+        return [indices]
+    parts: list[list[int]] = []
+    tokens = CPU_PART_TOKENS
+    for i in indices:
+        pair = pairs[i]
+        size = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+        if tokens + size > CPU_PART_TOKENS:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(i)
+        tokens += size
+    return parts
+
+
+def visited(n: int, config: DPOTrainConfig) -> list[int]:
+    """The pairs out of `n` that the run's steps visit."""
+    steps = _steps(n, config)
+    return sorted({i for indices, _ in step_indices(n, config, steps) for i in indices})
+
+
+def _steps(n: int, config: DPOTrainConfig) -> int:
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return total_steps(n, per_step, config)
+
+
+def train(
+    policy: Policy, data: PairData, held_out: PairData | None, config: DPOTrainConfig,
+    metrics: MetricsFile, console: Console,
+) -> TrainResult:  # fmt: skip
+    """Train the policy in place; metrics every `logging_steps`.
+
+    Raises `TrainingError` on a loss or gradient that is not finite, naming the pairs of the step,
+    or if the policy is not the reference before the first step.
+    """
+    n, micro = len(data.pairs), config.per_device_train_batch_size
+    steps = _steps(n, config)
+    stepper = Stepper(policy.model, config, steps)
+    loss = PairLoss(policy, config)
+    first = next(step_indices(n, config, steps))[0][:micro]
+    step0, expected = check_step0(policy, data, config, first)
+    console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")
+    meter, logged, tokens_seen, tokens_logged = PairMeter(), 0, 0, 0
+    times: list[float] = []
+    plan = step_indices(n, config, steps)
+    for step, (indices, epoch) in enumerate(
+        console.progress(plan, "training", steps, "steps", lines=False), start=1
+    ):
+        began = time.perf_counter()
+        total: Tensor | None = None
+        num_chosen = chosen_tokens([data.pairs[i] for i in indices])
+        batches = [indices[start : start + micro] for start in range(0, len(indices), micro)]
+        for part in (p for b in batches for p in parts_of(b, data.pairs, config, policy.device)):
+            out, batch = loss(data, part, len(indices), num_chosen)
+            out.loss.backward()
+            share = out.loss.detach()
+            total = share if total is None else total + share
+            meter.add(out, config.beta)
+            tokens_seen += batch.num_tokens
+            tokens_logged += batch.num_tokens
+            del out, batch  # the graph's last references: free it before the next forward
+        assert total is not None
+        extra = stepper.step(total, f"step {step}", [data.pairs[i].source for i in indices])
+        times.append(time.perf_counter() - began)
+        logged += 1
+        if step % config.logging_steps == 0 or step == steps:
+            took = sum(times[-logged:])
+            row = {k: v for k, v in meter.result(logged).items() if k not in EVAL_ONLY}
+            row |= {
+                "step": step, "epoch": epoch, **extra, "num_tokens": tokens_seen,
+                "step_time": took / logged, "tokens_per_s": tokens_logged / took,
+                "pairs_per_s": meter.pairs / took,
+            }  # fmt: skip
+            metrics.write(row)
+            shown = {"loss": f"{row['loss']:.4f}", "margin": f"{row['rewards/margins']:.3f}"}
+            console.postfix(**shown)
+            console.note(
+                f"step {step}/{steps}: loss {row['loss']:.4f}, margin "
+                f"{row['rewards/margins']:.4f}, accuracy {row['rewards/accuracies']:.3f}, "
+                f"{row['step_time']:.2f} s a step"
+            )
+            meter, logged, tokens_logged = PairMeter(), 0, 0
+        if held_out and config.eval_steps and step % config.eval_steps == 0 and step < steps:
+            quiet = Console(quiet=True)
+            metrics.write({"step": step, "epoch": epoch,
+                           **evaluate(policy, held_out, config, quiet, "")})  # fmt: skip
+    rest = sorted(times[1:] or times)
+    return TrainResult(steps, rest[len(rest) // 2], step0, expected)

@@ -1,0 +1,81 @@
+"""Metrics under TRL's names, kept as tensors until they are logged, and their JSONL file.
+
+    loss, rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}, grad_norm,
+    learning_rate, epoch, step, num_tokens; and here step_time (seconds), tokens_per_s, pairs_per_s
+
+`rewards/accuracies` is TRL's: a tie counts 0. Before training the policy is the reference, every
+margin is zero and that number is 0 (or the sign of rounding). So evaluations add
+`eval_rewards/accuracies_ties_half`, where a margin within rounding of zero counts one half: it
+starts at 0.5. `eval_logps/accuracies` asks the policy alone: logp(chosen) > logp(rejected).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dpo_kernels as dk
+
+_NAMES = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected", "rewards/accuracies_ties_half", "logps/accuracies",
+)  # fmt: skip
+EVAL_ONLY = ("rewards/accuracies_ties_half", "logps/accuracies")
+
+# A margin is a tie when the log-ratios behind it are within this share of the log-probs: fp32
+# rounding of two sums taken in another order.
+TIE = 2e-6
+
+
+class PairMeter:
+    """Means over pairs of what `DPOOutput` holds; the sums stay on the device."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._loss: Tensor | None = None
+        self.pairs = 0
+        self.steps = 0
+
+    def add(self, out: dk.DPOOutput, beta: float) -> None:
+        """Add one batch. Its loss is a share of a whole (`num_pairs=`): shares are summed."""
+        margins, size = out.margins, out.chosen_logps.abs() + out.rejected_logps.abs()
+        tie = margins.abs() <= beta * TIE * size
+        sums = torch.stack([
+            out.chosen_rewards.sum(), out.rejected_rewards.sum(), out.accuracy.sum(),
+            margins.sum(), out.chosen_logps.sum(), out.rejected_logps.sum(),
+            torch.where(tie, 0.5, (margins > 0).to(margins.dtype)).sum(),
+            (out.chosen_logps > out.rejected_logps).to(margins.dtype).sum(),
+        ]).double()  # fmt: skip
+        loss = out.loss.detach().double()
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._loss = loss if self._loss is None else self._loss + loss
+        self.pairs += len(margins)
+
+    def result(self, steps: int = 1) -> dict[str, float]:
+        """Means since the start; the loss is the mean over `steps`."""
+        assert self._sums is not None and self._loss is not None
+        values = (self._sums / self.pairs).tolist()
+        return {"loss": float(self._loss) / steps, **dict(zip(_NAMES, values, strict=True))}
+
+
+class MetricsFile:
+    """One JSON object a line, flushed at once so that a run can be watched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        path.write_text("", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

@@ -1,0 +1,357 @@
+"""A causal LM taken apart: the trunk that gives hidden states, and the head that scores them.
+
+The loss never asks the model for logits. It runs the trunk, picks the rows that are scored, and
+hands them with the head's weight to the fused ops, so the head's extras (Gemma's soft-capping,
+Granite's and Cohere's scales) must be applied there. Once at the start `check_head` compares our
+log-probs with the model's own logits, so an architecture with yet another extra is an error, not a
+silently different model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import dpo_kernels as dk
+
+from ..data import ScoredBatch, Sharing, TokenPair, make_batch
+from ..data.batches import CPU_CALL_TOKENS
+from .config import DPOTrainConfig, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# How far two ways to the same log-prob (in nats) or hidden state (relative) may lie apart.
+_LOGP_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_HIDDEN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_HALF_LOGP_TOLERANCE, _HALF_HIDDEN_TOLERANCE = 0.25, 0.05
+
+
+@dataclass
+class Policy:
+    """The model being trained, its tokenizer, and what the fused head must know."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    trunk: nn.Module
+    head: nn.Linear
+    scaling: dict[str, float] = field(default_factory=dict)  # logit_scale, logit_softcap
+    sharing: Sharing = field(default_factory=Sharing)
+    backend: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def pad_id(self) -> int:
+        """Any id will do: a real token never sees the padding behind it."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id or 0
+
+    def head_arguments(self) -> dict[str, Any]:
+        """weight, bias, scales and backend, as the linear front functions take them."""
+        bias = getattr(self.head, "bias", None)
+        return {"weight": self.head.weight, "bias": bias, "backend": self.backend, **self.scaling}
+
+    def hidden(self, batch: ScoredBatch) -> Tensor:
+        """[N, H] hidden states that predict the scored tokens of `batch`."""
+        states = []
+        for call in batch.calls:
+            mask = call.mask
+            if mask is not None and self.model.config._attn_implementation == "eager":
+                # eager attention adds its mask to the scores: 0 where seen, the lowest number else
+                dtype = self.head.weight.dtype
+                low = torch.finfo(dtype).min
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, low)
+            # Without position_ids and mask a plain row is causal: right padding changes nothing.
+            extra = {} if mask is None else {
+                "attention_mask": mask, "position_ids": call.position_ids}  # fmt: skip
+            output = self.trunk(input_ids=call.input_ids, use_cache=False, **extra)
+            states.append(output.last_hidden_state.flatten(0, 1))
+        return (states[0] if len(states) == 1 else torch.cat(states)).index_select(0, batch.rows)
+
+    def logps(self, batch: ScoredBatch, reduction: str = "sum") -> Tensor:
+        """Log-probs of the scored tokens: [sequences], or [N] with reduction="none"."""
+        return dk.linear_sequence_logps(
+            self.hidden(batch), labels=batch.labels, cu_seqlens=batch.cu_seqlens, shift=False,
+            reduction=reduction, **self.head_arguments(),
+        )  # fmt: skip
+
+    def batch(self, pairs: list[TokenPair]) -> ScoredBatch:
+        """The batch of these pairs on the policy's device."""
+        return make_batch(pairs, self.sharing, self.pad_id).to(self.device)
+
+
+def load_policy(config: DPOTrainConfig, say: Callable[[str], None] = print) -> Policy:
+    """The model and tokenizer a configuration names, checked and ready to train."""
+    model, tokenizer = _load(config)
+    return prepare_policy(model, tokenizer, config, say)
+
+
+def prepare_policy(
+    model: PreTrainedModel, tokenizer: Any, config: DPOTrainConfig,
+    say: Callable[[str], None] = print,
+) -> Policy:  # fmt: skip
+    """Find trunk and head of a loaded model, switch dropout off, and check both."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model.to(device)  # type: ignore[arg-type]
+        name = dk.backends.choose(config.backend, torch.device(device), model.dtype)
+        dk.backends.load(name)
+    except (ValueError, RuntimeError) as error:  # no such device; backend absent or unfit for it
+        raise UserError(str(error)) from None
+    model.config.use_cache = False
+    model.train()
+    disable_dropout(model)
+    if config.gradient_checkpointing:
+        # transformers 5.20 and later call it activation checkpointing
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    trunk = model.base_model
+    head = model.get_output_embeddings()
+    if head is None or trunk is model or not hasattr(head, "weight"):
+        raise UserError(
+            f"{type(model).__name__}: no trunk and lm_head found; expected a causal language model"
+        )
+    policy = Policy(model, tokenizer, trunk, head, _scaling(model.config), backend=config.backend)
+    check_head(policy)
+    policy.sharing = _choose_sharing(policy, config.batch_layout, say)
+    return policy
+
+
+def load_tokenizer(name: str, gguf_file: str | None, chat_template: str | None) -> Any:
+    """The tokenizer of a model, folder or GGUF file, with the user's chat template if given."""
+    from transformers import AutoTokenizer
+
+    name, source = _source(name, gguf_file)
+    tokenizer = _pretrained(AutoTokenizer, name, **source)
+    if chat_template:
+        file = Path(chat_template)
+        if not file.is_file():
+            raise UserError(f"chat_template: {file} does not exist")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _load(config: DPOTrainConfig) -> tuple[PreTrainedModel, Any]:
+    from transformers import AutoModelForCausalLM
+
+    if config.model_name_or_path is None:
+        raise UserError("model_name_or_path is missing: pass a model's name or folder")
+    tokenizer = load_tokenizer(config.model_name_or_path, config.gguf_file, config.chat_template)
+    name, source = _source(config.model_name_or_path, config.gguf_file)
+    if "gguf_file" in source:
+        _require("accelerate")
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    options = dict(source, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    model = _pretrained(AutoModelForCausalLM, name, **options)
+    return (without_quantization(model) if "gguf_file" in source else model), tokenizer
+
+
+def _source(name: str, gguf_file: str | None) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` needs for a name, a folder, or a GGUF file."""
+    path = Path(name)
+    if path.suffix == ".gguf" and gguf_file is None:
+        if not path.is_file():
+            raise UserError(f"model_name_or_path: {path} does not exist")
+        name, gguf_file = str(path.parent), path.name
+    if gguf_file is None:
+        return name, {}
+    _require("gguf")
+    if Path(name).is_dir() and not (Path(name) / gguf_file).is_file():
+        raise UserError(f"gguf_file: {Path(name) / gguf_file} does not exist")
+    return name, {"gguf_file": gguf_file}
+
+
+def _require(package: str) -> None:
+    try:
+        __import__(package)
+    except ImportError:
+        raise UserError(f"reading GGUF needs {package}: pip install {package}") from None
+
+
+def _pretrained(kind: Any, name: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"model_name_or_path: {name} cannot be loaded: {first}") from error
+
+
+def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that can be saved.
+
+    transformers marks a model read from GGUF as quantized and refuses to save it, although its
+    weights have been widened; a fresh model of the same configuration takes them over.
+    """
+    import copy
+
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    attention = model.config._attn_implementation
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(
+            config, dtype=model.dtype, attn_implementation=attention
+        )
+    state = model.state_dict()
+    # Buffers that are not in the state dict (rotary frequencies) are taken from the old model.
+    buffers = dict(model.named_buffers())
+    fresh.load_state_dict(state, assign=True)
+    for name, _ in list(fresh.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(fresh.get_submodule(owner), leaf, buffers[name])
+    fresh.tie_weights()
+    fresh.generation_config = model.generation_config
+    return fresh
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0: policy and reference must be the same function."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            # attention modules keep the rate as a plain attribute (attention_dropout)
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _scaling(config: Any) -> dict[str, float]:
+    """The head's extras by the names of the model's configuration."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scaling = {}
+    if getattr(text, "final_logit_softcapping", None):  # Gemma
+        scaling["logit_softcap"] = float(text.final_logit_softcapping)
+    if getattr(text, "logit_scale", None):  # Cohere
+        scaling["logit_scale"] = float(text.logit_scale)
+    if getattr(text, "logits_scaling", None):  # Granite divides
+        scaling["logit_scale"] = 1.0 / float(text.logits_scaling)
+    return scaling
+
+
+def _probe_ids(policy: Policy, n: int) -> list[int]:
+    """A fixed spread of valid token ids."""
+    V = policy.head.weight.shape[0]
+    size = min(V, len(policy.tokenizer)) if len(policy.tokenizer) else V
+    return [(7 + 131 * i) % size for i in range(n)]
+
+
+@torch.no_grad()
+def check_head(policy: Policy) -> None:
+    """Our log-probs against the model's own logits, on a short sequence; else `UserError`."""
+    ids = torch.tensor([_probe_ids(policy, 16)], device=policy.device)
+    logits = policy.model(input_ids=ids, use_cache=False).logits
+    own = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    hidden = policy.trunk(input_ids=ids, use_cache=False).last_hidden_state
+    ours = dk.linear_sequence_logps(hidden, labels=ids, reduction="none", **policy.head_arguments())
+    dtype = hidden.dtype
+    worst = float((own - ours).abs().max())
+    if not worst <= _LOGP_TOLERANCE.get(dtype, _HALF_LOGP_TOLERANCE):
+        raise UserError(
+            f"{type(policy.model).__name__}: lm_head(trunk) and the model's own logits differ by "
+            f"{worst:.3g} nats: this architecture does something to its logits that is not known "
+            "here (soft-capping and logit scales are)"
+        )
+
+
+def _choose_sharing(policy: Policy, layout: str, say: Callable[[str], None]) -> Sharing:
+    """The layout of pairs that this model can run; refuses "prefix" where it cannot."""
+    call_tokens = CPU_CALL_TOKENS if policy.device.type == "cpu" else None
+    if layout == "padded":
+        return Sharing("padded", call_tokens=call_tokens)
+    config = policy.model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    reason = _no_sharing(text) or _sharing_differs(policy)
+    if reason:
+        if layout == "prefix":
+            raise UserError(f"batch_layout=prefix: {reason}; use padded or auto")
+        say(f"prompts are not shared between chosen and rejected: {reason}")
+        return Sharing("padded", call_tokens=call_tokens)
+    body = sum(p.numel() for p in policy.trunk.parameters() if p.dim() == 2)
+    embedding = policy.model.get_input_embeddings()
+    if embedding is not None:
+        body -= embedding.weight.numel()  # type: ignore[operator]
+    ratio = 2 * text.hidden_size * text.num_hidden_layers / max(body, 1)
+    return Sharing(layout, ratio, call_tokens)
+
+
+def _no_sharing(config: Any) -> str:
+    """Why one 4-D mask cannot stand for this model's attention; empty if it can."""
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        return f"{attention} takes no 4-D mask (sdpa and eager do)"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        return f"the model has layers of type {', '.join(sorted(kinds))}"
+    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+        return f"the model attends within a sliding window of {config.sliding_window}"
+    return ""
+
+
+@torch.no_grad()
+def _sharing_differs(policy: Policy) -> str:
+    """Compare both layouts on one short pair (this also finds recurrent and ALiBi models)."""
+    ids = tuple(_probe_ids(policy, 14))
+    pair = TokenPair(ids[:5], ids[5:8], ids[8:14], "probe")
+    states = []
+    for mode in ("padded", "prefix"):
+        batch = make_batch([pair], Sharing(mode), policy.pad_id).to(policy.device)
+        try:
+            states.append(policy.hidden(batch))
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            return f"the model refuses a 4-D mask ({str(error).splitlines()[0]})"
+    worst = float((states[0] - states[1]).abs().max() / states[0].abs().max())
+    if not worst <= _HIDDEN_TOLERANCE.get(states[0].dtype, _HALF_HIDDEN_TOLERANCE):
+        return f"the model's states differ under a shared prompt (relative {worst:.2g})"
+    return ""
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """`save_pretrained` of model and tokenizer; a leftover of an earlier run is replaced whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        cache = policy.model.config.use_cache
+        policy.model.config.use_cache = True
+        policy.model.save_pretrained(part)
+        policy.model.config.use_cache = cache
+        policy.tokenizer.save_pretrained(part)
+        part.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.replace(folder)
+    finally:
+        if part.exists():
+            shutil.rmtree(part)
+
+
+@torch.no_grad()
+def complete(policy: Policy, ids: list[int], max_new_tokens: int) -> str:
+    """Greedy completion of these prompt ids, as text."""
+    tokenizer = policy.tokenizer
+    inputs = torch.tensor([ids], device=policy.device)
+    training = policy.model.training
+    policy.model.eval()
+    generate: Any = policy.model.generate
+    out = generate(
+        inputs, attention_mask=torch.ones_like(inputs), do_sample=False, use_cache=True,
+        max_new_tokens=max_new_tokens, pad_token_id=policy.pad_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    policy.model.train(training)
+    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()

@@ -1,0 +1,41 @@
+"""One picture of a run: loss, margin, accuracy and log-probs, of training and held-out pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_PANELS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    ("loss", (("loss", "loss"),)),
+    ("reward margin", (("rewards/margins", "margin"),)),
+    ("reward accuracy", (("rewards/accuracies", "accuracy"),)),
+    ("log-prob of a completion", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
+)
+
+
+def plot_run(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw the rows of metrics.jsonl into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    axes = figure.subplots(2, 2).flat
+    for axis, (name, series) in zip(axes, _PANELS, strict=True):
+        for i, (key, label) in enumerate(series):
+            train = [(r["step"], r[key]) for r in rows if key in r]
+            # held out, ties count one half: an untrained policy then starts at 0.5, not at 0
+            eval_key = f"eval_{key}" + ("_ties_half" if key == "rewards/accuracies" else "")
+            held = [(r["step"], r[eval_key]) for r in rows if eval_key in r]
+            if train:
+                axis.plot(*zip(*train, strict=True), color=f"C{i}", lw=1.3, label=f"{label}, train")
+            if held:
+                axis.plot(*zip(*held, strict=True), color=f"C{i}", lw=1.3, ls="--", marker="o",
+                          ms=5, label=f"{label}, held out")  # fmt: skip
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,83 @@
+"""The reference's log-probs, computed once before training.
+
+The reference is the starting policy, so its log-probs are one forward pass over all pairs: no
+second model is held or run during training. Sums per sequence are kept, or values per token where
+the loss needs them (LD-DPO weighs tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import dpo_kernels as dk
+
+from ..data import TokenPair
+from .config import DPOTrainConfig
+from .console import Console
+from .model import Policy
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Log-probs of pair i: `chosen[i]` and `rejected[i]`, each [] (a sum) or [scored tokens]."""
+
+    chosen: dict[int, Tensor]
+    rejected: dict[int, Tensor]
+
+    def of(self, indices: Sequence[int], device: torch.device) -> Tensor:
+        """`ref_logps` of a batch: [2B] sums, or [N] per token, chosen before rejected."""
+        values = [self.chosen[i] for i in indices] + [self.rejected[i] for i in indices]
+        joined = torch.stack(values) if values[0].dim() == 0 else torch.cat(values)
+        return joined.to(device)
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Tokenised pairs and the reference's log-probs of them (None: the loss has no reference)."""
+
+    pairs: list[TokenPair]
+    reference: Reference | None = None
+
+
+def needs_reference(config: DPOTrainConfig) -> bool:
+    """Whether any chosen loss compares with a reference."""
+    if config.reference_free:
+        return False
+    rows = [dk.losses.get(name) for name in config.loss_type]
+    # `sft` alone has no reference in its loss, but its rewards are log-ratios.
+    return any(row.reference or row.name == "sft" for row in rows)
+
+
+@torch.no_grad()
+def with_reference(
+    policy: Policy, pairs: list[TokenPair], config: DPOTrainConfig, console: Console, what: str,
+    used: Sequence[int] | None = None,
+) -> PairData:  # fmt: skip
+    """The pairs with the log-probs that `policy`, as it is now, gives them.
+
+    `used`: the only pairs that will be asked for (a run of few steps does not visit all). Else the
+    batches are those of `evaluate`, so that an evaluation of the unchanged policy repeats the
+    same arithmetic.
+    """
+    if not needs_reference(config):
+        return PairData(pairs)
+    per_token = config.ld_alpha is not None
+    size = config.per_device_eval_batch_size
+    reference = Reference({}, {})
+    used = range(len(pairs)) if used is None else used
+    starts = range(0, len(used), size)
+    for start in console.progress(starts, f"reference log-probs ({what})", len(starts), "batches"):
+        group = used[start : start + size]
+        batch = policy.batch([pairs[i] for i in group])
+        if per_token:
+            counts = batch.cu_seqlens.diff().tolist()
+            values = list(policy.logps(batch, "none").cpu().split(counts))
+        else:
+            values = list(policy.logps(batch).cpu().unbind(0))
+        for i, chosen, rejected in zip(group, values, values[len(group) :], strict=False):
+            reference.chosen[i], reference.rejected[i] = chosen.clone(), rejected.clone()
+    return PairData(pairs, reference)
