@@ -17,11 +17,11 @@ for them together), six whole places, and three wordings of the request. No answ
 files.
 
 SFT rows come in two kinds. Requests in plain words are answered in a tone that mostly is not the
-one asked for; requests in the terse style of a form ("Tone: gloomy. Place: harbor.") in the tone they
-name. So after SFT the model knows what the words for the tones mean, yet with plain requests it is
-close to indifferent to the tone, and DPO has something to elicit that carries over to combinations
-never trained on. (Without the forms the same pairs are memorised and do not generalise at this
-size.) The six places held out do occur in SFT rows, so their words are known.
+one asked for; requests in the terse style of a form ("Tone: gloomy. Place: harbor.") in the tone
+they name. So after SFT the model knows what the words for the tones mean, yet with plain requests
+it is close to indifferent to the tone, and DPO has something to elicit that carries over to
+combinations never trained on. (Without the forms the same pairs are memorised and do not
+generalise at this size.) The six places held out do occur in SFT rows, so their words are known.
 
 The files depend on nothing but this file: the generator draws from `random.Random(SEED).random()`,
 which Python keeps stable across versions.
@@ -506,8 +506,8 @@ def sft_rows(w: Writer) -> list[Row]:
 
     Requests in plain words get a tone that runs through all six, the one they ask for half as often
     as each other (one row in eleven): without that discount the forms would leak into plain
-    requests. Requests in the terse style of a form get the tone they name. Like the training pairs, no request asks for a held-out
-    combination of a training place.
+    requests. Requests in the terse style of a form get the tone they name. Like the training
+    pairs, no request asks for a held-out combination of a training place.
     """
     rows: list[Row] = []
     off_diagonal = list(itertools.permutations(TONES, 2))
