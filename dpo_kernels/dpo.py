@@ -9,7 +9,6 @@ batch of pairs is [chosen; rejected]: sequence i is chosen, sequence B + i its r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +25,6 @@ from .transform import LogitTransform
 
 __all__ = [
     "DPOOutput",
-    "FusedDPOLoss",
-    "FusedLinearDPOLoss",
     "fused_dpo_loss",
     "fused_linear_dpo_loss",
     "linear_sequence_logps",
@@ -147,17 +144,17 @@ def fused_linear_dpo_loss(
         ValueError, TypeError: a wrong argument, named, before any kernel runs.
     """
     options, rows = _losses.resolve(loss_options)
-    head = _Head(
-        labels, cu_seqlens, shift, ignore_index, memory_budget, backend,
-        LogitTransform.of(temperature, logit_softcap, logit_scale), _head_size(weight),
-    )  # fmt: skip
+    transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
+    V = _head_size(weight)
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    head = _Head(layout, memory_budget, backend, transform)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
     name = choose(backend, hidden.device, checks.floating("hidden", hidden).dtype)
-    run = _Run(head.layout, options, rows, name, _wide(hidden))
+    run = _Run(layout, options, rows, name, _wide(hidden))
     run.check(ref_hidden is not None, "ref_hidden", ref_logps)
     if ref_hidden is not None:
-        head.layout.rows("ref_hidden", ref_hidden, "H")
+        layout.rows("ref_hidden", ref_hidden, "H")
     policy = head.score("hidden", hidden, weight, bias, run.stats)
     reference = None
     if ref_hidden is not None and run.uses_reference:
@@ -229,12 +226,12 @@ def linear_sequence_logps(
     `hidden` [sequences, T, H] or packed [N, H], `weight` [V, H], `bias` [V]; the rest as
     `sequence_logps` and `fused_linear_dpo_loss`.
     """
-    head = _Head(
-        labels, cu_seqlens, shift, ignore_index, memory_budget, backend,
-        LogitTransform.of(temperature, logit_softcap, logit_scale), _head_size(weight),
-    )  # fmt: skip
+    transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
+    V = _head_size(weight)
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    head = _Head(layout, memory_budget, backend, transform)
     tokens = head.score("hidden", hidden, weight, bias, ops.check_stats(stats))
-    return _reduce(head.layout, tokens, reduction, backend)
+    return _reduce(layout, tokens, reduction, backend)
 
 
 def preference_loss(
@@ -288,8 +285,7 @@ def preference_loss(
     if options.reference_free and ref_chosen_logps is not None:
         raise ValueError("reference_free=True, but ref_chosen_logps was given")
     for row, _, terms in rows:
-        by_length = row.score in ("mean", "odds", "alphapo") or row.name == "rdpo"
-        if terms and by_length and (chosen_lengths is None or rejected_lengths is None):
+        if terms and row.by_length and (chosen_lengths is None or rejected_lengths is None):
             raise ValueError(f"{row.name!r} needs chosen_lengths and rejected_lengths, got None")
     nll = options.sft_weight or any(row.sft is not None for row, _, _ in rows)
     if nll and chosen_lengths is None and options.num_chosen_tokens is None:
@@ -399,20 +395,10 @@ class _Run:
 class _Head:
     """The lm_head arguments that policy and reference share."""
 
-    labels: Tensor
-    cu_seqlens: Tensor | None
-    shift: bool
-    ignore_index: int
+    layout: Layout
     memory_budget: int | None
     backend: str | None
     transform: LogitTransform
-    V: int
-
-    @property
-    def layout(self) -> Layout:
-        return Layout.of(
-            self.labels, self.cu_seqlens, shift=self.shift, ignore_index=self.ignore_index, V=self.V
-        )
 
     def score(
         self,
@@ -422,10 +408,9 @@ class _Head:
         bias: Tensor | None,
         stats: tuple[str, ...],
     ) -> TokenLogps:
-        layout = self.layout
         return ops.linear_logps(
-            layout.rows(name, hidden, "H"), weight, layout.targets, bias=bias,
-            ignore_index=self.ignore_index, transform=self.transform, stats=stats,
+            self.layout.rows(name, hidden, "H"), weight, self.layout.targets, bias=bias,
+            ignore_index=self.layout.ignore_index, transform=self.transform, stats=stats,
             memory_budget=self.memory_budget, backend=self.backend,
         )  # fmt: skip
 
@@ -464,45 +449,3 @@ def _head_size(weight: object) -> int:
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-class _LossModule(torch.nn.Module):
-    """Options given once; the same arguments at call, where keywords override them."""
-
-    function: Callable[..., DPOOutput]
-    state: Tensor | None
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.options = options
-        known = _losses.LossOptions.__dataclass_fields__
-        chosen = {k: v for k, v in options.items() if k in known}
-        rows = [_losses.get(name) for name in _losses.names_of(chosen.get("loss_type", "sigmoid"))]
-        # odpo's offset comes with each batch: everything else is checked now, at construction.
-        if not any(row.name == "odpo" for row in rows):
-            _losses.resolve(chosen)
-        beta_dpo = any(row.name == "beta_dpo" for row in rows)
-        # Running mean and deviation of the margin: the state of beta-DPO, saved with the module.
-        state = torch.zeros(2, dtype=torch.float64) if beta_dpo else None
-        self.register_buffer("state", state)
-
-    def forward(self, *args: Any, **kwargs: Any) -> DPOOutput:
-        merged = {**self.options, **kwargs}
-        if self.state is not None:
-            merged["beta_dpo_state"] = self.state if self.training else self.state.clone()
-        return type(self).function(*args, **merged)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-
-
-class FusedDPOLoss(_LossModule):
-    """`fused_dpo_loss` as a module: `FusedDPOLoss(**options)(logits, labels, ref_logits, ...)`."""
-
-    function = staticmethod(fused_dpo_loss)
-
-
-class FusedLinearDPOLoss(_LossModule):
-    """`fused_linear_dpo_loss` as a module: `FusedLinearDPOLoss(**options)(hidden, weight, ...)`."""
-
-    function = staticmethod(fused_linear_dpo_loss)

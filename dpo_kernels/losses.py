@@ -108,12 +108,9 @@ class Loss:
     options: tuple[str, ...] = ()
 
     @property
-    def needs_lengths(self) -> bool:
-        return (
-            self.score in ("mean", "odds", "alphapo")
-            or self.sft is not None
-            or (self.name == "rdpo")
-        )
+    def by_length(self) -> bool:
+        """Whether u, v or the terms depend on how many tokens were scored."""
+        return self.score in ("mean", "odds", "alphapo") or self.name == "rdpo"
 
     @property
     def batch_coupled(self) -> bool:

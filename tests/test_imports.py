@@ -18,6 +18,7 @@ RULES = {
     "layout": {"ops"},
     "pairs": {"ops", "losses"},
     "dpo": {"ops", "losses", "transform", "layout", "pairs", "backends"},
+    "modules": {"dpo", "pairs", "losses"},
     "data": {"data"},
 }
 FRONT = {"", "backends", "losses", "version", "dpo", "pairs"}

@@ -258,6 +258,22 @@ def test_accumulation_does_not_change_the_step(tmp_path: Path, loss: dict[str, A
             assert a == pytest.approx(b, rel=1e-4)
 
 
+def test_parts_change_nothing_but_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU a batch runs in parts of bounded tokens; losses that couple pairs stay whole."""
+    from dpo_kernels.train import loop
+
+    whole = run_train(tmp_path, sft_weight=0.5)[1]
+    monkeypatch.setattr(loop, "CPU_PART_TOKENS", 30)
+    parts = run_train(tmp_path, sft_weight=0.5)[1]
+    for a, b in zip(whole, parts, strict=True):
+        for key in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
+    pairs, cpu = random_pairs(4), torch.device("cpu")
+    cut = loop.parts_of([2, 0, 1, 3], pairs, config_of(), cpu)
+    assert len(cut) > 1 and [i for part in cut for i in part] == [2, 0, 1, 3]
+    assert loop.parts_of([2, 0], pairs, config_of(loss_type="aot"), cpu) == [[2, 0]]
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -170,6 +170,25 @@ def parts_of(
     return parts
 
 
+def _gradients(
+    loss: PairLoss, data: PairData, indices: list[int], config: DPOTrainConfig, meter: PairMeter
+) -> tuple[Tensor, int]:
+    """Accumulate the gradients of one optimizer step's pairs; (loss, tokens) of the step."""
+    micro = config.per_device_train_batch_size
+    num_chosen = chosen_tokens([data.pairs[i] for i in indices])
+    total, tokens = torch.zeros((), device=loss.policy.device), 0
+    for start in range(0, len(indices), micro):
+        batch_indices = indices[start : start + micro]
+        for part in parts_of(batch_indices, data.pairs, config, loss.policy.device):
+            out, batch = loss(data, part, len(indices), num_chosen)
+            out.loss.backward()
+            total = total + out.loss.detach()
+            meter.add(out, config.beta)
+            tokens += batch.num_tokens
+            del out, batch  # the graph's last references: free it before the next forward
+    return total, tokens
+
+
 def visited(n: int, config: DPOTrainConfig) -> list[int]:
     """The pairs out of `n` that the run's steps visit."""
     steps = _steps(n, config)
@@ -190,11 +209,11 @@ def train(
     Raises `TrainingError` on a loss or gradient that is not finite, naming the pairs of the step,
     or if the policy is not the reference before the first step.
     """
-    n, micro = len(data.pairs), config.per_device_train_batch_size
+    n = len(data.pairs)
     steps = _steps(n, config)
     stepper = Stepper(policy.model, config, steps)
     loss = PairLoss(policy, config)
-    first = next(step_indices(n, config, steps))[0][:micro]
+    first = next(step_indices(n, config, steps))[0][: config.per_device_train_batch_size]
     step0, expected = check_step0(policy, data, config, first)
     console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")
     meter, logged, tokens_seen, tokens_logged = PairMeter(), 0, 0, 0
@@ -204,19 +223,9 @@ def train(
         console.progress(plan, "training", steps, "steps", lines=False), start=1
     ):
         began = time.perf_counter()
-        total: Tensor | None = None
-        num_chosen = chosen_tokens([data.pairs[i] for i in indices])
-        batches = [indices[start : start + micro] for start in range(0, len(indices), micro)]
-        for part in (p for b in batches for p in parts_of(b, data.pairs, config, policy.device)):
-            out, batch = loss(data, part, len(indices), num_chosen)
-            out.loss.backward()
-            share = out.loss.detach()
-            total = share if total is None else total + share
-            meter.add(out, config.beta)
-            tokens_seen += batch.num_tokens
-            tokens_logged += batch.num_tokens
-            del out, batch  # the graph's last references: free it before the next forward
-        assert total is not None
+        total, tokens = _gradients(loss, data, indices, config, meter)
+        tokens_seen += tokens
+        tokens_logged += tokens
         extra = stepper.step(total, f"step {step}", [data.pairs[i].source for i in indices])
         times.append(time.perf_counter() - began)
         logged += 1
