@@ -39,7 +39,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SEED = 20
-SFT_ROWS, SFT_FORMS, VOCABULARY = 1500, 600, 1536
+SFT_ROWS, SFT_FORMS, VOCABULARY = 1500, 750, 1536
 TRAIN_TONE_COUPLES, TRAIN_PLACE_COUPLES = 756, 44  # 1600 rows
 EVAL_COUPLES_PER_PLACE, EVAL_COUPLES_PER_HELD_PLACE, EVAL_PLACE_COUPLES = 2, 5, 6  # 240 rows
 INDIRECT = 0.1  # the share of requests that do not name the tone
