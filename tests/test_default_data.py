@@ -159,7 +159,7 @@ def test_sft_answers_follow_forms_but_seldom_plain_requests(maker: ModuleType) -
         if requested and given:
             agree["Tone: " in prompt[-1]["content"]].append(given == {requested[-1]})
     assert all(agree[True]) and len(agree[True]) > 400
-    assert len(agree[False]) > 500
+    assert len(agree[False]) > 400
     assert sum(agree[False]) / len(agree[False]) == pytest.approx(1 / 11, abs=0.03)
 
 
