@@ -1,4 +1,8 @@
-"""Build dpo_kernels._C with CMake and Ninja. Needs a C++17 compiler; needs no torch."""
+"""Build dpo_kernels._C with CMake and Ninja. Needs a C++17 compiler; needs no torch and no GPU.
+
+CUDA kernels are built where nvcc is found. DPO_KERNELS_CUDA=0 leaves them out, 1 insists on them;
+DPO_KERNELS_ARCHS="90;100" names other GPU architectures; MAX_JOBS bounds the parallel jobs.
+"""
 
 import os
 import shutil
@@ -26,6 +30,14 @@ def find_compiler() -> str:
     )
 
 
+def cuda_options() -> list[str]:
+    wish, archs = os.environ.get("DPO_KERNELS_CUDA", "AUTO"), os.environ.get("DPO_KERNELS_ARCHS")
+    if wish not in ("AUTO", "0", "1"):
+        raise SystemExit(f"dpo-kernels: DPO_KERNELS_CUDA must be 0 or 1, got {wish!r}")
+    chosen = [f"-DDPO_ARCHS={archs.replace(',', ';')}"] if archs else []
+    return [f"-DDPO_CUDA={wish}", *chosen]
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -45,6 +57,7 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                *cuda_options(),
             ],
             check=True,
             env=env,

@@ -1,13 +1,27 @@
 // The only pybind11 file: pointers (as integers), sizes and strides in; nothing out. Python owns
 // every check and every lifetime (dpo_kernels/ops, dpo_kernels/backends).
-#include <omp.h>
+//
+// A parameter struct is a class whose constructor takes its fields in order; `token_logps(struct)`
+// runs on the CPU, `cuda_token_logps(struct, ..., device, stream)` enqueues on a GPU and raises
+// RuntimeError with CUDA's own words where a launch fails.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifndef CUDA_ON_HOST  // the CUDA kernels alone, on the host, for the tests
+#include <omp.h>
+#endif
 
 #include "params.h"
 
 namespace py = pybind11;
-using dpo::DType;
+using namespace dpo;
 
 namespace {
 
@@ -17,67 +31,165 @@ T* at(uintptr_t address) {
 }
 
 using Numbers = std::array<double, 3>;  // scale, softcap, inv_temperature
+using release = py::call_guard<py::gil_scoped_release>;
 
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of dpo_kernels on raw pointers.";
-  using release = py::call_guard<py::gil_scoped_release>;
-
-  m.def(
-      "token_logps",
-      [](uintptr_t logits, int64_t stride_r, int64_t stride_t, uintptr_t targets, int64_t R,
-         int64_t T, int64_t V, int64_t ignore_index, int dtype, Numbers t, uintptr_t logps,
-         uintptr_t lse, uintptr_t entropy, uintptr_t mean_logits, uintptr_t is_top1,
-         uintptr_t log_sum_sq_probs) {
-        dpo::token_logps({at<const void>(logits), stride_r, stride_t, at<const int64_t>(targets), R,
+void bind_parameters(py::module_& m) {
+  // module_local: the tests load a second module with the same classes.
+  py::class_<TokenLogps>(m, "TokenLogps", py::module_local())
+      .def(py::init([](uintptr_t logits, int64_t stride_r, int64_t stride_t, uintptr_t targets,
+                       int64_t R, int64_t T, int64_t V, int64_t ignore_index, int dtype, Numbers t,
+                       uintptr_t logps, uintptr_t lse, uintptr_t entropy, uintptr_t mean_logits,
+                       uintptr_t is_top1, uintptr_t log_sum_sq_probs) {
+        return TokenLogps{at<const void>(logits), stride_r, stride_t, at<const int64_t>(targets), R,
                           T, V, ignore_index, DType(dtype), {t[0], t[1], t[2]}, at<float>(logps),
                           at<double>(lse), at<float>(entropy), at<float>(mean_logits),
-                          at<float>(is_top1), at<float>(log_sum_sq_probs)});
-      },
-      release());
-  m.def(
-      "token_logps_backward",
-      [](uintptr_t grad, uintptr_t logits, int64_t stride_r, int64_t stride_t, uintptr_t targets,
-         uintptr_t lse, int64_t R, int64_t T, int64_t V, int64_t ignore_index, int dtype, Numbers t,
-         uintptr_t out, int64_t out_stride_r, int64_t out_stride_t) {
-        dpo::token_logps_backward({at<const float>(grad), at<const void>(logits), stride_r,
-                                   stride_t, at<const int64_t>(targets), at<const double>(lse), R,
-                                   T, V, ignore_index, DType(dtype), {t[0], t[1], t[2]},
-                                   at<void>(out), out_stride_r, out_stride_t});
-      },
-      release());
-  m.def(
-      "sequence_sum",
-      [](uintptr_t targets, uintptr_t starts, int64_t S, int64_t ignore_index, double tail_weight,
-         uintptr_t values, uintptr_t sums, uintptr_t counts) {
-        dpo::sequence_sum({at<const int64_t>(targets), at<const int64_t>(starts), S, ignore_index,
+                          at<float>(is_top1), at<float>(log_sum_sq_probs)};
+      }));
+  py::class_<TokenLogpsBackward>(m, "TokenLogpsBackward", py::module_local())
+      .def(py::init([](uintptr_t grad, uintptr_t logits, int64_t stride_r, int64_t stride_t,
+                       uintptr_t targets, uintptr_t lse, int64_t R, int64_t T, int64_t V,
+                       int64_t ignore_index, int dtype, Numbers t, uintptr_t out,
+                       int64_t out_stride_r, int64_t out_stride_t) {
+        return TokenLogpsBackward{at<const float>(grad), at<const void>(logits), stride_r, stride_t,
+                                  at<const int64_t>(targets), at<const double>(lse), R, T, V,
+                                  ignore_index, DType(dtype), {t[0], t[1], t[2]}, at<void>(out),
+                                  out_stride_r, out_stride_t};
+      }));
+  py::class_<SequenceSum>(m, "SequenceSum", py::module_local())
+      .def(py::init([](uintptr_t targets, uintptr_t starts, int64_t S, int64_t ignore_index,
+                       double tail_weight, uintptr_t values, uintptr_t sums, uintptr_t counts,
+                       uintptr_t grad, uintptr_t d_values) {
+        return SequenceSum{at<const int64_t>(targets), at<const int64_t>(starts), S, ignore_index,
                            tail_weight, at<const float>(values), at<double>(sums),
-                           at<int64_t>(counts), nullptr, nullptr});
-      },
-      release());
-  m.def(
-      "sequence_sum_backward",
-      [](uintptr_t targets, uintptr_t starts, int64_t S, int64_t ignore_index, double tail_weight,
-         uintptr_t grad, uintptr_t d_values) {
-        dpo::sequence_sum_backward({at<const int64_t>(targets), at<const int64_t>(starts), S,
-                                    ignore_index, tail_weight, nullptr, nullptr, nullptr,
-                                    at<const double>(grad), at<float>(d_values)});
-      },
-      release());
+                           at<int64_t>(counts), at<const double>(grad), at<float>(d_values)};
+      }));
+}
+
+PairLoss pair_of(uintptr_t u, uintptr_t v, uintptr_t beta, uintptr_t offset,
+                 const std::vector<int>& phis, const std::vector<double>& terms, int64_t B,
+                 uintptr_t loss, uintptr_t slopes) {
+  return {at<const double>(u), at<const double>(v), at<const double>(beta),
+          at<const double>(offset), phis.data(), terms.data(), B, (int64_t)phis.size(),
+          at<double>(loss), at<double>(slopes)};
+}
+
+#ifndef CUDA_ON_HOST
+void bind_cpu(py::module_& m) {
+  m.def("token_logps", [](const TokenLogps& p) { token_logps(p); }, release());
+  m.def("token_logps_backward", [](const TokenLogpsBackward& p) { token_logps_backward(p); },
+        release());
+  m.def("sequence_sum", [](const SequenceSum& p) { sequence_sum(p); }, release());
+  m.def("sequence_sum_backward", [](const SequenceSum& p) { sequence_sum_backward(p); }, release());
   m.def(
       "pair_loss",
       [](uintptr_t u, uintptr_t v, uintptr_t beta, uintptr_t offset, const std::vector<int>& phis,
          const std::vector<double>& terms, int64_t B, uintptr_t loss, uintptr_t slopes) {
-        dpo::pair_loss({at<const double>(u), at<const double>(v), at<const double>(beta),
-                        at<const double>(offset), phis.data(), terms.data(), B,
-                        (int64_t)phis.size(), at<double>(loss), at<double>(slopes)});
+        pair_loss(pair_of(u, v, beta, offset, phis, terms, B, loss, slopes));
       },
       release());
-  m.def("instruction_sets", [] { return std::string(dpo::instruction_sets()); },
+  m.def("instruction_sets", [] { return std::string(instruction_sets()); },
         "Instruction sets that run here, best (the default) first, comma-separated.");
   m.def("use_instruction_set", [](const std::string& name) {
-    return dpo::use_instruction_set(name.c_str());
+    return use_instruction_set(name.c_str());
   });
   m.def("num_threads", [] { return omp_get_max_threads(); });
 }
+#endif
+
+#ifdef DPO_CUDA
+void check(const char* error) {
+  if (error) throw std::runtime_error(std::string("CUDA kernel: ") + error);
+}
+
+void bind_cuda(py::module_& m) {
+  using namespace dpo::cuda;
+  py::class_<SmallBatch>(m, "SmallBatch", py::module_local())
+      .def(py::init([](uintptr_t starts, uintptr_t reference, bool reference_is_fp32,
+                       uintptr_t beta, double beta_value, uintptr_t offset,
+                       const std::vector<int>& phis, const std::vector<double>& terms, int64_t B,
+                       double divisor, uintptr_t losses, uintptr_t slopes, uintptr_t loss,
+                       uintptr_t table) {
+        if (phis.size() > MAX_TERMS || terms.size() != TERM_NUMBERS * phis.size())
+          throw std::invalid_argument("a loss has at most 3 terms of 10 numbers each");
+        SmallBatch b{at<const int64_t>(starts), at<const void>(reference), reference_is_fp32,
+                     at<const double>(beta), beta_value, at<const double>(offset), {}, {}, B,
+                     (int64_t)phis.size(), divisor, at<double>(losses), at<double>(slopes),
+                     at<float>(loss), at<float>(table)};
+        std::copy(phis.begin(), phis.end(), b.phis);
+        std::copy(terms.begin(), terms.end(), b.terms);
+        return b;
+      }));
+  py::class_<SmallBatchGrad>(m, "SmallBatchGrad", py::module_local())
+      .def(py::init([](uintptr_t upstream, uintptr_t slopes, uintptr_t starts, int64_t B,
+                       double divisor) {
+        return SmallBatchGrad{at<const float>(upstream), at<const double>(slopes),
+                              at<const int64_t>(starts), B, divisor};
+      }));
+  m.def("cuda_splits", [](int64_t rows, int64_t V, int dtype, int device) {
+    return token_logps_splits(rows, V, DType(dtype), device);
+  });
+  m.def("cuda_counters", &token_logps_counters);
+  m.def("cuda_scratch", &token_logps_scratch);
+  m.def(
+      "cuda_token_logps",
+      [](const TokenLogps& p, std::optional<SmallBatch> batch, int splits, uintptr_t counters,
+         uintptr_t scratch, int device, uintptr_t stream) {
+        check(token_logps(p, batch ? &*batch : nullptr, splits, at<void>(counters),
+                          at<void>(scratch), {device, at<void>(stream)}));
+      },
+      release());
+  m.def(
+      "cuda_token_logps_backward",
+      [](const TokenLogpsBackward& p, std::optional<SmallBatchGrad> batch, int device,
+         uintptr_t stream) {
+        check(token_logps_backward(p, batch ? &*batch : nullptr, {device, at<void>(stream)}));
+      },
+      release());
+  m.def(
+      "cuda_sequence_sum",
+      [](const SequenceSum& p, int64_t rows, int device, uintptr_t stream) {
+        check(sequence_sum(p, rows, {device, at<void>(stream)}));
+      },
+      release());
+  m.def(
+      "cuda_sequence_sum_backward",
+      [](const SequenceSum& p, int64_t rows, int device, uintptr_t stream) {
+        check(sequence_sum_backward(p, rows, {device, at<void>(stream)}));
+      },
+      release());
+  m.def(
+      "cuda_pair_loss",
+      [](uintptr_t u, uintptr_t v, uintptr_t beta, uintptr_t offset, const std::vector<int>& phis,
+         const std::vector<double>& terms, int64_t B, uintptr_t loss, uintptr_t slopes, int device,
+         uintptr_t stream) {
+        check(pair_loss(pair_of(u, v, beta, offset, phis, terms, B, loss, slopes),
+                        {device, at<void>(stream)}));
+      },
+      release());
+}
+#endif
+
+}  // namespace
+
+#ifdef CUDA_ON_HOST
+PYBIND11_MODULE(_cuda_on_host, m) {
+  m.doc() = "The CUDA kernels of dpo_kernels as C++ on the host, for the tests.";
+  bind_parameters(m);
+  bind_cuda(m);
+  m.def("set_multiprocessors", [](int n) { host::sms = n; });
+}
+#else
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of dpo_kernels on raw pointers.";
+  bind_parameters(m);
+  bind_cpu(m);
+#ifdef DPO_CUDA
+  bind_cuda(m);
+  m.attr("cuda_architectures") = DPO_CUDA_ARCHITECTURES;
+  m.attr("cuda_source_hashes") = DPO_CUDA_SOURCE_HASHES;
+#else
+  m.attr("cuda_architectures") = "";
+  m.attr("cuda_source_hashes") = "";
+#endif
+}
+#endif

@@ -1,21 +1,30 @@
-def token_logps(
-    logits: int, stride_r: int, stride_t: int, targets: int, R: int, T: int, V: int,
-    ignore_index: int, dtype: int, transform: list[float], logps: int, lse: int, entropy: int,
-    mean_logits: int, is_top1: int, log_sum_sq_probs: int,
-) -> None: ...  # fmt: skip
-def token_logps_backward(
-    grad: int, logits: int, stride_r: int, stride_t: int, targets: int, lse: int, R: int, T: int,
-    V: int, ignore_index: int, dtype: int, transform: list[float], out: int, out_stride_r: int,
-    out_stride_t: int,
-) -> None: ...  # fmt: skip
-def sequence_sum(
-    targets: int, starts: int, S: int, ignore_index: int, tail_weight: float, values: int,
-    sums: int, counts: int,
-) -> None: ...  # fmt: skip
-def sequence_sum_backward(
-    targets: int, starts: int, S: int, ignore_index: int, tail_weight: float, grad: int,
-    d_values: int,
-) -> None: ...  # fmt: skip
+cuda_architectures: str
+cuda_source_hashes: str
+
+class TokenLogps:
+    def __init__(
+        self, logits: int, stride_r: int, stride_t: int, targets: int, R: int, T: int, V: int,
+        ignore_index: int, dtype: int, transform: list[float], logps: int, lse: int, entropy: int,
+        mean_logits: int, is_top1: int, log_sum_sq_probs: int,
+    ) -> None: ...  # fmt: skip
+
+class TokenLogpsBackward:
+    def __init__(
+        self, grad: int, logits: int, stride_r: int, stride_t: int, targets: int, lse: int, R: int,
+        T: int, V: int, ignore_index: int, dtype: int, transform: list[float], out: int,
+        out_stride_r: int, out_stride_t: int,
+    ) -> None: ...  # fmt: skip
+
+class SequenceSum:
+    def __init__(
+        self, targets: int, starts: int, S: int, ignore_index: int, tail_weight: float,
+        values: int, sums: int, counts: int, grad: int, d_values: int,
+    ) -> None: ...  # fmt: skip
+
+def token_logps(params: TokenLogps) -> None: ...
+def token_logps_backward(params: TokenLogpsBackward) -> None: ...
+def sequence_sum(params: SequenceSum) -> None: ...
+def sequence_sum_backward(params: SequenceSum) -> None: ...
 def pair_loss(
     u: int, v: int, beta: int, offset: int, phis: list[int], terms: list[float], B: int,
     loss: int, slopes: int,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import losses as _losses
 from . import ops
-from .backends import choose
+from .backends import SMALL_BATCH, choose
 from .layout import Layout
 from .ops import TokenLogps, checks
 from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
@@ -91,17 +91,20 @@ def fused_dpo_loss(
             transform=transform, stats=stats, inplace=inplace, backend=backend,
         )  # fmt: skip
 
-    name = choose(backend, logits.device, checks.floating("logits", logits).dtype)
+    name = choose(backend, logits.device, checks.floating("logits", logits).dtype, "sequence_sum")
     run = _Run(layout, options, rows, name, _wide(logits))
     if ref_logits is not None:
         layout.rows("ref_logits", ref_logits, "V")
         checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
     run.check(ref_logits is not None, "ref_logits", ref_logps)
-    policy = score(logits, "logits", run.stats, inplace)
     reference = None
     if ref_logits is not None and run.uses_reference:
         with torch.no_grad():
             reference = score(ref_logits, "ref_logits", (), False).logps
+    if run.is_small(logits, ref_logps):
+        x = layout.rows("logits", logits, "V")
+        return run.finish_small(x, reference, ref_logps, transform, inplace)
+    policy = score(logits, "logits", run.stats, inplace)
     return run.finish(policy, reference, ref_logps)
 
 
@@ -150,7 +153,7 @@ def fused_linear_dpo_loss(
     head = _Head(layout, memory_budget, backend, transform)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
-    name = choose(backend, hidden.device, checks.floating("hidden", hidden).dtype)
+    name = choose(backend, hidden.device, checks.floating("hidden", hidden).dtype, "sequence_sum")
     run = _Run(layout, options, rows, name, _wide(hidden))
     run.check(ref_hidden is not None, "ref_hidden", ref_logps)
     if ref_hidden is not None:
@@ -299,7 +302,7 @@ def preference_loss(
         chosen, rejected_logps.double(), wide(ref_chosen_logps), wide(ref_rejected_logps),
         chosen_lengths, rejected_lengths, -chosen, None,
     )  # fmt: skip
-    name = choose(backend, chosen_logps.device, torch.float32)
+    name = choose(backend, chosen_logps.device, torch.float32, "pair_loss")
     wide_input = torch.float64 in (chosen_logps.dtype, rejected_logps.dtype)
     if wide_input and backend is None:
         name = "torch"
@@ -355,6 +358,58 @@ class _Run:
             values, self.layout.targets, self.layout.cu_seqlens,
             ignore_index=self.layout.ignore_index, tail_weight=tail_weight, backend=self.backend,
         )  # fmt: skip
+
+    def is_small(self, logits: Tensor, ref_logps: Tensor | None) -> bool:
+        """Whether one launch from logits to loss can do it, and pays (`ops/small_batch.py`)."""
+        o, (row, weight, terms) = self.options, self.losses[0]
+        plain = len(self.losses) == 1 and weight == 1 and bool(terms) and row.score == "ratio"
+        plain = plain and row.sft is None and not row.batch_coupled and not row.by_length
+        plain = plain and (o.f_divergence_type == "reverse_kl" or not row.f_divergence)
+        plain = plain and not self.stats and o.ld_alpha is None and o.weights is None
+        plain = plain and o.sft_weight == 0 and o.reduction == "mean"
+        fixed = all(
+            not isinstance(x, Tensor) or (x.dim() == 1 and not x.requires_grad)
+            for x in (o.beta, o.offset)
+        )
+        # One value a token would have to be summed first: the composition does that.
+        sums = ref_logps is None or tuple(ref_logps.shape) == (self.layout.sequences,)
+        return (
+            plain
+            and fixed
+            and sums
+            and not isinstance(o.num_pairs, Tensor)
+            and not torch.compiler.is_compiling()
+            and logits.numel() <= SMALL_BATCH.get(self.backend, -1)
+            and (logits.shape[-1] == 1 or logits.stride(-1) == 1)
+        )
+
+    def finish_small(
+        self,
+        logits: Tensor,
+        ref_tokens: Tensor | None,
+        ref_logps: Tensor | None,
+        transform: LogitTransform,
+        inplace: bool,
+    ) -> DPOOutput:
+        row, _, terms = self.losses[0]
+        reference = None
+        if ref_tokens is not None:
+            reference = self.sums(ref_tokens)[0]
+        elif ref_logps is not None and row.reference:
+            reference = ref_logps.detach().contiguous()
+            if reference.dtype not in (torch.float32, torch.float64):
+                reference = reference.float()
+        pairs = self.layout.sequences // 2
+        num_pairs = self.options.num_pairs
+        assert not isinstance(num_pairs, Tensor)
+        loss, table = ops.small_batch(
+            logits, self.layout.targets, self.layout.cu_seqlens, reference, terms,
+            beta=self.options.beta, offset=self.options.offset,
+            divisor=float(pairs if num_pairs is None else num_pairs),
+            ignore_index=self.layout.ignore_index, transform=transform, inplace=inplace,
+            backend=self.backend,
+        )  # fmt: skip
+        return DPOOutput(loss, *table.unbind(0))
 
     def finish(
         self, policy: TokenLogps, ref_tokens: Tensor | None, ref_logps: Tensor | None
@@ -421,7 +476,7 @@ def _reduce(layout: Layout, tokens: TokenLogps, reduction: str, backend: str | N
     if reduction == "none":
         logps = layout.per_token(tokens.logps)
     else:
-        name = choose(backend, tokens.logps.device, tokens.logps.dtype)
+        name = choose(backend, tokens.logps.device, tokens.logps.dtype, "sequence_sum")
         sums, counts = ops.sequence_sum(
             tokens.logps, layout.targets, layout.cu_seqlens,
             ignore_index=layout.ignore_index, backend=name,

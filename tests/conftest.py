@@ -1,14 +1,50 @@
-"""Without a GPU Triton kernels are interpreted; that must be set before triton loads."""
+"""Where the tests of a GPU's backends run: on the GPU if there is one, else on the host.
+
+Without a GPU Triton kernels are interpreted (that must be set before triton loads) and the CUDA
+kernels are compiled for the host (cuda_on_host/). With one, a test with the parameter
+`backend="triton"` or `"cuda"` makes its tensors on the GPU. Such tests carry the mark `gpu`.
+"""
 
 import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+ON_GPU = ("triton", "cuda")
+
+if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") in ON_GPU:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host():
+    """The CUDA kernels for CPU tensors, known to the backend."""
+    from cuda_on_host import build
+
+    from dpo_kernels.backends import cuda
+
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler: the CUDA kernels cannot be run on the host")
+    cuda.on_host = build.module()
+    return cuda.on_host
+
+
 @pytest.fixture(autouse=True)
-def seed():
+def device(request):
+    """The device of the test's tensors, its default device while it runs."""
+    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get(
+        "backend"
+    )
+    if backend == "cuda" and not GPU:
+        request.getfixturevalue("cuda_on_host")
+    name = "cuda" if GPU and backend in ON_GPU else "cpu"
     torch.manual_seed(0)
+    with torch.device(name):
+        yield torch.device(name)

@@ -8,7 +8,7 @@ import torch
 
 import dpo_kernels as dk
 
-BACKENDS = ("torch", "cpu", "triton")
+BACKENDS = ("torch", "cpu", "triton", "cuda")
 IGNORE = -100
 
 

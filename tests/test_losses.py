@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid, softplus
 import dpo_kernels as dk
 from dpo_kernels.losses import ALIASES, TABLE, LossOptions
 
-BACKENDS = ("torch", "cpu", "triton")
+BACKENDS = ("torch", "cpu", "triton", "cuda")
 BETA, E = 0.3, 0.1
 N_W, N_L = torch.tensor([3, 7, 1, 4]), torch.tensor([5, 2, 6, 4])
 

@@ -8,7 +8,7 @@ from dpo_kernels import _C, ops
 from dpo_kernels.backends import interpreted
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # V: one class; less than a vector; odd; one tile and a bit; odd, several blocks and segments.
 SIZES = (1, 7, 257, 2049, 50257)
@@ -324,7 +324,7 @@ def test_the_specification_differentiates_twice():
     assert torch.autograd.gradcheck(f, x) and torch.autograd.gradgradcheck(f, x)
 
 
-@pytest.mark.parametrize("backend", ("cpu", "torch", "triton"))
+@pytest.mark.parametrize("backend", ("torch", *BACKENDS))
 def test_opcheck(backend):
     logits = torch.randn(2, 3, 17, requires_grad=True)
     targets = torch.tensor([[1, IGNORE, 3], [0, 16, IGNORE]])

@@ -11,6 +11,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch as _torch  # the name `torch` here is the submodule, the backend
@@ -42,7 +44,7 @@ def available() -> Availability:
 def _why_not(name: str) -> str:
     """Why backend `name` cannot run here; empty if it can."""
     if name == "cuda":
-        return "this version has no CUDA C++ kernels yet; on GPUs use backend='triton'"
+        return _why_no_cuda()
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed (pip install triton)"
@@ -56,20 +58,69 @@ def _why_not(name: str) -> str:
     return ""
 
 
+def _why_no_cuda() -> str:
+    try:
+        module = importlib.import_module("dpo_kernels.backends.cuda")
+    except ImportError as error:
+        return f"the compiled module dpo_kernels._C does not load: {error}"
+    if module.on_host is not None:
+        return ""
+    built = module.architectures()
+    if not built:
+        return "this build has no CUDA kernels (nvcc was not found when it was built)"
+    if not _torch.cuda.is_available():
+        return "no GPU is visible to torch"
+    if _torch.version.hip:
+        return "the GPU is not NVIDIA's: use backend='triton'"
+    major, minor = _torch.cuda.get_device_capability()
+    # Machine code runs on later minor versions of its major one; PTX of the newest on what follows.
+    runs = any(int(a) // 10 == major and int(a) % 10 <= minor for a in built)
+    if not runs and 10 * major + minor < int(built[-1]):
+        return f"this build has code for sm_{', sm_'.join(built)}; the GPU is sm_{major}{minor}"
+    return ""
+
+
 def interpreted() -> bool:
     """Whether Triton runs its interpreter, where it takes CPU tensors (for tests)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(backend: str | None, device: _torch.device, dtype: _torch.dtype) -> str:
-    """The backend for tensors of `dtype` on `device`; `backend` is the user's wish or None.
+@dataclass(frozen=True)
+class Preference:
+    """Which backends `backend=None` prefers for an op on a kind of device, best first."""
 
-    Raises `ValueError` where the wish cannot be met; nothing falls back silently.
+    device: str
+    op: str  # "*": every op
+    up_to: int | None  # elements of the logits; None: any size
+    backends: tuple[str, ...]
+    measured: str  # where this comes from
+
+
+# The first row that fits decides. Until the CUDA C++ kernels are measured against the Triton
+# kernels on a GPU, they are taken by themselves only where Triton is absent.
+PREFERENCES = (
+    Preference("cuda", "*", None, ("triton", "cuda", "torch"), "not measured on a GPU yet"),
+    Preference("cpu", "*", None, ("cpu",), "benchmarks/test_from_logits.py, forward and backward"),
+)
+# From logits to loss in one launch (ops/small_batch.py) pays where launches are what costs: on the
+# backends that have it, for logits of up to so many elements. Not measured on a GPU yet.
+SMALL_BATCH = {"cuda": 64 << 20}
+
+
+def choose(
+    backend: str | None,
+    device: _torch.device,
+    dtype: _torch.dtype,
+    op: str = "token_logps",
+    elements: int = 0,
+) -> str:
+    """The backend of `op` for tensors of `dtype` on `device`; `backend` is the user's wish or None.
+
+    `elements` is the size of the logits. Raises `ValueError` where the wish cannot be met; nothing
+    falls back silently.
     """
     if backend is None:
-        if dtype == _torch.float64:
-            return "torch"
-        return {"cuda": "triton", "cpu": "cpu"}.get(device.type, "torch")
+        return "torch" if dtype == _torch.float64 else _preferred(device.type, op, elements)
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {NAMES} or None, got {backend!r}")
     if backend == "torch":
@@ -78,10 +129,33 @@ def choose(backend: str | None, device: _torch.device, dtype: _torch.dtype) -> s
         raise ValueError(
             f"backend {backend!r} takes fp32, bf16 and fp16, got {dtype}; use backend='torch'"
         )
-    takes_cpu = backend == "cpu" or (backend == "triton" and interpreted())
+    takes_cpu = backend == "cpu" or (backend in ("triton", "cuda") and _on_host(backend))
     if (device.type == "cuda" and backend == "cpu") or (device.type == "cpu" and not takes_cpu):
         raise ValueError(f"backend {backend!r} does not take tensors on {device}")
     return backend
+
+
+@functools.cache
+def _usable(name: str) -> bool:
+    return not _why_not(name)
+
+
+def _preferred(device: str, op: str, elements: int) -> str:
+    for row in PREFERENCES:
+        fits = row.up_to is None or elements <= row.up_to
+        if row.device == device and row.op in (op, "*") and fits:
+            # A lone candidate is taken unseen: where it is absent, loading it says why.
+            lone = len(row.backends) == 1
+            return next(name for name in row.backends if lone or _usable(name))
+    return "torch"
+
+
+def _on_host(backend: str) -> bool:
+    """Whether a GPU's backend takes CPU tensors here, as in the tests."""
+    if backend == "triton":
+        return interpreted()
+    module = sys.modules.get("dpo_kernels.backends.cuda")
+    return module is not None and module.on_host is not None
 
 
 @functools.cache

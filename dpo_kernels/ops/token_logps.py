@@ -56,7 +56,7 @@ def token_logps(
     checks.shape("targets", targets, tuple(logits.shape[:2]), "that of logits without V")
     checks.same_device("targets", targets, "logits", logits)
     stats = check_stats(stats)
-    name = backends.choose(backend, logits.device, logits.dtype)
+    name = backends.choose(backend, logits.device, logits.dtype, "token_logps", logits.numel())
     write = inplace and logits.requires_grad and torch.is_grad_enabled()
     write = write and not torch.compiler.is_compiling()
     if write:

@@ -1,0 +1,537 @@
+// Log-prob and log-sum-exp of each scored row in one read; with a small batch of pairs, the sequence
+// sums, the loss and its slopes in the same launch.
+//
+// A persistent grid takes items, (row, part of the row), in order from a ticket: a block that meets
+// unscored rows takes more of them. One warp of each block only looks ahead for the next scored
+// item, so skipping costs the others nothing. Each thread of the others keeps STAGES groups of
+// 16-byte copies in flight into shared memory that it alone reads (no barrier), across the ends of
+// rows too, so that memory stays busy while a row is reduced. A thread carries its maximum in fp32
+// and its sum in fp64 and rescales only when a group of elements raises its maximum; threads meet
+// once an item. No result depends on which block took which item: reductions are in fixed order, and
+// parts of a row are combined in order by the block that finishes last.
+#include <type_traits>
+
+#include "../pair_terms.h"
+#include "sequences.h"
+
+namespace dpo {
+namespace cuda {
+namespace {
+
+#ifndef DPO_FORWARD_CONFIG  // threads that read, 16-byte vectors a stage, stages, blocks an SM
+#define DPO_FORWARD_CONFIG 384, 2, 4, 2
+#endif
+
+template <int THREADS_, int VECTORS_, int STAGES_, int BLOCKS_>
+struct Config {
+  static constexpr int THREADS = THREADS_, VECTORS = VECTORS_, STAGES = STAGES_, BLOCKS = BLOCKS_;
+  static constexpr int WARPS = THREADS / WARP;
+};
+using Forward = Config<DPO_FORWARD_CONFIG>;
+// A small batch has few rows: one block an SM, and the registers that finishing a pair takes.
+using SmallForward = Config<Forward::THREADS, Forward::VECTORS, Forward::STAGES, 1>;
+
+// Zero before and after every launch.
+struct Counters {
+  uint32_t ticket;
+  uint32_t finished;  // blocks
+  uint32_t pairs;     // of a small batch
+  uint32_t unused;
+  // then uint32_t [rows] parts done, uint32_t [B] rows done
+};
+
+// exp2((zz - m) k) summed over some columns, and what the statistics need.
+template <bool STATS>
+struct Sums {
+  float m = -FLT_MAX;  // not -inf: -inf - -inf is NaN
+  double l = 0;
+};
+
+template <>
+struct Sums<true> : Sums<false> {
+  double weighted = 0, squares = 0, total = 0;  // of e (zz - m), of e^2, of zz
+  float beaten = 0;                             // 1: a column comes before the target in argmax
+};
+
+struct Partial {
+  double l, weighted, squares, total;
+  float m, beaten;
+};
+
+template <bool STATS>
+DPO_DEVICE Partial as_partial(const Sums<STATS>& s) {
+  if constexpr (STATS) return {s.l, s.weighted, s.squares, s.total, s.m, s.beaten};
+  return {s.l, 0, 0, 0, s.m, 0};
+}
+
+template <bool STATS>
+DPO_DEVICE Sums<STATS> as_sums(const Partial& p) {
+  Sums<STATS> s;
+  s.m = p.m;
+  s.l = p.l;
+  if constexpr (STATS) {
+    s.weighted = p.weighted;
+    s.squares = p.squares;
+    s.total = p.total;
+    s.beaten = p.beaten;
+  }
+  return s;
+}
+
+// Written by another block in this launch.
+template <bool STATS>
+DPO_DEVICE Sums<STATS> load_sums(const Partial* p) {
+  if constexpr (STATS)
+    return as_sums<STATS>({load_cross_block(&p->l), load_cross_block(&p->weighted),
+                           load_cross_block(&p->squares), load_cross_block(&p->total),
+                           load_cross_block(&p->m), load_cross_block(&p->beaten)});
+  return as_sums<STATS>({load_cross_block(&p->l), 0, 0, 0, load_cross_block(&p->m), 0});
+}
+
+template <bool STATS>
+DPO_DEVICE void raise_max(Sums<STATS>& s, float top, float k) {
+  if (s.l != 0) {
+    const float drop = s.m - top;
+    const double f = exp2_fast(drop * k);
+    if constexpr (STATS) {
+      s.weighted = f * (s.weighted + s.l * drop);
+      s.squares *= f * f;
+    }
+    s.l *= f;
+  }
+  s.m = top;
+}
+
+// Adds n logits; `column` is the first one's.
+template <bool SOFTCAP, bool STATS, int N>
+DPO_DEVICE void add(Sums<STATS>& s, const float (&x)[N], const Scaling& c, float zy, int y,
+                    int column) {
+  float z[N], top = s.m;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    z[i] = scaled<SOFTCAP>(c, x[i]);
+    top = fmaxf(top, z[i]);  // fmaxf passes over NaN; exp2 below does not
+  }
+  if (top > s.m) raise_max(s, top, c.k);
+  float sum[2] = {0, 0};
+  float weighted = 0, squares = 0, total = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float d = z[i] - s.m, e = exp2_fast(d * c.k);
+    sum[i % 2] += e;
+    if constexpr (STATS) {
+      weighted += e == 0 ? 0.0f : e * fmaxf(d, -1e30f);  // -inf times a weight of 0 is 0
+      squares += e * e;
+      total += z[i];
+      const bool ahead = z[i] > zy || ((z[i] == zy || c.k == 0) && column + i < y);
+      s.beaten = ahead ? 1.0f : s.beaten;
+    }
+  }
+  s.l += (double)(sum[0] + sum[1]);
+  if constexpr (STATS) {
+    s.weighted += weighted;
+    s.squares += squares;
+    s.total += total;
+  }
+}
+
+// The sums of a warp's lanes, in every lane.
+template <bool STATS>
+DPO_DEVICE void merge_warp(Sums<STATS>& s, float k) {
+  raise_max(s, warp_max(s.m), k);
+  s.l = warp_sum(s.l);
+  if constexpr (STATS) {
+    s.weighted = warp_sum(s.weighted);
+    s.squares = warp_sum(s.squares);
+    s.total = warp_sum(s.total);
+    s.beaten = warp_max(s.beaten);
+  }
+}
+
+struct Item {
+  int row;  // -1: no more
+  int part;
+};
+
+template <class C>
+struct Shared {
+  Vec ring[C::STAGES][C::VECTORS][C::THREADS];
+  Partial warps[2][C::WARPS];  // by parity of the item: one barrier an item is then enough
+  Item items[3];               // the one at work, the next (being copied) and the one looked for
+};
+
+struct Arguments {
+  TokenLogps p;
+  Scaling scaling;
+  int rows, V, splits;
+  Counters* counters;
+  uint32_t* parts_done;  // [rows]
+  uint32_t* rows_done;   // [B]
+  Partial* partials;     // [rows, splits]
+  SmallBatch batch;      // B = 0: none
+};
+
+// The sum of sequence s by one warp, in a fixed order.
+DPO_DEVICE double sum_sequence(const Arguments& a, int64_t s) {
+  const int64_t first = first_row(a.batch.starts, s, a.rows, a.p.T);
+  const int64_t end = first_row(a.batch.starts, s + 1, a.rows, a.p.T);
+  double total = 0;
+  for (int64_t row = first + threadIdx.x % WARP; row < end; row += WARP)
+    if (a.p.targets[row] != a.p.ignore_index) total += load_cross_block(a.p.logps + row);
+  return warp_sum(total);
+}
+
+DPO_DEVICE double reference_of(const SmallBatch& b, int64_t s) {
+  if (!b.reference) return 0;
+  return b.reference_is_fp32 ? ((const float*)b.reference)[s] : ((const double*)b.reference)[s];
+}
+
+// A warp's: everything about pair i, and about the batch once its last pair is done.
+DPO_DEVICE void finish_pair(const Arguments& a, int64_t i) {
+  const SmallBatch& b = a.batch;
+  const int lane = threadIdx.x % WARP;
+  const int64_t B = b.B;
+  const double chosen = sum_sequence(a, i), rejected = sum_sequence(a, B + i);
+  uint32_t before = 0;
+  if (lane == 0) {
+    const double u = chosen - reference_of(b, i), v = rejected - reference_of(b, B + i);
+    const double beta = b.beta ? b.beta[i] : b.beta_value;
+    store_pair(pair_terms(u, v, beta, b.offset ? b.offset[i] : 0, b.phis, b.terms, b.K), i, B,
+               b.losses, b.slopes);
+    const double columns[6] = {chosen, rejected, beta * u, beta * v, beta * u - beta * v,
+                               beta * u > beta * v ? 1.0 : 0.0};
+    for (int c = 0; c < 6; ++c) b.table[c * B + i] = (float)columns[c];
+    a.rows_done[i] = 0;
+    before = add_acq_rel(&a.counters->pairs, 1);
+  }
+  before = __shfl_sync(FULL, before, 0);
+  if (before != B - 1) return;
+  double total = 0;
+  for (int64_t j = lane; j < B; j += WARP) total += load_cross_block(b.losses + j);
+  total = warp_sum(total);
+  if (lane == 0) {
+    *b.loss = (float)(total / b.divisor);
+    a.counters->pairs = 0;
+  }
+}
+
+// Rows of pair i, scored or not.
+DPO_DEVICE int64_t pair_rows(const Arguments& a, int64_t i) {
+  const SmallBatch& b = a.batch;
+  int64_t n = 0;
+  for (int64_t s = i; s < 2 * b.B; s += b.B) {
+    const int64_t first = first_row(b.starts, s, a.rows, a.p.T);
+    const int64_t end = first_row(b.starts, s + 1, a.rows, a.p.T);
+    n += end > first ? end - first : 0;
+  }
+  return n;
+}
+
+// A warp's: the row is scored, or is known not to be.
+DPO_DEVICE void row_done(const Arguments& a, int row) {
+  const int64_t s = sequence_of(a.batch.starts, 2 * a.batch.B, row, a.p.T);
+  if (s < 0) return;
+  const int64_t i = s % a.batch.B;
+  uint32_t before = 0;
+  if (threadIdx.x % WARP == 0) before = add_acq_rel(a.rows_done + i, 1);
+  before = __shfl_sync(FULL, before, 0);
+  if ((int64_t)before + 1 == pair_rows(a, i)) finish_pair(a, i);
+}
+
+// A warp's: the next scored item; rows that are not scored are written on the way.
+template <bool BATCH>
+DPO_DEVICE bool find_item(const Arguments& a, Item* slot, bool more) {
+  const int lane = threadIdx.x % WARP;
+  Item item{-1, 0};
+  while (more) {
+    unsigned ticket = 0;
+    if (lane == 0) ticket = add_relaxed(&a.counters->ticket, 1);
+    ticket = __shfl_sync(FULL, ticket, 0);
+    if (ticket >= (unsigned)a.rows * a.splits) break;
+    const int row = (int)(ticket / a.splits);
+    const int64_t y = a.p.targets[row];
+    item.part = (int)(ticket % a.splits);
+    if (y != a.p.ignore_index && y >= 0 && y < a.p.V) {
+      item.row = row;
+      break;
+    }
+    if (item.part) continue;
+    if (lane == 0) {
+      const float value = y == a.p.ignore_index ? 0.0f : NAN;
+      a.p.logps[row] = value;
+      a.p.lse[row] = value;
+      for (float* stat : {a.p.entropy, a.p.mean_logits, a.p.is_top1, a.p.log_sum_sq_probs})
+        if (stat) stat[row] = value;
+    }
+    if constexpr (BATCH) row_done(a, row);
+  }
+  if (lane == 0) *slot = item;
+  return item.row >= 0;
+}
+
+// One lane's: the row's results from all of its sums.
+template <class T, bool SOFTCAP, bool STATS>
+DPO_DEVICE void store_row(const Arguments& a, int row, const Sums<STATS>& s) {
+  const TokenLogps& p = a.p;
+  const T* x = row_at((const T*)p.logits, p.stride_r, p.stride_t, p.T, row);
+  const float zy = scaled<SOFTCAP>(a.scaling, Elements<T>::widen(x[p.targets[row]]));
+  const double unit = a.scaling.unit, l = s.l == 0 ? (double)NAN : s.l, log_l = log(l);
+  const double logp = (double)(zy - s.m) * unit - log_l;
+  p.logps[row] = (float)logp;
+  p.lse[row] = (double)s.m * unit + log_l;
+  if constexpr (STATS) {
+    const double nan = logp != logp ? logp : 0.0;
+    if (p.entropy) p.entropy[row] = (float)(log_l - s.weighted / l * unit + nan);
+    if (p.mean_logits) p.mean_logits[row] = (float)(s.total * unit / (double)p.V + nan);
+    if (p.is_top1) p.is_top1[row] = (float)(1.0 - s.beaten + nan);
+    if (p.log_sum_sq_probs) p.log_sum_sq_probs[row] = (float)(log(s.squares) - 2 * log_l + nan);
+  }
+}
+
+// The first of n vectors that belongs to a part.
+DPO_DEVICE int part_of(int n, int part, int parts) {
+  return parts == 1 ? n * part : (int)((int64_t)n * part / parts);
+}
+
+// The vectors of an item that this thread copies and adds.
+template <class T, class C>
+struct Stream16 {
+  const Vec* base = nullptr;
+  int next = 0, end = 0;  // this thread's next vector, and the item's end
+  int stages = 0;         // still to copy
+
+  static constexpr int STEP = C::THREADS * C::VECTORS;
+
+  DPO_DEVICE void open(const Arguments& a, const Item& item) {
+    const T* x = row_at((const T*)a.p.logits, a.p.stride_r, a.p.stride_t, a.p.T, item.row);
+    const Span span = span_of(x, a.V);
+    base = (const Vec*)(x + span.head);
+    const int first = part_of(span.vectors, item.part, a.splits);
+    end = part_of(span.vectors, item.part + 1, a.splits);
+    stages = (end - first + STEP - 1) / STEP;
+    next = first + threadIdx.x;
+  }
+};
+
+template <class T, bool SOFTCAP, bool STATS, bool BATCH, class C>
+__global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS) forward(const __grid_constant__ Arguments a) {
+  constexpr int N = Elements<T>::N;
+  Shared<C>& shared = *(Shared<C>*)shared_memory();
+  const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
+  if (warp == C::WARPS) {  // the scout: finds item i + 2 while item i is read
+    if constexpr (BATCH)
+      if (blockIdx.x == 0)
+        for (int64_t i = 0; i < a.batch.B; ++i)
+          if (pair_rows(a, i) == 0) finish_pair(a, i);
+    bool more = true;
+    for (int i = -2;; ++i) {
+      if (i >= 0 && shared.items[i % 3].row < 0) return;
+      more = find_item<BATCH>(a, &shared.items[(i + 2) % 3], more);
+      if (i >= -1) block_barrier();
+    }
+  }
+  block_barrier();
+  Stream16<T, C> copy, use;
+  int copied = -1;             // the item `copy` is in, counted as `i`
+  int issue = 0, take = 0;     // slots of the ring
+  int ahead = 0;               // stages copied and not yet used
+  for (int i = 0;; ++i) {
+    const Item item = shared.items[i % 3];
+    if (item.row < 0) break;
+    const T* x = row_at((const T*)a.p.logits, a.p.stride_r, a.p.stride_t, a.p.T, item.row);
+    const int y = STATS ? (int)a.p.targets[item.row] : 0;
+    const float zy = STATS ? scaled<SOFTCAP>(a.scaling, Elements<T>::widen(x[y])) : 0;
+    use.open(a, item);
+    // What lies before the first and after the last whole vector: an element a thread, loaded now
+    // and added last.
+    const Span span = span_of(x, a.V);
+    int edge_column = -1;
+    float edge[1] = {0};
+    if (item.part == 0) {
+      if (thread < span.head) edge_column = thread;
+      if (thread >= N && thread - N < span.tail) edge_column = a.V - span.tail + thread - N;
+      if (edge_column >= 0) edge[0] = Elements<T>::widen(x[edge_column]);
+    }
+    Sums<STATS> sums;
+    auto copy_stage = [&] {
+      while (copy.stages == 0) {
+        if (copied > i) return;  // the item after the next is not known yet
+        const Item following = shared.items[(copied + 1) % 3];
+        if (following.row < 0) return;
+        copy.open(a, following);
+        ++copied;
+      }
+#pragma unroll
+      for (int v = 0; v < C::VECTORS; ++v, copy.next += C::THREADS)
+        if (copy.next < copy.end)
+          async_copy(&shared.ring[issue][v][thread], copy.base + copy.next);
+      async_commit();
+      --copy.stages;
+      ++ahead;
+      issue = issue + 1 == C::STAGES ? 0 : issue + 1;
+    };
+    while (ahead < C::STAGES - 1) {
+      const int before = ahead;
+      copy_stage();
+      if (ahead == before) break;
+    }
+    for (; use.stages; --use.stages) {
+      if (ahead >= C::STAGES - 1)
+        async_wait<C::STAGES - 2>();
+      else
+        async_wait<0>();
+      const Vec* slot = &shared.ring[take][0][thread];
+      take = take + 1 == C::STAGES ? 0 : take + 1;
+      --ahead;
+      // The slot that is filled now was used one stage ago: this thread has read it.
+      copy_stage();
+      if (use.next + (C::VECTORS - 1) * C::THREADS < use.end) {
+        float values[C::VECTORS * N];
+#pragma unroll
+        for (int v = 0; v < C::VECTORS; ++v) Elements<T>::unpack(slot[v * C::THREADS], values + v * N);
+        if constexpr (STATS) {  // vectors lie THREADS apart: their columns do not follow
+#pragma unroll
+          for (int v = 0; v < C::VECTORS; ++v) {
+            float part[N];
+#pragma unroll
+            for (int e = 0; e < N; ++e) part[e] = values[v * N + e];
+            add<SOFTCAP, STATS>(sums, part, a.scaling, zy, y,
+                                span.head + (use.next + v * C::THREADS) * N);
+          }
+        } else {
+          add<SOFTCAP, STATS>(sums, values, a.scaling, zy, y, 0);
+        }
+      } else {
+#pragma unroll
+        for (int v = 0; v < C::VECTORS; ++v) {
+          const int index = use.next + v * C::THREADS;
+          if (index >= use.end) break;
+          float values[N];
+          Elements<T>::unpack(slot[v * C::THREADS], values);
+          add<SOFTCAP, STATS>(sums, values, a.scaling, zy, y, span.head + index * N);
+        }
+      }
+      use.next += C::VECTORS * C::THREADS;
+    }
+    if (edge_column >= 0) add<SOFTCAP, STATS>(sums, edge, a.scaling, zy, y, edge_column);
+    merge_warp(sums, a.scaling.k);
+    if (lane == 0) shared.warps[i % 2][warp] = as_partial(sums);
+    block_barrier();
+    if (warp == 0) {
+      Sums<STATS> sums;
+      if (lane < C::WARPS) sums = as_sums<STATS>(shared.warps[i % 2][lane]);
+      merge_warp(sums, a.scaling.k);
+      bool last = true;
+      if (a.splits > 1) {
+        uint32_t before = 0;
+        if (lane == 0) {
+          a.partials[(int64_t)item.row * a.splits + item.part] = as_partial(sums);
+          before = add_acq_rel(a.parts_done + item.row, 1);
+        }
+        before = __shfl_sync(FULL, before, 0);
+        last = before == (uint32_t)a.splits - 1;
+        if (last) {
+          sums = Sums<STATS>();
+          for (int part = lane; part < a.splits; part += WARP) {
+            Sums<STATS> other = load_sums<STATS>(a.partials + (int64_t)item.row * a.splits + part);
+            const float top = fmaxf(sums.m, other.m);
+            raise_max(sums, top, a.scaling.k);
+            raise_max(other, top, a.scaling.k);
+            sums.l += other.l;
+            if constexpr (STATS) {
+              sums.weighted += other.weighted;
+              sums.squares += other.squares;
+              sums.total += other.total;
+              sums.beaten = fmaxf(sums.beaten, other.beaten);
+            }
+          }
+          merge_warp(sums, a.scaling.k);
+          if (lane == 0) a.parts_done[item.row] = 0;
+        }
+      }
+      if (last) {
+        if (lane == 0) store_row<T, SOFTCAP, STATS>(a, item.row, sums);
+        if constexpr (BATCH) row_done(a, item.row);
+      }
+    }
+  }
+  // Every block has taken its last ticket when the last one arrives here.
+  if (thread == 0 && add_acq_rel(&a.counters->finished, 1) == gridDim.x - 1) {
+    a.counters->ticket = 0;
+    a.counters->finished = 0;
+  }
+}
+
+template <class T, bool SOFTCAP, bool STATS, bool BATCH>
+cudaError_t run_forward(const Arguments& a, int sms, void* stream) {
+  using C = std::conditional_t<BATCH, SmallForward, Forward>;
+  const int64_t resident = (int64_t)sms * C::BLOCKS, items = (int64_t)a.rows * a.splits;
+  const int64_t blocks = items < resident ? (items ? items : 1) : resident;
+  return launch(forward<T, SOFTCAP, STATS, BATCH, C>, dim3((unsigned)blocks), C::THREADS + WARP,
+                sizeof(Shared<C>), stream, a);
+}
+
+template <class T, bool SOFTCAP>
+cudaError_t choose_forward(const Arguments& a, int sms, void* stream) {
+  const TokenLogps& p = a.p;
+  if (a.batch.B) return run_forward<T, SOFTCAP, false, true>(a, sms, stream);
+  if (p.entropy || p.mean_logits || p.is_top1 || p.log_sum_sq_probs)
+    return run_forward<T, SOFTCAP, true, false>(a, sms, stream);
+  return run_forward<T, SOFTCAP, false, false>(a, sms, stream);
+}
+
+template <class T>
+cudaError_t choose_softcap(const Arguments& a, int sms, void* stream) {
+  return a.p.transform.softcap != 0 ? choose_forward<T, true>(a, sms, stream)
+                                    : choose_forward<T, false>(a, sms, stream);
+}
+
+}  // namespace
+
+int token_logps_splits(int64_t rows, int64_t V, DType dtype, int device) {
+  int sms = 0;
+  if (rows <= 0 || multiprocessors(device, sms) != cudaSuccess || rows >= sms) return 1;
+  const int64_t wanted = (2 * sms + rows - 1) / rows;
+  const int64_t vectors = V * (dtype == DType::f32 ? 4 : 2) / 16;
+  const int64_t most = vectors / (Forward::THREADS * Forward::VECTORS);  // a stage each at least
+  const int64_t splits = wanted < most ? wanted : most;
+  return splits < 1 ? 1 : (int)splits;
+}
+
+int64_t token_logps_counters(int64_t rows, int64_t B) {
+  return (int64_t)sizeof(Counters) + 4 * (rows + B);
+}
+
+int64_t token_logps_scratch(int64_t rows, int splits) {
+  return splits > 1 ? rows * splits * (int64_t)sizeof(Partial) : 0;
+}
+
+const char* token_logps(const TokenLogps& p, const SmallBatch* batch, int splits, void* counters,
+                        void* scratch, Stream to) {
+  if (const char* why = too_large(p.R * p.T * splits, p.V)) return why;
+  Arguments a;
+  a.p = p;
+  a.scaling = Scaling::of(p.transform);
+  a.rows = (int)(p.R * p.T);
+  a.V = (int)p.V;
+  a.splits = splits;
+  a.counters = (Counters*)counters;
+  a.parts_done = (uint32_t*)(a.counters + 1);
+  a.rows_done = a.parts_done + a.rows;
+  a.partials = (Partial*)scratch;
+  a.batch = batch ? *batch : SmallBatch{};
+  if (a.rows == 0 && a.batch.B == 0) return nullptr;
+  return on_device(to, [&] {
+    int sms = 0;
+    const cudaError_t e = multiprocessors(to.device, sms);
+    if (e != cudaSuccess) return e;
+    switch (p.dtype) {
+      case DType::f32: return choose_softcap<float>(a, sms, to.stream);
+      case DType::bf16: return choose_softcap<bf16>(a, sms, to.stream);
+      default: return choose_softcap<f16>(a, sms, to.stream);
+    }
+  });
+}
+
+}  // namespace cuda
+}  // namespace dpo

@@ -1,0 +1,191 @@
+// The gradient of the logits: one read and one write of the scored rows, one write of the others.
+//
+// A block takes a tile of a row, rows from the last to the first: the last rows the forward read may
+// still lie in the L2 cache. What all of a row's elements share is computed once a block, in fp64.
+#include "sequences.h"
+
+namespace dpo {
+namespace cuda {
+namespace {
+
+#ifndef DPO_BACKWARD_CONFIG  // threads, 16-byte vectors a thread loads at once, rounds, blocks an SM
+#define DPO_BACKWARD_CONFIG 256, 4, 2, 4
+#endif
+
+template <int THREADS_, int VECTORS_, int ROUNDS_, int BLOCKS_>
+struct Config {
+  static constexpr int THREADS = THREADS_, VECTORS = VECTORS_, ROUNDS = ROUNDS_, BLOCKS = BLOCKS_;
+  static constexpr int TILE = THREADS * VECTORS * ROUNDS;  // vectors
+};
+using Backward = Config<DPO_BACKWARD_CONFIG>;
+
+struct Arguments {
+  TokenLogpsBackward p;
+  Scaling scaling;
+  int rows, V, tiles;
+  SmallBatchGrad batch;  // upstream null: gradients are p.grad
+};
+
+// What a row's elements share: d = exp2((zz - m) k) factor (1 - tanh^2), and at the target
+// at_target (1 - tanh^2).
+struct Row {
+  int y;  // -1: every element is `fill`
+  float m, factor, at_target, fill;
+};
+
+DPO_DEVICE Row row_of(const Arguments& a, int index) {
+  const TokenLogpsBackward& p = a.p;
+  Row row{-1, 0, 0, 0, 0};
+  const int64_t y = p.targets[index];
+  if (y == p.ignore_index) return row;
+  double g;
+  if (a.batch.upstream) {
+    const int64_t s = sequence_of(a.batch.starts, 2 * a.batch.B, index, p.T);
+    g = s < 0 ? 0.0 : *a.batch.upstream * a.batch.slopes[s] / a.batch.divisor;
+    g = g > FLT_MAX ? FLT_MAX : g < -FLT_MAX ? -FLT_MAX : g;
+  } else {
+    g = p.grad[index];
+  }
+  if (g == 0) return row;
+  if (y < 0 || y >= p.V) {
+    row.fill = NAN;
+    return row;
+  }
+  const double unit = a.scaling.unit, lse = p.lse[index];
+  // With unit = 0 (logit_scale = 0) the softmax is flat and the chain is 0.
+  const double exact = unit == 0 ? 0 : lse / unit;
+  row.y = (int)y;
+  row.m = (float)exact;
+  row.factor = (float)(-g * a.scaling.chain * exp2(((double)row.m - exact) * a.scaling.k));
+  row.at_target = (float)(g * a.scaling.chain);
+  return row;
+}
+
+// 1 - p without cancellation (confident tokens are DPO's regime), from the logit in a register: in
+// place another thread must not read it. One thread of the row comes here.
+DPO_DEVICE_COLD float target_factor(double zz, double unit, double lse) {
+  return (float)-expm1(zz * unit - lse);
+}
+
+template <bool SOFTCAP, int N>
+DPO_DEVICE void gradient(const Arguments& a, const Row& row, int index, int column, float (&x)[N]) {
+  const Scaling& c = a.scaling;
+  const bool has_target = row.y >= column && row.y < column + N;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float z = scaled<SOFTCAP>(c, x[i]), slope = 1;
+    if constexpr (SOFTCAP) {
+      const float t = z / c.outer;
+      slope = (1.0f - t) * (1.0f + t);
+    }
+    float d = exp2_fast((z - row.m) * c.k) * row.factor;
+    if (has_target && column + i == row.y)
+      d = target_factor(z, c.unit, a.p.lse[index]) * row.at_target;
+    x[i] = d * slope;
+  }
+}
+
+template <class T, bool SOFTCAP, class C>
+__global__ void __launch_bounds__(C::THREADS, C::BLOCKS) backward(const __grid_constant__ Arguments a) {
+  constexpr int N = Elements<T>::N;
+  const TokenLogpsBackward& p = a.p;
+  const int block = blockIdx.x, index = a.rows - 1 - block / a.tiles, tile = block % a.tiles;
+  const int thread = threadIdx.x;
+  const T* x = row_at((const T*)p.logits, p.stride_r, p.stride_t, p.T, index);
+  T* out = row_at((T*)p.out, p.out_stride_r, p.out_stride_t, p.T, index);
+  Row& shared = *(Row*)shared_memory();
+  if (thread == 0) shared = row_of(a, index);
+  __syncthreads();
+  const Row row = shared;
+  const Span span = span_of(out, a.V);  // stores are whole vectors; loads too if x lies alike
+  const bool alike = (((uintptr_t)x ^ (uintptr_t)out) & 15) == 0;
+  Vec* to = (Vec*)(out + span.head);
+  const T* from = x + span.head;
+
+  if (tile == 0) {  // what lies outside the whole vectors, an element a thread
+    int column = -1;
+    if (thread < span.head) column = thread;
+    if (thread >= N && thread - N < span.tail) column = a.V - span.tail + thread - N;
+    if (column >= 0) {
+      float value[1] = {row.fill};
+      if (row.y >= 0) {
+        value[0] = Elements<T>::widen(x[column]);
+        gradient<SOFTCAP>(a, row, index, column, value);
+      }
+      out[column] = Elements<T>::narrow(value[0]);
+    }
+  }
+  const int first = tile * C::TILE + thread;
+  if (row.y < 0) {
+    float values[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = row.fill;
+    const Vec v = Elements<T>::pack(values);
+    for (int j = 0; j < C::VECTORS * C::ROUNDS; ++j)
+      if (first + j * C::THREADS < span.vectors) store_streaming(to + first + j * C::THREADS, v);
+    return;
+  }
+  for (int round = 0; round < C::ROUNDS; ++round) {
+    const int start = first + round * C::VECTORS * C::THREADS;
+    Vec loaded[C::VECTORS];
+#pragma unroll
+    for (int j = 0; j < C::VECTORS; ++j) {
+      const int v = start + j * C::THREADS;
+      if (v >= span.vectors) continue;
+      if (alike) {
+        loaded[j] = load_once((const Vec*)from + v);
+      } else {
+        float values[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] = Elements<T>::widen(from[v * N + i]);
+        loaded[j] = Elements<T>::pack(values);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < C::VECTORS; ++j) {
+      const int v = start + j * C::THREADS;
+      if (v >= span.vectors) continue;
+      float values[N];
+      Elements<T>::unpack(loaded[j], values);
+      gradient<SOFTCAP>(a, row, index, span.head + v * N, values);
+      store_streaming(to + v, Elements<T>::pack(values));
+    }
+  }
+}
+
+template <class T>
+cudaError_t run(Arguments a, void* stream) {
+  constexpr int N = Elements<T>::N;
+  const int vectors = a.V / N;
+  a.tiles = vectors == 0 ? 1 : (vectors + Backward::TILE - 1) / Backward::TILE;
+  const int64_t blocks = (int64_t)a.rows * a.tiles;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const auto kernel = a.p.transform.softcap != 0 ? backward<T, true, Backward>
+                                                 : backward<T, false, Backward>;
+  return launch(kernel, dim3((unsigned)blocks), Backward::THREADS, sizeof(Row), stream, a);
+}
+
+}  // namespace
+
+const char* token_logps_backward(const TokenLogpsBackward& p, const SmallBatchGrad* batch,
+                                 Stream to) {
+  if (const char* why = too_large(p.R * p.T, p.V)) return why;
+  Arguments a;
+  a.p = p;
+  a.scaling = Scaling::of(p.transform);
+  a.rows = (int)(p.R * p.T);
+  a.V = (int)p.V;
+  a.tiles = 1;
+  a.batch = batch ? *batch : SmallBatchGrad{};
+  if (a.rows == 0 || p.V == 0) return nullptr;
+  return on_device(to, [&] {
+    switch (p.dtype) {
+      case DType::f32: return run<float>(a, to.stream);
+      case DType::bf16: return run<bf16>(a, to.stream);
+      default: return run<f16>(a, to.stream);
+    }
+  });
+}
+
+}  // namespace cuda
+}  // namespace dpo

@@ -1,0 +1,221 @@
+"""CUDA C++ kernels on NVIDIA GPUs, enqueued on the tensor's current stream.
+
+Each function here allocates, fills a parameter struct and launches once; nothing waits for the
+device, so all of it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..transform import LogitTransform
+from . import native
+
+name = "cuda"
+# Plays the GPU on CPU tensors, for the tests: the same kernels compiled for the host.
+on_host: ModuleType | None = None
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def architectures() -> list[str]:
+    """The GPU architectures this build holds code for, e.g. "90"; empty if built without CUDA."""
+    return [a for a in _C.cuda_architectures.split(",") if a]
+
+
+def _module(x: Tensor) -> ModuleType:
+    if x.is_cuda:
+        return _C
+    if on_host is None:
+        raise RuntimeError(f"backend 'cuda' does not take tensors on {x.device}")
+    return on_host
+
+
+def _where(x: Tensor) -> tuple[int, int]:
+    """Device index and stream handle of a launch for `x`."""
+    if not x.is_cuda:
+        return 0, 0
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _zeroed(x: Tensor, size: int) -> Tensor:
+    """`size` bytes that every launch finds and leaves zero: kept for the stream's next launch.
+
+    A captured graph may be replayed beside that stream's later work: it gets bytes of its own.
+    """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.uint8, device=x.device)
+    where = _where(x)
+    kept = _counters.get(where)
+    if kept is None or kept.numel() < size or kept.device != x.device:
+        kept = torch.zeros(max(size, 1 << 16), dtype=torch.uint8, device=x.device)
+        _counters[where] = kept
+    return kept
+
+
+def token_logps(
+    logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T]
+    ignore_index: int,
+    transform: LogitTransform,
+    stats: tuple[str, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `backends.torch.token_logps`."""
+    module, targets = _module(logits), targets.contiguous()
+    params, results = native.token_logps(module, logits, targets, ignore_index, transform, stats)
+    _launch_forward(module, params, None, 0, logits)
+    return results
+
+
+def _launch_forward(module, params, batch, B: int, logits: Tensor) -> None:
+    R, T, V = logits.shape
+    device, stream = _where(logits)
+    splits = module.cuda_splits(R * T, V, native.DTYPES[logits.dtype], device)
+    counters = _zeroed(logits, module.cuda_counters(R * T, B))
+    size = module.cuda_scratch(R * T, splits)
+    scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
+    module.cuda_token_logps(
+        params, batch, splits, counters.data_ptr(), scratch.data_ptr(), device, stream
+    )
+
+
+def token_logps_backward(
+    grad: Tensor,  # [R, T]
+    logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T]
+    lse: Tensor,  # [R, T] fp64
+    ignore_index: int,
+    transform: LogitTransform,
+    out: Tensor,  # [R, T, V], may be `logits`
+) -> None:
+    """As `backends.torch.token_logps_backward`."""
+    module = _module(logits)
+    grad, targets, lse = grad.float().contiguous(), targets.contiguous(), lse.contiguous()
+    params = native.token_logps_backward(
+        module, grad, logits, targets, lse, ignore_index, transform, out
+    )
+    module.cuda_token_logps_backward(params, None, *_where(logits))
+
+
+def _starts(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+
+
+def sequence_sum(
+    values: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    tail_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """As `backends.torch.sequence_sum`."""
+    module, values, targets = _module(values), values.contiguous(), targets.contiguous()
+    starts = _starts(cu_seqlens)
+    S = targets.shape[0] if starts is None else starts.numel() - 1
+    params, results = native.sequence_sum(
+        module, values, targets, starts, S, ignore_index, tail_weight
+    )
+    module.cuda_sequence_sum(params, targets.numel(), *_where(values))
+    return results
+
+
+def sequence_sum_backward(
+    grad: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    tail_weight: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `backends.torch.sequence_sum_backward`."""
+    module, grad, targets = _module(grad), grad.double().contiguous(), targets.contiguous()
+    starts = _starts(cu_seqlens)
+    S = targets.shape[0] if starts is None else starts.numel() - 1
+    params, d_values = native.sequence_sum_backward(
+        module, grad, targets, starts, S, ignore_index, tail_weight
+    )
+    module.cuda_sequence_sum_backward(params, targets.numel(), *_where(grad))
+    return d_values.to(dtype)
+
+
+def pair_loss_forward(
+    u: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    offset: Tensor | None,
+    phis: list[int],
+    numbers: list[float],
+) -> tuple[Tensor, Tensor]:
+    """As `backends.torch.pair_loss_forward`; all tensors fp64 and contiguous, at most 3 terms."""
+    B = u.numel()
+    loss, slopes = torch.empty_like(u), u.new_empty((4, B))
+    _module(u).cuda_pair_loss(
+        u.data_ptr(), v.data_ptr(), beta.data_ptr(), native.pointer(offset), phis, numbers, B,
+        loss.data_ptr(), slopes.data_ptr(), *_where(u),
+    )  # fmt: skip
+    return loss, slopes
+
+
+def small_batch(
+    logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T]
+    cu_seqlens: Tensor | None,  # [2B + 1] when packed, else 2B = R
+    reference: Tensor | None,  # [2B] fp64 or fp32
+    beta: Tensor | float,  # [B] fp64
+    offset: Tensor | None,  # [B] fp64
+    ignore_index: int,
+    transform: LogitTransform,
+    phis: list[int],
+    numbers: list[float],
+    divisor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (scalar fp32), columns [6, B] fp32, slopes [4, B] fp64 and lse [R, T] fp64: one launch.
+
+    As `token_logps`, `sequence_sum` and `pair_loss` composed; see `ops/small_batch.py`.
+    """
+    module, targets, starts = _module(logits), targets.contiguous(), _starts(cu_seqlens)
+    B = (targets.shape[0] if starts is None else starts.numel() - 1) // 2
+    params, (logps, lse, _) = native.token_logps(
+        module, logits, targets, ignore_index, transform, ()
+    )
+    losses, slopes = lse.new_empty(B), lse.new_empty((4, B))
+    loss = lse.new_empty((), dtype=torch.float32)
+    table = lse.new_empty((6, B), dtype=torch.float32)
+    per_pair = beta if isinstance(beta, Tensor) else None
+    batch = module.SmallBatch(
+        native.pointer(starts), native.pointer(reference),
+        reference is not None and reference.dtype == torch.float32,
+        native.pointer(per_pair), 0.0 if per_pair is not None else beta, native.pointer(offset),
+        phis, numbers, B, divisor, losses.data_ptr(), slopes.data_ptr(), loss.data_ptr(),
+        table.data_ptr(),
+    )  # fmt: skip
+    _launch_forward(module, params, batch, B, logits)
+    del logps  # only now: the launch writes it
+    return loss, table, slopes, lse
+
+
+def small_batch_backward(
+    grad: Tensor,  # scalar fp32
+    logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T]
+    cu_seqlens: Tensor | None,
+    lse: Tensor,  # [R, T] fp64
+    slopes: Tensor,  # [4, B] fp64
+    ignore_index: int,
+    transform: LogitTransform,
+    divisor: float,
+    out: Tensor,  # [R, T, V], may be `logits`
+) -> None:
+    """`out` = the gradient of the logits: one launch."""
+    module, targets, starts = _module(logits), targets.contiguous(), _starts(cu_seqlens)
+    grad = grad.float()
+    params = native.token_logps_backward(
+        module, None, logits, targets, lse, ignore_index, transform, out
+    )
+    batch = module.SmallBatchGrad(
+        grad.data_ptr(), slopes.data_ptr(), native.pointer(starts), slopes.shape[1], divisor
+    )
+    module.cuda_token_logps_backward(params, batch, *_where(logits))

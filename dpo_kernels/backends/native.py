@@ -1,0 +1,103 @@
+"""Tensors as the parameter structs of the compiled module: what the C++ and CUDA backends share."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..transform import LogitTransform
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _strided(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _numbers(t: LogitTransform) -> list[float]:
+    return [t.scale, t.softcap, t.inv_temperature]
+
+
+def pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def token_logps(
+    module: ModuleType,
+    logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T] contiguous
+    ignore_index: int,
+    transform: LogitTransform,
+    stats: tuple[str, ...],
+) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+    """Parameters of the forward, and its empty results: logps, lse, statistics."""
+    R, T, V = logits.shape
+    logps = targets.new_empty((R, T), dtype=torch.float32)
+    lse = targets.new_empty((R, T), dtype=torch.float64)
+    table = targets.new_empty((len(stats), R, T), dtype=torch.float32)
+    columns = {stat: table[i].data_ptr() for i, stat in enumerate(stats)}
+    params = module.TokenLogps(
+        *_strided(logits), targets.data_ptr(), R, T, V, ignore_index, DTYPES[logits.dtype],
+        _numbers(transform), logps.data_ptr(), lse.data_ptr(), columns.get("entropy", 0),
+        columns.get("mean_logits", 0), columns.get("is_top1", 0),
+        columns.get("log_sum_sq_probs", 0),
+    )  # fmt: skip
+    return params, (logps, lse, table)
+
+
+def token_logps_backward(
+    module: ModuleType,
+    grad: Tensor | None,  # [R, T] fp32 contiguous
+    logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T] contiguous
+    lse: Tensor,  # [R, T] fp64 contiguous
+    ignore_index: int,
+    transform: LogitTransform,
+    out: Tensor,  # [R, T, V], may be `logits`
+) -> Any:
+    """Parameters of the backward."""
+    R, T, V = logits.shape
+    return module.TokenLogpsBackward(
+        pointer(grad), *_strided(logits), targets.data_ptr(), lse.data_ptr(), R, T, V,
+        ignore_index, DTYPES[logits.dtype], _numbers(transform), *_strided(out),
+    )  # fmt: skip
+
+
+def sequence_sum(
+    module: ModuleType,
+    values: Tensor,  # [R, T] fp32 contiguous
+    targets: Tensor,  # [R, T] contiguous
+    starts: Tensor | None,  # [S + 1]
+    S: int,
+    ignore_index: int,
+    tail_weight: float,
+) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """Parameters of the sums, and their empty results: sums, counts."""
+    sums = targets.new_empty(S, dtype=torch.float64)
+    counts = targets.new_empty(S, dtype=torch.int64)
+    params = module.SequenceSum(
+        targets.data_ptr(), pointer(starts), S, ignore_index, tail_weight, values.data_ptr(),
+        sums.data_ptr(), counts.data_ptr(), 0, 0,
+    )  # fmt: skip
+    return params, (sums, counts)
+
+
+def sequence_sum_backward(
+    module: ModuleType,
+    grad: Tensor,  # [S] fp64 contiguous
+    targets: Tensor,  # [R, T] contiguous
+    starts: Tensor | None,  # [S + 1]
+    S: int,
+    ignore_index: int,
+    tail_weight: float,
+) -> tuple[Any, Tensor]:
+    """Parameters of the sums' backward, and d_values [R, T], zero so far."""
+    d_values = targets.new_zeros(targets.shape, dtype=torch.float32)
+    params = module.SequenceSum(
+        targets.data_ptr(), pointer(starts), S, ignore_index, tail_weight, 0, 0, 0,
+        grad.data_ptr(), d_values.data_ptr(),
+    )  # fmt: skip
+    return params, d_values
