@@ -296,6 +296,8 @@ def _setup_context(ctx, inputs, output):
     ctx.transform, ctx.strategy, ctx.tail = tuple(transform), inputs[11], inputs[12:]
     _, lse, table, kept, d_hidden, d_low = output
     ctx.mark_non_differentiable(lse, table, kept, d_hidden, d_low)
+    # Else a gradient of zeros as large as the kept logits would be made for them.
+    ctx.set_materialize_grads(False)
     if ctx.strategy == "frozen":
         ctx.save_for_backward(d_hidden, d_low, targets)
         ctx.dtypes = hidden.dtype, None if low is None else low.dtype
@@ -305,6 +307,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     wanted = ctx.needs_input_grad[:5]
+    if grad is None:
+        return (None,) * 17
     if ctx.strategy == "frozen":
         *stashes, targets = ctx.saved_tensors
         count = ctx.tail[1]
