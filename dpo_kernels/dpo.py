@@ -170,7 +170,6 @@ def preference_loss(
     """
     options, rows = _losses.resolve(loss_options)
     by_token = {"ld_alpha": options.ld_alpha is not None, "use_weighting": options.use_weighting}
-    by_token |= {row.name: row.needs_kl for row, _, _ in rows}
     for option, wanted in by_token.items():
         if wanted:
             raise ValueError(f"{option} needs per-token log-probs; use fused_dpo_loss")

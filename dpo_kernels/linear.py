@@ -239,7 +239,7 @@ def _streamable(
         return None
     if not reason:
         lengths = run.layout.scored_counts().tolist()
-        plan = _stream_plan(lengths, policy, reference, budget, invariant, run.needs_kl)
+        plan = _stream_plan(lengths, policy, reference, budget, invariant)
         B = len(lengths) // 2
         if max(lengths[i] + lengths[B + i] for i in range(B)) <= plan.chunk:
             return lengths
@@ -255,11 +255,10 @@ def _stream_plan(
     reference: LinearInputs | None,
     budget: int,
     invariant: bool,
-    joint: bool,
 ) -> ops.Plan:
     ref_H = 0 if reference is None else reference.weight.shape[1]
     return ops.plan_of(
-        "streaming", budget, sum(lengths), policy.weight, policy.low, invariant, ref_H, joint
+        "streaming", budget, sum(lengths), policy.weight, policy.low, invariant, ref_H
     )
 
 
@@ -279,7 +278,7 @@ def _streamed(
             ref_logps = None
         elif tuple(ref_logps.shape) != (len(lengths),):
             ref_logps = run.layout.from_per_token("ref_logps", ref_logps)
-    plan = _stream_plan(lengths, policy, reference, budget, invariant, run.needs_kl)
+    plan = _stream_plan(lengths, policy, reference, budget, invariant)
     return stream(Streaming(run, reference, ref_logps, lengths, plan, transform), policy)
 
 

@@ -79,7 +79,6 @@ class LossOptions:
     cpo_alpha: float = 1.0
     slic_lambda: float = 0.1
     rpo_alpha: float = 1.0
-    tdpo_alpha: float = 0.5
 
 
 Terms = tuple[Term, ...]
@@ -91,8 +90,7 @@ class Loss:
 
     `score` names the map from (log-ratio, length) to u and v:
     `ratio` the log-ratio; `mean` the log-ratio per scored token; `sort_margin` and `sort` sorted
-    over the batch (AOT); `dpop` u - lambda relu(-u); `odds` ORPO's log-odds; `alphapo`; `kl` and
-    `kl_detached` the log-ratio plus KL(ref || policy) summed over the tokens (TDPO).
+    over the batch (AOT); `dpop` u - lambda relu(-u); `odds` ORPO's log-odds; `alphapo`.
     `smoothing`: None if `label_smoothing` has no meaning, else whether 0 is allowed.
     `sft`: name of the option (or a number) that weighs the NLL of the chosen, added to the row.
     `options`: the loss's own options.
@@ -118,11 +116,6 @@ class Loss:
     def batch_coupled(self) -> bool:
         """Whether a pair's loss depends on the other pairs of the batch."""
         return self.score in ("sort", "sort_margin") or self.name == "beta_dpo"
-
-    @property
-    def needs_kl(self) -> bool:
-        """Whether u, v depend on the whole distributions of policy and reference."""
-        return self.score in ("kl", "kl_detached")
 
     def cancels_common_tokens(self, terms: Terms, o: LossOptions) -> bool:
         """Whether tokens that both completions share, in the same context, leave loss and
@@ -388,11 +381,6 @@ def _check_applies(o: LossOptions, losses: list[Loss]) -> None:
         for row in losses:
             if row.score in ("sort", "sort_margin"):
                 raise ValueError(f"use_weighting (WPO) cannot be combined with {row.name!r}")
-    if o.ld_alpha is not None or o.reference_free:
-        for row in losses:
-            if row.needs_kl:
-                option = "reference_free" if o.reference_free else "ld_alpha"
-                raise ValueError(f"{option} cannot be combined with {row.name!r}")
     for option in _OWN_OPTIONS:
         used = any(option in row.options for row in losses)
         if not used and getattr(o, option) != _DEFAULTS[option]:

@@ -55,8 +55,6 @@ class Pairs:
     rejected_lengths: Tensor | None  # [B]
     chosen_nll: Tensor  # [B] -sum of the chosen's log-probs, without LD weights
     wpo: Tensor | None  # [B] W_w W_l of WPO, detached
-    chosen_kl: Tensor | None = None  # [B] sum of KL(ref || policy) over the tokens, for TDPO
-    rejected_kl: Tensor | None = None  # [B]
 
 
 def loss_of(
@@ -115,7 +113,7 @@ def loss_of(
 def _without(p: Pairs, dropped: Tensor) -> Pairs:
     """The pairs with log-probs 0 where dropped: a NaN there reaches neither loss nor gradient."""
 
-    names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_kl", "rejected_kl")
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
     values = {name: getattr(p, name) for name in names}
     kept = {k: torch.where(dropped, 0.0, x) for k, x in values.items() if x is not None}
     return replace(p, **kept)
@@ -149,12 +147,6 @@ def _scores(row: Loss, p: Pairs, o: LossOptions) -> tuple[Tensor, Tensor]:
         return margin, (p.ref_chosen - p.ref_rejected).sort().values
     if row.score == "sort":
         return u.sort().values, v.sort().values
-    if row.needs_kl:
-        assert p.chosen_kl is not None and p.rejected_kl is not None
-        if row.score == "kl":
-            return u + p.chosen_kl, v + p.rejected_kl
-        # TDPO2: no gradient through the chosen's.
-        return u + o.tdpo_alpha * p.chosen_kl.detach(), v + o.tdpo_alpha * p.rejected_kl
     if row.score == "dpop":
         return u - o.dpop_lambda * torch.relu(-u), v
     if row.f_divergence:

@@ -37,11 +37,6 @@ class TokenLoss:
         return ("log_sum_sq_probs",) if self.options.use_weighting else ()
 
     @property
-    def needs_kl(self) -> bool:
-        """Whether a loss needs KL(ref || policy) of each token (TDPO)."""
-        return any(row.needs_kl for row, _, _ in self.losses)
-
-    @property
     def separable(self) -> bool:
         """Whether the loss is a sum over pairs, so that a pair's gradient needs that pair alone."""
         coupled = any(row.batch_coupled for row, _, _ in self.losses)
@@ -62,11 +57,6 @@ class TokenLoss:
         check_pair_options(self.options, S // 2, self.layout.targets)
         if given and ref_logps is not None:
             raise ValueError(f"give {name} or ref_logps, not both")
-        for row, _, _ in self.losses:
-            if row.needs_kl and not given:
-                raise ValueError(
-                    f"{row.name!r} needs the reference's whole distribution: give {name}"
-                )
         if self.options.reference_free:
             if given or ref_logps is not None:
                 came = name if given else "ref_logps"
@@ -151,9 +141,8 @@ class TokenLoss:
         policy: TokenLogps,
         ref_tokens: Tensor | None,
         ref_logps: Tensor | None,
-        kl: Tensor | None = None,
     ) -> DPOOutput:
-        """Loss and rewards from values a row [R, T]: policy, reference, KL(ref || policy).
+        """Loss and rewards from values a row [R, T]: policy and reference.
 
         `ref_logps` as the user gave it: [2B] sums or per token.
         """
@@ -171,8 +160,6 @@ class TokenLoss:
             else:
                 tokens = self.layout.from_per_token("ref_logps", ref_logps.detach())
                 reference = self.sums(tokens, tail)[0]
-        if kl is not None:
-            kl_sums = self.sums(kl)[0]
         wpo = None
         if self.options.use_weighting:
             aligned = policy.logps.detach() - policy.stats["log_sum_sq_probs"]
@@ -187,8 +174,6 @@ class TokenLoss:
             rejected_lengths=counts[B:],
             chosen_nll=-plain[:B],
             wpo=wpo,
-            chosen_kl=None if kl is None else kl_sums[:B],
-            rejected_kl=None if kl is None else kl_sums[B:],
         )
         return loss_of(pairs, self.options, self.losses, self.dtype, self.backend)
 

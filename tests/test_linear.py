@@ -18,7 +18,7 @@ OPTIONS = {
     "beta_dpo": {"beta_dpo_keep": 1.0},
     "alphapo": {"beta": 1.0},
 }
-LOSSES = [name for name in TABLE if not TABLE[name].needs_kl]
+LOSSES = list(TABLE)
 
 
 def labels_of(V=V):
