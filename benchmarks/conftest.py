@@ -29,6 +29,8 @@ def pytest_terminal_summary(terminalreporter):
     )
     for case, times in RATIOS.items():
         base = times.get("torch eager")
+        floor = next((s for provider, s in times.items() if "bare product" in provider), None)
         for provider, seconds in times.items():
             ratio = f"{base / seconds:6.1f}x torch eager" if base else ""
+            ratio += f"{seconds / floor:6.2f} of the floor" if floor else ""
             terminalreporter.write_line(f"{case:<44}{provider:<24}{seconds * 1e3:9.1f} ms {ratio}")

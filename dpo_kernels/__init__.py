@@ -7,13 +7,8 @@ weight (`fused_linear_dpo_loss`); the softmax is never materialised. See README.
 """
 
 from . import backends, losses
-from .dpo import (
-    fused_dpo_loss,
-    fused_linear_dpo_loss,
-    linear_sequence_logps,
-    preference_loss,
-    sequence_logps,
-)
+from .dpo import fused_dpo_loss, preference_loss, sequence_logps
+from .linear import fused_linear_dpo_loss, linear_sequence_logps
 from .modules import FusedDPOLoss, FusedLinearDPOLoss
 from .pairs import DPOOutput
 from .version import __version__

@@ -1,15 +1,14 @@
-"""The public functions: log-probs, and DPO losses, from logits, hidden states or log-probs.
+"""The front functions over logits or log-probs; those over hidden states are in `linear.py`.
 
 Each is a composition of ops: token log-probs -> sequence sums -> pair loss. The heavy op sees one
 scalar a sequence from the loss, so any loss of `losses.TABLE` costs the same.
 
-Letters: `B` pairs, `T` positions, `N` rows of packed input, `V` vocabulary, `H` hidden size. A
-batch of pairs is [chosen; rejected]: sequence i is chosen, sequence B + i its rejected partner.
+Letters: `B` pairs, `T` positions, `N` rows of packed input, `V` vocabulary. A batch of pairs is
+[chosen; rejected]: sequence i is chosen, sequence B + i its rejected partner.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +16,12 @@ from torch import Tensor
 
 from . import losses as _losses
 from . import ops
-from .backends import SMALL_BATCH, choose
+from .backends import choose
 from .layout import Layout
 from .ops import TokenLogps, checks
 from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
+from .tokens import TokenLoss, last_size, reduce, wide_dtype
 from .transform import LogitTransform
-
-__all__ = [
-    "DPOOutput",
-    "fused_dpo_loss",
-    "fused_linear_dpo_loss",
-    "linear_sequence_logps",
-    "preference_loss",
-    "sequence_logps",
-]
 
 
 def fused_dpo_loss(
@@ -42,6 +33,7 @@ def fused_dpo_loss(
     cu_seqlens: Tensor | None = None,
     shift: bool = True,
     ignore_index: int = -100,
+    drop_common_prefix: bool = False,
     inplace: bool = False,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
@@ -66,6 +58,11 @@ def fused_dpo_loss(
             `slic`) ignore it.
         cu_seqlens: [2B + 1] int32 or int64 boundaries, for packed input.
         shift: `logits[:, t]` scores `labels[:, t + 1]` (True, Hugging Face) or `labels[:, t]`.
+        drop_common_prefix: leave out the tokens that the two completions of a pair share at their
+            start (same prompt, same tokens: the same distribution twice). Loss, gradients and
+            margins stay as they are, since those tokens cancel in the difference of the
+            log-ratios; the log-probs and rewards returned are without them. `ValueError` for a
+            loss or option in which they do not cancel.
         inplace: the backward writes the gradient over `logits` (no [2B, T, V] allocation). Another
             consumer of `logits` that runs its backward later raises. Under torch.compile, which
             owns the buffers, it is ignored.
@@ -82,7 +79,7 @@ def fused_dpo_loss(
     """
     options, rows = _losses.resolve(loss_options)
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = _last_size("logits", logits)
+    V = last_size("logits", logits)
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
 
     def score(x: Tensor, name: str, stats: tuple[str, ...], inplace: bool) -> TokenLogps:
@@ -92,11 +89,14 @@ def fused_dpo_loss(
         )  # fmt: skip
 
     name = choose(backend, logits.device, checks.floating("logits", logits).dtype, "sequence_sum")
-    run = _Run(layout, options, rows, name, _wide(logits))
+    run = TokenLoss(layout, options, rows, name, wide_dtype(logits))
     if ref_logits is not None:
         layout.rows("ref_logits", ref_logits, "V")
         checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
     run.check(ref_logits is not None, "ref_logits", ref_logps)
+    if drop_common_prefix:
+        run = run.without_common_prefix(ref_logps)
+        layout = run.layout
     reference = None
     if ref_logits is not None and run.uses_reference:
         with torch.no_grad():
@@ -105,66 +105,6 @@ def fused_dpo_loss(
         x = layout.rows("logits", logits, "V")
         return run.finish_small(x, reference, ref_logps, transform, inplace)
     policy = score(logits, "logits", run.stats, inplace)
-    return run.finish(policy, reference, ref_logps)
-
-
-def fused_linear_dpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    ref_logps: Tensor | None = None,
-    memory_budget: int | None = None,
-    cu_seqlens: Tensor | None = None,
-    shift: bool = True,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    backend: str | None = None,
-    **loss_options: Any,
-) -> DPOOutput:
-    """DPO loss of a batch of pairs straight from hidden states and the lm_head weight.
-
-    As `fused_dpo_loss` of `hidden @ weight.T + bias`, without the [2B, T, V] logits: only scored
-    rows are projected, a chunk of at most `memory_budget` bytes (default 256 MiB) at a time.
-
-    Args:
-        hidden: [2B, T, H] or packed [N, H], the policy's last hidden states.
-        weight: [V, H] lm_head weight; bias: [V].
-        labels, cu_seqlens, shift, ignore_index: as `fused_dpo_loss`.
-        ref_hidden: [2B, T, H'] reference hidden states, scored without gradient with `ref_weight`
-            [V, H'] and `ref_bias`, or with `weight` and `bias` detached; or
-        ref_logps: as `fused_dpo_loss`.
-        memory_budget: bytes of logits held at once; the result depends on it by rounding alone.
-        temperature, logit_softcap, logit_scale, backend, **loss_options: as `fused_dpo_loss`.
-
-    Raises:
-        ValueError, TypeError: a wrong argument, named, before any kernel runs.
-    """
-    options, rows = _losses.resolve(loss_options)
-    transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = _head_size(weight)
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
-    head = _Head(layout, memory_budget, backend, transform)
-    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
-        raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
-    name = choose(backend, hidden.device, checks.floating("hidden", hidden).dtype, "sequence_sum")
-    run = _Run(layout, options, rows, name, _wide(hidden))
-    run.check(ref_hidden is not None, "ref_hidden", ref_logps)
-    if ref_hidden is not None:
-        layout.rows("ref_hidden", ref_hidden, "H")
-    policy = head.score("hidden", hidden, weight, bias, run.stats)
-    reference = None
-    if ref_hidden is not None and run.uses_reference:
-        if ref_weight is None:
-            ref_weight, ref_bias = weight, bias
-        with torch.no_grad():
-            reference = head.score("ref_hidden", ref_hidden, ref_weight, ref_bias, ()).logps
     return run.finish(policy, reference, ref_logps)
 
 
@@ -198,43 +138,13 @@ def sequence_logps(
         in the shape of reduction="none".
     """
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = _last_size("logits", logits)
+    V = last_size("logits", logits)
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
     tokens = ops.token_logps(
         layout.rows("logits", logits, "V"), layout.targets, ignore_index=ignore_index,
         transform=transform, stats=ops.check_stats(stats), inplace=inplace, backend=backend,
     )  # fmt: skip
-    return _reduce(layout, tokens, reduction, backend)
-
-
-def linear_sequence_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    reduction: str = "sum",
-    stats: tuple[str, ...] = (),
-    memory_budget: int | None = None,
-    cu_seqlens: Tensor | None = None,
-    shift: bool = True,
-    ignore_index: int = -100,
-    temperature: float = 1.0,
-    logit_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    backend: str | None = None,
-) -> Any:
-    """`sequence_logps` of `hidden @ weight.T + bias`, projecting only scored rows, in chunks.
-
-    `hidden` [sequences, T, H] or packed [N, H], `weight` [V, H], `bias` [V]; the rest as
-    `sequence_logps` and `fused_linear_dpo_loss`.
-    """
-    transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = _head_size(weight)
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
-    head = _Head(layout, memory_budget, backend, transform)
-    tokens = head.score("hidden", hidden, weight, bias, ops.check_stats(stats))
-    return _reduce(layout, tokens, reduction, backend)
+    return reduce(layout, tokens, reduction, backend)
 
 
 def preference_loss(
@@ -307,200 +217,3 @@ def preference_loss(
     if wide_input and backend is None:
         name = "torch"
     return loss_of(pairs, options, rows, torch.float64 if wide_input else torch.float32, name)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One loss over token log-probs: what it needs of them, and the way to `DPOOutput`."""
-
-    layout: Layout
-    options: _losses.LossOptions
-    losses: list
-    backend: str
-    dtype: torch.dtype
-
-    @property
-    def stats(self) -> tuple[str, ...]:
-        return ("log_sum_sq_probs",) if self.options.use_weighting else ()
-
-    @property
-    def uses_reference(self) -> bool:
-        return any(row.reference or row.name == "sft" for row, _, _ in self.losses)
-
-    def check(self, given: bool, name: str, ref_logps: Tensor | None) -> None:
-        S = self.layout.sequences
-        if S % 2:
-            raise ValueError(
-                f"a batch of pairs is [chosen; rejected], an even number of rows, got {S}"
-            )
-        check_pair_options(self.options, S // 2, self.layout.targets)
-        if given and ref_logps is not None:
-            raise ValueError(f"give {name} or ref_logps, not both")
-        if self.options.reference_free:
-            if given or ref_logps is not None:
-                came = name if given else "ref_logps"
-                raise ValueError(f"reference_free=True, but {came} was given")
-        elif not given and ref_logps is None:
-            for row, _, _ in self.losses:
-                if row.reference:
-                    raise ValueError(
-                        f"{row.name!r} needs a reference: give {name}, ref_logps or "
-                        "reference_free=True"
-                    )
-        if ref_logps is not None:
-            checks.floating("ref_logps", ref_logps)
-            checks.same_device("ref_logps", ref_logps, "labels", self.layout.targets)
-            if tuple(ref_logps.shape) != (S,):
-                self.layout.from_per_token("ref_logps", ref_logps)
-
-    def sums(self, values: Tensor, tail_weight: float = 1.0) -> tuple[Tensor, Tensor]:
-        return ops.sequence_sum(
-            values, self.layout.targets, self.layout.cu_seqlens,
-            ignore_index=self.layout.ignore_index, tail_weight=tail_weight, backend=self.backend,
-        )  # fmt: skip
-
-    def is_small(self, logits: Tensor, ref_logps: Tensor | None) -> bool:
-        """Whether one launch from logits to loss can do it, and pays (`ops/small_batch.py`)."""
-        o, (row, weight, terms) = self.options, self.losses[0]
-        plain = len(self.losses) == 1 and weight == 1 and bool(terms) and row.score == "ratio"
-        plain = plain and row.sft is None and not row.batch_coupled and not row.by_length
-        plain = plain and (o.f_divergence_type == "reverse_kl" or not row.f_divergence)
-        plain = plain and not self.stats and o.ld_alpha is None and o.weights is None
-        plain = plain and o.sft_weight == 0 and o.reduction == "mean"
-        fixed = all(
-            not isinstance(x, Tensor) or (x.dim() == 1 and not x.requires_grad)
-            for x in (o.beta, o.offset)
-        )
-        # One value a token would have to be summed first: the composition does that.
-        sums = ref_logps is None or tuple(ref_logps.shape) == (self.layout.sequences,)
-        return (
-            plain
-            and fixed
-            and sums
-            and not isinstance(o.num_pairs, Tensor)
-            and not torch.compiler.is_compiling()
-            and logits.numel() <= SMALL_BATCH.get(self.backend, -1)
-            and (logits.shape[-1] == 1 or logits.stride(-1) == 1)
-        )
-
-    def finish_small(
-        self,
-        logits: Tensor,
-        ref_tokens: Tensor | None,
-        ref_logps: Tensor | None,
-        transform: LogitTransform,
-        inplace: bool,
-    ) -> DPOOutput:
-        row, _, terms = self.losses[0]
-        reference = None
-        if ref_tokens is not None:
-            reference = self.sums(ref_tokens)[0]
-        elif ref_logps is not None and row.reference:
-            reference = ref_logps.detach().contiguous()
-            if reference.dtype not in (torch.float32, torch.float64):
-                reference = reference.float()
-        pairs = self.layout.sequences // 2
-        num_pairs = self.options.num_pairs
-        assert not isinstance(num_pairs, Tensor)
-        loss, table = ops.small_batch(
-            logits, self.layout.targets, self.layout.cu_seqlens, reference, terms,
-            beta=self.options.beta, offset=self.options.offset,
-            divisor=float(pairs if num_pairs is None else num_pairs),
-            ignore_index=self.layout.ignore_index, transform=transform, inplace=inplace,
-            backend=self.backend,
-        )  # fmt: skip
-        return DPOOutput(loss, *table.unbind(0))
-
-    def finish(
-        self, policy: TokenLogps, ref_tokens: Tensor | None, ref_logps: Tensor | None
-    ) -> DPOOutput:
-        B = self.layout.sequences // 2
-        ld_alpha = self.options.ld_alpha
-        tail = 1.0 if ld_alpha is None else float(ld_alpha)
-        sums, counts = self.sums(policy.logps, tail)
-        plain = sums if tail == 1.0 else self.sums(policy.logps)[0]
-        reference: Tensor | None = None
-        if ref_tokens is not None:
-            reference = self.sums(ref_tokens, tail)[0]
-        elif ref_logps is not None and self.uses_reference:
-            if tuple(ref_logps.shape) == (2 * B,):
-                reference = ref_logps.detach().double()
-            else:
-                tokens = self.layout.from_per_token("ref_logps", ref_logps.detach())
-                reference = self.sums(tokens, tail)[0]
-        wpo = None
-        if self.options.use_weighting:
-            aligned = policy.logps.detach() - policy.stats["log_sum_sq_probs"]
-            mean = self.sums(aligned)[0] / counts.clamp(min=1).double()
-            wpo = (mean[:B] + mean[B:]).exp()
-        pairs = Pairs(
-            chosen=sums[:B],
-            rejected=sums[B:],
-            ref_chosen=None if reference is None else reference[:B],
-            ref_rejected=None if reference is None else reference[B:],
-            chosen_lengths=counts[:B],
-            rejected_lengths=counts[B:],
-            chosen_nll=-plain[:B],
-            wpo=wpo,
-        )
-        return loss_of(pairs, self.options, self.losses, self.dtype, self.backend)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The lm_head arguments that policy and reference share."""
-
-    layout: Layout
-    memory_budget: int | None
-    backend: str | None
-    transform: LogitTransform
-
-    def score(
-        self,
-        name: str,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stats: tuple[str, ...],
-    ) -> TokenLogps:
-        return ops.linear_logps(
-            self.layout.rows(name, hidden, "H"), weight, self.layout.targets, bias=bias,
-            ignore_index=self.layout.ignore_index, transform=self.transform, stats=stats,
-            memory_budget=self.memory_budget, backend=self.backend,
-        )  # fmt: skip
-
-
-def _reduce(layout: Layout, tokens: TokenLogps, reduction: str, backend: str | None) -> Any:
-    if reduction not in ("sum", "mean", "none"):
-        raise ValueError(f"reduction must be 'sum', 'mean' or 'none', got {reduction!r}")
-    if reduction == "none":
-        logps = layout.per_token(tokens.logps)
-    else:
-        name = choose(backend, tokens.logps.device, tokens.logps.dtype, "sequence_sum")
-        sums, counts = ops.sequence_sum(
-            tokens.logps, layout.targets, layout.cu_seqlens,
-            ignore_index=layout.ignore_index, backend=name,
-        )  # fmt: skip
-        logps = sums / counts.clamp(min=1) if reduction == "mean" else sums
-        logps = logps.to(tokens.logps.dtype)
-    if not tokens.stats:
-        return logps
-    return logps, {name: layout.per_token(value) for name, value in tokens.stats.items()}
-
-
-def _last_size(name: str, value: object) -> int:
-    tensor = checks.floating(name, value)
-    if tensor.dim() == 0:
-        raise ValueError(f"{name} must have shape [rows, T, V] or [N, V], got []")
-    return tensor.shape[-1]
-
-
-def _head_size(weight: object) -> int:
-    tensor = checks.floating("weight", weight)
-    if tensor.dim() != 2:
-        raise ValueError(f"weight must have shape [V, H], got {list(tensor.shape)}")
-    return tensor.shape[0]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -7,7 +7,7 @@ row t scores the label of position t + 1 of the same sequence; a sequence's last
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +75,42 @@ class Layout:
             )
         checks.same_device(name, tensor, "labels", self.targets)
         return tensor.unsqueeze(0) if self.packed else tensor
+
+    def scored_counts(self) -> Tensor:
+        """[S] scored rows of each sequence."""
+        scored = self.targets != self.ignore_index
+        if self.cu_seqlens is None:
+            return scored.sum(-1)
+        before = torch.nn.functional.pad(scored[0].cumsum(0), (1, 0))
+        return before[self.cu_seqlens.to(torch.int64)].diff()
+
+    def without_common_prefix(self) -> Layout:
+        """Pairs (sequences i and i + S/2) without the targets that both start with.
+
+        Two rows see the same context only while every row before them was scored and alike: a hole
+        between scored rows (a tool's output, say) ends the common start.
+        """
+        flat = self.targets.reshape(-1)
+        scored = flat != self.ignore_index
+        counts = self.scored_counts()
+        S = counts.shape[0]
+        before = torch.nn.functional.pad(counts.cumsum(0), (1, 0))[:-1]
+        order = (~scored).to(torch.uint8).argsort(stable=True)  # scored rows first, in order
+        place = torch.arange(flat.shape[0], device=flat.device)
+        sequence = torch.searchsorted(before + counts, place, right=True).clamp(max=S - 1)
+        rank = place - before[sequence]
+        other = (sequence + S // 2) % S
+        partner = order[(before[other] + rank).clamp(max=max(flat.shape[0] - 1, 0))]
+        gap = order - order[before[sequence].clamp(max=max(flat.shape[0] - 1, 0))] != rank
+        # A gap in the partner ends the run as well: seen from its own side, at the same rank.
+        gap = gap | gap[(before[other] + rank).clamp(max=max(flat.shape[0] - 1, 0))]
+        differs = gap | (rank >= counts[other]) | (flat[order] != flat[partner])
+        seen = differs.to(torch.int64).cumsum(0)
+        start = torch.nn.functional.pad(seen, (1, 0))[before[sequence]]
+        common = scored[order] & (seen == start)
+        dropped = torch.zeros_like(scored).scatter(0, order, common)
+        targets = flat.masked_fill(dropped, self.ignore_index).view_as(self.targets)
+        return replace(self, targets=targets)
 
     def per_token(self, values: Tensor) -> Tensor:
         """Row values [R, T] in the shape users see: [N] packed, [S, T - 1] shifted, [S, T]."""

@@ -117,6 +117,13 @@ class Loss:
         """Whether a pair's loss depends on the other pairs of the batch."""
         return self.score in ("sort", "sort_margin") or self.name == "beta_dpo"
 
+    def cancels_common_tokens(self, terms: Terms, o: LossOptions) -> bool:
+        """Whether tokens that both completions share, in the same context, leave loss and
+        gradient unchanged: a function of the sum of log-ratios u - v alone."""
+        sft = getattr(o, self.sft) if isinstance(self.sft, str) else self.sft
+        margin_only = bool(terms) and all(t.a == -t.b for t in terms)
+        return margin_only and self.score in ("ratio", "sort_margin") and not sft
+
     def takes_offset(self, terms: Terms) -> bool:
         """Whether every term is a function of the margin D alone."""
         margin_only = bool(terms) and all(t.a == -t.b for t in terms)

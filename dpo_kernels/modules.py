@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import losses as _losses
-from .dpo import fused_dpo_loss, fused_linear_dpo_loss
+from .dpo import fused_dpo_loss
+from .linear import fused_linear_dpo_loss
 from .pairs import DPOOutput
 
 

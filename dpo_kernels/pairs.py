@@ -37,6 +37,11 @@ class DPOOutput(NamedTuple):
     margins: Tensor
     accuracy: Tensor
 
+    @property
+    def strategy(self) -> str | None:
+        """How `fused_linear_dpo_loss` came to the gradients (see there); None elsewhere."""
+        return getattr(self.loss, "_dpo_strategy", None)
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -108,16 +113,10 @@ def loss_of(
 def _without(p: Pairs, dropped: Tensor) -> Pairs:
     """The pairs with log-probs 0 where dropped: a NaN there reaches neither loss nor gradient."""
 
-    def kept(x: Tensor) -> Tensor:
-        return torch.where(dropped, 0.0, x)
-
-    return replace(
-        p,
-        chosen=kept(p.chosen),
-        rejected=kept(p.rejected),
-        ref_chosen=None if p.ref_chosen is None else kept(p.ref_chosen),
-        ref_rejected=None if p.ref_rejected is None else kept(p.ref_rejected),
-    )
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    values = {name: getattr(p, name) for name in names}
+    kept = {k: torch.where(dropped, 0.0, x) for k, x in values.items() if x is not None}
+    return replace(p, **kept)
 
 
 def _weighted(weight: Tensor | float, loss: Tensor) -> Tensor:

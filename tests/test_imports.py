@@ -17,11 +17,23 @@ RULES = {
     "ops": {"backends", "losses", "transform"},
     "layout": {"ops"},
     "pairs": {"ops", "losses"},
-    "dpo": {"ops", "losses", "transform", "layout", "pairs", "backends"},
-    "modules": {"dpo", "pairs", "losses"},
+    "tokens": {"ops", "losses", "layout", "pairs", "backends", "transform"},
+    "dpo": {"ops", "losses", "transform", "layout", "pairs", "backends", "tokens"},
+    "stream": {"ops", "transform", "layout", "pairs", "backends", "tokens"},
+    "linear": {
+        "ops",
+        "losses",
+        "transform",
+        "layout",
+        "pairs",
+        "backends",
+        "tokens",
+        "stream",
+    },
+    "modules": {"dpo", "linear", "pairs", "losses"},
     "data": {"data"},
 }
-FRONT = {"", "backends", "losses", "version", "dpo", "pairs"}
+FRONT = {"", "backends", "losses", "version", "dpo", "linear", "pairs"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """The ops: schema, checks, fake implementation and backward of each, in one file an op."""
 
-from .linear_logps import linear_logps
+from .linear_head import Plan
+from .linear_logps import budget_of, check_head, choose_strategy, linear_logps, plan_of
 from .pair_loss import pair_loss
 from .sequence_sum import sequence_sum
 from .small_batch import COLUMNS, small_batch
@@ -9,10 +10,15 @@ from .token_logps import STATS, TokenLogps, check_stats, token_logps
 __all__ = [
     "COLUMNS",
     "STATS",
+    "Plan",
     "TokenLogps",
+    "budget_of",
+    "check_head",
     "check_stats",
+    "choose_strategy",
     "linear_logps",
     "pair_loss",
+    "plan_of",
     "sequence_sum",
     "small_batch",
     "token_logps",

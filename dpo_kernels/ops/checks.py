@@ -42,14 +42,18 @@ def same_device(name: str, value: Tensor, other: str, reference: Tensor) -> None
         raise ValueError(f"{name} is on {value.device}, but {other} is on {reference.device}")
 
 
-def readable(value: Tensor) -> bool:
-    """Whether values may be looked at here: on the CPU, and not while being traced."""
+def plain(value: Tensor) -> bool:
+    """Whether this is a tensor with values: not traced, no subclass, no transform around it."""
     return (
-        value.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and type(value) in (Tensor, torch.nn.Parameter)
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
     )
+
+
+def readable(value: Tensor) -> bool:
+    """Whether values may be looked at here: on the CPU, and not while being traced."""
+    return value.device.type == "cpu" and plain(value)
 
 
 def labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:

@@ -1,20 +1,22 @@
 """`linear_logps`: log-probs of scored rows from hidden states and the lm_head weight.
 
-    logp[r, t] = token_logps(hidden[r, t] @ weight.T + bias)
+    logp[r, t] = token_logps(hidden[r, t] @ weight.T + low[r, t] @ up.T + bias)
 
-Only scored rows are projected, a chunk of rows at a time: no [R, T, V] tensor exists. The backward
-projects each chunk again, turns its logits into their gradient in place, and accumulates
+Only scored rows are projected, a chunk of rows at a time: no [R, T, V] tensor exists. What the
+backward needs is had in one of three ways, by strategy:
 
-    dhidden = dz @ weight,   dweight += dz.T @ hidden,   dbias += sum dz
+    score      no gradient: one product (logits)
+    frozen     hidden (or low) wants a gradient, weight, bias and up do not: the forward turns the
+               chunk's logits into softmax - onehot and multiplies them by the weight while they
+               are there; the backward scales each row of the result. Two products
+    recompute  the backward projects again what the budget could not keep, turns logits into their
+               gradient and accumulates. Three products for what was kept, four for the rest
 
-in fp32. Narrow weights are widened one tile of the vocabulary at a time, so logits, log-probs and
-the accumulators are fp32 whatever the input. Letters: `R` rows, `T` positions, `N` scored rows,
-`H` hidden size, `V` vocabulary, `C` rows a chunk.
+The fourth way, pair streaming, needs the loss: `dpo_kernels/stream.py`. Letters: `R` rows, `T`
+positions, `N` scored rows, `H` hidden size, `V` vocabulary, `r` rank, `C` rows a chunk.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,10 +25,19 @@ from .. import backends
 from ..backends import torch as reference
 from ..transform import LogitTransform
 from . import checks
+from .linear_head import (
+    DEFAULT_BUDGET,
+    Head,
+    HeadGradient,
+    Plan,
+    ceil,
+    count_scored,
+    narrow_products,
+    scored_rows,
+)
 from .token_logps import TokenLogps, _names, check_stats
 
-DEFAULT_BUDGET = 256 << 20  # bytes of logits held at once
-_TILE = 8192  # vocabulary rows widened at a time
+STRATEGIES = ("score", "frozen", "recompute")
 
 
 def linear_logps(
@@ -35,93 +46,154 @@ def linear_logps(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
     ignore_index: int = -100,
     transform: LogitTransform | None = None,
     stats: tuple[str, ...] = (),
     memory_budget: int | None = None,
+    batch_invariant: bool = False,
+    strategy: str | None = None,
+    chunks_of: str | None = None,
     backend: str | None = None,
 ) -> TokenLogps:
     """Log-prob, log-sum-exp and statistics of each scored row, [R, T] and 0 where ignored.
 
-    `hidden` [R, T, H], `weight` [V, H], `bias` [V] of one floating dtype; `targets` [R, T] int64.
-    `memory_budget` bytes bound the logits held at once. Under autocast hidden, weight and bias are
-    cast to its dtype. Raises `ValueError` or `TypeError` for wrong arguments.
+    `hidden` [R, T, H], `weight` [V, H], `bias` [V] of one floating dtype (see `check_head`);
+    `low` [R, T, r] and `up` [V, r] of a LoRA head; `targets` [R, T] int64. `memory_budget` bytes
+    bound what is held beside inputs and gradients. `strategy` one of `STRATEGIES` or None: the
+    cheapest that gives the gradients wanted; `chunks_of` another strategy whose chunks of rows are
+    used, so that a reference goes through the very products of its policy. Raises `ValueError` or
+    `TypeError`.
     """
     transform = transform or LogitTransform()
-    for name, value in (("hidden", hidden), ("weight", weight)):
-        checks.floating(name, value)
-    if hidden.dim() != 3:
-        raise ValueError(f"hidden must have 3 dimensions [R, T, H], got {list(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
-        raise ValueError(
-            f"weight must have shape [V, H={hidden.shape[2]}], got {list(weight.shape)}"
-        )
-    checks.shape("targets", targets, tuple(hidden.shape[:2]), "that of hidden without H")
-    checks.same_device("weight", weight, "hidden", hidden)
-    if bias is not None:
-        checks.floating("bias", bias)
-        checks.shape("bias", bias, (weight.shape[0],), "one value a vocabulary entry")
-        checks.same_device("bias", bias, "hidden", hidden)
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+    check_head("hidden", hidden, weight, bias, targets)
     stats = check_stats(stats)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
-        got = f"{hidden.dtype}, {weight.dtype}" + (f", {bias.dtype}" if bias is not None else "")
-        raise ValueError(f"hidden, weight and bias must have one dtype, got {got}")
     name = backends.choose(backend, hidden.device, hidden.dtype)
     if name == "torch":
-        x = torch.nn.functional.linear(hidden, weight, bias)
-        return TokenLogps(*_as_dict(stats, reference.token_logps(
-            x, targets, ignore_index, transform, stats)))  # fmt: skip
+        return _plain(hidden, weight, bias, low, up, targets, ignore_index, transform, stats)
+    strategy = choose_strategy(strategy, hidden, weight, bias, low, up)
     result = _linear_logps(
         hidden,
         weight,
         bias,
+        low,
+        up,
         targets,
         ignore_index,
         transform.scale,
         transform.softcap,
         transform.inv_temperature,
         ",".join(stats),
-        memory_budget or DEFAULT_BUDGET,
+        strategy,
+        chunks_of or strategy,
+        count_scored(targets, ignore_index),
+        budget_of(memory_budget),
+        batch_invariant,
         name,
     )
-    return TokenLogps(*_as_dict(stats, result))
+    logps, lse, table = result[:3]
+    return TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))
 
 
-def _as_dict(stats, result):
-    logps, lse, table = result
-    return logps, lse, dict(zip(stats, table.unbind(0), strict=True))
+def _plain(hidden, weight, bias, low, up, targets, ignore_index, transform, stats):
+    """The meaning, in plain torch: all rows at once, fp32 logits (fp64 of fp64)."""
+    wide = reference.accumulate_dtype(hidden.dtype)
+    x = torch.nn.functional.linear(
+        hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+    )
+    if low is not None:
+        x = x + low.to(wide) @ up.to(wide).T
+    logps, lse, table = reference.token_logps(x, targets, ignore_index, transform, stats)
+    return TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))
 
 
-def _chunks(targets: Tensor, ignore_index: int, V: int, budget: int) -> Iterator[Tensor]:
-    """Indices of scored rows, as many at a time as fp32 logits of `budget` bytes allow."""
-    index = (targets.reshape(-1) != ignore_index).nonzero().squeeze(1)
-    yield from index.split(max(1, budget // (4 * max(V, 1))))
-
-
-def _tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in fp32: whole if it is, else a tile of the vocabulary at a time."""
-    V = weight.shape[0]
-    step = V if weight.dtype == torch.float32 else _TILE
-    for start in range(0, V, max(step, 1)):
-        part = slice(start, min(start + step, V))
-        yield part, weight[part].float()
-
-
-def _project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """fp32 logits [C, V] of fp32 rows h [C, H]."""
-    z = h.new_empty(h.shape[0], weight.shape[0])
-    for part, w in _tiles(weight):
-        torch.mm(h, w.T, out=z[:, part])
+def check_head(
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> None:
+    """Shapes, one dtype and one device of hidden states and head; `name` is that of hidden."""
+    weight_name, bias_name = name.replace("hidden", "weight"), name.replace("hidden", "bias")
+    checks.floating(name, hidden)
+    checks.floating(weight_name, weight)
+    if hidden.dim() != 3:
+        raise ValueError(f"{name} must have 3 dimensions [R, T, H], got {list(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
+        raise ValueError(
+            f"{weight_name} must have shape [V, H={hidden.shape[2]}], got {list(weight.shape)}"
+        )
+    checks.shape("targets", targets, tuple(hidden.shape[:2]), f"that of {name} without H")
+    checks.same_device(weight_name, weight, name, hidden)
     if bias is not None:
-        z += bias
-    return z
+        checks.floating(bias_name, bias)
+        checks.shape(bias_name, bias, (weight.shape[0],), "one value a vocabulary entry")
+        checks.same_device(bias_name, bias, name, hidden)
+    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
+        got = f"{hidden.dtype}, {weight.dtype}" + (f", {bias.dtype}" if bias is not None else "")
+        raise ValueError(f"{name}, {weight_name} and {bias_name} must have one dtype, got {got}")
+
+
+def budget_of(memory_budget: int | None) -> int:
+    if memory_budget is None:
+        return DEFAULT_BUDGET
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        raise TypeError(
+            f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}"
+        )
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+    return memory_budget
+
+
+def choose_strategy(
+    wish: str | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+) -> str:
+    """The cheapest strategy that gives the gradients wanted; `ValueError` if `wish` cannot."""
+
+    def wanted(*tensors: Tensor | None) -> bool:
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    able: tuple[str, ...]
+    if wanted(weight, bias, up):
+        able = ("recompute",)
+    elif wanted(hidden, low):
+        able = ("frozen", "recompute")
+    else:
+        able = ("score",)
+    if wish is None:
+        return able[0]
+    if wish not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {STRATEGIES} or None, got {wish!r}")
+    if wish not in able:
+        raise ValueError(
+            f"strategy={wish!r} does not give the gradients that are wanted here; "
+            f"{' or '.join(able)} does"
+        )
+    return wish
+
+
+def plan_of(
+    strategy: str,
+    budget: int,
+    rows: int,
+    weight: Tensor,
+    low: Tensor | None,
+    invariant: bool,
+    ref_H: int = 0,
+    joint: bool = False,
+) -> Plan:
+    """The plan of a strategy; `rows` bounds the scored rows and must not depend on values."""
+    V, H = weight.shape
+    return Plan.of(
+        budget, rows, V, H, weight.dtype,
+        widen=not narrow_products(weight.device, weight.dtype),
+        low_rank=0 if low is None else low.shape[-1], keep=strategy == "recompute" and not joint,
+        stash=strategy in ("frozen", "streaming"), ref_H=ref_H, joint=joint, invariant=invariant,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("dpo_kernels::linear_logps", mutates_args=())
@@ -129,57 +201,155 @@ def _linear_logps(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
     targets: Tensor,
     ignore_index: int,
     scale: float,
     softcap: float,
     inv_temperature: float,
     stats: str,
+    strategy: str,
+    chunks_of: str,
+    count: int,
     memory_budget: int,
+    invariant: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     impl = backends.load(backend)
     transform, names = LogitTransform(scale, softcap, inv_temperature), _names(stats)
-    V = weight.shape[0]
-    flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    labels = targets.reshape(-1)
     rows = labels.shape[0]
+    plan = plan_of(chunks_of, memory_budget, count, weight, low, invariant)
+    head = Head(plan, weight, bias, up)
     logps = hidden.new_zeros(rows, dtype=torch.float32)
     lse = hidden.new_zeros(rows, dtype=torch.float64)
     table = hidden.new_zeros((len(names), rows), dtype=torch.float32)
-    for index in _chunks(targets, ignore_index, V, memory_budget):
-        z = _project(flat[index].float(), weight, bias)
-        part = impl.token_logps(z[None], labels[index][None], ignore_index, transform, names)
-        logps[index], lse[index], table[:, index] = part[0][0], part[1][0], part[2][:, 0]
+    kept, d_hidden, d_low = _new_saved(strategy, plan, count, hidden, low)
+    keep = plan.keep if strategy == "recompute" else 0
+    index = scored_rows(targets, ignore_index, count)
+    ones = hidden.new_ones(plan.chunk, dtype=torch.float32)
+    scratch: Tensor | None = None
+    done = 0
+    for part in _chunks(index, plan):
+        n = part.shape[0]
+        # A chunk is kept whole or not at all, and the kept ones come first.
+        if done < keep:
+            z = kept[done : done + ceil(n, plan.block), : head.V]
+        else:
+            if scratch is None:
+                scratch = head.logits_buffer(min(plan.chunk, index.shape[0] - done))
+            z = scratch[: ceil(n, plan.block)]
+        x = head.rows(low, part) if low is not None else None
+        z = head.project(head.rows(hidden, part), x, z)[:n]
+        y = labels[part][None]
+        result = impl.token_logps(z[None], y, ignore_index, transform, names)
+        logps[part], lse[part], table[:, part] = result[0][0], result[1][0], result[2][:, 0]
+        done += n
+        if strategy != "frozen":
+            continue
+        impl.token_logps_backward(
+            ones[None, :n], z[None], y, result[1], ignore_index, transform, z[None]
+        )
+        dz = head.operand(z)
+        if d_hidden.numel():
+            d_hidden[done - n : done] = head.d_hidden(dz)
+        if d_low.numel():
+            d_low[done - n : done] = head.d_low(dz)
     shape = targets.shape
-    return logps.view(shape), lse.view(shape), table.view(len(names), *shape)
+    table = table.view(len(names), *shape)
+    return logps.view(shape), lse.view(shape), table, kept, d_hidden, d_low
+
+
+def _chunks(index: Tensor, plan: Plan) -> list[Tensor]:
+    """The rows in order: those that are kept, then the others, a chunk at a time."""
+    kept, others = index[: plan.keep], index[plan.keep :]
+    return [c for rows in (kept, others) for c in rows.split(plan.chunk) if c.shape[0]]
+
+
+def _new_saved(strategy, plan, count, hidden, low):
+    """What a strategy saves for the backward: kept logits, and unscaled gradients [N, ...]."""
+
+    def stash(x):
+        wanted = strategy == "frozen" and x is not None
+        return hidden.new_empty((count, x.shape[-1]) if wanted else 0, dtype=torch.float32)
+
+    rows = ceil(plan.keep, plan.block) if strategy == "recompute" else 0
+    kept = hidden.new_empty((rows, plan.pitch) if rows else 0, dtype=torch.float32)
+    return kept, stash(hidden), stash(low)
 
 
 @_linear_logps.register_fake
-def _(hidden, weight, bias, targets, ignore_index, scale, softcap, inv_t, stats, budget, backend):
+def _(
+    hidden, weight, bias, low, up, targets, ignore_index, scale, softcap, inv_t, stats, strategy,
+    chunks_of, count, budget, invariant, backend,
+):  # fmt: skip
     logps = hidden.new_empty(targets.shape, dtype=torch.float32)
     lse = hidden.new_empty(targets.shape, dtype=torch.float64)
-    return logps, lse, hidden.new_empty((len(_names(stats)), *targets.shape), dtype=torch.float32)
+    table = hidden.new_empty((len(_names(stats)), *targets.shape), dtype=torch.float32)
+    plan = plan_of(chunks_of, budget, count, weight, low, invariant)
+    return logps, lse, table, *_new_saved(strategy, plan, count, hidden, low)
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, targets, ctx.ignore_index, *transform, _, budget, backend = inputs
-    ctx.transform, ctx.tail = tuple(transform), (budget, backend)
-    _, lse, table = output
-    ctx.mark_non_differentiable(lse, table)
-    ctx.save_for_backward(hidden, weight, bias, targets, lse)
+    hidden, weight, bias, low, up, targets, ctx.ignore_index, *transform, _ = inputs[:11]
+    ctx.transform, ctx.strategy, ctx.tail = tuple(transform), inputs[11], inputs[12:]
+    _, lse, table, kept, d_hidden, d_low = output
+    ctx.mark_non_differentiable(lse, table, kept, d_hidden, d_low)
+    # Else a gradient of zeros as large as the kept logits would be made for them.
+    ctx.set_materialize_grads(False)
+    if ctx.strategy == "frozen":
+        ctx.save_for_backward(d_hidden, d_low, targets)
+        ctx.dtypes = hidden.dtype, None if low is None else low.dtype
+    else:
+        ctx.save_for_backward(hidden, weight, bias, low, up, targets, lse, kept)
 
 
 def _backward(ctx, grad, *_):
-    hidden, weight, bias, targets, lse = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:3]
+    wanted = ctx.needs_input_grad[:5]
+    if grad is None:
+        return (None,) * 17
+    if ctx.strategy == "frozen":
+        *stashes, targets = ctx.saved_tensors
+        count = ctx.tail[1]
+        d_hidden, d_low = (
+            _scaled_rows(grad, stash, targets, ctx.ignore_index, count, dtype) if need else None
+            for stash, dtype, need in zip(stashes, ctx.dtypes, wanted[::3], strict=True)
+        )
+        return d_hidden, None, None, d_low, *[None] * 13
+    hidden, weight, bias, low, up, targets, lse, kept = ctx.saved_tensors
     grads = _linear_logps_backward(
-        grad, hidden, weight, bias, targets, lse, ctx.ignore_index, *ctx.transform, *wanted,
-        *ctx.tail,
+        grad, hidden, weight, bias, low, up, targets, lse, kept, ctx.ignore_index, *ctx.transform,
+        list(wanted), *ctx.tail,
     )  # fmt: skip
-    return *(g if need else None for g, need in zip(grads, wanted, strict=True)), *[None] * 8
+    return *(g if need else None for g, need in zip(grads, wanted, strict=True)), *[None] * 12
 
 
 _linear_logps.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("dpo_kernels::scaled_rows", mutates_args=())
+def _scaled_rows(
+    grad: Tensor,  # [R, T]
+    stash: Tensor,  # [N, H] fp32
+    targets: Tensor,  # [R, T]
+    ignore_index: int,
+    count: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[R, T, H] of `dtype`: the stashed rows times their gradient, 0 where ignored."""
+    index = scored_rows(targets, ignore_index, count)
+    g = grad.reshape(-1)[index].unsqueeze(1)
+    out = stash.new_zeros((*targets.shape, stash.shape[1]), dtype=dtype)
+    # A row of gradient 0 gives 0 however bad its logits.
+    rows = torch.where(g == 0, 0.0, stash[: index.shape[0]] * g)
+    out.view(-1, stash.shape[1])[index] = rows.to(dtype)
+    return out
+
+
+@_scaled_rows.register_fake
+def _(grad, stash, targets, ignore_index, count, dtype):
+    return stash.new_empty((*targets.shape, stash.shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("dpo_kernels::linear_logps_backward", mutates_args=())
@@ -188,56 +358,77 @@ def _linear_logps_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
     targets: Tensor,
     lse: Tensor,
+    kept: Tensor,
     ignore_index: int,
     scale: float,
     softcap: float,
     inv_temperature: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    wanted: list[bool],
+    chunks_of: str,
+    count: int,
     memory_budget: int,
+    invariant: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     impl = backends.load(backend)
     transform = LogitTransform(scale, softcap, inv_temperature)
-    V, H = weight.shape
-    flat, labels = hidden.reshape(-1, H), targets.reshape(-1)
-    grad, lse = grad.reshape(-1), lse.reshape(-1)
-    d_hidden = torch.zeros_like(flat) if want_hidden else hidden.new_empty(0)
-    d_weight = hidden.new_zeros((V, H) if want_weight else 0, dtype=torch.float32)
-    d_bias = hidden.new_zeros(V if want_bias else 0, dtype=torch.float32)
-    for index in _chunks(targets, ignore_index, V, memory_budget):
-        h = flat[index].float()
-        z = _project(h, weight, bias)
+    labels, grad, lse = targets.reshape(-1), grad.reshape(-1), lse.reshape(-1)
+    rows = labels.shape[0]
+    plan = plan_of(chunks_of, memory_budget, count, weight, low, invariant)
+    head = Head(plan, weight, bias, up)
+    want_hidden, want_weight, want_bias, want_low, want_up = wanted
+    d_hidden = hidden.new_zeros(hidden.shape if want_hidden else 0)
+    d_low = hidden.new_empty(0)
+    if want_low:
+        assert low is not None
+        d_low = torch.zeros_like(low, memory_format=torch.contiguous_format)
+    total = HeadGradient(head, want_weight, want_bias, want_up)
+    index = scored_rows(targets, ignore_index, count)
+    scratch = head.logits_buffer(min(plan.chunk, index.shape[0]))
+    done = 0
+    for part in _chunks(index, plan):
+        n = part.shape[0]
+        h = head.rows(hidden, part)
+        x = head.rows(low, part) if low is not None else None
+        z = out = scratch[: ceil(n, plan.block)]
+        if done < plan.keep:  # written beside: a second backward finds the logits as they were
+            z = kept[done : done + ceil(n, plan.block), : head.V]
+        else:
+            head.project(h, x, z)
+        done += n
+        z, out = z[:n], out[:n]
         impl.token_logps_backward(
-            grad[index][None], z[None], labels[index][None], lse[index][None],
-            ignore_index, transform, z[None],
+            grad[part][None], z[None], labels[part][None], lse[part][None], ignore_index,
+            transform, out[None],
         )  # fmt: skip
+        dz = head.operand(out)
         if want_hidden:
-            d_h = torch.zeros_like(h)
-            for part, w in _tiles(weight):
-                d_h.addmm_(z[:, part], w)
-            d_hidden[index] = d_h.to(hidden.dtype)
-        if want_weight:
-            d_weight.addmm_(z.T, h)
-        if want_bias:
-            d_bias += z.sum(0)
+            d_hidden.view(rows, -1)[part] = head.d_hidden(dz).to(hidden.dtype)
+        if want_low:
+            d_low.view(rows, -1)[part] = head.d_low(dz).to(d_low.dtype)
+        total.add(dz, h[:n], None if x is None else x[:n])
+    total.finish()
+
+    def narrow(d: Tensor | None, like: Tensor | None) -> Tensor:
+        return hidden.new_empty(0) if d is None or like is None else d.to(like.dtype)
+
     return (
-        d_hidden.view_as(hidden) if want_hidden else d_hidden,
-        d_weight.to(weight.dtype),
-        (d_bias.to(weight.dtype)),
-    )
+        d_hidden, narrow(total.weight, weight), narrow(total.bias, bias), d_low,
+        narrow(total.up, up),
+    )  # fmt: skip
 
 
 @_linear_logps_backward.register_fake
 def _(
-    grad, hidden, weight, bias, targets, lse, ignore_index, scale, softcap, inv_t,
-    want_hidden, want_weight, want_bias, budget, backend,
+    grad, hidden, weight, bias, low, up, targets, lse, kept, ignore_index, scale, softcap, inv_t,
+    wanted, chunks_of, count, budget, invariant, backend,
 ):  # fmt: skip
-    return (
-        hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0),
-        weight.new_empty(weight.shape[0] if want_bias else 0),
+    inputs = (hidden, weight, bias, low, up)
+    return tuple(
+        x.new_empty(x.shape) if want else hidden.new_empty(0)
+        for x, want in zip(inputs, wanted, strict=True)
     )

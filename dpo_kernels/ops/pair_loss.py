@@ -52,7 +52,10 @@ def pair_loss(
     checks.shape("v", v, tuple(u.shape), "that of u")
     name = backends.choose(backend, u.device, torch.float32)
     u, v = u.double(), v.double()
-    beta_tensor = beta.double() if isinstance(beta, Tensor) else torch.full_like(u, beta)
+    # One beta for all pairs may be a tensor without dimensions; the kernels read [B].
+    beta_tensor = (
+        beta.double().expand_as(u) if isinstance(beta, Tensor) else torch.full_like(u, beta)
+    )
     offset = offset.double() if offset is not None else None
     if name == "torch":
         return reference.pair_loss(u, v, beta_tensor, offset, terms)

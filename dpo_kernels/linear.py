@@ -1,0 +1,319 @@
+"""The front functions over a linear head: log-probs and DPO losses from hidden states.
+
+What is computed never depends on the strategy, only what it costs does:
+
+    streaming  loss is a sum over pairs and the head is trained: gradients are formed while a
+               pair's logits are there (`stream.py`). Three products
+    frozen     the head is not trained: two products, any loss (`ops/linear_logps.py`)
+    recompute  the head is trained and the loss couples the batch, or is wanted a pair, or a pair
+               is larger than the budget: three products for the rows whose logits the budget can
+               keep, four for the others
+    score      nothing wants a gradient: one product
+
+Letters: `B` pairs, `T` positions, `N` rows of packed input, `V` vocabulary, `H` hidden size, `r`
+rank of a LoRA adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import losses as _losses
+from . import ops
+from .backends import choose
+from .layout import Layout
+from .ops import TokenLogps, checks
+from .pairs import DPOOutput
+from .stream import LinearInputs, Streaming, stream
+from .tokens import TokenLoss, head_size, reduce, wide_dtype
+from .transform import LogitTransform
+
+logger = logging.getLogger("dpo_kernels")
+
+STRATEGIES = ("streaming", "frozen", "recompute", "score")
+
+
+def fused_linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    memory_budget: int | None = None,
+    batch_invariant: bool = False,
+    strategy: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = True,
+    ignore_index: int = -100,
+    drop_common_prefix: bool = False,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str | None = None,
+    **loss_options: Any,
+) -> DPOOutput:
+    """DPO loss of a batch of pairs straight from hidden states and the lm_head weight.
+
+    As `fused_dpo_loss` of `hidden @ weight.T + bias`, without the [2B, T, V] logits: only scored
+    rows are projected, packed, a chunk at a time. Logits, log-probs and accumulators are fp32
+    whatever the input; gradients are rounded to their input's dtype once.
+
+    Args:
+        hidden: [2B, T, H] or packed [N, H], the policy's last hidden states.
+        weight: [V, H] lm_head weight; bias: [V].
+        lora: (A [r, H], B [V, r], scaling), an adapter on the head: the weight is
+            `weight + scaling * B @ A`, without forming it. Gradients go to A and B.
+        labels, cu_seqlens, shift, ignore_index, drop_common_prefix: as `fused_dpo_loss`.
+        ref_hidden: [2B, T, H'] reference hidden states, scored without gradient with `ref_weight`
+            [V, H'] and `ref_bias`, or with `weight` and `bias` detached (and without `lora`); or
+        ref_logps: as `fused_dpo_loss`.
+        memory_budget: bytes that may be held beside inputs and gradients (default 256 MiB; one
+            fp32 [V, H] accumulator besides where a weight that is not fp32 wants a gradient). At
+            least 16 rows of logits, and the fp32 gradient of the scored hidden states, are held
+            however small it is. It changes time and memory, the result by rounding alone.
+        batch_invariant: project in blocks of one fixed height, so that a pair has bitwise the
+            same log-probs whatever shares its batch and whatever the budget. Without it that
+            holds wherever the BLAS sums a row alike in any product of 16 rows or more (MKL does).
+        strategy: "streaming", "frozen", "recompute" or "score" instead of the cheapest that gives
+            the gradients wanted (see `linear.py`); `DPOOutput.strategy` and the debug log of
+            `logging.getLogger("dpo_kernels")` say which was taken. Under torch.compile
+            "streaming" is not available.
+        temperature, logit_softcap, logit_scale, backend, **loss_options: as `fused_dpo_loss`. The
+            "torch" backend has no strategies: it forms all logits.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named, before any kernel runs.
+        RuntimeError: a second backward through a result of "streaming".
+    """
+    options, rows = _losses.resolve(loss_options)
+    transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
+    V = head_size(weight)
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
+        raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
+    name = choose(backend, hidden.device, checks.floating("hidden", hidden).dtype)
+    run = TokenLoss(layout, options, rows, name, wide_dtype(hidden))
+    run.check(ref_hidden is not None, "ref_hidden", ref_logps)
+    if drop_common_prefix:
+        run = run.without_common_prefix(ref_logps)
+        layout = run.layout
+    policy = _inputs("hidden", layout, hidden, weight, bias, lora)
+    reference = None
+    if ref_hidden is not None:
+        if ref_weight is None:
+            ref_weight, ref_bias = weight, bias
+        reference = _inputs("ref_hidden", layout, ref_hidden, ref_weight, ref_bias).detached()
+        ops.check_head("ref_hidden", *reference[:3], layout.targets)
+        checks.shape("ref_weight", ref_weight[:, :0], (V, 0), "the policy's vocabulary")
+    ops.check_head("hidden", *policy[:3], layout.targets)
+    budget = ops.budget_of(memory_budget)
+    if not run.uses_reference:
+        reference = None
+    if name == "torch":
+        if strategy is not None:
+            raise ValueError(f"strategy={strategy!r}: the torch backend has no strategies")
+        strategy = "plain"
+    else:
+        lengths = None
+        if strategy in (None, "streaming"):
+            lengths = _streamable(run, policy, reference, budget, batch_invariant, strategy)
+        if lengths is not None:
+            out = _streamed(run, policy, reference, ref_logps, lengths, transform, budget,
+                            batch_invariant)  # fmt: skip
+            return _tell(out, "streaming", layout, name)
+        strategy = ops.choose_strategy(strategy, *policy)
+    policy_logps, reference_logps = _score(
+        run, policy, reference, transform, budget, batch_invariant, strategy
+    )
+    return _tell(run.finish(policy_logps, reference_logps, ref_logps), strategy, layout, name)
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    reduction: str = "sum",
+    stats: tuple[str, ...] = (),
+    memory_budget: int | None = None,
+    batch_invariant: bool = False,
+    strategy: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = True,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str | None = None,
+) -> Any:
+    """`sequence_logps` of `hidden @ weight.T + bias`, projecting only scored rows, in chunks.
+
+    `hidden` [sequences, T, H] or packed [N, H], `weight` [V, H], `bias` [V]; the rest as
+    `sequence_logps` and `fused_linear_dpo_loss` (without "streaming", which needs a loss).
+    """
+    transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
+    V = head_size(weight)
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    inputs = _inputs("hidden", layout, hidden, weight, bias, lora)
+    tokens = ops.linear_logps(
+        inputs.hidden, inputs.weight, layout.targets, bias=inputs.bias, low=inputs.low,
+        up=inputs.up, ignore_index=ignore_index, transform=transform,
+        stats=ops.check_stats(stats), memory_budget=ops.budget_of(memory_budget),
+        batch_invariant=batch_invariant, strategy=strategy, backend=backend,
+    )  # fmt: skip
+    return reduce(layout, tokens, reduction, backend)
+
+
+def _inputs(
+    name: str,
+    layout: Layout,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+) -> LinearInputs:
+    """The head's tensors as the ops take them, cast under autocast, the adapter's A applied."""
+    rows = layout.rows(name, hidden, "H")
+    up = low = down = None
+    if lora is not None:
+        down, up, scaling = _check_lora(lora, weight, hidden)
+    device = rows.device.type
+    if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        cast = [None if x is None else x.to(dtype) for x in (rows, weight, bias, down, up)]
+        rows, weight, bias, down, up = cast  # type: ignore[assignment]
+    if down is not None:
+        # [R, T, r] in fp32: small beside anything of the vocabulary, and the adapter stays exact.
+        wide = wide_dtype(rows)
+        with torch.autocast(device, enabled=False):
+            low = (rows.to(wide) @ down.to(wide).T) * scaling
+    return LinearInputs(rows, weight, bias, low, up)
+
+
+def _check_lora(lora: object, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, float]:
+    if not isinstance(lora, tuple | list) or len(lora) != 3:
+        raise TypeError(f"lora must be (A [r, H], B [V, r], scaling), got {type(lora).__name__}")
+    down, up = checks.floating("lora[0]", lora[0]), checks.floating("lora[1]", lora[1])
+    V, H = weight.shape[0], hidden.shape[-1]
+    r = down.shape[0] if down.dim() else 0
+    checks.shape("lora[0]", down, (r, H), "A, [r, H]")
+    checks.shape("lora[1]", up, (V, r), "B, [V, r]")
+    for i in (0, 1):
+        checks.same_device(f"lora[{i}]", lora[i], "hidden", hidden)
+    if isinstance(lora[2], bool) or not isinstance(lora[2], int | float):
+        raise TypeError(f"lora[2] (scaling) must be a number, got {type(lora[2]).__name__}")
+    return down, up, float(lora[2])
+
+
+def _streamable(
+    run: TokenLoss,
+    policy: LinearInputs,
+    reference: LinearInputs | None,
+    budget: int,
+    invariant: bool,
+    wish: str | None,
+) -> list[int] | None:
+    """Scored rows of each sequence if the batch is to be streamed; `ValueError` if it cannot be
+    but was wished for."""
+    wanted = [x is not None and x.requires_grad for x in policy]
+    trained = wanted[1] or wanted[2] or wanted[4]
+    reason = ""
+    if not (torch.is_grad_enabled() and any(wanted)):
+        reason = "nothing wants a gradient"
+    elif not run.separable:
+        reason = "the loss is not a scalar sum over pairs"
+    elif not all(checks.plain(x) for x in policy if x is not None):
+        reason = "it does not trace (torch.compile, functorch, tensor subclasses)"
+    elif wish is None and not trained:
+        return None
+    if not reason:
+        lengths = run.layout.scored_counts().tolist()
+        plan = _stream_plan(lengths, policy, reference, budget, invariant)
+        B = len(lengths) // 2
+        if max(lengths[i] + lengths[B + i] for i in range(B)) <= plan.chunk:
+            return lengths
+        reason = f"a pair has more than the {plan.chunk} scored rows that memory_budget allows"
+    if wish is not None:
+        raise ValueError(f"strategy={wish!r} is not possible here: {reason}")
+    return None
+
+
+def _stream_plan(
+    lengths: list[int],
+    policy: LinearInputs,
+    reference: LinearInputs | None,
+    budget: int,
+    invariant: bool,
+) -> ops.Plan:
+    ref_H = 0 if reference is None else reference.weight.shape[1]
+    return ops.plan_of(
+        "streaming", budget, sum(lengths), policy.weight, policy.low, invariant, ref_H
+    )
+
+
+def _streamed(
+    run: TokenLoss,
+    policy: LinearInputs,
+    reference: LinearInputs | None,
+    ref_logps: Tensor | None,
+    lengths: list[int],
+    transform: LogitTransform,
+    budget: int,
+    invariant: bool,
+) -> DPOOutput:
+    if ref_logps is not None:
+        ref_logps = ref_logps.detach()
+        if not run.uses_reference:
+            ref_logps = None
+        elif tuple(ref_logps.shape) != (len(lengths),):
+            ref_logps = run.layout.from_per_token("ref_logps", ref_logps)
+    plan = _stream_plan(lengths, policy, reference, budget, invariant)
+    return stream(Streaming(run, reference, ref_logps, lengths, plan, transform), policy)
+
+
+def _score(
+    run: TokenLoss,
+    policy: LinearInputs,
+    reference: LinearInputs | None,
+    transform: LogitTransform,
+    budget: int,
+    invariant: bool,
+    strategy: str,
+) -> tuple[TokenLogps, Tensor | None]:
+    """Log-probs of policy and reference, row for row through products of the same shapes."""
+
+    def score(x: LinearInputs, stats: tuple[str, ...], strategy: str | None) -> TokenLogps:
+        return ops.linear_logps(
+            x.hidden, x.weight, run.layout.targets, bias=x.bias, low=x.low, up=x.up,
+            ignore_index=run.layout.ignore_index, transform=transform, stats=stats,
+            memory_budget=budget, batch_invariant=invariant, strategy=strategy,
+            chunks_of=None if chunks == "plain" else chunks, backend=run.backend,
+        )  # fmt: skip
+
+    chunks = strategy
+    tokens = score(policy, run.stats, None if strategy == "plain" else strategy)
+    if reference is None:
+        return tokens, None
+    with torch.no_grad():
+        return tokens, score(reference, (), None).logps
+
+
+def _tell(out: DPOOutput, strategy: str, layout: Layout, backend: str) -> DPOOutput:
+    if not torch.compiler.is_compiling():
+        out.loss._dpo_strategy = strategy  # type: ignore[attr-defined]
+        logger.debug(
+            "fused_linear_dpo_loss: strategy %s, backend %s, %d sequences",
+            strategy, backend, layout.sequences,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,222 @@
+"""Pair streaming: loss and gradients of a linear head in one pass over the pairs.
+
+Where the loss is a sum over pairs, a pair's gradient needs that pair alone. So whole pairs fill a
+chunk, and while their logits are there everything is done with them:
+
+    logits -> log-probs -> loss of these pairs -> d loss / d logp of each token (a tiny graph)
+           -> gradient over the logits, in place -> dhidden, dweight
+
+Three products in all, nothing is projected twice, and no logits outlive their chunk. The loss of a
+chunk is normalised by the counts of the batch, so the chunks' losses and gradients add up. The
+backward multiplies by the upstream scalar. A reference given as hidden states is scored in the
+same chunk, by products of the same shapes.
+
+Letters: `B` pairs, `R` rows, `T` positions, `N` scored rows, `C` rows of a chunk, `H` hidden size,
+`V` vocabulary, `r` rank, `n` rows of these pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .layout import Layout
+from .ops import TokenLogps
+from .ops.linear_head import Head, HeadGradient, Plan, scored_rows
+from .pairs import DPOOutput
+from .tokens import TokenLoss
+from .transform import LogitTransform
+
+
+class LinearInputs(NamedTuple):
+    """What logits are made of: h @ weight.T + low @ up.T + bias."""
+
+    hidden: Tensor  # [R, T, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    low: Tensor | None = None  # [R, T, r]
+    up: Tensor | None = None  # [V, r]
+
+    def detached(self) -> LinearInputs:
+        return LinearInputs(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A batch to stream: everything but the tensors that want a gradient."""
+
+    run: TokenLoss
+    reference: LinearInputs | None
+    ref_logps: Tensor | None  # [2B] sums, or [R, T] a row
+    lengths: list[int]  # [2B] scored rows
+    plan: Plan
+    transform: LogitTransform
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """First and last + 1 pair of each chunk."""
+        B = len(self.lengths) // 2
+        chunks, first, rows = [], 0, 0
+        for i in range(B):
+            pair = self.lengths[i] + self.lengths[B + i]
+            if i > first and rows + pair > self.plan.chunk:
+                chunks.append((first, i))
+                first, rows = i, 0
+            rows += pair
+        return [*chunks, (first, B)]
+
+
+def stream(batch: Streaming, policy: LinearInputs) -> DPOOutput:
+    """Loss and rewards; the gradients of `policy` are formed on the way."""
+    o = batch.run.options
+    return DPOOutput(*_Stream.apply(batch, *policy, o.beta, o.offset, o.weights))
+
+
+class _Stream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, batch: Streaming, hidden, weight, bias, low, up, *options):
+        wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[1:6], strict=True))
+        inputs = LinearInputs(hidden, weight, bias, low, up).detached()
+        device = hidden.device.type
+        with torch.autocast(device, enabled=False):
+            out, grads, ctx.index = _run(batch, inputs, wanted)
+        d_options = [grads.get(name) for name in ("beta", "offset", "weights")]
+        ctx.grads = [*(grads.get(name) for name in LinearInputs._fields), *d_options]
+        ctx.like = [(x.shape, x.dtype) if isinstance(x, Tensor) else None
+                    for x in (hidden, weight, bias, low, up, *options)]  # fmt: skip
+        out = [x.to(batch.run.dtype) for x in out]
+        ctx.save_for_backward()
+        return _freeze(ctx, out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, *_):
+        if ctx.grads is None:
+            raise RuntimeError(
+                "strategy 'streaming' forms its gradients in the forward and hands them out once: "
+                "for a second backward give strategy='recompute'"
+            )
+        grads, ctx.grads = ctx.grads, None
+        # On the CPU the scalar can be looked at; elsewhere that would wait for the device.
+        unit = g.device.type == "cpu" and g.item() == 1.0
+        out: list[Tensor | None] = []
+        while grads:
+            d, like = grads.pop(0), ctx.like[len(out)]
+            if d is not None:
+                d = d if unit else d.mul_(g)
+                if len(out) in (0, 3):  # hidden and low: rows back in their places
+                    full = d.new_zeros(like[0], dtype=like[1])
+                    full.view(-1, full.shape[-1])[ctx.index] = d.to(like[1])
+                    d = full
+                else:
+                    d = d.to(like[1])
+            out.append(d)
+        return None, *out
+
+
+def _freeze(ctx, out):
+    ctx.mark_non_differentiable(*out[1:])
+    ctx.set_materialize_grads(False)
+    return tuple(out)
+
+
+def _run(
+    batch: Streaming, policy: LinearInputs, wanted: dict[str, bool]
+) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
+    """The output's fields (fp64), gradients by name, and the rows that packed gradients are of."""
+    run, plan, layout = batch.run, batch.plan, batch.run.layout
+    impl = backends.load(run.backend)
+    B, device = layout.sequences // 2, policy.hidden.device
+    starts = [0]
+    for n in batch.lengths:
+        starts.append(starts[-1] + n)
+    labels = layout.targets.reshape(-1)
+    scored = scored_rows(layout.targets, layout.ignore_index, starts[-1])
+    head = Head(plan, policy.weight, policy.bias, policy.up)
+    ref_head = None
+    if batch.reference is not None:
+        ref_head = Head(plan, batch.reference.weight, batch.reference.bias)
+    total = HeadGradient(head, wanted["weight"], wanted["bias"], wanted["up"])
+    packed = {
+        name: policy.hidden.new_empty((starts[-1], x.shape[-1]), dtype=torch.float32)
+        for name, x in (("hidden", policy.hidden), ("low", policy.low))
+        if wanted[name] and x is not None
+    }
+    chunks = batch.chunks()
+    counts = [starts[j] - starts[i] + starts[B + j] - starts[B + i] for i, j in chunks]
+    buffer = head.logits_buffer(max(counts))
+    fields: list[list[Tensor]] = []
+    d_options: dict[str, Tensor] = {}
+    order = []
+    done = 0
+    for (i, j), n in zip(chunks, counts, strict=True):
+        index = torch.cat([scored[starts[i] : starts[j]], scored[starts[B + i] : starts[B + j]]])
+        order.append(index)
+        y = labels[index][None]
+        lengths = [*batch.lengths[i:j], *batch.lengths[B + i : B + j]]
+        cu = torch.tensor([0, *lengths], device=device).cumsum(0)
+        local = Layout(y, cu, len(lengths), layout.ignore_index, False)
+        share, leaves = run.of_pairs(i, j, local, starts[B])
+
+        ref_tokens, ref_sums = None, None
+        if ref_head is not None:
+            assert batch.reference is not None
+            z = buffer[: -(-n // plan.block) * plan.block]
+            ref_head.project(ref_head.rows(batch.reference.hidden, index), None, z)
+            ref_tokens = impl.token_logps(z[None, :n], y, layout.ignore_index, batch.transform, ())[
+                0
+            ]
+        elif batch.ref_logps is not None and batch.ref_logps.dim() == 2:
+            ref_tokens = batch.ref_logps.reshape(-1)[index][None]
+        elif batch.ref_logps is not None:
+            ref_sums = torch.cat([batch.ref_logps[i:j], batch.ref_logps[B + i : B + j]])
+
+        z = buffer[: -(-n // plan.block) * plan.block]
+        h = head.rows(policy.hidden, index)
+        low = None if policy.low is None else head.rows(policy.low, index)
+        z = head.project(h, low, z)[:n]
+        logps, lse, table = impl.token_logps(
+            z[None], y, layout.ignore_index, batch.transform, share.stats
+        )
+        stats = dict(zip(share.stats, table.unbind(0), strict=True))
+        with torch.enable_grad():
+            leaf = logps.detach().requires_grad_()
+            out = share.finish(TokenLogps(leaf, lse, stats), ref_tokens, ref_sums)
+            slopes = _slopes(out.loss, [leaf, *(getattr(share.options, k) for k in leaves)])
+        fields.append([x.detach() for x in out])
+        for name, slope in zip(leaves, slopes[1:], strict=True):
+            whole = d_options.setdefault(name, _zeros_like(getattr(run.options, name)))
+            part = whole if whole.dim() == 0 else whole[i:j]
+            part += slope
+        if n and any(wanted.values()):
+            impl.token_logps_backward(
+                slopes[0], z[None], y, lse, layout.ignore_index, batch.transform, z[None]
+            )
+            dz = head.operand(z)
+            if "hidden" in packed:
+                packed["hidden"][done : done + n] = head.d_hidden(dz)
+            if "low" in packed:
+                packed["low"][done : done + n] = head.d_low(dz)
+            total.add(dz, h[:n], None if low is None else low[:n])
+        done += n
+    total.finish()
+    grads = {"weight": total.weight, "bias": total.bias, "up": total.up, **packed, **d_options}
+    loss = torch.stack([part[0] for part in fields]).sum()
+    rest = [torch.cat(parts) for parts in zip(*(part[1:] for part in fields), strict=True)]
+    found = {name: d for name, d in grads.items() if d is not None}
+    return [loss, *rest], found, torch.cat(order)
+
+
+def _slopes(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """d loss / d leaf, 0 where the loss does not depend on it."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(x) for x in leaves]
+    slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if d is None else d for x, d in zip(leaves, slopes, strict=True)]
+
+
+def _zeros_like(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=torch.float64, device=x.device)

@@ -1,0 +1,267 @@
+"""One loss over the log-probs of tokens: what every front function ends with.
+
+    token log-probs -> sequence sums -> pair loss
+
+Policy and reference come as values a row; this module knows what the chosen losses need of them.
+Letters: `B` pairs, `R` rows, `T` positions, `V` vocabulary, `H` hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import losses as _losses
+from . import ops
+from .backends import SMALL_BATCH, choose
+from .layout import Layout
+from .ops import TokenLogps, checks
+from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
+from .transform import LogitTransform
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """One loss over token log-probs: what it needs of them, and the way to `DPOOutput`."""
+
+    layout: Layout
+    options: _losses.LossOptions
+    losses: list
+    backend: str
+    dtype: torch.dtype
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        return ("log_sum_sq_probs",) if self.options.use_weighting else ()
+
+    @property
+    def separable(self) -> bool:
+        """Whether the loss is a sum over pairs, so that a pair's gradient needs that pair alone."""
+        coupled = any(row.batch_coupled for row, _, _ in self.losses)
+        # WPO weighs the loss `sft` by its mean over the batch.
+        coupled |= self.options.use_weighting and any(r.name == "sft" for r, _, _ in self.losses)
+        return self.options.reduction == "mean" and not coupled
+
+    @property
+    def uses_reference(self) -> bool:
+        return any(row.reference or row.name == "sft" for row, _, _ in self.losses)
+
+    def check(self, given: bool, name: str, ref_logps: Tensor | None) -> None:
+        S = self.layout.sequences
+        if S % 2:
+            raise ValueError(
+                f"a batch of pairs is [chosen; rejected], an even number of rows, got {S}"
+            )
+        check_pair_options(self.options, S // 2, self.layout.targets)
+        if given and ref_logps is not None:
+            raise ValueError(f"give {name} or ref_logps, not both")
+        if self.options.reference_free:
+            if given or ref_logps is not None:
+                came = name if given else "ref_logps"
+                raise ValueError(f"reference_free=True, but {came} was given")
+        elif not given and ref_logps is None:
+            for row, _, _ in self.losses:
+                if row.reference:
+                    raise ValueError(
+                        f"{row.name!r} needs a reference: give {name}, ref_logps or "
+                        "reference_free=True"
+                    )
+        if ref_logps is not None:
+            checks.floating("ref_logps", ref_logps)
+            checks.same_device("ref_logps", ref_logps, "labels", self.layout.targets)
+            if tuple(ref_logps.shape) != (S,):
+                self.layout.from_per_token("ref_logps", ref_logps)
+
+    def sums(self, values: Tensor, tail_weight: float = 1.0) -> tuple[Tensor, Tensor]:
+        return ops.sequence_sum(
+            values, self.layout.targets, self.layout.cu_seqlens,
+            ignore_index=self.layout.ignore_index, tail_weight=tail_weight, backend=self.backend,
+        )  # fmt: skip
+
+    def without_common_prefix(self, ref_logps: Tensor | None) -> TokenLoss:
+        """The same loss where the tokens that both completions start with are not scored."""
+        o = self.options
+        for row, _, terms in self.losses:
+            if not row.cancels_common_tokens(terms, o):
+                raise ValueError(
+                    "drop_common_prefix needs a loss of the difference of the log-ratios alone; "
+                    f"{row.name!r} is not one with these options"
+                )
+        options = {
+            "ld_alpha": o.ld_alpha is not None,
+            "use_weighting": o.use_weighting,
+            "sft_weight": o.sft_weight != 0,
+            "f_divergence_type": o.f_divergence_type != "reverse_kl",
+        }
+        for name, given in options.items():
+            if given:
+                raise ValueError(
+                    f"drop_common_prefix: with {name}={getattr(o, name)!r} common tokens do not "
+                    "cancel"
+                )
+        if ref_logps is not None and tuple(ref_logps.shape) == (self.layout.sequences,):
+            raise ValueError(
+                "drop_common_prefix needs ref_logps per token (the shape of reduction='none'), got "
+                "sums, which contain the tokens that are dropped"
+            )
+        return replace(self, layout=self.layout.without_common_prefix())
+
+    def of_pairs(
+        self, first: int, last: int, layout: Layout, num_chosen_tokens: float
+    ) -> tuple[TokenLoss, list[str]]:
+        """The share of pairs first .. last - 1 in the loss of the whole batch, in fp64.
+
+        `layout` is theirs alone; `num_chosen_tokens` the batch's count of scored chosen tokens.
+        Options that want a gradient come as leaves, named.
+        """
+        o, B = self.options, self.layout.sequences // 2
+        changes: dict[str, Any] = {
+            "num_pairs": B if o.num_pairs is None else o.num_pairs,
+            "num_chosen_tokens": (
+                max(num_chosen_tokens, 1) if o.num_chosen_tokens is None else o.num_chosen_tokens
+            ),
+        }
+        leaves = []
+        for name in ("beta", "offset", "weights"):
+            value = getattr(o, name)
+            if not isinstance(value, Tensor):
+                continue
+            part = value.detach() if value.dim() == 0 else value.detach()[first:last]
+            if value.requires_grad:
+                part = part.clone().requires_grad_()
+                leaves.append(name)
+            changes[name] = part
+        options = replace(o, **changes)
+        return replace(self, layout=layout, options=options, dtype=torch.float64), leaves
+
+    def is_small(self, logits: Tensor, ref_logps: Tensor | None) -> bool:
+        """Whether one launch from logits to loss can do it, and pays (`ops/small_batch.py`)."""
+        o, (row, weight, terms) = self.options, self.losses[0]
+        plain = len(self.losses) == 1 and weight == 1 and bool(terms) and row.score == "ratio"
+        plain = plain and row.sft is None and not row.batch_coupled and not row.by_length
+        plain = plain and (o.f_divergence_type == "reverse_kl" or not row.f_divergence)
+        plain = plain and not self.stats and o.ld_alpha is None and o.weights is None
+        plain = plain and o.sft_weight == 0 and o.reduction == "mean"
+        fixed = all(
+            not isinstance(x, Tensor) or (x.dim() == 1 and not x.requires_grad)
+            for x in (o.beta, o.offset)
+        )
+        # One value a token would have to be summed first: the composition does that.
+        sums = ref_logps is None or tuple(ref_logps.shape) == (self.layout.sequences,)
+        return (
+            plain
+            and fixed
+            and sums
+            and not isinstance(o.num_pairs, Tensor)
+            and not torch.compiler.is_compiling()
+            and logits.numel() <= SMALL_BATCH.get(self.backend, -1)
+            and (logits.shape[-1] == 1 or logits.stride(-1) == 1)
+        )
+
+    def finish_small(
+        self,
+        logits: Tensor,
+        ref_tokens: Tensor | None,
+        ref_logps: Tensor | None,
+        transform: LogitTransform,
+        inplace: bool,
+    ) -> DPOOutput:
+        row, _, terms = self.losses[0]
+        reference = None
+        if ref_tokens is not None:
+            reference = self.sums(ref_tokens)[0]
+        elif ref_logps is not None and row.reference:
+            reference = ref_logps.detach().contiguous()
+            if reference.dtype not in (torch.float32, torch.float64):
+                reference = reference.float()
+        pairs = self.layout.sequences // 2
+        num_pairs = self.options.num_pairs
+        assert not isinstance(num_pairs, Tensor)
+        loss, table = ops.small_batch(
+            logits, self.layout.targets, self.layout.cu_seqlens, reference, terms,
+            beta=self.options.beta, offset=self.options.offset,
+            divisor=float(pairs if num_pairs is None else num_pairs),
+            ignore_index=self.layout.ignore_index, transform=transform, inplace=inplace,
+            backend=self.backend,
+        )  # fmt: skip
+        return DPOOutput(loss, *table.unbind(0))
+
+    def finish(
+        self,
+        policy: TokenLogps,
+        ref_tokens: Tensor | None,
+        ref_logps: Tensor | None,
+    ) -> DPOOutput:
+        """Loss and rewards from values a row [R, T]: policy and reference.
+
+        `ref_logps` as the user gave it: [2B] sums or per token.
+        """
+        B = self.layout.sequences // 2
+        ld_alpha = self.options.ld_alpha
+        tail = 1.0 if ld_alpha is None else float(ld_alpha)
+        sums, counts = self.sums(policy.logps, tail)
+        plain = sums if tail == 1.0 else self.sums(policy.logps)[0]
+        reference: Tensor | None = None
+        if ref_tokens is not None:
+            reference = self.sums(ref_tokens, tail)[0]
+        elif ref_logps is not None and self.uses_reference:
+            if tuple(ref_logps.shape) == (2 * B,):
+                reference = ref_logps.detach().double()
+            else:
+                tokens = self.layout.from_per_token("ref_logps", ref_logps.detach())
+                reference = self.sums(tokens, tail)[0]
+        wpo = None
+        if self.options.use_weighting:
+            aligned = policy.logps.detach() - policy.stats["log_sum_sq_probs"]
+            mean = self.sums(aligned)[0] / counts.clamp(min=1).double()
+            wpo = (mean[:B] + mean[B:]).exp()
+        pairs = Pairs(
+            chosen=sums[:B],
+            rejected=sums[B:],
+            ref_chosen=None if reference is None else reference[:B],
+            ref_rejected=None if reference is None else reference[B:],
+            chosen_lengths=counts[:B],
+            rejected_lengths=counts[B:],
+            chosen_nll=-plain[:B],
+            wpo=wpo,
+        )
+        return loss_of(pairs, self.options, self.losses, self.dtype, self.backend)
+
+
+def reduce(layout: Layout, tokens: TokenLogps, reduction: str, backend: str | None) -> Any:
+    if reduction not in ("sum", "mean", "none"):
+        raise ValueError(f"reduction must be 'sum', 'mean' or 'none', got {reduction!r}")
+    if reduction == "none":
+        logps = layout.per_token(tokens.logps)
+    else:
+        name = choose(backend, tokens.logps.device, tokens.logps.dtype, "sequence_sum")
+        sums, counts = ops.sequence_sum(
+            tokens.logps, layout.targets, layout.cu_seqlens,
+            ignore_index=layout.ignore_index, backend=name,
+        )  # fmt: skip
+        logps = sums / counts.clamp(min=1) if reduction == "mean" else sums
+        logps = logps.to(tokens.logps.dtype)
+    if not tokens.stats:
+        return logps
+    return logps, {name: layout.per_token(value) for name, value in tokens.stats.items()}
+
+
+def last_size(name: str, value: object) -> int:
+    tensor = checks.floating(name, value)
+    if tensor.dim() == 0:
+        raise ValueError(f"{name} must have shape [rows, T, V] or [N, V], got []")
+    return tensor.shape[-1]
+
+
+def head_size(weight: object) -> int:
+    tensor = checks.floating("weight", weight)
+    if tensor.dim() != 2:
+        raise ValueError(f"weight must have shape [V, H], got {list(tensor.shape)}")
+    return tensor.shape[0]
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
