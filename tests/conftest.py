@@ -25,26 +25,29 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def cuda_on_host():
-    """The CUDA kernels for CPU tensors, known to the backend."""
+    """The CUDA kernels as a module for CPU tensors."""
     from cuda_on_host import build
-
-    from dpo_kernels.backends import cuda
 
     if build.compiler() is None:
         pytest.skip("no C++ compiler: the CUDA kernels cannot be run on the host")
-    cuda.on_host = build.module()
-    return cuda.on_host
+    return build.module()
 
 
 @pytest.fixture(autouse=True)
 def device(request):
     """The device of the test's tensors, its default device while it runs."""
-    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get(
-        "backend"
-    )
-    if backend == "cuda" and not GPU:
-        request.getfixturevalue("cuda_on_host")
-    name = "cuda" if GPU and backend in ON_GPU else "cpu"
+    parameters = getattr(request.node, "callspec", None)
+    backend = parameters and parameters.params.get("backend")
     torch.manual_seed(0)
+    if backend == "cuda" and not GPU:
+        from dpo_kernels import backends
+        from dpo_kernels.backends import cuda
+
+        cuda.on_host = request.getfixturevalue("cuda_on_host")
+        yield torch.device("cpu")
+        cuda.on_host = None
+        backends.load.cache_clear()
+        return
+    name = "cuda" if GPU and backend in ON_GPU else "cpu"
     with torch.device(name):
         yield torch.device(name)
