@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: every architecture, no spills, registers in budget."""
+"""What the compiler made of the CUDA kernels: every architecture, no spills, register budgets."""
 
 import importlib.util
 import json
