@@ -68,7 +68,7 @@ def fused_dpo_loss(
             owns the buffers, it is ignored.
         temperature, logit_softcap, logit_scale: z = softcap(logit_scale * x) / temperature, with
             softcap(x) = cap * tanh(x / cap); policy and reference alike.
-        backend: "triton", "cpu" or "torch"; None picks by device.
+        backend: "cuda", "triton", "cpu" or "torch"; None picks by device.
         **loss_options: `losses.LossOptions`.
 
     Returns:

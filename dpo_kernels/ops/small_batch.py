@@ -1,6 +1,6 @@
 """`small_batch`: from logits to the loss of a batch of pairs in one launch, for small batches.
 
-The composition token_logps -> sequence_sum -> pair_loss costs a dozen launches, which is what a
+The composition token_logps -> sequence_sum -> pair_loss costs several launches, which is what a
 batch of few rows waits for. Here the kernel that scores the last row of a pair also sums its two
 sequences, evaluates the loss and its slopes, and the last pair finishes the mean; the backward is
 one launch too: a row's gradient is upstream * slope of its sequence / divisor. It holds for losses
@@ -146,9 +146,9 @@ def _small_batch_backward(
     backend: str,
 ) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    backends.load(backend).small_batch_backward(
-        grad, logits, targets, cu_seqlens, lse, slopes, ignore_index,
-        LogitTransform(scale, softcap, inv_temperature), divisor, out,
+    _small_batch_backward_into(
+        out, grad, logits, targets, cu_seqlens, lse, slopes, divisor, ignore_index,
+        (scale, softcap, inv_temperature), backend,
     )  # fmt: skip
     return out
 
@@ -173,7 +173,16 @@ def _small_batch_backward_(
     inv_temperature: float,
     backend: str,
 ) -> None:
+    _small_batch_backward_into(
+        logits, grad, logits, targets, cu_seqlens, lse, slopes, divisor, ignore_index,
+        (scale, softcap, inv_temperature), backend,
+    )  # fmt: skip
+
+
+def _small_batch_backward_into(
+    out, grad, logits, targets, cu_seqlens, lse, slopes, divisor, ignore_index, transform, backend
+) -> None:
     backends.load(backend).small_batch_backward(
-        grad, logits, targets, cu_seqlens, lse, slopes, ignore_index,
-        LogitTransform(scale, softcap, inv_temperature), divisor, logits,
+        grad, logits, targets, cu_seqlens, lse, slopes, ignore_index, LogitTransform(*transform),
+        divisor, out,
     )  # fmt: skip
