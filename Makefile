@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: help build train test lint bench clean
+.PHONY: help build train test lint bench gpu-check check-full clean
 
 help:
 	@echo "make train   build if needed, train the embedded default model (a few minutes)"
@@ -12,6 +12,8 @@ help:
 	@echo "make build   make $(VENV) with the package and its test tools"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks beside plain torch"
+	@echo "make gpu-check   on a machine with a GPU: build for it, test, measure, write a results file"
+	@echo "make check-full  what the test suite has no time for: sanitizers at length, mutations"
 	@echo "make clean   remove $(VENV) and build products"
 
 # The stamp is newer than what the build depends on; Python files need no rebuild (editable).
@@ -44,6 +46,13 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks
+
+# On a GPU machine: in the Python at hand, whose torch fits the driver (PYTHON= names another).
+gpu-check:
+	$(PYTHON) tools/gpu_check.py $(ARGS)
+
+check-full: $(STAMP)
+	$(BIN)/python tools/check_full.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info dpo_kernels/*.so

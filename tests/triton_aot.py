@@ -1,8 +1,8 @@
 """Compile every Triton kernel ahead of time at its real launch configuration; prints JSON.
 
 Run as a program without TRITON_INTERPRET (the test suite sets it for its own process, where
-kernels are interpreted). No GPU is needed. What it prints, per kernel and target: registers and
-spills (NVIDIA, from cuobjdump), or that it compiled (AMD).
+kernels are interpreted). No GPU is needed. What it prints, per kernel and target: registers, shared
+memory and spills (NVIDIA, from cuobjdump), or that it compiled (AMD).
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def resources(compiled) -> dict:
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"]))
     return {
         "registers": int(usage["REG"]),
+        "shared": compiled.metadata.shared,
         "spills": int(usage["LOCAL"]) + int(usage["STACK"]),
         "wide_loads": wide,
     }

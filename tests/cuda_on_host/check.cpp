@@ -341,6 +341,12 @@ int main(int argc, char** argv) {
     c.R = 1 + random() % 3;
     c.T = 1 + random() % 5;
     c.V = sizes[random() % 6];
+    if (i % 3 == 1) {  // few rows on a wider device: their parts go to several blocks
+      c.R = 1;
+      c.T = 1 + i % 2;
+      c.V = 4099;
+    }
+    host::sms = i % 3 == 1 ? 5 : 2;
     c.shift = random() % 9;
     c.gap = random() % 4;
     c.dtype = DType(i % 3);
