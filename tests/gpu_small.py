@@ -38,7 +38,7 @@ def main() -> None:
     torch.manual_seed(0)
     cases = 0
     for backend in ("triton", "cuda"):
-        for R, T, V in SHAPES:
+        for R, T, V in SHAPES if GPU else SHAPES[:1]:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 wide = torch.randn(R, T, V + 3, device=device).mul_(3).to(dtype)
                 logits = wide[..., :V]  # rows that are not aligned
