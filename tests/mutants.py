@@ -62,7 +62,7 @@ def cuda_ordering() -> Iterator[Mutant]:
 
 CUDA_CONSTANTS = (
     Mutant("cuda/device.h", "1.4426950408889634", "1.4427"),
-    Mutant("cuda/device.h", "-3.33332819422e-1f", "-3.33432819422e-1f"),
+    Mutant("cuda/device.h", "- 3.33332819422e-1f", "- 3.33432819422e-1f"),
     Mutant("cuda/device.h", "return size < 0.625f", "return size < 3.0f"),
     Mutant("cuda/device.h", "- 2.0f / (exp2_fast", "- 2.001f / (exp2_fast"),
     Mutant("cuda/device.h", "(u >> 13) & 1u", "(u >> 13) & 0u"),
@@ -80,7 +80,7 @@ CUDA_CONSTANTS = (
     Mutant("cuda/pair_loss.cu", "blockIdx.x * THREADS", "blockIdx.x * (THREADS - 1)"),
 )  # fmt: skip
 TRITON_CONSTANTS = (
-    Mutant("token_logps.py", "-3.33332819422e-1", "-3.33432819422e-1"),
+    Mutant("token_logps.py", "- 3.33332819422e-1", "- 3.33432819422e-1"),
     Mutant("token_logps.py", "size < 0.625", "size < 3.0"),
     Mutant("token_logps.py", "far = 1.0 - 2.0 /", "far = 1.0 - 2.001 /"),
     Mutant("token_logps.py", "end // tile * tile", "end // tile * tile + 1"),
