@@ -69,12 +69,10 @@ def test_imports_flow_one_way():
 
 def test_training_uses_the_front_functions_only():
     public = FRONT | set(dpo_kernels.__all__)
-    for path in [p for name in ("train", "bench") for p in (ROOT / name).rglob("*.py")] + [
-        ROOT / "cli.py"
-    ]:
-        extra = (
-            imports_of(path) - public - {"train", "data", "bench", "doctor", "verification", "cli"}
-        )
+    rooms = {"train", "data", "bench", "doctor", "verification", "cli"}
+    files = [path for name in ("train", "bench") for path in (ROOT / name).rglob("*.py")]
+    for path in [*files, ROOT / "cli.py"]:
+        extra = imports_of(path) - public - rooms
         assert not extra, f"{path.relative_to(ROOT)} imports {extra}"
 
 

@@ -134,7 +134,7 @@ def refresh(x: Inputs) -> None:
 
         if x.logits is not None:
             sums = dk.sequence_logps(x.logits, x.labels, logit_softcap=x.softcap)
-        elif x.hidden is not None:
+        elif x.hidden is not None and x.weight is not None:
             sums = dk.linear_sequence_logps(x.hidden, x.weight, x.labels, logit_softcap=x.softcap)
         else:
             return
@@ -150,7 +150,8 @@ def _small_llama(case: Case, device: str, dtype: torch.dtype) -> tuple[Any, Any]
         vocab_size=case.shape.vocabulary, hidden_size=H, intermediate_size=8 * H // 3,
         num_hidden_layers=4, num_attention_heads=H // 64, num_key_value_heads=H // 64,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(device, dtype)
+    model = LlamaForCausalLM(config)
+    model.to(device=device, dtype=dtype)  # type: ignore[call-arg, arg-type]
     return model, torch.optim.AdamW(model.parameters(), lr=0.0)
 
 
@@ -172,9 +173,9 @@ def exact(x: Inputs, reference: str) -> tuple[Tensor, list[Tensor]]:
             return sums.detach(), []
         if reference == "policy":
             ref = sums.detach()
-        value = _providers.pair_loss_wide(
-            sums, torch.zeros_like(ref) if reference == "none" else ref
-        )
+        elif reference == "none":
+            ref = torch.zeros_like(ref)
+        value = _providers.pair_loss_wide(sums, ref)
     value.backward()
     return value.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 

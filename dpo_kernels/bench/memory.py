@@ -18,7 +18,7 @@ from .cases import MODELS, Case, Model
 
 
 def peak_bytes(case: Case, provider: str, device: str) -> int | str:
-    """Bytes above the inputs at the peak of a call with its gradients; or why there is no figure."""
+    """Bytes above the inputs at the peak of a call with its gradients; or why there is none."""
     if device == "cuda":
         return _call(case, provider, device)
     words = [json.dumps(asdict(case)), json.dumps(asdict(case.shape)), provider]

@@ -167,11 +167,10 @@ def _lines(path: Path, rows: list[dict[str, Any]], series: str) -> None:
     for provider in dict.fromkeys(r["provider"] for r in rows):
         points = sorted((r["x"], r["seconds"] * 1e3) for r in rows if r["provider"] == provider)
         ours = next(r["ours"] for r in rows if r["provider"] == provider)
-        style = (
-            {"color": COLOURS[True], "lw": 2.2} if ours else {"color": f"C{others % 9}", "lw": 1.2}
-        )
+        colour = COLOURS[True] if ours else f"C{others % 9}"
         others += not ours
-        axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=provider, **style)
+        axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=provider, color=colour,
+                  lw=2.2 if ours else 1.2)  # fmt: skip
     floors = sorted({(r["x"], r["floor"] * 1e3) for r in rows if r["ours"] and r["floor"]})
     if floors:
         axis.plot(*zip(*floors, strict=True), color="black", ls=":", label="floor")
