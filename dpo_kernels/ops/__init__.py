@@ -5,12 +5,14 @@ from .linear_logps import budget_of, check_head, choose_strategy, linear_logps, 
 from .pair_loss import pair_loss
 from .sequence_sum import sequence_sum
 from .small_batch import COLUMNS, small_batch
+from .token_kl import TokenKL, token_kl
 from .token_logps import STATS, TokenLogps, check_stats, token_logps
 
 __all__ = [
     "COLUMNS",
     "STATS",
     "Plan",
+    "TokenKL",
     "TokenLogps",
     "budget_of",
     "check_head",
@@ -21,5 +23,6 @@ __all__ = [
     "plan_of",
     "sequence_sum",
     "small_batch",
+    "token_kl",
     "token_logps",
 ]
