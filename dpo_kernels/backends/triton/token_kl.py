@@ -24,7 +24,7 @@ from .token_logps import _ALIGN, _scalars, _value
 # As in token_logps.py: not yet measured on a GPU. Five running values a lane and two rows in
 # flight: smaller tiles.
 FORWARD = {"K": 4, "LANES": 1024, "num_warps": 8}
-BACKWARD = {"TILE": 4096, "num_warps": 8}
+BACKWARD = {"TILE": 2048, "num_warps": 8}
 
 
 @triton.jit
@@ -175,6 +175,44 @@ def _origin(row_lse, unit, k):
     return hi, tl.where(unit == 0.0, tl.exp(-row_lse).to(tl.float32), rounding)
 
 
+@triton.jit
+def _values(row, cols, inside, inner, outer, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        return _value(tl.load(row + cols, mask=inside, other=0.0).to(tl.float32), inner, outer,
+                      SOFTCAP)  # fmt: skip
+    return _value(tl.load(row + cols).to(tl.float32), inner, outer, SOFTCAP)
+
+
+@triton.jit
+def _store_gradient(
+    row, ref_row, row_out, cols, inside, y, g_logp, g_kl, lse, ref_lse,
+    inner, outer, k, chain, unit, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    hi, rounding = _origin(lse, unit, k)
+    x = _values(row, cols, inside, inner, outer, SOFTCAP, MASKED)
+    p = _softmax(x, hi, rounding, k)
+    d = -g_logp * p
+    # 1 - p at the target without cancellation, from registers: another warp may already have
+    # overwritten the target's logit in place.
+    target = cols == y
+    p_y = tl.exp(tl.sum(tl.where(target, x, 0.0), 0).to(tl.float64) * unit - lse)
+    d_y = (1.0 - p_y) * g_logp.to(tl.float64)
+    if g_kl != 0.0:
+        ref_hi, ref_rounding = _origin(ref_lse, unit, k)
+        r = _values(ref_row, cols, inside, inner, outer, SOFTCAP, MASKED)
+        d += g_kl * (p - _softmax(r, ref_hi, ref_rounding, k))
+        r_y = tl.sum(tl.where(target, r, 0.0), 0).to(tl.float64)
+        d_y += g_kl.to(tl.float64) * (p_y - tl.exp(r_y * unit - ref_lse))
+    d = tl.where(target, d_y.to(tl.float32), d) * chain
+    if SOFTCAP:
+        t = x / outer
+        d = d * (1.0 - t) * (1.0 + t)
+    if MASKED:
+        tl.store(row_out + cols, d.to(row_out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(row_out + cols, d.to(row_out.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=["V", "T", "ignore_index", "inner", "outer", "k", "unit_lo", "chain"])
 def _backward(
     grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, out,
@@ -208,31 +246,20 @@ def _backward(
     else:
         unit = tl.zeros([], tl.float64) + unit_hi + unit_lo
         row_lse = tl.load(lse + index)
-        hi, rounding = _origin(row_lse, unit, k)
-        x = _value(tl.load(row + cols, mask=inside, other=0.0).to(tl.float32), inner, outer,
-                   SOFTCAP)  # fmt: skip
-        slope = tl.zeros([TILE], tl.float32) + chain
-        if SOFTCAP:
-            t = x / outer
-            slope = chain * (1.0 - t) * (1.0 + t)
-        p = _softmax(x, hi, rounding, k)
-        d = -g_logp * p
-        # 1 - p at the target without cancellation, from registers: another warp may already have
-        # overwritten the target's logit in place.
-        target = cols == y + head
-        x_y = tl.sum(tl.where(target, x, 0.0), 0).to(tl.float64)
-        p_y = tl.exp(x_y * unit - row_lse)
-        d_y = (1.0 - p_y) * g_logp.to(tl.float64)
-        if g_kl != 0.0:  # a row whose KL is not wanted leaves the reference unread
+        # A row whose KL is not wanted leaves the reference unread.
+        row_ref_lse = tl.zeros([], tl.float64)
+        if g_kl != 0.0:
             row_ref_lse = tl.load(ref_lse + index)
-            ref_hi, ref_rounding = _origin(row_ref_lse, unit, k)
-            r = _value(tl.load(ref_row + cols, mask=inside, other=0.0).to(tl.float32), inner,
-                       outer, SOFTCAP)  # fmt: skip
-            d += g_kl * (p - _softmax(r, ref_hi, ref_rounding, k))
-            r_y = tl.sum(tl.where(target, r, 0.0), 0).to(tl.float64)
-            d_y += g_kl.to(tl.float64) * (p_y - tl.exp(r_y * unit - row_ref_lse))
-        d = tl.where(target, d_y.to(tl.float32), d)
-        tl.store(row_out + cols, (d * slope).to(out.dtype.element_ty), mask=inside)
+        if (first >= head) & (first + TILE <= head + V):
+            _store_gradient(
+                row, ref_row, row_out, cols, inside, y + head, g_logp, g_kl, row_lse, row_ref_lse,
+                inner, outer, k, chain, unit, SOFTCAP, False,
+            )  # fmt: skip
+        else:
+            _store_gradient(
+                row, ref_row, row_out, cols, inside, y + head, g_logp, g_kl, row_lse, row_ref_lse,
+                inner, outer, k, chain, unit, SOFTCAP, True,
+            )  # fmt: skip
 
 
 def _same_phase(a: Tensor, *others: Tensor) -> bool:
