@@ -102,12 +102,10 @@ def fused_dpo_loss(
         assert ref_logits is not None
         joint = ops.token_kl(
             layout.rows("logits", logits, "V"), layout.rows("ref_logits", ref_logits, "V"),
-            layout.targets, ignore_index=ignore_index, transform=transform, inplace=inplace,
-            backend=backend,
+            layout.targets, ignore_index=ignore_index, transform=transform, stats=run.stats,
+            inplace=inplace, backend=backend,
         )  # fmt: skip
-        stats = score(logits.detach(), "logits", run.stats, False).stats if run.stats else {}
-        tokens = TokenLogps(joint.logps, joint.logps, stats)
-        return run.finish(tokens, joint.ref_logps, None, joint.kl)
+        return run.finish(joint.policy, joint.ref_logps, None, joint.kl)
     reference = None
     if ref_logits is not None and run.uses_reference:
         with torch.no_grad():

@@ -10,6 +10,10 @@ What is computed never depends on the strategy, only what it costs does:
                keep, four for the others
     score      nothing wants a gradient: one product
 
+A reference given as hidden states costs one product more. Losses of whole distributions (`tdpo1`,
+`tdpo2`) have it projected beside the policy (`ops/linear_kl.py`), and are streamed with a frozen
+head too: there that is the cheapest.
+
 Letters: `B` pairs, `T` positions, `N` rows of packed input, `V` vocabulary, `H` hidden size, `r`
 rank of a LoRA adapter.
 """
@@ -26,9 +30,9 @@ from . import losses as _losses
 from . import ops
 from .backends import choose
 from .layout import Layout
-from .ops import TokenLogps, checks
+from .ops import LinearInputs, TokenLogps, checks
 from .pairs import DPOOutput
-from .stream import LinearInputs, Streaming, stream
+from .stream import Streaming, stream
 from .tokens import TokenLoss, head_size, reduce, wide_dtype
 from .transform import LogitTransform
 
@@ -100,7 +104,8 @@ def fused_linear_dpo_loss(
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
-    name = choose(backend, hidden.device, checks.floating("hidden", hidden).dtype)
+    op = "token_kl" if any(row.needs_kl for row, _, _ in rows) else "token_logps"
+    name = choose(backend, hidden.device, checks.floating("hidden", hidden).dtype, op)
     run = TokenLoss(layout, options, rows, name, wide_dtype(hidden))
     run.check(ref_hidden is not None, "ref_hidden", ref_logps)
     if drop_common_prefix:
@@ -131,10 +136,20 @@ def fused_linear_dpo_loss(
                             batch_invariant)  # fmt: skip
             return _tell(out, "streaming", layout, name)
         strategy = ops.choose_strategy(strategy, *policy)
-    policy_logps, reference_logps = _score(
-        run, policy, reference, transform, budget, batch_invariant, strategy
-    )
-    return _tell(run.finish(policy_logps, reference_logps, ref_logps), strategy, layout, name)
+    if run.needs_kl:
+        assert reference is not None
+        joint = ops.linear_kl(
+            policy, reference, layout.targets, ignore_index=ignore_index, transform=transform,
+            stats=run.stats, memory_budget=budget, batch_invariant=batch_invariant,
+            strategy=None if strategy == "plain" else strategy, backend=name,
+        )  # fmt: skip
+        out = run.finish(joint.policy, joint.ref_logps, None, joint.kl)
+    else:
+        tokens, ref_tokens = _score(
+            run, policy, reference, transform, budget, batch_invariant, strategy
+        )
+        out = run.finish(tokens, ref_tokens, ref_logps)
+    return _tell(out, strategy, layout, name)
 
 
 def linear_sequence_logps(
@@ -235,11 +250,11 @@ def _streamable(
         reason = "the loss is not a scalar sum over pairs"
     elif not all(checks.plain(x) for x in policy if x is not None):
         reason = "it does not trace (torch.compile, functorch, tensor subclasses)"
-    elif wish is None and not trained:
+    elif wish is None and not trained and not run.needs_kl:
         return None
     if not reason:
         lengths = run.layout.scored_counts().tolist()
-        plan = _stream_plan(lengths, policy, reference, budget, invariant)
+        plan = _stream_plan(run, lengths, policy, reference, budget, invariant)
         B = len(lengths) // 2
         if max(lengths[i] + lengths[B + i] for i in range(B)) <= plan.chunk:
             return lengths
@@ -250,6 +265,7 @@ def _streamable(
 
 
 def _stream_plan(
+    run: TokenLoss,
     lengths: list[int],
     policy: LinearInputs,
     reference: LinearInputs | None,
@@ -258,8 +274,9 @@ def _stream_plan(
 ) -> ops.Plan:
     ref_H = 0 if reference is None else reference.weight.shape[1]
     return ops.plan_of(
-        "streaming", budget, sum(lengths), policy.weight, policy.low, invariant, ref_H
-    )
+        "streaming", budget, sum(lengths), policy.weight, policy.low, invariant, ref_H,
+        run.needs_kl,
+    )  # fmt: skip
 
 
 def _streamed(
@@ -278,7 +295,7 @@ def _streamed(
             ref_logps = None
         elif tuple(ref_logps.shape) != (len(lengths),):
             ref_logps = run.layout.from_per_token("ref_logps", ref_logps)
-    plan = _stream_plan(lengths, policy, reference, budget, invariant)
+    plan = _stream_plan(run, lengths, policy, reference, budget, invariant)
     return stream(Streaming(run, reference, ref_logps, lengths, plan, transform), policy)
 
 

@@ -402,7 +402,9 @@ def _check_applies(o: LossOptions, losses: list[Loss]) -> None:
                 raise ValueError(f"use_weighting (WPO) cannot be combined with {row.name!r}")
     for row in losses:
         if row.needs_kl and o.reference_free:
-            raise ValueError(f"{row.name!r} compares with a reference; reference_free=True has none")
+            raise ValueError(
+                f"{row.name!r} compares with a reference; reference_free=True has none"
+            )
         if row.needs_kl and o.ld_alpha is not None:
             raise ValueError(f"ld_alpha weighs log-probs; it has no meaning for {row.name!r}")
     for option in _OWN_OPTIONS:

@@ -113,7 +113,7 @@ def loss_of(
 
 
 def _without(p: Pairs, dropped: Tensor) -> Pairs:
-    """The pairs with log-probs and KL 0 where dropped: a NaN there reaches neither loss nor gradient."""
+    """The pairs with log-probs and KL 0 where dropped: a NaN there reaches nothing."""
 
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_kl", "rejected_kl")
     values = {name: getattr(p, name) for name in names}

@@ -1,6 +1,7 @@
 """The ops: schema, checks, fake implementation and backward of each, in one file an op."""
 
-from .linear_head import Plan
+from .linear_head import LinearInputs, Plan
+from .linear_kl import linear_kl
 from .linear_logps import budget_of, check_head, choose_strategy, linear_logps, plan_of
 from .pair_loss import pair_loss
 from .sequence_sum import sequence_sum
@@ -11,6 +12,7 @@ from .token_logps import STATS, TokenLogps, check_stats, token_logps
 __all__ = [
     "COLUMNS",
     "STATS",
+    "LinearInputs",
     "Plan",
     "TokenKL",
     "TokenLogps",
@@ -18,6 +20,7 @@ __all__ = [
     "check_head",
     "check_stats",
     "choose_strategy",
+    "linear_kl",
     "linear_logps",
     "pair_loss",
     "plan_of",

@@ -21,15 +21,15 @@ from .. import backends
 from ..backends import torch as reference
 from ..transform import LogitTransform
 from . import checks
-from .token_logps import check_writable
+from .token_logps import TokenLogps, check_writable, token_logps
 
 
 class TokenKL(NamedTuple):
     """Per-row results, each [R, T] and 0 where ignored; fp32 (fp64 for fp64 logits)."""
 
-    logps: Tensor  # of the policy, differentiable
+    policy: TokenLogps
+    ref_logps: Tensor  # without gradient
     kl: Tensor  # KL(reference || policy), differentiable
-    ref_logps: Tensor  # of the reference, without gradient
 
 
 def token_kl(
@@ -39,6 +39,7 @@ def token_kl(
     *,
     ignore_index: int = -100,
     transform: LogitTransform | None = None,
+    stats: tuple[str, ...] = (),
     inplace: bool = False,
     backend: str | None = None,
 ) -> TokenKL:
@@ -46,7 +47,8 @@ def token_kl(
 
     `logits`, `ref_logits` [R, T, V] with unit stride in V, of dtypes of their own; `targets`
     [R, T] int64. With `inplace` the backward writes the gradient over `logits`, as `token_logps`
-    does. A target outside [0, V) gives NaN. Raises `ValueError` or `TypeError`.
+    does. A target outside [0, V) gives NaN. `stats` of the policy are had by a read of their own.
+    Raises `ValueError` or `TypeError`.
     """
     transform = transform or LogitTransform()
     for name, x in (("logits", logits), ("ref_logits", ref_logits)):
@@ -76,8 +78,14 @@ def token_kl(
             logits, ref_logits.detach(), targets, ignore_index, transform.scale,
             transform.softcap, transform.inv_temperature, write, name,
         )  # fmt: skip
-    logps, _, ref_logps, _, kl = result
-    return TokenKL(logps, kl, ref_logps)
+    logps, lse, ref_logps, _, kl = result
+    table = {}
+    if stats:
+        table = token_logps(
+            logits.detach(), targets, ignore_index=ignore_index, transform=transform, stats=stats,
+            backend=name,
+        ).stats  # fmt: skip
+    return TokenKL(TokenLogps(logps, lse, table), ref_logps, kl)
 
 
 def _check_apart(logits: Tensor, ref_logits: Tensor) -> None:

@@ -85,7 +85,7 @@ def _meet(m, l, k):
     The terms of the maximum itself, 1 each, are counted apart, as in token_logps.py.
     """
     top = tl.max(m, 0)
-    base, drop, shrink = _move(m, top, k)
+    _, drop, shrink = _move(m, top, k)
     tied = m == top
     ones = tl.sum(tied.to(tl.float32), 0)
     rest = tl.sum(tl.where(tied, l - 1.0, l * shrink), 0)
@@ -144,7 +144,7 @@ def _forward(
                 mx, lx, mr, lr, gap, row, ref_row, inner_end + cols, head, end, inner, outer, k,
                 SOFTCAP, True,
             )  # fmt: skip
-        top_x, drop_x, shrink_x, sum_x = _meet(mx, lx, k)
+        top_x, drop_x, _, sum_x = _meet(mx, lx, k)
         top_r, drop_r, shrink_r, sum_r = _meet(mr, lr, k)
         unit = tl.zeros([], tl.float64) + unit_hi + unit_lo
         log_x = tl.log(sum_x)
