@@ -150,13 +150,13 @@ def _run(
         local = Layout(y, cu, len(lengths), layout.ignore_index, False)
         share, leaves = run.of_pairs(i, j, local, starts[B])
 
-        ref_tokens, ref_sums, r = None, None, None
-        whole = ceil(n, plan.block)
+        ref_tokens = ref_sums = r = ref_lse = kl = None
+        size = ceil(n, plan.block)
         args = (y, layout.ignore_index, batch.transform)
         if ref_head is not None:
             assert batch.reference is not None
             h = ref_head.rows(batch.reference.hidden, index)
-            r = ref_head.project(h, None, ref_buffer[:whole])[:n]
+            r = ref_head.project(h, None, ref_buffer[:size])[:n]
             if not joint:
                 ref_tokens = impl.token_logps(r[None], *args, ())[0]
         elif batch.ref_logps is not None and batch.ref_logps.dim() == 2:
@@ -166,26 +166,27 @@ def _run(
 
         h = head.rows(policy.hidden, index)
         low = None if policy.low is None else head.rows(policy.low, index)
-        z = head.project(h, low, buffer[:whole])[:n]
-        table, ref_lse, kl = (), None, None
+        z = head.project(h, low, buffer[:size])[:n]
+        stats: dict[str, Tensor] = {}
         if joint:
+            assert r is not None
             logps, lse, ref_tokens, ref_lse, kl = impl.token_kl(z[None], r[None], *args)
-            kl = kl.requires_grad_()
         if not joint or share.stats:
             logps, lse, table = impl.token_logps(z[None], *args, share.stats)
-        stats = dict(zip(share.stats, table, strict=True))
+            stats = dict(zip(share.stats, table.unbind(0), strict=True))
+        tokens = [logps] if kl is None else [logps, kl]  # what the gradient of logits depends on
         with torch.enable_grad():
-            leaf = logps.detach().requires_grad_()
-            out = share.finish(TokenLogps(leaf, lse, stats), ref_tokens, ref_sums, kl)
-            wrt = [leaf, *([kl] if joint else []), *(getattr(share.options, k) for k in leaves)]
+            tokens = [x.detach().requires_grad_() for x in tokens]
+            out = share.finish(TokenLogps(tokens[0], lse, stats), ref_tokens, ref_sums, *tokens[1:])
+            wrt = [*tokens, *(getattr(share.options, name) for name in leaves)]
             slopes = _slopes(out.loss, wrt)
         fields.append([x.detach() for x in out])
-        for name, slope in zip(leaves, slopes[len(slopes) - len(leaves) :], strict=True):
+        for name, slope in zip(leaves, slopes[len(tokens) :], strict=True):
             whole = d_options.setdefault(name, _zeros_like(getattr(run.options, name)))
             part = whole if whole.dim() == 0 else whole[i:j]
             part += slope
         if n and any(wanted.values()):
-            if joint:
+            if r is not None and joint:
                 impl.token_kl_backward(
                     *slopes[:2], z[None], r[None], y, lse, ref_lse, *args[1:], z[None]
                 )

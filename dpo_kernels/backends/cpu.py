@@ -69,11 +69,12 @@ def token_kl_backward(
     out: Tensor,  # [R, T, V], may be `logits` or `ref_logits`
 ) -> None:
     """As `backends.torch.token_kl_backward`."""
-    grads = [g.float().contiguous() for g in (grad_logps, grad_kl)]
-    rows = [x.contiguous() for x in (targets, lse, ref_lse)]
+    grad_logps, grad_kl = grad_logps.float().contiguous(), grad_kl.float().contiguous()
+    targets, lse, ref_lse = targets.contiguous(), lse.contiguous(), ref_lse.contiguous()
     params = native.token_kl_backward(
-        _C, *grads, logits, ref_logits, *rows, ignore_index, transform, out
-    )
+        _C, grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, ignore_index,
+        transform, out,
+    )  # fmt: skip
     _C.token_kl_backward(params)
 
 

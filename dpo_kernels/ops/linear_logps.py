@@ -108,9 +108,11 @@ def _plain(inputs, targets, ignore_index, transform, stats):
 def plain_logits(inputs: LinearInputs) -> Tensor:
     """All rows at once [R, T, V], fp32 (fp64 of fp64)."""
     wide = reference.accumulate_dtype(inputs.hidden.dtype)
-    hidden, weight, bias, low, up = (None if x is None else x.to(wide) for x in inputs)
-    x = torch.nn.functional.linear(hidden, weight, bias)
-    return x if low is None or up is None else x + low @ up.T
+    hidden, weight, bias, low, up = inputs
+    x = torch.nn.functional.linear(
+        hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+    )
+    return x if low is None or up is None else x + low.to(wide) @ up.to(wide).T
 
 
 def check_head(
