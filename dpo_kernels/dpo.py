@@ -20,7 +20,7 @@ from .backends import choose
 from .layout import Layout
 from .ops import TokenLogps, checks
 from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
-from .tokens import TokenLoss, last_size, reduce, wide_dtype
+from .tokens import TokenLoss, last_size, op_of, reduce, wide_dtype
 from .transform import LogitTransform
 
 
@@ -89,7 +89,7 @@ def fused_dpo_loss(
             transform=transform, stats=stats, inplace=inplace, backend=backend,
         )  # fmt: skip
 
-    name = choose(backend, logits.device, checks.floating("logits", logits).dtype, "sequence_sum")
+    name = choose(backend, logits.device, checks.floating("logits", logits).dtype, op_of(rows))
     run = TokenLoss(layout, options, rows, name, wide_dtype(logits))
     if ref_logits is not None:
         layout.rows("ref_logits", ref_logits, "V")

@@ -33,7 +33,7 @@ from .layout import Layout
 from .ops import LinearInputs, TokenLogps, checks
 from .pairs import DPOOutput
 from .stream import Streaming, stream
-from .tokens import TokenLoss, head_size, reduce, wide_dtype
+from .tokens import TokenLoss, head_size, op_of, reduce, wide_dtype
 from .transform import LogitTransform
 
 logger = logging.getLogger("dpo_kernels")
@@ -104,8 +104,7 @@ def fused_linear_dpo_loss(
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
-    op = "token_kl" if any(row.needs_kl for row, _, _ in rows) else "token_logps"
-    name = choose(backend, hidden.device, checks.floating("hidden", hidden).dtype, op)
+    name = choose(backend, hidden.device, checks.floating("hidden", hidden).dtype, op_of(rows))
     run = TokenLoss(layout, options, rows, name, wide_dtype(hidden))
     run.check(ref_hidden is not None, "ref_hidden", ref_logps)
     if drop_common_prefix:

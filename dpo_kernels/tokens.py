@@ -47,7 +47,7 @@ class TokenLoss:
 
     @property
     def needs_kl(self) -> bool:
-        return any(row.needs_kl for row, _, _ in self.losses)
+        return op_of(self.losses) == "token_kl"
 
     @property
     def uses_reference(self) -> bool:
@@ -244,6 +244,11 @@ class TokenLoss:
             rejected_kl=None if kl_sums is None else kl_sums[B:],
         )
         return loss_of(pairs, self.options, self.losses, self.dtype, self.backend)
+
+
+def op_of(losses: list) -> str:
+    """The op that reads the logits for these losses, as `backends.choose` knows it."""
+    return "token_kl" if any(row.needs_kl for row, _, _ in losses) else "token_logps"
 
 
 def reduce(layout: Layout, tokens: TokenLogps, reduction: str, backend: str | None) -> Any:

@@ -122,10 +122,13 @@ struct Backward {
     const double g_logp = p.grad_logps[row], g_kl = p.grad_kl[row];
     double slope_y;
     const double at_policy = policy.value(row, y, &slope_y) * unit - p.lse[row];
-    double d_y = (g_kl - g_logp) * std::expm1(at_policy);
+    double d_y = -g_logp * std::expm1(at_policy);
     // A row whose KL is not wanted leaves the reference unread.
     const double ref_lse = g_kl ? p.ref_lse[row] : 0.0;
-    if (g_kl) d_y -= g_kl * std::expm1(reference.value(row, y) * unit - ref_lse);
+    if (g_kl) {
+      const double at_reference = reference.value(row, y) * unit - ref_lse;
+      d_y += g_kl * (std::expm1(at_policy) - std::expm1(at_reference));
+    }
     const Softmax sx(p.lse[row], unit, k), sr(ref_lse, unit, k);
     const float gl = (float)g_logp, gk = (float)g_kl;
     const float chain = (float)(p.transform.softcap ? 1.0 : unit);
