@@ -56,6 +56,7 @@ def fused_linear_dpo_loss(
     batch_invariant: bool = False,
     strategy: str | None = None,
     cu_seqlens: Tensor | None = None,
+    scored_lengths: Tensor | list[int] | None = None,
     shift: bool = True,
     ignore_index: int = -100,
     drop_common_prefix: bool = False,
@@ -77,6 +78,11 @@ def fused_linear_dpo_loss(
         lora: (A [r, H], B [V, r], scaling), an adapter on the head: the weight is
             `weight + scaling * B @ A`, without forming it. Gradients go to A and B.
         labels, cu_seqlens, shift, ignore_index, drop_common_prefix: as `fused_dpo_loss`.
+        scored_lengths: [2B] scored tokens of each sequence, a list or CPU tensor of integers. With
+            hidden states on a GPU the host waits for the device once, to learn these, unless they
+            are given or labels (and cu_seqlens) are on the CPU; labels are moved where hidden is.
+            Checked against labels on the CPU; on a GPU they are trusted and must be right. With
+            drop_common_prefix they say nothing of the tokens that are left.
         ref_hidden: [2B, T, H'] reference hidden states, scored without gradient with `ref_weight`
             [V, H'] and `ref_bias`, or with `weight` and `bias` detached (and without `lora`); or
         ref_logps: as `fused_dpo_loss`.
@@ -102,9 +108,10 @@ def fused_linear_dpo_loss(
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
     V = head_size(weight)
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
-    name = choose(backend, hidden.device, checks.floating("hidden", hidden).dtype, op_of(rows))
+    name = choose(backend, hidden.device, hidden.dtype, op_of(rows))
     run = TokenLoss(layout, options, rows, name, wide_dtype(hidden))
     run.check(ref_hidden is not None, "ref_hidden", ref_logps)
     if drop_common_prefix:
@@ -140,7 +147,7 @@ def fused_linear_dpo_loss(
         joint = ops.linear_kl(
             policy, reference, layout.targets, ignore_index=ignore_index, transform=transform,
             stats=run.stats, memory_budget=budget, batch_invariant=batch_invariant,
-            strategy=None if strategy == "plain" else strategy, backend=name,
+            strategy=None if strategy == "plain" else strategy, count=layout.count, backend=name,
         )  # fmt: skip
         out = run.finish(joint.policy, joint.ref_logps, None, joint.kl)
     else:
@@ -164,6 +171,7 @@ def linear_sequence_logps(
     batch_invariant: bool = False,
     strategy: str | None = None,
     cu_seqlens: Tensor | None = None,
+    scored_lengths: Tensor | list[int] | None = None,
     shift: bool = True,
     ignore_index: int = -100,
     temperature: float = 1.0,
@@ -179,12 +187,13 @@ def linear_sequence_logps(
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
     V = head_size(weight)
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
     inputs = _inputs("hidden", layout, hidden, weight, bias, lora)
     tokens = ops.linear_logps(
         inputs.hidden, inputs.weight, layout.targets, bias=inputs.bias, low=inputs.low,
         up=inputs.up, ignore_index=ignore_index, transform=transform,
         stats=ops.check_stats(stats), memory_budget=ops.budget_of(memory_budget),
-        batch_invariant=batch_invariant, strategy=strategy, backend=backend,
+        batch_invariant=batch_invariant, strategy=strategy, count=layout.count, backend=backend,
     )  # fmt: skip
     return reduce(layout, tokens, reduction, backend)
 
@@ -252,7 +261,7 @@ def _streamable(
     elif wish is None and not trained and not run.needs_kl:
         return None
     if not reason:
-        lengths = run.layout.scored_counts().tolist()
+        lengths = run.layout.scored_lengths()
         plan = _stream_plan(run, lengths, policy, reference, budget, invariant)
         B = len(lengths) // 2
         if max(lengths[i] + lengths[B + i] for i in range(B)) <= plan.chunk:
@@ -314,7 +323,8 @@ def _score(
             x.hidden, x.weight, run.layout.targets, bias=x.bias, low=x.low, up=x.up,
             ignore_index=run.layout.ignore_index, transform=transform, stats=stats,
             memory_budget=budget, batch_invariant=invariant, strategy=strategy,
-            chunks_of=None if chunks == "plain" else chunks, backend=run.backend,
+            chunks_of=None if chunks == "plain" else chunks, count=run.layout.count,
+            backend=run.backend,
         )  # fmt: skip
 
     chunks = strategy

@@ -56,6 +56,7 @@ def linear_logps(
     batch_invariant: bool = False,
     strategy: str | None = None,
     chunks_of: str | None = None,
+    count: int | None = None,
     backend: str | None = None,
 ) -> TokenLogps:
     """Log-prob, log-sum-exp and statistics of each scored row, [R, T] and 0 where ignored.
@@ -64,7 +65,8 @@ def linear_logps(
     `low` [R, T, r] and `up` [V, r] of a LoRA head; `targets` [R, T] int64. `memory_budget` bytes
     bound what is held beside inputs and gradients. `strategy` one of `STRATEGIES` or None: the
     cheapest that gives the gradients wanted; `chunks_of` another strategy whose chunks of rows are
-    used, so that a reference goes through the very products of its policy. Raises `ValueError` or
+    used, so that a reference goes through the very products of its policy. `count` is the number of
+    scored rows where it is known: else the host waits for it. Raises `ValueError` or
     `TypeError`.
     """
     transform = transform or LogitTransform()
@@ -89,7 +91,7 @@ def linear_logps(
         ",".join(stats),
         strategy,
         chunks_of or strategy,
-        count_scored(targets, ignore_index),
+        count_scored(targets, ignore_index) if count is None else count,
         budget_of(memory_budget),
         batch_invariant,
         name,
