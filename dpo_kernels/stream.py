@@ -26,7 +26,15 @@ from torch import Tensor
 from . import backends
 from .layout import Layout
 from .ops import TokenLogps
-from .ops.linear_head import Head, HeadGradient, LinearInputs, Plan, ceil, scored_rows
+from .ops.linear_head import (
+    Head,
+    HeadGradient,
+    LinearInputs,
+    Plan,
+    ceil,
+    chunks_of_pairs,
+    scored_rows,
+)
 from .pairs import DPOOutput
 from .tokens import TokenLoss
 from .transform import LogitTransform
@@ -42,18 +50,6 @@ class Streaming:
     lengths: list[int]  # [2B] scored rows
     plan: Plan
     transform: LogitTransform
-
-    def chunks(self) -> list[tuple[int, int]]:
-        """First and last + 1 pair of each chunk."""
-        B = len(self.lengths) // 2
-        chunks, first, rows = [], 0, 0
-        for i in range(B):
-            pair = self.lengths[i] + self.lengths[B + i]
-            if i > first and rows + pair > self.plan.chunk:
-                chunks.append((first, i))
-                first, rows = i, 0
-            rows += pair
-        return [*chunks, (first, B)]
 
 
 def stream(batch: Streaming, policy: LinearInputs) -> DPOOutput:
@@ -133,7 +129,7 @@ def _run(
         if wanted[name] and x is not None
     }
     joint = run.needs_kl
-    chunks = batch.chunks()
+    chunks = chunks_of_pairs(batch.lengths, plan.chunk)
     counts = [starts[j] - starts[i] + starts[B + j] - starts[B + i] for i, j in chunks]
     buffer = head.logits_buffer(max(counts))
     ref_buffer = head.logits_buffer(max(counts)) if joint else buffer

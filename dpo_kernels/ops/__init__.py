@@ -1,6 +1,6 @@
 """The ops: schema, checks, fake implementation and backward of each, in one file an op."""
 
-from .linear_head import LinearInputs, Plan
+from .linear_head import LinearInputs, Plan, chunks_of_pairs
 from .linear_kl import linear_kl
 from .linear_logps import budget_of, check_head, choose_strategy, linear_logps, plan_of
 from .pair_loss import pair_loss
@@ -20,6 +20,7 @@ __all__ = [
     "check_head",
     "check_stats",
     "choose_strategy",
+    "chunks_of_pairs",
     "linear_kl",
     "linear_logps",
     "pair_loss",

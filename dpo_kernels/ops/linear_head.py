@@ -133,6 +133,22 @@ def scored_rows(targets: Tensor, ignore_index: int, count: int) -> Tensor:
     return (~ignored).nonzero().squeeze(1)
 
 
+def chunks_of_pairs(lengths: list[int], limit: int) -> list[tuple[int, int]]:
+    """First and last + 1 pair of each chunk of whole pairs, of `limit` rows at most.
+
+    `lengths` [2B] scored rows of each sequence. A pair of more rows has a chunk to itself.
+    """
+    B = len(lengths) // 2
+    chunks, first, rows = [], 0, 0
+    for i in range(B):
+        pair = lengths[i] + lengths[B + i]
+        if i > first and rows + pair > limit:
+            chunks.append((first, i))
+            first, rows = i, 0
+        rows += pair
+    return [*chunks, (first, B)]
+
+
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
     """Rows [n, H] of x [R, T, H] by flat index, whatever the strides of x."""
     T = x.shape[1]

@@ -350,13 +350,18 @@ def scaled_rows(
     """[R, T, H] of `dtype`: the sum of the stashed rows times their gradients, 0 where ignored."""
     index = scored_rows(targets, ignore_index, count)
     H = stashes[0].shape[1]
-    rows = stashes[0].new_zeros((index.shape[0], H))
-    for grad, stash in zip(grads, stashes, strict=True):
-        g = grad.reshape(-1)[index].unsqueeze(1)
-        # A row of gradient 0 gives 0 however bad its logits.
-        rows += torch.where(g == 0, 0.0, stash[: index.shape[0]] * g)
-    out = rows.new_zeros((*targets.shape, H), dtype=dtype)
-    out.view(-1, H)[index] = rows.to(dtype)
+    out = stashes[0].new_zeros((*targets.shape, H), dtype=dtype)
+    flat = out.view(-1, H)
+    for first in range(
+        0, index.shape[0], 1024
+    ):  # products of all rows at once would be stashes too
+        part = index[first : first + 1024]
+        rows = stashes[0].new_zeros((part.shape[0], H))
+        for grad, stash in zip(grads, stashes, strict=True):
+            g = grad.reshape(-1)[part].unsqueeze(1)
+            # A row of gradient 0 gives 0 however bad its logits.
+            rows += torch.where(g == 0, 0.0, stash[first : first + 1024] * g)
+        flat[part] = rows.to(dtype)
     return out
 
 
