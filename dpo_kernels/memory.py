@@ -127,13 +127,11 @@ def estimate(
         "d_hidden": S * T * (H * size + 4 * low_rank) if gradients else 0,
         "d_weight": V * (H if trained else 0) * size if gradients and narrow else 0,
     }
-    # "streaming" and "frozen" are through with their chunks when the gradients are handed over;
-    # "recompute" works on chunks again in the backward, beside d_hidden.
-    handed = rows | held | over
-    if strategy != "recompute":
-        return max(_peak(work | held), _peak(handed), key=lambda e: e.peak)
-    busy = work | held | {"d_hidden": over["d_hidden"]}
-    return max(_peak(busy), _peak(handed), key=lambda e: e.peak)
+    # "recompute" works on chunks again in the backward, beside the gradients it hands over; the
+    # others are through with their chunks by then.
+    if strategy == "recompute":
+        return _peak(work | held | over)
+    return max(_peak(work | held), _peak(rows | held | over), key=lambda e: e.peak)
 
 
 def _rows_of_chunks(lengths: list[int], limit: int) -> list[int]:

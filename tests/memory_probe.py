@@ -1,15 +1,16 @@
-"""Peak resident memory of one call above its arguments, in a process of its own; prints JSON.
+"""Peak resident memory of calls above their arguments, each in a process of its own; prints JSON.
 
-    python memory_probe.py '{"strategy": "streaming", "lengths": [...], "T": ..., "V": ..., ...}'
+    python memory_probe.py '[{"strategy": "streaming", "lengths": [...], "T": ..., "V": ...}, ...]'
 
-The keys are the arguments of `dpo_kernels.memory.estimate`. Memory is the kernel's high-water mark
-of this process. A first call of the same kind on one pair and a tiny head makes what is made once:
-threads, the BLAS's buffers, autograd's graph code.
+The keys are the arguments of `dpo_kernels.memory.estimate`; a line for each case, in order. Memory
+is the kernel's high-water mark of a fork, which starts at what the fork holds. A first call of the
+same kind on one pair and a tiny head makes what is made once: the BLAS's buffers, autograd's graph.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 
@@ -76,8 +77,16 @@ def main(case: dict) -> None:
     arguments = batch(**{"H": 0, **case})
     before, peak_before = resident(), peak()
     loss = call(*arguments, **case)
-    print(json.dumps({"bytes": peak() - before, "slack": peak_before - before, "loss": loss}))
+    result = {"bytes": peak() - before, "slack": peak_before - before, "loss": loss}
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    for case in json.loads(sys.argv[1]):
+        # Nothing has run here but imports: no thread pool that a fork would lack.
+        child = os.fork()
+        if child == 0:
+            main(case)
+            os._exit(0)
+        if os.waitpid(child, 0)[1] != 0:
+            raise SystemExit(f"failed: {case}")
