@@ -360,7 +360,7 @@ def scaled_rows(
         for grad, stash in zip(grads, stashes, strict=True):
             g = grad.reshape(-1)[part].unsqueeze(1)
             # A row of gradient 0 gives 0 however bad its logits.
-            rows += torch.where(g == 0, 0.0, stash[first : first + 1024] * g)
+            rows += torch.where(g == 0, 0.0, stash[first : first + part.shape[0]] * g)
         flat[part] = rows.to(dtype)
     return out
 
