@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from .backends import FUSED_DTYPES
 from .ops import budget_of, chunks_of_pairs, plan_of
 
 FROM_LOGITS = ("in_place", "out_of_place")
@@ -61,7 +62,8 @@ def estimate(
         trained: whether the head's weight wants a gradient; None: with "streaming" and
             "recompute" it does.
         low_rank: r of a LoRA adapter on the head, whose A and B are trained.
-        ref_H: hidden size of a reference that is given as hidden states; 0 for log-probs.
+        ref_H: hidden size of a reference that is given as hidden states (H where it shares the
+            policy's head); 0 for log-probs.
         kl: whether the loss needs the KL of reference and policy (`tdpo1`, `tdpo2`).
 
     Returns:
@@ -86,6 +88,8 @@ def estimate(
     """
     if strategy not in (*FROM_LOGITS, *LINEAR):
         raise ValueError(f"strategy must be one of {(*FROM_LOGITS, *LINEAR)}, got {strategy!r}")
+    if dtype not in FUSED_DTYPES:
+        raise ValueError(f"dtype must be fp32, bf16 or fp16, got {dtype}: fp64 has no such plan")
     lengths = list(lengths)
     if len(lengths) % 2 or not lengths or not all(0 <= n <= T for n in lengths):
         raise ValueError(f"lengths must be [2B] counts from 0 to T={T}, got {lengths!r}")
@@ -95,6 +99,8 @@ def estimate(
         return _peak(rows | {"gradient": S * T * V * size if strategy == "out_of_place" else 0})
     if H <= 0:
         raise ValueError(f"H must be the hidden size for strategy={strategy!r}, got {H!r}")
+    if kl and ref_H <= 0:
+        raise ValueError(f"kl=True needs ref_H, the reference's hidden size, got {ref_H!r}")
     if trained is None:
         trained = strategy in ("streaming", "recompute")
     if trained and strategy in ("frozen", "score"):

@@ -16,7 +16,7 @@ RULES = {
     "backends": {"losses", "transform", "_C", "ops"},  # ops: the layout of a term, in pair_loss
     "ops": {"backends", "losses", "transform"},
     "layout": {"ops"},
-    "memory": {"ops"},
+    "memory": {"ops", "backends"},
     "pairs": {"ops", "losses"},
     "tokens": {"ops", "losses", "layout", "pairs", "backends", "transform"},
     "dpo": {"ops", "losses", "transform", "layout", "pairs", "backends", "tokens"},

@@ -100,6 +100,8 @@ def test_terms_and_refusals():
         ({"strategy": "fastest"}, "strategy must be one of"),
         ({"lengths": [1]}, r"lengths must be \[2B\]"),
         ({"lengths": [1, 9]}, "counts from 0 to T=8"),
+        ({"dtype": torch.float64}, "dtype must be fp32, bf16 or fp16"),
+        ({"kl": True}, "kl=True needs ref_H"),
         ({"H": 0}, "H must be the hidden size"),
         ({"strategy": "score", "trained": True}, "has no gradient of the weight"),
         ({"memory_budget": 1, "lengths": [8, 8, 8, 8, 8, 9], "T": 9}, "takes whole pairs"),
