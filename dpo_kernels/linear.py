@@ -89,7 +89,8 @@ def fused_linear_dpo_loss(
         memory_budget: bytes that may be held beside inputs and gradients (default 256 MiB; one
             fp32 [V, H] accumulator besides where a weight that is not fp32 wants a gradient). At
             least 16 rows of logits (of both models for `tdpo1` and `tdpo2`), and the fp32 gradient
-            of the scored hidden states, are held however small it is. It changes time and memory, the result by rounding alone.
+            of the scored hidden states, are held however small it is. It changes time and memory,
+            the result by rounding alone.
         batch_invariant: project in blocks of one fixed height, so that a pair has bitwise the
             same log-probs whatever shares its batch and whatever the budget. Without it that
             holds wherever the BLAS sums a row alike in any product of 16 rows or more (MKL does).
