@@ -6,7 +6,7 @@ The log-probs come straight from logits (`fused_dpo_loss`) or from hidden states
 weight (`fused_linear_dpo_loss`); the softmax is never materialised. See README.md.
 """
 
-from . import backends, losses
+from . import backends, losses, memory
 from .dpo import fused_dpo_loss, preference_loss, sequence_logps
 from .linear import fused_linear_dpo_loss, linear_sequence_logps
 from .modules import FusedDPOLoss, FusedLinearDPOLoss
@@ -23,6 +23,7 @@ __all__ = [
     "fused_linear_dpo_loss",
     "linear_sequence_logps",
     "losses",
+    "memory",
     "preference_loss",
     "sequence_logps",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ RECORD = HERE / "gpu_verified.json"
 # kernel -> the functions of its backend's module that launch it. A kernel is named after its file.
 KERNELS = {
     "triton/token_logps": ("token_logps", "token_logps_backward"),
+    "triton/token_kl": ("token_kl", "token_kl_backward"),
     "triton/sequence_sum": ("sequence_sum", "sequence_sum_backward"),
     "triton/pair_loss": ("pair_loss_forward",),
     "cuda/token_logps": ("token_logps", "small_batch"),
@@ -48,12 +50,23 @@ def sources(kernel: str) -> dict[str, str]:
     backend, _, name = kernel.partition("/")
     if backend == "triton":
         folder = HERE / "backends" / "triton"
-        return {f"triton/{n}.py": _sha256(folder / f"{n}.py") for n in (name, "launch")}
+        return {f"triton/{n}.py": _sha256(folder / f"{n}.py") for n in _triton_files(folder, name)}
     hashes = _cuda_hashes()
     own = f"cuda/{name}.cu"
     return (
         {f: h for f, h in hashes.items() if f == own or f.endswith(".h")} if own in hashes else {}
     )
+
+
+def _triton_files(folder: Path, name: str) -> list[str]:
+    """A kernel's file and those of the folder that it imports."""
+    found, queue = [], [name]
+    while queue:
+        file = queue.pop()
+        found.append(file)
+        imported = re.findall(r"^from \.(\w+) import", (folder / f"{file}.py").read_text(), re.M)
+        queue += [other for other in imported if other not in found]
+    return found
 
 
 def digest(hashes: Mapping[str, str]) -> str:

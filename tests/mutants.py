@@ -21,7 +21,7 @@ from cuda_on_host import build
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "dpo_kernels"
-TRITON_TESTS = ("test_token_logps.py", "test_losses.py", "test_dpo.py")
+TRITON_TESTS = ("test_token_logps.py", "test_token_kl.py", "test_losses.py", "test_dpo.py")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ TRITON_CONSTANTS = (
     Mutant("token_logps.py", "unit * math.log2(math.e)", "unit * 1.442696"),
     Mutant("token_logps.py", ".to(tl.int64) - 1 -", ".to(tl.int64) - 2 -"),
     Mutant("token_logps.py", "cdiv(V + _ALIGN.value - 1", "cdiv(V - 1"),
+    Mutant("token_kl.py", "er * (dr - dx)", "er * (dr - 1.001 * dx)"),
+    Mutant("token_kl.py", "d_y = (1.0 - p_y)", "d_y = (1.0001 - p_y)"),
+    Mutant("token_kl.py", "/ sum_r * unit + (log_x", "/ sum_r * unit + 1.0001 * (log_x"),
     Mutant("sequence_sum.py", "(s + S // 2) % S", "(s + 1) % S"),
     Mutant("sequence_sum.py", "tl.cumsum(count, 0) - count", "tl.cumsum(count, 0)"),
     Mutant("pair_loss.py", "tl.log(u) - ((u - 1.0) - x) / u", "tl.log(u) - ((u - 1.001) - x) / u"),

@@ -16,6 +16,7 @@ RULES = {
     "backends": {"losses", "transform", "_C", "ops"},  # ops: the layout of a term, in pair_loss
     "ops": {"backends", "losses", "transform"},
     "layout": {"ops"},
+    "memory": {"ops", "backends"},
     "pairs": {"ops", "losses"},
     "tokens": {"ops", "losses", "layout", "pairs", "backends", "transform"},
     "dpo": {"ops", "losses", "transform", "layout", "pairs", "backends", "tokens"},
@@ -33,7 +34,7 @@ RULES = {
     "modules": {"dpo", "linear", "pairs", "losses"},
     "data": {"data"},
 }
-FRONT = {"", "backends", "losses", "version", "dpo", "linear", "pairs"}
+FRONT = {"", "backends", "losses", "memory", "version", "dpo", "linear", "pairs"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -440,6 +440,7 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"batch_layout": "packed"}, "batch_layout must be one of"),
         ({"loss_type": "sigmoidal"}, "did you mean"),
         ({"loss_type": "exo_pair"}, "label_smoothing"),
+        ({"loss_type": "tdpo1"}, "'tdpo1' compares whole distributions"),
         ({"beta": -1.0}, "beta must be"),
         ({"simpo_gamma": 0.7}, "simpo_gamma"),
         ({"backend": "tpu"}, "backend must be one of"),

@@ -70,6 +70,12 @@ def test_editing_a_triton_source_shows(tmp_path, monkeypatch):
     assert digest(sources("triton/pair_loss")) != digest(before)
 
 
+def test_what_a_triton_kernel_imports_counts():
+    assert set(sources("triton/token_kl")) == {
+        f"triton/{name}.py" for name in ("token_kl", "token_logps", "launch")
+    }
+
+
 def test_the_newest_pass_counts(tmp_path):
     results(tmp_path, "2026-01-02", hashes={"a": "2"})
     results(tmp_path, "2026-01-01", hashes={"a": "1"})

@@ -69,6 +69,23 @@ def labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:
         )
 
 
+def lengths_of(name: str, value: object, S: int) -> tuple[int, ...] | None:
+    """[S] integers >= 0 that the host can read, as numbers; None while they are being traced."""
+    if isinstance(value, Tensor):
+        integer(name, value, (torch.int32, torch.int64))
+        if value.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU, got {value.device}")
+        shape(name, value, (S,), "one count a sequence")
+        if not plain(value):
+            return None
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not all(type(n) is int for n in value):
+        raise TypeError(f"{name} must be integers, a CPU tensor or a list, got {value!r}")
+    if len(value) != S or any(n < 0 for n in value):
+        raise ValueError(f"{name} must be {S} counts of scored tokens, got {value!r}")
+    return tuple(value)
+
+
 def cu_seqlens_of(value: object, N: int, labels: Tensor) -> Tensor:
     """Checked boundaries: [S + 1] integers from 0 to N that never fall."""
     cu = integer("cu_seqlens", value, (torch.int32, torch.int64))
