@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: help build train test lint bench gpu-check check-full clean
+.PHONY: help build train test lint bench peers gpu-check check-full clean
 
 help:
 	@echo "make train   build if needed, train the embedded default model (a few minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make build   make $(VENV) with the package and its test tools"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks beside plain torch"
+	@echo "make peers   make $(PEERS) with the package and the peers to compare with"
 	@echo "make gpu-check   on a machine with a GPU: build for it, test, measure, write a results file"
 	@echo "make check-full  what the test suite has no time for: sanitizers at length, mutations"
 	@echo "make clean   remove $(VENV) and build products"
@@ -46,6 +47,15 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks
+
+# The benchmarks beside TRL, Liger and cut-cross-entropy: .venv-peers/bin/python -m pytest benchmarks
+PEERS := .venv-peers
+peers:
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(PEERS)/bin/pip install -q -c constraints.txt setuptools pybind11 cmake ninja
+	$(PEERS)/bin/pip install -q -c constraints.txt -r benchmarks/peers.txt
+	$(PEERS)/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[train,test]'
 
 # On a GPU machine: in the Python at hand, whose torch fits the driver (PYTHON= names another).
 gpu-check:
