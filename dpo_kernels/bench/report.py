@@ -127,16 +127,18 @@ def _bars(path: Path, rows: list[dict[str, Any]], key: str, factor: float, unit:
             at += 1
             value = row[key] * factor
             axis.barh(at, value, color=COLOURS[row["ours"]], height=0.75)
+            end = value
             if key == "seconds":
+                end = max(value, row["p80"] * factor)
                 ends = [[value - row["p20"] * factor], [row["p80"] * factor - value]]
                 axis.errorbar(value, at, xerr=ends, color="black", lw=0.8, capsize=2)
-            axis.text(value, at, f"  {value:.3g}", fontsize=7, va="center")
+            axis.text(end, at, f"  {value:.3g}", fontsize=7, va="center")
             ticks.append(at)
             labels.append(row["provider"])
         at += 1.4
     axis.set_yticks(ticks, labels, fontsize=7)
     axis.set_ylim(at - 0.7, -0.8)
-    largest = max(r[key] for r in rows) * factor
+    largest = max(r["p80" if key == "seconds" else key] for r in rows) * factor
     axis.set_xlim(0, 1.12 * largest)
     axis.set_xlabel(unit)
     axis.grid(axis="x", alpha=0.3)
@@ -193,3 +195,55 @@ td, th { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #ddd 
 <p>Red is dpo-kernels. Times are medians of rounds that the providers take in turns, with the 20th
 and 80th percentile; the floor is a copy's bandwidth, or the bare matrix products, measured in the
 same turns; errors are against float64. Read ratios of one run, not milliseconds of two.</p>"""
+
+README_PEERS = {
+    "torch eager": ("torch eager",),
+    "torch.compile": ("torch.compile",),
+    "TRL": ("TRL chunked log-probs", "TRL selective_log_softmax"),
+    "TRL, scored rows": ("TRL chunked log-probs, scored rows",),
+    "Liger DPO": ("Liger DPO",),
+    "cut-cross-entropy": ("cut-cross-entropy",),
+}
+
+
+def readme_tables(folder: Path) -> str:
+    """The README's tables of the results files of a folder, in Markdown."""
+    parts = []
+    for file in results_in(folder):
+        run = results.read(file)
+        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+        parts.append(
+            f"{run['device']}, {run['threads']} threads, {run['date'][:10]}, load {run['load']} "
+            f"before the run ([{file.name}](benchmarks/results/{file.name})): {versions}, commit "
+            f"{run['commit'][:12]}."
+        )
+        parts.append(_readme_table(run["rows"]))
+    return "\n\n".join(parts)
+
+
+def _readme_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| case | ours | of the floor | " + " | ".join(README_PEERS) + " |",
+             "|---|---|---|" + "---|" * len(README_PEERS)]  # fmt: skip
+    for case, group in results.by_case(r for r in rows if not r.get("series")).items():
+        ours = results.best_of_ours(group)
+        memory = [r for r in group if r["peak bytes"] is not None]
+        if ours:
+            floor = f"{100 * ours['floor'] / ours['seconds']:.0f} %" if ours["floor"] else "-"
+            cells = [f"{ours['seconds'] * 1e3:.3g} ms", floor]
+            cells += [_ratio(group, names, "seconds", ours) for names in README_PEERS.values()]
+        elif memory:
+            ours = min((r for r in memory if r["ours"]), key=lambda r: r["peak bytes"])
+            cells = [f"{ours['peak bytes'] / 2**20:.0f} MiB", "-"]
+            cells += [_ratio(group, names, "peak bytes", ours) for names in README_PEERS.values()]
+        else:
+            continue
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _ratio(group: list[dict[str, Any]], names: tuple[str, ...], key: str, ours: dict) -> str:
+    for row in group:
+        if row["provider"] in names and row.get(key):
+            return f"{row[key] / max(ours[key], 1):.1f}x" if key == "peak bytes" else (
+                f"{row[key] / ours[key]:.1f}x")  # fmt: skip
+    return "-"
