@@ -22,6 +22,7 @@ def main() -> None:
     )  # fmt: skip
     for start, end, table in blocks:
         before, _, rest = text.partition(start)
+        assert end in rest, f"README.md has no block {start!r}"
         text = before + start + table + end + rest.partition(end)[2]
     path.write_text(text)
 
