@@ -36,7 +36,9 @@ def test_rehearsal(tmp_path):
     assert run["kernels"]["triton/token_logps"]["passed"] == 1
     assert run["kernels"]["triton/token_logps"]["sources"]
     assert run["kernels"]["cuda/pair_loss"]["passed"] == 0
-    assert set(run["figures"]) == {"copy", "from logits", "small batch", "linear head"}
+    assert {"copy", "from logits"} < set(run["figures"])
+    linear = run["figures"]["linear trained tiny bf16 16 tokens in 2 pairs, 60% scored"]
+    assert linear["dpo-kernels cpu"]["seconds"] > 0
     for case in run["figures"]["from logits"].values():
         assert case["triton forward"]["percent of copy"] > 0
 

@@ -51,12 +51,14 @@ class Measurement:
         return ordered[min(len(ordered) - 1, len(ordered) * p // 100)]
 
 
-def measure(case: Case, device: str, rounds: int, only: str = "") -> list[Measurement]:
-    """All providers of a case (or those whose name contains `only`)."""
+def measure(
+    case: Case, device: str, rounds: int, only: str = "", without: tuple[str, ...] = ()
+) -> list[Measurement]:
+    """All providers of a case, or those whose name contains `only` and is not in `without`."""
     inputs = make_inputs(case, device)
     measured, able = [], []
     for name, make in _providers.providers(case, device):
-        if only not in name:
+        if only not in name or name in without:
             continue
         result = Measurement(case, name)
         measured.append(result)
