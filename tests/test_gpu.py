@@ -8,9 +8,10 @@ import torch
 
 import dpo_kernels as dk
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU (make gpu-check)"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (make gpu-check)"),
+]
 BACKENDS = ("triton", "cuda")
 IGNORE = -100
 # The small batch (one launch from logits to loss, backend "cuda") and past it.
@@ -199,3 +200,17 @@ def test_another_device_than_the_current_one(backend):
     here = step(logits, labels, ref, backend)
     there = step(logits.to("cuda:1"), labels.to("cuda:1"), ref.to("cuda:1"), backend)
     assert same(here, [x.to("cuda:0") for x in there])
+
+
+def test_boundaries_on_the_cpu_are_checked_without_waiting():
+    logits, labels, ref = (x.cuda() for x in batch("small batch"))
+    R, T = labels.shape
+    packed = {"cu_seqlens": torch.arange(0, R * T + 1, T), "ref_logps": ref}
+    flat = logits.reshape(R * T, -1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = dk.fused_dpo_loss(flat, labels.reshape(-1), **packed).loss
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss, dk.fused_dpo_loss(logits, labels, ref_logps=ref).loss)

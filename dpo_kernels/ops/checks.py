@@ -87,11 +87,15 @@ def lengths_of(name: str, value: object, S: int) -> tuple[int, ...] | None:
 
 
 def cu_seqlens_of(value: object, N: int, labels: Tensor) -> Tensor:
-    """Checked boundaries: [S + 1] integers from 0 to N that never fall."""
+    """Checked boundaries: [S + 1] integers from 0 to N that never fall.
+
+    On the CPU beside labels on a GPU they are checked without waiting, then moved.
+    """
     cu = integer("cu_seqlens", value, (torch.int32, torch.int64))
     if cu.dim() != 1 or cu.numel() < 2:
         raise ValueError(f"cu_seqlens must have shape [sequences + 1], got {list(cu.shape)}")
-    same_device("cu_seqlens", cu, "labels", labels)
+    if cu.device.type != "cpu":
+        same_device("cu_seqlens", cu, "labels", labels)
     if readable(cu):
         steps = cu.diff()
         if int(cu[0]) != 0 or int(cu[-1]) != N or bool((steps < 0).any()):
@@ -99,4 +103,4 @@ def cu_seqlens_of(value: object, N: int, labels: Tensor) -> Tensor:
                 f"cu_seqlens must rise from 0 to the number of rows {N}, got {cu.tolist()[:8]}"
                 f"{'...' if cu.numel() > 8 else ''}"
             )
-    return cu
+    return cu.to(labels.device, non_blocking=True)
