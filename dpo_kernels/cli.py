@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     bench.add_argument("--set", choices=("quick", "full", "scaling", "memory"), default="quick",
                        help="default: %(default)s")  # fmt: skip
-    bench.add_argument("--suite", default="", metavar="TEXT", help="suites with this in their name")
+    bench.add_argument("--case", default="", metavar="TEXT", help="cases with this in their name")
     bench.add_argument("--provider", default="", metavar="TEXT",
                        help="providers with this in their name")  # fmt: skip
     bench.add_argument("--json", metavar="FILE", help="write the results file")
@@ -209,7 +209,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     meta = results.describe(args.commit)
     rows: list[dict[str, Any]] = []
-    chosen = run_set(args.set, args.suite, args.provider,
+    chosen = run_set(args.set, args.case, args.provider,
                      report=lambda line: print(f"  measuring {line}", file=sys.stderr, flush=True)
                      )  # fmt: skip
     for row in chosen:
@@ -217,7 +217,7 @@ def _bench(args: argparse.Namespace) -> int:
         if args.json:  # after every row: an interrupted run keeps what it has
             results.write(Path(args.json), meta, rows)
     if not rows:
-        raise UserError(f"no case has {args.suite!r} and {args.provider!r} in its names")
+        raise UserError(f"no case has {args.case!r} and {args.provider!r} in its names")
     print(results.text(meta, rows))
     wrong = [row for row in rows if row["ours"] and row["note"].startswith("wrong")]
     return 1 if wrong else 0

@@ -136,14 +136,14 @@ def test_bad_paths_are_errors_of_one_line(tmp_path, capsys):
                        (other, "expected 'dpo-kernels benchmark 1'")):  # fmt: skip
         assert main(["report", str(path)]) == 2
         assert text in capsys.readouterr().err
-    assert main(["bench", "--suite", "no such suite"]) == 2
-    assert "no such suite" in capsys.readouterr().err
+    assert main(["bench", "--case", "no such case"]) == 2
+    assert "no such case" in capsys.readouterr().err
 
 
 def test_bench_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cases, "quick", lambda device: [case("pair loss", "-", pairs=4)])
     file = tmp_path / "out.json"
-    options = ["--suite", "pair", "--provider", "dpo", "--json", str(file), "--commit", "abc"]
+    options = ["--case", "pair", "--provider", "dpo", "--json", str(file), "--commit", "abc"]
     assert main(["bench", *options]) == 0
     assert "dpo-kernels" in capsys.readouterr().out
     (row,) = results.read(file)["rows"]

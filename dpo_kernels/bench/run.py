@@ -20,36 +20,36 @@ MEMORY_SUITES = ("linear trained", "logits fwd+bwd")
 
 
 def run_set(
-    name: str, suite: str = "", provider: str = "", report: Callable[[str], None] = print
+    name: str, select: str = "", provider: str = "", report: Callable[[str], None] = print
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a set, as they are measured; `suite` and `provider` select by part of the name."""
+    """Rows of a set, as they are measured; `select` and `provider` by part of the case's and provider's names."""
     if name not in SETS:
         raise ValueError(f"the set must be one of {SETS}, got {name!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "memory":
-        yield from _memory(device, suite, provider, report)
+        yield from _memory(device, select, provider, report)
         return
     if name == "scaling":
         for series, chosen in _cases.scaling(device).items():
             for case in chosen:
-                if suite in case.suite:
+                if select in case.name:
                     report(f"{series}: {case.name}")
                     for m in measure(case, device, ROUNDS[name], provider):
                         if not m.note:
                             yield as_row(m) | {"series": series, "x": grown(series, case)}
         return
     for case in _cases.quick(device) if name == "quick" else _cases.full(device):
-        if suite in case.suite:
+        if select in case.name:
             report(case.name)
             for m in measure(case, device, ROUNDS[name], provider):
                 yield as_row(m)
 
 
-def _memory(device: str, suite: str, provider: str, report: Callable[[str], None]):
+def _memory(device: str, select: str, provider: str, report: Callable[[str], None]):
     from .providers import providers
 
     for case in memory_cases(device):
-        if suite not in case.suite:
+        if select not in case.name:
             continue
         for name, _ in providers(case, device):
             if provider in name:
