@@ -22,7 +22,7 @@ MEMORY_SUITES = ("linear trained", "logits fwd+bwd")
 def run_set(
     name: str, select: str = "", provider: str = "", report: Callable[[str], None] = print
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a set, as they are measured; `select` and `provider` by part of the case's and provider's names."""
+    """Rows of a set, as they are measured; `select` and `provider` are parts of names."""
     if name not in SETS:
         raise ValueError(f"the set must be one of {SETS}, got {name!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
