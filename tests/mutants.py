@@ -65,7 +65,7 @@ CUDA_CONSTANTS = (
     Mutant("cuda/device.h", "- 3.33332819422e-1f", "- 3.33432819422e-1f"),
     Mutant("cuda/device.h", "return size < 0.625f", "return size < 3.0f"),
     Mutant("cuda/device.h", "- 2.0f / (exp2_fast", "- 2.001f / (exp2_fast"),
-    Mutant("cuda/device.h", "(u >> 13) & 1u", "(u >> 13) & 0u"),
+    Mutant("cuda/device.h", "v.w[i] & 0xffff0000u", "v.w[i] & 0xffe00000u"),
     Mutant("cuda/sequences.h", "(lo + hi + 1) / 2", "(lo + hi) / 2"),
     Mutant("cuda/token_logps.cu", "logp != logp ? logp : 0.0", "0.0"),
     Mutant("cuda/token_logps.cu", "log(s.squares) - 2 * log_l", "log(s.squares) - 1 * log_l"),

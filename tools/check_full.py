@@ -2,29 +2,34 @@
 edited on purpose (tests/mutants.py), every one of which must be noticed: `make check-full`.
 
 Leaves its result in `tests/check_full.json` with the sha256 of every source it depends on; the test
-suite says which of them have changed since. Takes an hour on two cores.
+suite says which of them have changed since. Takes an hour on two cores; begun again after it was
+broken off, it goes on with the checks that are missing, if the sources are the same.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "check_full.json"
+UNFINISHED = ROOT / "build" / "check_full.json"
 # Cases by sanitizer, for each seed; the test suite runs a few of the first.
 CASES = {"": 300, "address": 60, "thread": 12}
 SEEDS = (1, 2)
+GOOD = ("right", "noticed")
 
 
 def sources() -> dict[str, str]:
     """sha256 by file of what the result depends on."""
     files = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").iterdir(),
-             *(ROOT / "tests/cuda_on_host").glob("*.[chp]*"), ROOT / "tests/mutants.py",
+             *(ROOT / "tests/cuda_on_host").glob("*.[chp]*"),
              *(ROOT / "dpo_kernels/backends/triton").glob("*.py")]  # fmt: skip
     return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest()
             for f in sorted(files)}  # fmt: skip
@@ -53,30 +58,44 @@ def main() -> int:
 
     began, before = time.monotonic(), sources()
     checks: dict[str, str] = {}
+    done: dict[str, str] = {}
+    if UNFINISHED.exists():
+        unfinished = json.loads(UNFINISHED.read_text())
+        if unfinished["sources"] == before:
+            done = {k: v for k, v in unfinished["checks"].items() if v in GOOD}
 
-    def note(name: str, outcome: str) -> None:
-        checks[name] = outcome
-        print(f"{time.monotonic() - began:6.0f} s  {name}: {outcome}", flush=True)
+    def check(name: str, run: Callable[[], str]) -> None:
+        checks[name] = done[name] if name in done else run()
+        UNFINISHED.parent.mkdir(exist_ok=True)
+        UNFINISHED.write_text(json.dumps({"sources": before, "checks": done | checks}))
+        print(f"{time.monotonic() - began:6.0f} s  {name}: {checks[name]}", flush=True)
 
-    for sanitizer, cases in CASES.items():
+    def cases(sanitizer: str, count: int, seed: int) -> str:
+        end = build.execute(build.program(sanitizer), count, seed, timeout=3600)
+        return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
+
+    def noticed(caught: bool) -> str:
+        return "noticed" if caught else "NOT NOTICED"
+
+    for sanitizer, count in CASES.items():
         for seed in SEEDS:
-            done = build.execute(build.program(sanitizer), cases, seed, timeout=3600)
-            name = f"{cases} cases, {sanitizer or 'no'} sanitizer, seed {seed}"
-            note(name, "right" if done.returncode == 0 else (done.stdout + done.stderr)[-800:])
+            name = f"{count} cases, {sanitizer or 'no'} sanitizer, seed {seed}"
+            check(name, functools.partial(cases, sanitizer, count, seed))
     for mutant in [*mutants.cuda_ordering(), *mutants.CUDA_CONSTANTS]:
-        note(str(mutant), "noticed" if mutants.cuda_caught(mutant) else "NOT NOTICED")
+        check(str(mutant), lambda m=mutant: noticed(mutants.cuda_caught(m)))
     for mutant in mutants.TRITON_CONSTANTS:
-        note(f"triton/{mutant}", "noticed" if mutants.triton_caught(mutant) else "NOT NOTICED")
-    good = all(outcome in ("right", "noticed") for outcome in checks.values())
+        check(f"triton/{mutant}", lambda m=mutant: noticed(mutants.triton_caught(m)))
+    good = all(outcome in GOOD for outcome in checks.values())
     if sources() != before:
         print("a source changed meanwhile: nothing is recorded")
         return 1
     record = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "minutes": round((time.monotonic() - began) / 60, 1), "passed": good, "checks": checks,
+        "passed": good, "checks": checks,
         "sources": before,
     }  # fmt: skip
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    UNFINISHED.unlink()
     print(f"{'all good' if good else 'FAILED'}; wrote {RECORD}")
     return 0 if good else 1
 
