@@ -173,10 +173,11 @@ def _whole(x: Tensor) -> Tensor:
         return x
     from torch.distributed.tensor import Partial
 
-    names = x.device_mesh.mesh_dim_names or ()
+    mesh = x.device_mesh  # type: ignore[attr-defined]
+    names = mesh.mesh_dim_names or ()
     if "tp" in names:
         raise ValueError("lm_head is split over the vocabulary (tensor parallel), expected FSDP2")
-    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+    return x.full_tensor(grad_placements=[Partial("avg")] * mesh.ndim)
 
 
 @contextmanager
@@ -196,7 +197,7 @@ def reference_adapter(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def check_head(model: nn.Module, backend: str | None = None) -> None:
-    """Our log-probs against the model's own logits on a short sequence; `ValueError` if they differ.
+    """Our log-probs against the model's own logits on twelve tokens; `ValueError` if they differ.
 
     It finds an architecture that does something to its logits which is not known here.
     """

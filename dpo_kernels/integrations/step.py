@@ -74,7 +74,9 @@ def pair_logps(
         share_prefix=fused.share_prefix, head_stats=False, backend=fused.backend,
         memory_budget=fused.memory_budget,
     )  # fmt: skip
-    return pair_step(model, inputs, labels, None, options, plain).pair_logps
+    out = pair_step(model, inputs, labels, None, options, plain)
+    assert out.pair_logps is not None
+    return out.pair_logps
 
 
 def _arguments(head: dict[str, Any], fused: FusedOptions) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def _loss(
                 result = _tokens(hidden.detach(), head, labels, fused, HEAD_STATS)
     else:
         result = _tokens(hidden, head, labels, fused, HEAD_STATS)
+        assert result.logps is not None
         out = _from_tokens(result.logps, labels, ref_logps, options)
     result.loss = out.loss
     result.logps = None if result.logps is None else result.logps.detach()

@@ -1,6 +1,6 @@
 """TRL's DPOTrainer with the fused head and the losses of this package.
 
-    from dpo_kernels.integrations.trl import DPOTrainer      # instead of: from trl import DPOTrainer
+    from dpo_kernels.integrations.trl import DPOTrainer   # instead of: from trl import DPOTrainer
 
 or, for code that cannot change its import, before it builds its trainer:
 

@@ -54,7 +54,7 @@ def _forward(original: Callable) -> Callable:
         ids = torch.cat([prompt_ids, completion_ids], 1)
         mask = torch.cat([prompt_mask, completion_mask], 1)
         labels = torch.cat([torch.full_like(prompt_ids, -100), completion_ids], 1)
-        given = {k: vision_inputs[k] for k in _VISION if vision_inputs and k in vision_inputs}
+        images = {k: vision_inputs[k] for k in _VISION if vision_inputs and k in vision_inputs}
         fused = getattr(type(self), "fused_default", FusedOptions())
         attach_head(self.accelerator.unwrap_model(model))
 
@@ -66,7 +66,7 @@ def _forward(original: Callable) -> Callable:
             return HeadOutput(logps=logps)
 
         call = HeadCall(score, labels.shape[1])
-        out = model(input_ids=ids, attention_mask=mask, **given, dpo_head=call)
+        out = model(input_ids=ids, attention_mask=mask, **images, dpo_head=call)
         return out.logps[:, -completion_ids.shape[1] :]
 
     return forward

@@ -51,7 +51,7 @@ def _init(original: Callable) -> Callable:
     def __init__(self: Any, *args: Any, fused: Any = None, **kwargs: Any) -> None:
         self.fused = FusedOptions.of(fused, type(self).fused_default)
         self._reference_seen = False
-        self._row_options: dict[str, Tensor] = {}
+        self._row_options = {}
         self._beta_dpo_state = torch.zeros(2, dtype=torch.float64)
         original(self, *args, **kwargs)
         self.data_collator = WithRowColumns(self.data_collator)

@@ -28,7 +28,7 @@ OPT_OUT = "DPOTrainer(..., fused={'check_reference': False}) or patch_trl(check_
 
 def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:
     module = sys.modules[trainer.__module__]
-    names = {
+    names: dict[str, Callable[[Any], Any]] = {
         "__init__": functools.partial(_init, module=module),
         "_set_signature_columns_if_needed": _signature,
         "_compute_loss": _compute_loss,
@@ -218,7 +218,9 @@ def _reference_logps(trainer: Any, inputs: dict[str, Any], labels: Tensor) -> Te
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     with _reference(trainer) as reference:
         model_inputs = _model_inputs(trainer, inputs, False)
-        return scored_tokens(reference, model_inputs, labels, trainer.fused).logps
+        logps = scored_tokens(reference, model_inputs, labels, trainer.fused).logps
+        assert logps is not None
+        return logps
 
 
 def _check_first(trainer: Any) -> None:

@@ -14,13 +14,13 @@ import dpo_kernels as dk
 pytest.importorskip("trl", reason="pip install trl")
 pytest.importorskip("peft", reason="pip install peft")
 
-import trl  # noqa: E402
-from peft import get_peft_model  # noqa: E402
-from trl_runs import V1, assert_same, lora, make, run  # noqa: E402
+import trl
+from peft import get_peft_model
+from trl_runs import V1, assert_same, lora, make, run
 
-from dpo_kernels.integrations import frameworks  # noqa: E402
-from dpo_kernels.integrations import trl as integration  # noqa: E402
-from dpo_kernels.integrations.trl import DPOTrainer, WrongReference, patch_trl, unpatch_trl  # noqa: E402
+from dpo_kernels.integrations import frameworks
+from dpo_kernels.integrations import trl as integration
+from dpo_kernels.integrations.trl import DPOTrainer, WrongReference, patch_trl, unpatch_trl
 
 TRLS_OWN = trl.DPOTrainer
 INIT = TRLS_OWN.__init__
@@ -92,7 +92,7 @@ def test_losses_are_the_tables(loss):
 
 @pytest.mark.parametrize("fused", [None, {"head_stats": False}])
 def test_label_smoothing_with_sigmoid_is_cdpo(fused):
-    e, beta = 0.2, 0.1
+    e = 0.2
     made = make(DPOTrainer, label_smoothing=e, ref_model=tiny.model(seed=1),
                 fused={"check_reference": False, **(fused or {})})  # fmt: skip
     made.train()
@@ -161,7 +161,7 @@ def test_odpo_takes_its_margin_from_the_data():
 def test_unknown_loss_names_the_nearest():
     with pytest.raises(ValueError, match="sigmoid"):
         run(DPOTrainer, loss_type="sigmoidd", max_steps=1)
-    with pytest.raises(ValueError, match="label_smoothing=0.1 has no meaning"):
+    with pytest.raises(ValueError, match="has no meaning"):
         run(DPOTrainer, loss_type="hinge", label_smoothing=0.1, max_steps=1)
 
 
@@ -196,7 +196,7 @@ def test_dora_on_lm_head_is_refused():
 
 
 def test_pretrained_adapter_has_a_ref_copy():
-    """A PEFT model that comes with a trained adapter: the reference is that adapter, not the base."""
+    """A PEFT model that comes with a trained adapter: that adapter is the reference, not the base."""
     start = get_peft_model(tiny.model(), lora())
     with torch.no_grad():
         for name, p in start.named_parameters():

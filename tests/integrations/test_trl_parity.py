@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("trl", reason="pip install trl")
 pytest.importorskip("peft", reason="pip install peft")
 
-from trl import DPOTrainer as Theirs  # noqa: E402
-from trl_runs import V1, VERSION, assert_same, lora, run  # noqa: E402
+from trl import DPOTrainer as Theirs
+from trl_runs import V1, VERSION, assert_same, lora, run
 
-from dpo_kernels.integrations.trl import DPOTrainer as Ours  # noqa: E402
+from dpo_kernels.integrations.trl import DPOTrainer as Ours
 
 LOSSES = {
     "sigmoid": {},
@@ -89,7 +89,9 @@ def test_same_settings(name):
     theirs, ours = both(**options)
     assert_same(theirs, ours, *FLOAT32)
     if name == "evaluation":
-        a, b = ([r for r in x.trainer.state.log_history if "eval_loss" in r] for x in (theirs, ours))
+        a, b = (
+            [r for r in x.trainer.state.log_history if "eval_loss" in r] for x in (theirs, ours)
+        )
         assert len(a) == len(b) == 5
         timing = ("runtime", "per_second")
         for x, y in zip(a, b, strict=True):
