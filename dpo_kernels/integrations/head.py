@@ -142,7 +142,8 @@ def _aux_loss(model: Any, states: Any, attention_mask: Tensor | None) -> Tensor:
     if experts is None:
         experts = getattr(text, "num_experts", None) or text.num_local_experts
     top_k = getattr(model, "num_experts_per_tok", None) or text.num_experts_per_tok
-    return load_balancing_loss_func(states.router_logits, experts, top_k, attention_mask)
+    loss: Any = load_balancing_loss_func(states.router_logits, experts, top_k, attention_mask)
+    return loss
 
 
 @contextmanager

@@ -196,7 +196,7 @@ def test_dora_on_lm_head_is_refused():
 
 
 def test_pretrained_adapter_has_a_ref_copy():
-    """A PEFT model that comes with a trained adapter: that adapter is the reference, not the base."""
+    """A PEFT model with a trained adapter: that adapter is the reference, not the base."""
     start = get_peft_model(tiny.model(), lora())
     with torch.no_grad():
         for name, p in start.named_parameters():

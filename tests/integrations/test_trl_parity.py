@@ -58,7 +58,11 @@ def test_same_as_trl(loss, setting):
 # TRL 1.10 and later score in fp32 whatever the model (their tiles are `.float()`).
 @pytest.mark.skipif(VERSION >= (1, 10), reason="this TRL computes log-probs in fp32 only")
 @pytest.mark.parametrize("setting", ["plain", "lora"])
-@pytest.mark.parametrize("loss", list(LOSSES)[:8])
+@pytest.mark.parametrize(
+    "loss",
+    # TRL 1.x rounds EXO's epsilon to fp32
+    ["sigmoid", "hinge", "ipo", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "apo_zero"],
+)
 def test_same_as_trl_in_float64(loss, setting):
     theirs, ours = both(torch.float64, loss_type=loss, **LOSSES[loss], **SETTINGS[setting])
     # The printed history is rounded to fp32 by TRL's own logging in places; the weights are not.

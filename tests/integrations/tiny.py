@@ -1,4 +1,4 @@
-"""A tiny model, tokenizer and preference data for the frameworks' trainers, without any download."""
+"""A tiny model, tokenizer and preference data for the frameworks' trainers: no download."""
 
 from __future__ import annotations
 
