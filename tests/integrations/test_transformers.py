@@ -96,7 +96,9 @@ def test_trainer_is_plain_torch(tmp_path):
         optimizer.step()
         losses.append(loss.item())
     history = [row for row in made.state.log_history if "loss" in row]
-    assert [row["loss"] for row in history] == pytest.approx(losses, abs=1e-6)
+    assert [row["loss"] for row in history] == pytest.approx(
+        losses, abs=1e-4
+    )  # logged with 4 digits
     for name, value in by_hand.state_dict().items():
         # torch's fused AdamW, which the Trainer takes, rounds otherwise than its plain one
         assert (made.model.state_dict()[name] - value).abs().max() < 1e-9, name
@@ -141,7 +143,7 @@ def test_reference_logps_and_rows_of_the_batch(tmp_path):
     made.train()
     margins = torch.tensor([0.0, 0.2, 0.4, 0.6])
     wanted = -logsigmoid(-margins).mean().item()  # at zero log-ratios, offset by the margin
-    assert made.state.log_history[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert made.state.log_history[0]["loss"] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_mixin_over_ones_own_trainer(tmp_path):

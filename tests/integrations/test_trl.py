@@ -16,7 +16,7 @@ pytest.importorskip("peft", reason="pip install peft")
 
 import trl
 from peft import get_peft_model
-from trl_runs import V1, assert_same, lora, make, run
+from trl_runs import V1, VERSION, assert_same, lora, make, run
 
 from dpo_kernels.integrations import frameworks
 from dpo_kernels.integrations import trl as integration
@@ -223,9 +223,9 @@ def test_prompt_tuning():
     """Virtual tokens in front are cut off again."""
     from peft import PromptTuningConfig
 
+    if VERSION < (1, 10):
+        pytest.skip("TRL before 1.10 does not cut virtual tokens off again, and fails")
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    if not V1:
-        pytest.skip("TRL 0.x does not train prompts: its log-probs take rows as they are")
     runs = [
         run(t, peft_config=config, max_steps=4, fused=f)
         for t, f in ((TRLS_OWN, None), (DPOTrainer, {"check_reference": False}))
