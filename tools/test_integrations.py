@@ -21,12 +21,30 @@ ROOT = Path(__file__).parent.parent
 VENVS = ROOT / "build" / "integrations"
 RECORD = ROOT / "docs" / "integrations-tested.md"
 
-# name -> requirements besides torch and pytest: the ends of each supported range
+# name -> requirements besides torch and pytest: the ends of each supported range. What comes with
+# --no-deps is read, not run: its own requirements (DeepSpeed, torchvision, ...) stay out.
 MATRIX = {
     "trl-1.16": ["trl==1.16.0", "peft==0.21.2", "transformers==5.23.0", "lightning==2.6.6"],
     "trl-1.0": ["trl==1.0.0", "peft==0.21.2", "transformers==5.23.0"],
     "trl-0.24": ["trl==0.24.0", "peft==0.17.1", "transformers==4.57.6"],
     "trl-0.18": ["trl==0.18.2", "peft==0.15.2", "transformers==4.53.3", "datasets<4"],
+    "recipes": [
+        "trl==0.24.0",
+        "transformers==4.57.6",
+        "peft==0.18.1",
+        "accelerate==1.11.0",
+        "datasets<=4.0.0",
+        "omegaconf",
+        "einops",
+        "matplotlib",
+        "pydantic",
+        "scipy",
+        "pandas",
+        "tyro<0.9",
+        "--no-deps llamafactory==0.9.5",
+        "--no-deps openrlhf==0.11.2",
+        "--no-deps torchtune==0.6.1",
+    ],
     "lightning-2.4": ["lightning==2.4.0", "transformers==4.51.3", "accelerate==1.6.0"],
 }
 SHOWN = ("torch", "trl", "transformers", "peft", "accelerate", "lightning")
@@ -44,7 +62,11 @@ def prepare(name: str) -> Path:
     assert torch is not None, "constraints.txt pins torch"
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
     subprocess.run([*pip, torch[0]], check=True)
-    subprocess.run([*pip, torch[0], "pytest>=8", *MATRIX[name]], check=True)
+    alone = [w.split()[1] for w in MATRIX[name] if w.startswith("--no-deps")]
+    rest = [w for w in MATRIX[name] if not w.startswith("--no-deps")]
+    subprocess.run([*pip, torch[0], "pytest>=8", *rest], check=True)
+    if alone:
+        subprocess.run([*pip, "--no-deps", *alone], check=True)
     stamp.write_text(wanted)
     return python
 

@@ -49,6 +49,7 @@ def plain_logps(model, batch):
     return (logps * (labels != -100)).sum(1)
 
 
+# Losses are logged with four digits by transformers 4.
 def arguments(folder, **options):
     common = dict(
         max_steps=5, per_device_train_batch_size=4, learning_rate=2e-3, logging_steps=1,
@@ -96,9 +97,7 @@ def test_trainer_is_plain_torch(tmp_path):
         optimizer.step()
         losses.append(loss.item())
     history = [row for row in made.state.log_history if "loss" in row]
-    assert [row["loss"] for row in history] == pytest.approx(
-        losses, abs=1e-4
-    )  # logged with 4 digits
+    assert [row["loss"] for row in history] == pytest.approx(losses, abs=1e-4)
     for name, value in by_hand.state_dict().items():
         # torch's fused AdamW, which the Trainer takes, rounds otherwise than its plain one
         assert (made.model.state_dict()[name] - value).abs().max() < 1e-9, name
