@@ -3,7 +3,8 @@
     python benchmarks/compare_trl.py [--rounds 3] [--json FILE] [options of trl_script.py]
 
 Runs alternate (TRL, patched, patched with a shared prompt, TRL, ...), each in a process of its own.
-On a machine that others use the CPU time, of all threads, says more than the clock. A run's first step warms up and is left out; the time is the median of the others over all rounds.
+A run's first step warms up and is left out; the time is the median of the others over all rounds.
+On a machine that others use the CPU time of all threads says more than the clock.
 It needs TRL: `make test-integrations` leaves environments with it in build/integrations/.
 """
 
@@ -66,12 +67,11 @@ def main() -> None:
         peak = statistics.median(r["peak_mb"] for r in done)
         own = statistics.median(r["peak_mb"] - r["peak_before_mb"] for r in done)
         base = base or seconds
-        print(
-            f"| {name:28} | {seconds:.3f} | {base / seconds:.2f}x | {cpu:.2f} | {peak:.0f} | {own:.0f} |"
-        )
+        speed = f"{base / seconds:.2f}x"
+        print(f"| {name:28} | {seconds:.3f} | {speed} | {cpu:.2f} | {peak:.0f} | {own:.0f} |")
         results[name] = {
-            "seconds_per_step": seconds, "cpu_seconds_per_step": cpu, "speedup": base / seconds, "peak_mb": peak,
-            "training_mb": own, "losses": done[0]["losses"],
+            "seconds_per_step": seconds, "cpu_seconds_per_step": cpu, "speedup": base / seconds,
+            "peak_mb": peak, "training_mb": own, "losses": done[0]["losses"],
         }  # fmt: skip
     worst = max(
         abs(a - b)

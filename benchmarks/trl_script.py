@@ -89,5 +89,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 trainer.train()
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-print(json.dumps({"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds, "peak_mb": after // 1024,
-                  "peak_before_mb": before // 1024, "losses": losses}))  # fmt: skip
+result = {
+    "seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds, "peak_mb": after // 1024,
+    "peak_before_mb": before // 1024, "losses": losses,
+}  # fmt: skip
+print(json.dumps(result))
