@@ -217,7 +217,10 @@ def check_head(model: nn.Module, backend: str | None = None) -> None:
         for module in training:
             module.training = True
     worst = float((own - ours).abs().max())
-    if not worst <= _LOGP_TOLERANCE.get(logits.dtype, _HALF_LOGP_TOLERANCE):
+    allowed = _LOGP_TOLERANCE.get(logits.dtype, _HALF_LOGP_TOLERANCE)
+    if torch.is_autocast_enabled(ids.device.type):  # a wrapper may have widened the logits again
+        allowed = _HALF_LOGP_TOLERANCE
+    if not worst <= allowed:
         raise ValueError(
             f"{type(base).__name__}: lm_head(trunk) and the model's own logits differ by "
             f"{worst:.3g} nats: this architecture does something to its logits that is not known "

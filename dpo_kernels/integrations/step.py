@@ -86,6 +86,7 @@ def _arguments(head: dict[str, Any], fused: FusedOptions) -> dict[str, Any]:
 def _tokens(
     hidden: Tensor, head: dict[str, Any], labels: Tensor, fused: FusedOptions, stats: tuple
 ) -> HeadOutput:
+    labels = labels.to(hidden.device)  # the head may be on another (device_map)
     out = dk.linear_sequence_logps(
         hidden, labels=labels, reduction="none", stats=stats, **_arguments(head, fused)
     )
@@ -102,6 +103,10 @@ def _loss(
     fused: FusedOptions,
 ) -> HeadOutput:
     by_token = options.get("ld_alpha") is not None or options.get("use_weighting", False)
+    labels = labels.to(hidden.device)
+    ref_logps = None if ref_logps is None else ref_logps.to(hidden.device)
+    options = {k: v.to(hidden.device) if isinstance(v, Tensor) and k != "beta_dpo_state" else v
+               for k, v in options.items()}  # fmt: skip
     # Statistics come with the log-probs of one pass over the head; a loss over tokens has its own.
     if by_token or not fused.head_stats:
         out = dk.fused_linear_dpo_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,9 @@ def trainer_class() -> type | None:
     """TRL's OnlineDPOTrainer; None where it cannot be imported (it needs more than DPOTrainer)."""
     for module in ("trl.experimental.online_dpo", "trl.trainer.online_dpo_trainer"):
         try:
-            return importlib.import_module(module).OnlineDPOTrainer
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is experimental: no one asked for it yet
+                return importlib.import_module(module).OnlineDPOTrainer
         except (ImportError, RuntimeError):
             continue
     return None

@@ -190,6 +190,63 @@ def test_lora_on_lm_head():
     assert (with_adapter - without).abs().max() > 1e-3
 
 
+def test_a_whole_trained_head():
+    """PEFT's `modules_to_save`: the head is a trained copy, and the reference has the original."""
+    config = lora(modules_to_save=["lm_head"])
+    runs = [run(t, peft_config=config, max_steps=6) for t in (TRLS_OWN, DPOTrainer)]
+    assert_same(*runs, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"dtype": torch.bfloat16}])
+def test_bfloat16(options):
+    """Under autocast and with a bf16 model: the check passes, and the run is TRL's but for bf16."""
+    theirs, ours = (run(t, max_steps=5, **options) for t in (TRLS_OWN, DPOTrainer))
+    for a, b in zip(theirs.history, ours.history, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=0.05)
+        assert b["logps/chosen"] == pytest.approx(a["logps/chosen"], rel=0.02)
+    with pytest.raises(WrongReference):
+        run(DPOTrainer, ref_model=tiny.model(seed=1, dtype=options.get("dtype", torch.float32)),
+            max_steps=1, **options)  # fmt: skip
+
+
+@pytest.mark.skipif(VERSION < (1, 10), reason="vision batches as TRL makes them since 1.10")
+def test_a_vision_language_model():
+    """Images go to the model as TRL's vision collator gives them; loss and gradients are TRL's."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    torch.manual_seed(0)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = LlamaConfig(vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=None, **size)
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, **size)
+    start = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=63,
+                    vision_feature_layer=-1, vision_feature_select_strategy="default")
+    )  # fmt: skip
+    ids = torch.randint(2, 60, (4, 12))
+    ids[:, 1:5] = 63  # four patches an image
+    completion = (torch.arange(12) >= 7).long().expand(4, 12)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+             "completion_mask": completion, "pixel_values": torch.randn(4, 3, 8, 8)}  # fmt: skip
+    results = []
+    for trainer in (TRLS_OWN, DPOTrainer):
+        model = copy.deepcopy(start)
+        made = make(trainer, model, ref_model=copy.deepcopy(start))
+        model.train()
+        loss = made.compute_loss(made.model, dict(batch))
+        loss.backward()
+        grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        results.append((float(loss.detach()), grads))
+    (a, grads), (b, ours) = results
+    assert a == pytest.approx(b, abs=1e-6) and grads.keys() == ours.keys()
+    assert any("vision" in k for k in grads)
+    assert all((grads[k] - ours[k]).abs().max() < 1e-5 for k in grads)
+
+
 def test_dora_on_lm_head_is_refused():
     config = lora(target_modules=["lm_head"], use_dora=True)
     with pytest.raises(ValueError, match="variant of LoRA"):

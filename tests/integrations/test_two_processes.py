@@ -1,4 +1,4 @@
-"""FSDP2 on two CPU processes: one step is the step of one process over both their batches."""
+"""FSDP2 and DDP on two CPU processes: a step is that of one process over both their batches."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def batch_of(rank: int) -> dict:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+LAYOUTS = ("ddp", "fsdp2", "fsdp2, head apart")
 OPTIONS = {"beta": 0.5, "ref_logps": torch.full((4,), -20.0)}
 
 
@@ -33,17 +34,22 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
-    # With a head of its own unit, `full_tensor()` alone would lose the other rank's gradient.
-    for head_unit in (False, True):
+    for layout in LAYOUTS:
         model = tiny.model(dtype=torch.float64)
         plain.attach(model)
-        units = [*model.model.layers, *([model.lm_head] if head_unit else []), model]
-        for unit in units:
-            fully_shard(unit, mesh=mesh)
-        plain.dpo_step(model, batch_of(rank), **OPTIONS).loss.backward()
-        grads = {k: p.grad.full_tensor() for k, p in model.named_parameters()}
+        if layout == "ddp":
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            # A head apart: `full_tensor()` alone would lose the other rank's gradient.
+            head = [model.lm_head] if layout == "fsdp2, head apart" else []
+            for unit in (*model.model.layers, *head, model):
+                fully_shard(unit, mesh=mesh)
+            wrapped = model
+        plain.dpo_step(wrapped, batch_of(rank), **OPTIONS).loss.backward()
+        grads = {k: p.grad for k, p in model.named_parameters()}
+        grads = {k: g.full_tensor() if hasattr(g, "full_tensor") else g for k, g in grads.items()}
         if rank == 0:
-            torch.save(grads, f"{folder}/{head_unit}.pt")
+            torch.save(grads, f"{folder}/{layout}.pt")
     dist.destroy_process_group()
 
 
@@ -56,8 +62,8 @@ def test_gradients_are_those_of_one_process(tmp_path):
     plain.attach(model)
     for rank in (0, 1):
         (plain.dpo_step(model, batch_of(rank), **OPTIONS).loss / 2).backward()
-    for head_unit in (False, True):
-        got = torch.load(tmp_path / f"{head_unit}.pt")
+    for layout in LAYOUTS:
+        got = torch.load(tmp_path / f"{layout}.pt")
         for name, p in model.named_parameters():
-            assert (p.grad - got[name]).abs().max() < 1e-10, (head_unit, name)
+            assert (p.grad - got[name]).abs().max() < 1e-10, (layout, name)
             assert p.grad.abs().max() > 0, name
