@@ -67,7 +67,7 @@ class FusedDPOMixin:
         self.can_return_loss = True
         self.ref_model = ref_model
         if ref_model is not None:
-            ref_model.requires_grad_(False)
+            attach_head(ref_model.requires_grad_(False))
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
             self.ref_model.eval()
         attach_head(self.model)
@@ -83,7 +83,9 @@ class FusedDPOMixin:
             options["beta_dpo_state"] = state if mode == "train" else state.clone()
         first = mode == "train" and not self._reference_seen
         if first and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # type: ignore[attr-defined]
-            check_head(base_model_of(self.accelerator.unwrap_model(self.model)), self.fused.backend)
+            policy = base_model_of(self.accelerator.unwrap_model(self.model))
+            with self.accelerator.autocast():
+                check_head(policy, self.fused.backend)
         ref = self._reference(inputs) if needs_reference(options) else None
         out = dpo_step(model, inputs, ref_logps=ref, fused=self.fused, **options)
         started = self.state.global_step  # type: ignore[attr-defined]

@@ -69,7 +69,8 @@ def _forward(original: Callable) -> Callable:
             return HeadOutput(logps=logps)
 
         call = HeadCall(score, labels.shape[1])
-        out = model(input_ids=ids, attention_mask=mask, **images, dpo_head=call)
+        with self.accelerator.autocast():
+            out = model(input_ids=ids, attention_mask=mask, **images, dpo_head=call)
         return out.logps[:, -completion_ids.shape[1] :]
 
     return forward

@@ -54,6 +54,7 @@ def _init(original: Callable) -> Callable:
         self._row_options = {}
         self._beta_dpo_state = torch.zeros(2, dtype=torch.float64)
         original(self, *args, **kwargs)
+        attach_head(self.model)  # now: below what accelerate will wrap it in
         self.data_collator = WithRowColumns(self.data_collator)
 
     return __init__
@@ -123,7 +124,8 @@ def _concatenated_forward(original: Callable, module: Any) -> Callable:
             inputs["output_router_logits"] = True
         attach_head(self.accelerator.unwrap_model(model))
         stats = ("mean_logits", *(("log_sum_sq_probs",) if self.use_weighting else ()))
-        out = scored_tokens(model, inputs, labels, self.fused, () if is_ref_model else stats)
+        with self.accelerator.autocast():  # TRL has wrapped the reference before the head came
+            out = scored_tokens(model, inputs, labels, self.fused, () if is_ref_model else stats)
         return _summary(self, out, labels, row_options, is_ref_model)
 
     return concatenated_forward
@@ -174,8 +176,8 @@ def _get_batch_loss_metrics(original: Callable) -> Callable:
             self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_vision_model
         ):
             policy = self.accelerator.unwrap_model(self.model)
-            attach_head(policy)
-            check_head(base_model_of(policy), self.fused.backend)
+            with self.accelerator.autocast():
+                check_head(base_model_of(policy), self.fused.backend)
         loss, metrics = original(self, model, batch, train_eval)
         self._reference_seen |= train_eval == "train"
         return loss, metrics

@@ -76,6 +76,7 @@ def _init(original: Callable, module: Any) -> Callable:
         free = config is not None and not needs_reference(_options(config, self.fused))
         with _adapter_on_head(module), _no_reference(module, named) if free else nullcontext():
             original(self, *args, **kwargs)
+        attach_head(self.model)  # now: below what accelerate will wrap it in
         self.data_collator = WithRowColumns(self.data_collator)
 
     return __init__
@@ -156,6 +157,7 @@ def _reference(trainer: Any, model: Any = None) -> Iterator[Any]:
         torch.no_grad(),
         disable_gradient_checkpointing(trainer.model, checkpointing),
         adapter,
+        trainer.accelerator.autocast(),  # TRL has wrapped the reference before the head came
     ):
         yield model
 
@@ -166,7 +168,7 @@ def _compute_ref_log_probs(original: Callable) -> Callable:
         model = args[0] if len(args) == 2 else None  # since TRL 1.10
         inputs, _ = take_row_options(args[-1])
         labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
-        with _reference(self, model) as reference, self.accelerator.autocast():
+        with _reference(self, model) as reference:
             logps = pair_logps(
                 reference, _model_inputs(self, inputs, False), labels, self.fused,
                 loss_options(self)["ld_alpha"],
@@ -187,7 +189,6 @@ def _compute_loss(original: Callable) -> Callable:
             self._beta_dpo_state = self._beta_dpo_state.to(labels.device)
             state = self._beta_dpo_state
             options["beta_dpo_state"] = state if training else state.clone()
-        attach_head(self.accelerator.unwrap_model(self.model))
         ref_logps = None
         if needs_reference(options):
             ref_logps = _reference_logps(self, inputs, labels)
@@ -195,7 +196,8 @@ def _compute_loss(original: Callable) -> Callable:
         if first:
             _check_first(self)
         model_inputs = _model_inputs(self, inputs, True)
-        out = pair_step(model, model_inputs, labels, ref_logps, options, self.fused)
+        with self.accelerator.autocast():
+            out = pair_step(model, model_inputs, labels, ref_logps, options, self.fused)
         if first and ref_logps is not None:
             _check_reference(self, model, out, labels, options)
         self._reference_seen |= training
@@ -228,7 +230,8 @@ def _check_first(trainer: Any) -> None:
     policy = base_model_of(trainer.accelerator.unwrap_model(trainer.model))
     whole = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
     if whole and not getattr(trainer, "_is_vlm", False):
-        check_head(policy, trainer.fused.backend)
+        with trainer.accelerator.autocast():
+            check_head(policy, trainer.fused.backend)
 
 
 def _check_reference(

@@ -16,7 +16,7 @@ pytest.importorskip("peft", reason="pip install peft")
 
 import trl
 from peft import get_peft_model
-from trl_runs import V1, VERSION, assert_same, lora, make, run
+from trl_runs import V1, VERSION, Run, assert_same, lora, make, run
 
 from dpo_kernels.integrations import frameworks
 from dpo_kernels.integrations import trl as integration
@@ -200,7 +200,16 @@ def test_a_whole_trained_head():
 @pytest.mark.parametrize("options", [{"bf16": True}, {"dtype": torch.bfloat16}])
 def test_bfloat16(options):
     """Under autocast and with a bf16 model: the check passes, and the run is TRL's but for bf16."""
-    theirs, ours = (run(t, max_steps=5, **options) for t in (TRLS_OWN, DPOTrainer))
+    theirs = run(TRLS_OWN, max_steps=5, **options)
+    seen = []
+    with patch_trl():
+        made = make(TRLS_OWN, max_steps=5, **options)
+        for model in (made.model, made.ref_model):  # what a layer gives out tells what it ran in
+            layer = model.model.layers[0].mlp.down_proj
+            layer.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+        made.train()
+        ours = Run([r for r in made.state.log_history if "loss" in r], {}, made)
+    assert seen and set(seen) == {torch.bfloat16}
     for a, b in zip(theirs.history, ours.history, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=0.05)
         assert b["logps/chosen"] == pytest.approx(a["logps/chosen"], rel=0.02)

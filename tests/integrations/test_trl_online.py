@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -33,9 +34,8 @@ def unpatched():
 @pytest.mark.parametrize("max_length", [512, 6])
 def test_forward_is_trls(max_length):
     model = tiny.model(dtype=torch.float64)
-    stub = SimpleNamespace(
-        max_length=max_length, accelerator=SimpleNamespace(unwrap_model=lambda m: m)
-    )
+    accelerator = SimpleNamespace(unwrap_model=lambda m: m, autocast=nullcontext)
+    stub = SimpleNamespace(max_length=max_length, accelerator=accelerator)
     torch.manual_seed(0)
     prompt, completion = torch.randint(2, 64, (4, 5)), torch.randint(2, 64, (4, 3))
     prompt_mask, completion_mask = torch.ones_like(prompt), torch.ones_like(completion)
