@@ -103,7 +103,8 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         if self.training and not self._reference_seen:
             self._reference_seen = True
             if ref is not None and self.fused.check_reference and not self.global_step:
-                check_reference(self.model, out, batch, **options)
+                opt_out = "DPOModule(..., fused={'check_reference': False})"
+                check_reference(self.model, out, batch, opt_out=opt_out, **options)
         chosen, rejected = out.rewards
         values = {
             "loss": out.loss.detach(),

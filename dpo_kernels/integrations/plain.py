@@ -126,11 +126,17 @@ def reference_logps(
 
 
 def check_reference(
-    model: nn.Module, out: HeadOutput, batch: Mapping[str, Any], **loss_options: Any
+    model: nn.Module,
+    out: HeadOutput,
+    batch: Mapping[str, Any],
+    *,
+    opt_out: str = "leave check_reference out",
+    **loss_options: Any,
 ) -> None:
     """`WrongReference` unless `out`, of the first step, shows a policy equal to its reference.
 
-    Nothing is checked where dropout makes two forwards of `model` differ.
+    Nothing is checked where dropout makes two forwards of `model` differ. `opt_out` ends the
+    message: what to write where they differ on purpose.
     """
     if is_random(model):
         return
@@ -144,7 +150,7 @@ def check_reference(
             dtype = torch.get_autocast_dtype(labels.device.type)
     check_step0(
         out.rewards, out.pair_logps, lengths, out.loss, {**loss_options, **row_options}, dtype,
-        "leave check_reference out",
+        opt_out,
     )  # fmt: skip
 
 

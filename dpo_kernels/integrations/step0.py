@@ -66,9 +66,11 @@ def check_step0(
             *zero, *zero, chosen_lengths=lengths[0], rejected_lengths=lengths[1], **options
         ).loss.detach()
         got = f" (loss {float(loss.detach()):.6f}, {float(expected):.6f} at zero log-ratios)"
-        # No loss of the table is steeper there than 1 + beta + 1 / beta a nat and pair.
-        slope = float((1 + beta + 1 / beta).max())
-        wrong |= not abs(float(loss.detach()) - float(expected)) <= slope * 2 * float(allowed.max())
+        # How far the loss may move within the allowed log-ratios: 1 + beta + 1 / beta bounds the
+        # slope of every loss of the table but DPOP's, which has a factor of its own.
+        steep = (1 + beta + 1 / beta).max() * (1 + loss_options.get("dpop_lambda", 50.0))
+        steep = steep * sum(loss_options.get("loss_weights") or (1.0,))
+        wrong |= not bool((loss.detach() - expected).abs() <= steep * 2 * allowed.max())
     if wrong:
         raise WrongReference(
             "before the first step the policy must equal the reference, but log-probs of a "

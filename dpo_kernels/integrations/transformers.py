@@ -24,8 +24,7 @@ from .frameworks import check_version
 from .head import attach_head, base_model_of, check_head, reference_adapter
 from .metrics import PackedMetrics
 from .options import FusedOptions, needs_reference
-from .plain import PreferenceCollator, dpo_step, reference_logps
-from .plain import check_reference as check_first
+from .plain import PreferenceCollator, check_reference, dpo_step, reference_logps
 from .step0 import WrongReference
 
 __all__ = ["FusedDPOMixin", "FusedDPOTrainer", "FusedOptions", "PreferenceCollator",
@@ -90,12 +89,8 @@ class FusedDPOMixin:
         out = dpo_step(model, inputs, ref_logps=ref, fused=self.fused, **options)
         started = self.state.global_step  # type: ignore[attr-defined]
         if first and ref is not None and self.fused.check_reference and not started:
-            try:
-                check_first(model, out, inputs, **options)
-            except WrongReference as error:
-                opt_out = "FusedDPOTrainer(..., fused={'check_reference': False})"
-                text = str(error).replace("leave check_reference out", opt_out)
-                raise WrongReference(text) from None
+            opt_out = "FusedDPOTrainer(..., fused={'check_reference': False})"
+            check_reference(model, out, inputs, opt_out=opt_out, **options)
         self._reference_seen |= mode == "train"
         mask = inputs.get("attention_mask")
         tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()

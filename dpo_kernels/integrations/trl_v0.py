@@ -27,7 +27,7 @@ from .step0 import check_step0, is_random
 from .trl_v1 import OPT_OUT, model_dtype
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes")
-# The losses of TRL 0.18 (those of later versions besides are found by trying).
+# The losses that all these versions have (`sft` came with the later ones).
 _OWN = {
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_pair", "apo_zero", "apo_down", "discopop",
