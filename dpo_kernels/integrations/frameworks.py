@@ -6,7 +6,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-# Ranges [first, last) of releases that `make test-integrations` has run.
+# Ranges [first, last) of releases; `make test-integrations` runs both ends of each.
 TESTED = {
     "trl": (("0.18", "0.25"), ("1.0", "1.17")),
     "transformers": (("4.51", "6"),),
