@@ -49,8 +49,10 @@ MATRIX = {
 }
 # What an environment runs, where that is not the whole folder.
 ONLY = {"recipes": "test_recipes.py"}
-SHOWN = ("torch", "trl", "transformers", "peft", "accelerate", "lightning", "llamafactory", "openrlhf",
-         "torchtune")  # fmt: skip
+SHOWN = (
+    "torch", "trl", "transformers", "peft", "accelerate", "lightning", "llamafactory", "openrlhf",
+    "torchtune",
+)  # fmt: skip
 
 
 def prepare(name: str) -> Path:
@@ -78,11 +80,12 @@ def test(name: str) -> dict[str, str]:
     """Run the folder; the result as the table shows it. Its output goes to NAME.log."""
     python = prepare(name)
     log = VENVS / f"{name}.log"
+    what = f"tests/integrations/{ONLY.get(name, '')}"
     start = time.monotonic()
     with log.open("w") as out:
         # From the source tree: `_C`, built for this Python, is there; the rest is Python.
         done = subprocess.run(
-            [python, "-m", "pytest", "-q", "-W", "ignore", f"tests/integrations/{ONLY.get(name, '')}",
+            [python, "-m", "pytest", "-q", "-W", "ignore", what,
              "-p", "no:cacheprovider"],
             cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
             env={"PYTHONPATH": str(ROOT), "PATH": f"{python.parent}:/usr/bin:/bin",

@@ -198,8 +198,10 @@ def test_a_whole_trained_head():
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"dtype": torch.bfloat16}])
-def test_bfloat16(options):
+def test_bfloat16(options, monkeypatch):
     """Under autocast and with a bf16 model: the check passes, and the run is TRL's but for bf16."""
+    # transformers 4 leaves its choice in the environment, for every later trainer of the process
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     theirs = run(TRLS_OWN, max_steps=5, **options)
     seen = []
     with patch_trl():
