@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: help build train test lint bench peers gpu-check check-full clean
+.PHONY: help build train test test-integrations lint bench peers gpu-check check-full clean
 
 help:
 	@echo "make train   build if needed, train the embedded default model (a few minutes)"
 	@echo "make test    build if needed, run the whole test suite"
 	@echo "make build   make $(VENV) with the package and its test tools"
+	@echo "make test-integrations   TRL, Trainer, Lightning: each supported release in its own venv"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks beside plain torch"
 	@echo "make peers   make $(PEERS) with the package and the peers to compare with"
@@ -39,6 +40,10 @@ train: $(STAMP)
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
+
+# Venvs in build/integrations; NAMES="trl-1.16 trl-0.24" runs some of them.
+test-integrations: $(STAMP)
+	$(BIN)/python tools/test_integrations.py --record $(NAMES)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

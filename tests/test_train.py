@@ -133,11 +133,11 @@ def _logp_of(model: Any, sequence: TokenSequence) -> torch.Tensor:
 
 
 def test_flash_attention_is_refused_for_shared_prompts() -> None:
-    from dpo_kernels.train.model import _no_sharing
+    from dpo_kernels.causal_lm import no_sharing
 
     config = tiny_model().config
     config._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2 takes no 4-D mask" in _no_sharing(config)
+    assert "flash_attention_2 takes no 4-D mask" in no_sharing(config)
 
 
 def test_unknown_head_extra_is_an_error() -> None:
