@@ -34,3 +34,18 @@ def test_a_changed_source_makes_it_stale(tmp_path, monkeypatch):
     full.RECORD.write_text(json.dumps(record | {"sources": edited}))
     assert full.changed() == ["csrc/cuda/device.h", "csrc/phi.h"]
     assert "STALE, changed since: csrc/cuda/device.h, csrc/phi.h" in full.last_result()
+
+
+def test_what_passed_with_the_same_sources_is_not_run_again(tmp_path, monkeypatch):
+    full = tool()
+    monkeypatch.setattr(full, "RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(full, "UNFINISHED", tmp_path / "unfinished.json")
+    now = {"csrc/cuda/device.h": "1", "dpo_kernels/backends/triton/launch.py": "2"}
+    checks = {"30 cases": "right", "cuda/a": "NOT NOTICED", "triton/b": "noticed"}
+    full.RECORD.write_text(json.dumps({"checks": checks, "sources": now}))
+    assert full.passed_before(now) == {"30 cases": "right", "triton/b": "noticed"}
+    edited = now | {"dpo_kernels/backends/triton/launch.py": "3"}
+    assert full.passed_before(edited) == {"30 cases": "right"}
+    newer = {"checks": {"triton/b": "noticed"}, "sources": edited}
+    full.UNFINISHED.write_text(json.dumps(newer))
+    assert full.passed_before(edited) == {"30 cases": "right", "triton/b": "noticed"}
