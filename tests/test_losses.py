@@ -358,3 +358,13 @@ def test_refused_without_lengths():
         dk.preference_loss(torch.empty(0), torch.empty(0))
     with pytest.raises(ValueError, match=r"rejected_logps must have shape \[4\]"):
         dk.preference_loss(torch.zeros(4), torch.zeros(3))
+
+
+@pytest.mark.parametrize("backend", ("cpu", "triton", "cuda"))
+@pytest.mark.parametrize("B", (1, 127, 128, 129, 256))
+def test_every_pair_of_a_batch_of_blocks(backend, B):
+    """Around the kernels' blocks of 128 pairs: each pair is computed, and its own."""
+    chosen, rejected = torch.randn(2, B) * 5
+    call = {"beta": 0.3, "reduction": "none", "loss_type": "hinge"}
+    loss = dk.preference_loss(chosen, rejected, backend=backend, **call).loss
+    assert torch.allclose(loss, torch.relu(1 - 0.3 * (chosen - rejected)), atol=1e-6)
