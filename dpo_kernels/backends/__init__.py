@@ -17,6 +17,10 @@ from types import ModuleType
 
 import torch as _torch  # the name `torch` here is the submodule, the backend
 
+from . import openmp
+
+openmp.share()  # before anything imports _C
+
 NAMES = ("cuda", "triton", "cpu", "torch")
 FUSED_DTYPES = (_torch.float32, _torch.bfloat16, _torch.float16)
 
