@@ -178,7 +178,9 @@ def software_bill(version: str) -> dict:
 
     pybind11 = metadata.version("pybind11")
     parts = [
-        component("pybind11", pybind11, {"id": "BSD-3-Clause"}, purl=f"pkg:pypi/pybind11@{pybind11}")
+        component(
+            "pybind11", pybind11, {"id": "BSD-3-Clause"}, purl=f"pkg:pypi/pybind11@{pybind11}"
+        )
     ]
     if toolchain["cuda"]:
         parts.append(
