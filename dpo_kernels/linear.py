@@ -202,7 +202,7 @@ def _inputs(
 
 
 def _check_lora(lora: object, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, float]:
-    if not isinstance(lora, tuple | list) or len(lora) != 3:
+    if not isinstance(lora, (list, tuple)) or len(lora) != 3:
         raise TypeError(f"lora must be (A [r, H], B [V, r], scaling), got {type(lora).__name__}")
     down, up = checks.floating("lora[0]", lora[0]), checks.floating("lora[1]", lora[1])
     V, H = weight.shape[0], hidden.shape[-1]
@@ -211,7 +211,7 @@ def _check_lora(lora: object, weight: Tensor, hidden: Tensor) -> tuple[Tensor, T
     checks.shape("lora[1]", up, (V, r), "B, [V, r]")
     for i in (0, 1):
         checks.same_device(f"lora[{i}]", lora[i], "hidden", hidden)
-    if isinstance(lora[2], bool) or not isinstance(lora[2], int | float):
+    if isinstance(lora[2], bool) or not isinstance(lora[2], (int, float)):
         raise TypeError(f"lora[2] (scaling) must be a number, got {type(lora[2]).__name__}")
     return down, up, float(lora[2])
 

@@ -52,10 +52,11 @@ def torch_problem() -> ImportError | None:
         lines = str(error).splitlines()
         first = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
         spec = importlib.util.find_spec("torch")
+        found = f"torch {version_of('torch')}, {spec and spec.origin}"
         problem = ImportError(
-            f"torch {version_of('torch')}, {spec and spec.origin}, does not load ({first}): reinstall it "
-            "('pip install --force-reinstall torch', with the index of the CUDA or CPU build you "
-            "want) and see that no other environment is on PYTHONPATH or LD_LIBRARY_PATH"
+            f"{found}, does not load ({first}): reinstall it ('pip install --force-reinstall "
+            "torch', with the index of the CUDA or CPU build you want) and see that no other "
+            "environment is on PYTHONPATH or LD_LIBRARY_PATH"
         )
         problem.__cause__ = error
         return problem

@@ -21,7 +21,13 @@ from dpo_kernels.train.config import DPOTrainConfig, UserError, load_config, rea
 from dpo_kernels.train.console import Console
 from dpo_kernels.train.loop import PairLoss, check_step0, evaluate, step_indices, train
 from dpo_kernels.train.metrics import MetricsFile
-from dpo_kernels.train.model import Policy, complete, prepare_policy, without_quantization
+from dpo_kernels.train.model import (
+    Policy,
+    complete,
+    dtype_option,
+    prepare_policy,
+    without_quantization,
+)
 from dpo_kernels.train.optim import Stepper, TrainingError
 from dpo_kernels.train.plots import plot_run
 from dpo_kernels.train.reference import PairData, with_reference
@@ -50,7 +56,7 @@ def one_thread() -> Iterator[None]:
 def tiny_model(name: str = "Llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return transformers.AutoModelForCausalLM.from_config(config, **dtype_option(dtype))
 
 
 def config_of(**options: Any) -> DPOTrainConfig:

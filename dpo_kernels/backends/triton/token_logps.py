@@ -81,7 +81,8 @@ def _add_tile(
         weighted = shrink * (weighted + l * drop) + tl.sum(e * near, 0)
         squares = shrink * shrink * squares + tl.sum(e * e, 0)
         column = cols - head
-        ahead = (zz > zy) | (((zz == zy) | (k == 0.0)) & (column < y))
+        tied = tl.where(zz == zy, 0.0, k) == 0.0  # flat, all are
+        ahead = (zz > zy) | (tied & (column < y))
         if MASKED:
             total += tl.sum(tl.where(inside, zz, 0.0), 0)
             ahead = ahead & inside
