@@ -112,9 +112,11 @@ def fused_linear_dpo_loss(
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias
         reference = _inputs("ref_hidden", layout, ref_hidden, ref_weight, ref_bias).detached()
-        ops.check_head("ref_hidden", *reference[:3], layout.targets)
+        ops.check_head(
+            "ref_hidden", reference.hidden, reference.weight, reference.bias, layout.targets
+        )
         checks.shape("ref_weight", ref_weight[:, :0], (V, 0), "the policy's vocabulary")
-    ops.check_head("hidden", *policy[:3], layout.targets)
+    ops.check_head("hidden", policy.hidden, policy.weight, policy.bias, layout.targets)
     budget = ops.budget_of(memory_budget)
     if not run.uses_reference:
         reference = None

@@ -115,6 +115,8 @@ def test_architectures(name: str, options: dict[str, Any], shared: bool) -> None
         model = tiny_model(name, dtype=torch.float64, **options)
     except (TypeError, ValueError, AttributeError) as error:
         pytest.skip(f"{name} is not in this transformers: {error}")
+    if name == "GPT2" and "torch_dtype" in dtype_option(None):
+        shared = False  # before transformers 4.56 it takes no 4-D mask in float64
     policy = tiny_policy(model, said.append, dtype="float64")
     assert (policy.sharing.mode == "auto") == shared == (not said), said
     if not shared:
