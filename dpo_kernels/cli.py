@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from .requirements import torch_problem
 from .train.config import ALIASES, DPOTrainConfig, UserError, read_config_file
 from .version import __version__
 
@@ -26,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(_underscored(sys.argv[1:] if argv is None else argv))
     if not hasattr(args, "run"):
         parser.print_help()
+        return USER_ERROR
+    if args.run is _doctor:  # works without torch: that is when it is needed most
+        return _doctor(args)
+    if problem := torch_problem():
+        print(f"dpo-kernels: error: {problem}", file=sys.stderr)
         return USER_ERROR
     from .data import DataError
     from .train.optim import TrainingError
@@ -115,7 +121,8 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser(
         "doctor", help="what is installed, which backends run here, and a self-test",
-        description="Versions, devices, backends (and why one is absent), and a self-test of the "
+        description="Versions, devices, backends (and why one is absent), the binary's GPU "
+        "architectures, the OpenMP pool, what is wrong and what to do, and a self-test of the "
         "default backend against float64. Exit code 0 only if that passes.",
     )  # fmt: skip
     doctor.add_argument("--json", action="store_true", help="print one JSON object")

@@ -124,9 +124,11 @@ def fused_linear_dpo_loss(
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias
         reference = _inputs("ref_hidden", layout, ref_hidden, ref_weight, ref_bias).detached()
-        ops.check_head("ref_hidden", *reference[:3], layout.targets)
+        ops.check_head(
+            "ref_hidden", reference.hidden, reference.weight, reference.bias, layout.targets
+        )
         checks.shape("ref_weight", ref_weight[:, :0], (V, 0), "the policy's vocabulary")
-    ops.check_head("hidden", *policy[:3], layout.targets)
+    ops.check_head("hidden", policy.hidden, policy.weight, policy.bias, layout.targets)
     budget = ops.budget_of(memory_budget)
     if not run.uses_reference:
         reference = None
@@ -226,7 +228,7 @@ def _inputs(
 
 
 def _check_lora(lora: object, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, float]:
-    if not isinstance(lora, tuple | list) or len(lora) != 3:
+    if not isinstance(lora, (list, tuple)) or len(lora) != 3:
         raise TypeError(f"lora must be (A [r, H], B [V, r], scaling), got {type(lora).__name__}")
     down, up = checks.floating("lora[0]", lora[0]), checks.floating("lora[1]", lora[1])
     V, H = weight.shape[0], hidden.shape[-1]
@@ -235,7 +237,7 @@ def _check_lora(lora: object, weight: Tensor, hidden: Tensor) -> tuple[Tensor, T
     checks.shape("lora[1]", up, (V, r), "B, [V, r]")
     for i in (0, 1):
         checks.same_device(f"lora[{i}]", lora[i], "hidden", hidden)
-    if isinstance(lora[2], bool) or not isinstance(lora[2], int | float):
+    if isinstance(lora[2], bool) or not isinstance(lora[2], (int, float)):
         raise TypeError(f"lora[2] (scaling) must be a number, got {type(lora[2]).__name__}")
     return down, up, float(lora[2])
 

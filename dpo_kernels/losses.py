@@ -317,7 +317,7 @@ def names_of(loss_type: object) -> list[str]:
     """`loss_type` as a list of names."""
     if isinstance(loss_type, str):
         return [loss_type]
-    if not isinstance(loss_type, list | tuple):
+    if not isinstance(loss_type, (list, tuple)):
         raise TypeError(
             f"loss_type must be a name or a list of names, got {type(loss_type).__name__}"
         )
@@ -361,11 +361,11 @@ def _check_numbers(o: LossOptions) -> None:
             raise ValueError(f"{name} must be {expected}, got {getattr(o, name)!r}")
 
     for name in [*_OWN_OPTIONS, "label_smoothing", "sft_weight", "f_alpha_divergence_coef"]:
-        if isinstance(getattr(o, name), bool) or not isinstance(getattr(o, name), int | float):
+        if isinstance(getattr(o, name), bool) or not isinstance(getattr(o, name), (int, float)):
             raise TypeError(f"{name} must be a number, got {type(getattr(o, name)).__name__}")
         require(abs(getattr(o, name)) < float("inf"), name, "a finite number")
     if not isinstance(o.beta, Tensor):
-        if isinstance(o.beta, bool) or not isinstance(o.beta, int | float):
+        if isinstance(o.beta, bool) or not isinstance(o.beta, (int, float)):
             raise TypeError(f"beta must be a number or a tensor, got {type(o.beta).__name__}")
         require(0 < o.beta < float("inf"), "beta", "a positive finite number")
     require(o.discopop_tau > 0, "discopop_tau", "positive")

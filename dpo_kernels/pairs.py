@@ -273,7 +273,7 @@ def check_pair_options(o: LossOptions, B: int, like: Tensor) -> None:
         raise ValueError("the batch has no pairs (B = 0); expected at least one")
     for name in ("beta", "offset", "weights"):
         value = getattr(o, name)
-        if value is None or isinstance(value, int | float):
+        if value is None or isinstance(value, (int, float)):
             continue
         checks.floating(name, value)
         if value.dim() or name != "beta":

@@ -151,7 +151,7 @@ class TokenLoss:
     def is_small(self, logits: Tensor, ref_logps: Tensor | None) -> bool:
         """Whether one launch from logits to loss can do it, and pays (`ops/small_batch.py`)."""
         o, (row, weight, terms) = self.options, self.losses[0]
-        plain = len(self.losses) == 1 and weight == 1 and bool(terms) and row.score == "ratio"
+        plain = len(self.losses) == 1 and weight == 1 and len(terms) > 0 and row.score == "ratio"
         plain = plain and row.sft is None and not row.batch_coupled and not row.by_length
         plain = plain and (o.f_divergence_type == "reverse_kl" or not row.f_divergence)
         plain = plain and not self.stats and o.ld_alpha is None and o.weights is None

@@ -77,7 +77,7 @@ CUDA_CONSTANTS = (
     Mutant("cuda/token_logps_backward.cu", "a.rows - 1 - block", "a.rows - block"),
     Mutant("cuda/sequence_sum.cu", "(s + p.S / 2) % p.S", "(s + 1) % p.S"),
     Mutant("cuda/sequence_sum.cu", "(1u << lane) - 1", "(1u << lane)"),
-    Mutant("cuda/pair_loss.cu", "blockIdx.x * THREADS", "blockIdx.x * (THREADS + 1)"),
+    Mutant("cuda/pair_loss.cu", "blockIdx.x * THREADS", "blockIdx.x * (THREADS - 1)"),
 )  # fmt: skip
 TRITON_CONSTANTS = (
     Mutant("token_logps.py", "- 3.33332819422e-1", "- 3.33432819422e-1"),

@@ -4,7 +4,8 @@
 
 namespace dpo {
 namespace cuda {
-namespace {
+// Named, not anonymous: nvcc would put a hash of this file's path into the kernels' names.
+inline namespace pair_loss_kernels {
 
 constexpr int THREADS = 128;
 
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(THREADS) kernel(const __grid_constant__ Argume
   store_pair(r, i, p.B, p.loss, p.slopes);
 }
 
-}  // namespace
+}  // namespace pair_loss_kernels
 
 const char* pair_loss(const PairLoss& p, Stream to) {
   if (p.B == 0) return nullptr;

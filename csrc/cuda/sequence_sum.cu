@@ -6,7 +6,8 @@
 
 namespace dpo {
 namespace cuda {
-namespace {
+// Named, not anonymous: nvcc would put a hash of this file's path into the kernels' names.
+inline namespace sequence_sum_kernels {
 
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
 
@@ -98,7 +99,7 @@ const char* run(const SequenceSum& p, int64_t rows, Stream to) {
   });
 }
 
-}  // namespace
+}  // namespace sequence_sum_kernels
 
 const char* sequence_sum(const SequenceSum& p, int64_t rows, Stream to) {
   return run<false>(p, rows, to);

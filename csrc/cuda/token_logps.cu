@@ -17,7 +17,8 @@
 
 namespace dpo {
 namespace cuda {
-namespace {
+// Named, not anonymous: nvcc would put a hash of this file's path into the kernels' names.
+inline namespace token_logps_kernels {
 
 #ifndef DPO_FORWARD_CONFIG  // threads that read, 16-byte vectors a stage, stages, blocks an SM
 #define DPO_FORWARD_CONFIG 384, 2, 4, 2
@@ -383,7 +384,7 @@ cudaError_t choose_softcap(const Arguments& a, int sms, void* stream) {
                                     : choose_forward<T, false>(a, sms, stream);
 }
 
-}  // namespace
+}  // namespace token_logps_kernels
 
 int token_logps_splits(int64_t rows, int64_t V, DType dtype, int device) {
   int sms = 0;

@@ -6,7 +6,8 @@
 
 namespace dpo {
 namespace cuda {
-namespace {
+// Named, not anonymous: nvcc would put a hash of this file's path into the kernels' names.
+inline namespace token_logps_backward_kernels {
 
 #ifndef DPO_BACKWARD_CONFIG  // threads, 16-byte vectors a thread loads at once, rounds, blocks an SM
 #define DPO_BACKWARD_CONFIG 256, 4, 2, 4
@@ -165,7 +166,7 @@ cudaError_t run(Arguments a, void* stream) {
   return launch(kernel, dim3((unsigned)blocks), Backward::THREADS, sizeof(Row), stream, a);
 }
 
-}  // namespace
+}  // namespace token_logps_backward_kernels
 
 const char* token_logps_backward(const TokenLogpsBackward& p, const SmallBatchGrad* batch,
                                  Stream to) {

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 
 import torch as _torch  # the name `torch` here is the submodule, the backend
+
+from .. import requirements
+from . import openmp
+
+openmp.share()  # before anything imports _C
 
 NAMES = ("cuda", "triton", "cpu", "torch")
 FUSED_DTYPES = (_torch.float32, _torch.bfloat16, _torch.float16)
@@ -46,23 +52,38 @@ def _why_not(name: str) -> str:
     if name == "cuda":
         return _why_no_cuda()
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed (pip install triton)"
+        if reason := requirements.why_not("triton"):
+            return reason
         if not _torch.cuda.is_available() and not interpreted():
             return "no GPU is visible to torch (and TRITON_INTERPRET=1 is not set)"
     if name == "cpu":
-        try:
-            importlib.import_module("dpo_kernels._C")
-        except ImportError as error:
-            return f"the compiled module dpo_kernels._C does not load: {error}"
+        return _why_no_module()
+    return ""
+
+
+def _why_no_module() -> str:
+    try:
+        importlib.import_module("dpo_kernels._C")
+    except ImportError as error:
+        built = sorted(path.name for path in Path(__file__).parent.parent.glob("_C.*.so"))
+        if not built:
+            return (
+                "the compiled module dpo_kernels._C is missing: install a wheel, or build it with "
+                "'pip install .' in the source tree"
+            )
+        if not any(name == f"_C{suffix}" for name in built for suffix in EXTENSION_SUFFIXES):
+            return (
+                f"the compiled module is for another Python ({', '.join(built)}; this one takes "
+                f"_C{EXTENSION_SUFFIXES[0]}): install dpo-kernels with {sys.executable}"
+            )
+        return f"the compiled module dpo_kernels._C does not load: {error}"
     return ""
 
 
 def _why_no_cuda() -> str:
-    try:
-        module = importlib.import_module("dpo_kernels.backends.cuda")
-    except ImportError as error:
-        return f"the compiled module dpo_kernels._C does not load: {error}"
+    if reason := _why_no_module():
+        return reason
+    module = importlib.import_module("dpo_kernels.backends.cuda")
     if module.on_host is not None:
         return ""
     built = module.architectures()
@@ -73,9 +94,7 @@ def _why_no_cuda() -> str:
     if _torch.version.hip:
         return "the GPU is not NVIDIA's: use backend='triton'"
     major, minor = _torch.cuda.get_device_capability()
-    # Machine code runs on later minor versions of its major one; PTX of the newest on what follows.
-    runs = any(int(a) // 10 == major and int(a) % 10 <= minor for a in built)
-    if not runs and 10 * major + minor < int(built[-1]):
+    if not module.code_for(major, minor):
         return f"this build has code for sm_{', sm_'.join(built)}; the GPU is sm_{major}{minor}"
     return ""
 

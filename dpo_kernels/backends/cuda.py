@@ -26,6 +26,18 @@ def architectures() -> list[str]:
     return [a for a in _C.cuda_architectures.split(",") if a]
 
 
+def code_for(major: int, minor: int) -> str:
+    """What of this build a GPU of compute capability `major.minor` runs; empty if nothing."""
+    built = architectures()
+    # Machine code runs on later minor versions of its major one; PTX of the newest on what follows.
+    for a in reversed(built):
+        if int(a) // 10 == major and int(a) % 10 <= minor:
+            return f"machine code of sm_{a}"
+    if built and 10 * major + minor >= int(built[-1]):
+        return f"PTX of sm_{built[-1]}, which the driver compiles at first use"
+    return ""
+
+
 def _module(x: Tensor) -> ModuleType:
     if x.is_cuda:
         return _C

@@ -18,6 +18,8 @@ positions, `N` scored rows, `H` hidden size, `V` vocabulary, `r` rank, `C` rows 
 
 from __future__ import annotations
 
+from typing import List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
+
 import torch
 from torch import Tensor
 
@@ -385,7 +387,7 @@ def _linear_logps_backward(
     scale: float,
     softcap: float,
     inv_temperature: float,
-    wanted: list[bool],
+    wanted: List[bool],  # noqa: UP006
     chunks_of: str,
     count: int,
     memory_budget: int,

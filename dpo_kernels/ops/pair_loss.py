@@ -7,6 +7,8 @@ backward is one product. Letters: `B` pairs, `u` and `v` the chosen and rejected
 
 from __future__ import annotations
 
+from typing import List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
+
 import torch
 from torch import Tensor
 
@@ -77,8 +79,8 @@ def _pair_loss(
     v: Tensor,
     beta: Tensor,
     offset: Tensor | None,
-    phis: list[int],
-    numbers: list[float],
+    phis: List[int],  # noqa: UP006
+    numbers: List[float],  # noqa: UP006
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     impl = backends.load(backend)

@@ -10,6 +10,8 @@ of the log-ratios themselves (no length normalisation, no coupling of pairs, sca
 
 from __future__ import annotations
 
+from typing import List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
+
 import torch
 from torch import Tensor
 
@@ -76,8 +78,8 @@ def _small_batch(
     beta: Tensor | None,
     beta_value: float,
     offset: Tensor | None,
-    phis: list[int],
-    numbers: list[float],
+    phis: List[int],  # noqa: UP006
+    numbers: List[float],  # noqa: UP006
     divisor: float,
     ignore_index: int,
     scale: float,

@@ -40,7 +40,7 @@ from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
 from .loop import TrainResult, evaluate, train, visited
 from .metrics import MetricsFile
-from .model import Policy, complete, load_policy, prepare_policy, save_policy
+from .model import Policy, complete, dtype_option, load_policy, prepare_policy, save_policy
 from .optim import epoch_order
 from .plots import plot_run
 from .reference import PairData, with_reference
@@ -154,7 +154,9 @@ class _Job:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         dtype = torch.float32 if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(source), **dtype_option(dtype)
+        )
         self.console.say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, new")
         return prepare_policy(
             model, AutoTokenizer.from_pretrained(source), self.config, self.console.say

@@ -144,11 +144,19 @@ def _load(config: DPOTrainConfig) -> tuple[PreTrainedModel, Any]:
     if "gguf_file" in source:
         _require("accelerate")
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    options = dict(source, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    options = {**source, **dtype_option(dtype), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     model = _pretrained(AutoModelForCausalLM, name, **options)
     return (without_quantization(model) if "gguf_file" in source else model), tokenizer
+
+
+def dtype_option(dtype: Any) -> dict[str, Any]:
+    """The dtype as `from_pretrained` and `from_config` call it: renamed in transformers 4.56."""
+    import transformers
+
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
 
 
 def _source(name: str, gguf_file: str | None) -> tuple[str, dict[str, str]]:
@@ -197,7 +205,7 @@ def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
     attention = model.config._attn_implementation
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(
-            config, dtype=model.dtype, attn_implementation=attention
+            config, attn_implementation=attention, **dtype_option(model.dtype)
         )
     state = model.state_dict()
     # Buffers that are not in the state dict (rotary frequencies) are taken from the old model.

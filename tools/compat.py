@@ -1,0 +1,136 @@
+"""The compatibility matrix: the wheel with the oldest and the newest supported torch, tested.
+
+    python tools/compat.py            run it (minutes and gigabytes), write docs/compatibility.json
+    python tools/compat.py --table    print the README's table from that file
+
+Each cell is a fresh environment with one torch, its Triton and a transformers of its time, the
+wheel of `make wheel`, the smoke test and the tests of what depends on them. Tests of the CUDA
+kernels on the host are left out: they do not touch torch's versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import dist
+
+RESULTS = dist.ROOT / "docs" / "compatibility.json"
+TESTS = {
+    "ops": ["token_logps", "losses", "dpo", "linear", "imports"],
+    "trainer": ["data", "default_data", "train", "cli"],
+}
+COLUMNS = {"ops": "ops on CPU", "interpreter": "Triton, interpreted", "trainer": "trainer"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    name: str
+    torch: str
+    triton: str
+    transformers: str
+    numpy: str
+
+    def requirements(self) -> list[str]:
+        """Pinned for pip, torch first."""
+        return [f"{package}=={version}" for package, version in asdict(self).items()
+                if package != "name"]  # fmt: skip
+
+
+# The bounds of pyproject.toml. NumPy: 2.4 breaks the interpreter of Triton 3.2.
+OLDEST = Cell("oldest", "2.6.0", "3.2.0", "4.51.0", "2.2.6")
+NEWEST = Cell("newest", "2.15.0", "3.9.0", "5.23.0", "2.4.6")
+
+ASK = """
+import json, platform, torch, dpo_kernels
+from importlib.metadata import version
+print(json.dumps({"python": platform.python_version(), "torch": torch.__version__,
+                  "torch_cuda": torch.version.cuda, "machine": platform.machine(),
+                  **{p: version(p) for p in ("triton", "transformers", "numpy")}}))
+"""
+
+
+def test(cell: Cell, wheel: Path, python: Path) -> dict:
+    """Smoke test and tests of one environment, with the versions that are really there."""
+    env = {**dist.clean_environment(), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    versions = json.loads(dist.run(python, "-c", ASK, cwd=python.parent, env=env))
+    result = {"cell": cell.name, **versions, "wheel": wheel.name, "date": str(date.today())}
+    with tempfile.TemporaryDirectory() as folder:
+        smoke = shutil.copy(dist.ROOT / "tools" / "smoke.py", folder)
+        plain = {k: v for k, v in env.items() if k != "TRITON_INTERPRET"}
+        print(dist.run(python, smoke, cwd=folder, env=plain), end="")
+        files = [dist.ROOT / "tests" / f"test_{n}.py" for group in TESTS.values() for n in group]
+        report = Path(folder, "report.xml")
+        # Not `python -m pytest`: it would put the sources before the wheel.
+        command = [python.parent / "pytest", "-q", "-p", "no:cacheprovider", "-k", "not cuda",
+                   f"--junitxml={report}", *files]  # fmt: skip
+        done = subprocess.run(
+            list(map(str, command)), cwd=dist.ROOT, env=env, text=True, capture_output=True
+        )
+        print(done.stdout[-4000:] if done.returncode else done.stdout.splitlines()[-1])
+        result["tests"] = counted(report)
+    result["passed"] = done.returncode == 0
+    return result
+
+
+def counted(report: Path) -> dict[str, dict[str, int]]:
+    """Outcomes by group; a test whose parameters name Triton counts as the interpreter's."""
+    counts: dict[str, Counter] = {name: Counter() for name in COLUMNS}
+    for case in ElementTree.parse(report).iter("testcase"):
+        module = (case.get("classname") or "").split("test_")[-1]
+        group = "trainer" if module in TESTS["trainer"] else "ops"
+        if "triton" in (case.get("name") or ""):
+            group = "interpreter"
+        outcomes = {child.tag for child in case} & {"failure", "error", "skipped"}
+        counts[group][outcomes.pop() if outcomes else "passed"] += 1
+    return {name: dict(sorted(count.items())) for name, count in counts.items()}
+
+
+def table() -> str:
+    """Markdown for README.md from the recorded results."""
+    lines = [f"| | Python | torch | Triton | transformers | {' | '.join(COLUMNS.values())} |"]
+    lines.append("|---" * (5 + len(COLUMNS)) + "|")
+    for r in json.loads(RESULTS.read_text())["cells"]:
+        torch = f"{r['torch'].split('+')[0]} (CUDA {r['torch_cuda']})"
+        shown = [r["cell"], r["python"], torch, r["triton"], r["transformers"]]
+        for name in COLUMNS:
+            shown.append(", ".join(f"{n} {word}" for word, n in sorted(r["tests"][name].items())))
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="print the README's table")
+    parser.add_argument("--environments", type=Path, metavar="FOLDER",
+                        help="keep the environments there, and use those that are")  # fmt: skip
+    args = parser.parse_args()
+    if args.table:
+        print(table())
+        return
+    wheel = dist.newest_wheel()
+    results = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for cell in (OLDEST, NEWEST):
+            print(f"{cell.name}: {wheel.name} with {', '.join(cell.requirements())}", flush=True)
+            folder = (args.environments or Path(temporary)) / cell.name
+            wanted = [*cell.requirements(), "pytest>=8", "pytest-benchmark>=4"]
+            python = dist.fresh_environment(folder, wheel, wanted)
+            results.append(test(cell, wheel, python))
+    RESULTS.write_text(json.dumps({"cells": results}, indent=2) + "\n")
+    print(table())
+    if not all(r["passed"] for r in results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
