@@ -4,14 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: help build train test lint bench clean wheel wheel-check wheel-twice compat
+.PHONY: help build train test test-integrations lint bench peers gpu-check check-full clean \
+  wheel wheel-check wheel-twice compat
 
 help:
 	@echo "make train   build if needed, train the embedded default model (a few minutes)"
 	@echo "make test    build if needed, run the whole test suite"
 	@echo "make build   make $(VENV) with the package and its test tools"
+	@echo "make test-integrations   TRL, Trainer, Lightning: each supported release in its own venv"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks beside plain torch"
+	@echo "make peers   make $(PEERS) with the package and the peers to compare with"
+	@echo "make gpu-check   on a machine with a GPU: build for it, test, measure, write a results file"
+	@echo "make check-full  what the test suite has no time for: sanitizers at length, mutations"
 	@echo "make wheel   manylinux wheel for this Python and sdist into dist/ (minutes with nvcc)"
 	@echo "make wheel-check   that wheel in a fresh environment with the oldest supported torch"
 	@echo "make wheel-twice   build twice from two folders and compare the hashes"
@@ -41,6 +46,10 @@ train: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
 
+# Venvs in build/integrations; NAMES="trl-1.16 trl-0.24" runs some of them.
+test-integrations: $(STAMP)
+	$(BIN)/python tools/test_integrations.py --record $(NAMES)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,6 +57,22 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks
+
+# The benchmarks beside TRL, Liger and cut-cross-entropy: .venv-peers/bin/python -m pytest benchmarks
+PEERS := .venv-peers
+peers:
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(PEERS)/bin/pip install -q -c constraints.txt setuptools pybind11 cmake ninja
+	$(PEERS)/bin/pip install -q -c constraints.txt -r benchmarks/peers.txt
+	$(PEERS)/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[train,test]'
+
+# On a GPU machine: in the Python at hand, whose torch fits the driver (PYTHON= names another).
+gpu-check:
+	$(PYTHON) tools/gpu_check.py $(ARGS)
+
+check-full: $(STAMP)
+	$(BIN)/python tools/check_full.py
 
 # Wheels are built where there is no torch.
 WHEEL_VENV := .venv-wheel

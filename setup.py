@@ -161,6 +161,8 @@ class CMakeBuild(build_ext):
 class WheelWithSBOM(bdist_wheel):
     def write_wheelfile(self, wheelfile_base: str, *args, **kwargs) -> None:
         super().write_wheelfile(wheelfile_base, *args, **kwargs)
+        if not TOOLCHAIN.is_file():
+            return  # an editable install writes this before it builds; it ships nothing
         folder = Path(wheelfile_base, "sboms")
         folder.mkdir(exist_ok=True)
         bom = software_bill(self.distribution.get_version())

@@ -1,36 +1,34 @@
-"""Ratios against plain torch, printed after the benchmarks of a run."""
+"""Options of the benchmarks, and the tables after them.
 
-import platform
-import statistics
+pytest benchmarks/ [--full] [--results FILE]
+"""
 
-import pytest
+from pathlib import Path
+
 import torch
 
-RATIOS: dict[str, dict[str, float]] = {}
+from dpo_kernels.bench import results
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS: list[dict] = []
+META: dict = {}
 
 
-@pytest.fixture
-def record(request):
-    """record(case, provider, seconds): what the summary compares."""
-
-    def add(case: str, provider: str, seconds: list[float]) -> None:
-        RATIOS.setdefault(case, {})[provider] = statistics.median(seconds)
-
-    return add
+def pytest_addoption(parser):
+    group = parser.getgroup("dpo-kernels")
+    group.addoption("--full", action="store_true", help="all models and scored fractions")
+    group.addoption("--results", metavar="FILE", help="write the results file of this run")
 
 
-def pytest_terminal_summary(terminalreporter):
-    if not RATIOS:
+def pytest_sessionstart(session):
+    META.update(results.describe())
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not ROWS:
         return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    terminalreporter.section(
-        f"medians, torch {torch.__version__}, {device or platform.machine()}, "
-        f"{torch.get_num_threads()} threads"
-    )
-    for case, times in RATIOS.items():
-        base = times.get("torch eager")
-        floor = next((s for provider, s in times.items() if "bare product" in provider), None)
-        for provider, seconds in times.items():
-            ratio = f"{base / seconds:6.1f}x torch eager" if base else ""
-            ratio += f"{seconds / floor:6.2f} of the floor" if floor else ""
-            terminalreporter.write_line(f"{case:<44}{provider:<24}{seconds * 1e3:9.1f} ms {ratio}")
+    terminalreporter.section("dpo-kernels beside its peers")
+    terminalreporter.write_line(results.text(META, ROWS))
+    if file := config.getoption("--results"):
+        results.write(Path(file), META, ROWS)
+        terminalreporter.write_line(f"wrote {file}")

@@ -75,6 +75,35 @@ PairLoss pair_of(uintptr_t u, uintptr_t v, uintptr_t beta, uintptr_t offset,
 
 #ifndef CUDA_ON_HOST
 void bind_cpu(py::module_& m) {
+  py::class_<TokenKl>(m, "TokenKl", py::module_local())
+      .def(py::init([](uintptr_t logits, int64_t stride_r, int64_t stride_t, uintptr_t ref_logits,
+                       int64_t ref_stride_r, int64_t ref_stride_t, uintptr_t targets, int64_t R,
+                       int64_t T, int64_t V, int64_t ignore_index, int dtype, int ref_dtype,
+                       Numbers t, uintptr_t logps, uintptr_t lse, uintptr_t ref_logps,
+                       uintptr_t ref_lse, uintptr_t kl) {
+        return TokenKl{at<const void>(logits), stride_r, stride_t, at<const void>(ref_logits),
+                       ref_stride_r, ref_stride_t, at<const int64_t>(targets), R, T, V,
+                       ignore_index, DType(dtype), DType(ref_dtype), {t[0], t[1], t[2]},
+                       at<float>(logps), at<double>(lse), at<float>(ref_logps),
+                       at<double>(ref_lse), at<float>(kl)};
+      }));
+  py::class_<TokenKlBackward>(m, "TokenKlBackward", py::module_local())
+      .def(py::init([](uintptr_t grad_logps, uintptr_t grad_kl, uintptr_t logits, int64_t stride_r,
+                       int64_t stride_t, uintptr_t ref_logits, int64_t ref_stride_r,
+                       int64_t ref_stride_t, uintptr_t targets, uintptr_t lse, uintptr_t ref_lse,
+                       int64_t R, int64_t T, int64_t V, int64_t ignore_index, int dtype,
+                       int ref_dtype, Numbers t, uintptr_t out, int64_t out_stride_r,
+                       int64_t out_stride_t) {
+        return TokenKlBackward{at<const float>(grad_logps), at<const float>(grad_kl),
+                               at<const void>(logits), stride_r, stride_t,
+                               at<const void>(ref_logits), ref_stride_r, ref_stride_t,
+                               at<const int64_t>(targets), at<const double>(lse),
+                               at<const double>(ref_lse), R, T, V, ignore_index, DType(dtype),
+                               DType(ref_dtype), {t[0], t[1], t[2]}, at<void>(out), out_stride_r,
+                               out_stride_t};
+      }));
+  m.def("token_kl", [](const TokenKl& p) { token_kl(p); }, release());
+  m.def("token_kl_backward", [](const TokenKlBackward& p) { token_kl_backward(p); }, release());
   m.def("token_logps", [](const TokenLogps& p) { token_logps(p); }, release());
   m.def("token_logps_backward", [](const TokenLogpsBackward& p) { token_logps_backward(p); },
         release());

@@ -41,6 +41,41 @@ struct TokenLogpsBackward {
   int64_t out_stride_r, out_stride_t;
 };
 
+// Log-probs of policy and reference, and KL(reference || policy), of each row. The reference may have
+// a dtype and strides of its own.
+struct TokenKl {
+  const void* logits;           // [R, T, V], unit stride in V
+  int64_t stride_r, stride_t;   // in elements
+  const void* ref_logits;       // [R, T, V], unit stride in V
+  int64_t ref_stride_r, ref_stride_t;
+  const int64_t* targets;       // [R, T] contiguous
+  int64_t R, T, V, ignore_index;
+  DType dtype, ref_dtype;
+  Transform transform;
+  float* logps;                 // [R, T], as the four below
+  double* lse;
+  float* ref_logps;
+  double* ref_lse;
+  float* kl;
+};
+
+struct TokenKlBackward {
+  const float* grad_logps;      // [R, T]
+  const float* grad_kl;         // [R, T]
+  const void* logits;           // [R, T, V]
+  int64_t stride_r, stride_t;
+  const void* ref_logits;       // [R, T, V]
+  int64_t ref_stride_r, ref_stride_t;
+  const int64_t* targets;       // [R, T] contiguous
+  const double* lse;            // [R, T]
+  const double* ref_lse;        // [R, T]
+  int64_t R, T, V, ignore_index;
+  DType dtype, ref_dtype;
+  Transform transform;
+  void* out;                    // [R, T, V] of dtype, may be `logits`, or `ref_logits` if of dtype
+  int64_t out_stride_r, out_stride_t;
+};
+
 struct SequenceSum {
   const int64_t* targets;       // [R, T] contiguous, flat positions 0 .. R*T
   const int64_t* starts;        // [S + 1] first flat position of each sequence
@@ -68,6 +103,8 @@ struct PairLoss {
 
 void token_logps(const TokenLogps&);
 void token_logps_backward(const TokenLogpsBackward&);
+void token_kl(const TokenKl&);
+void token_kl_backward(const TokenKlBackward&);
 void sequence_sum(const SequenceSum&);
 void sequence_sum_backward(const SequenceSum&);
 void pair_loss(const PairLoss&);

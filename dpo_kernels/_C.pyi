@@ -15,6 +15,22 @@ class TokenLogpsBackward:
         out_stride_r: int, out_stride_t: int,
     ) -> None: ...  # fmt: skip
 
+class TokenKl:
+    def __init__(
+        self, logits: int, stride_r: int, stride_t: int, ref_logits: int, ref_stride_r: int,
+        ref_stride_t: int, targets: int, R: int, T: int, V: int, ignore_index: int, dtype: int,
+        ref_dtype: int, transform: list[float], logps: int, lse: int, ref_logps: int, ref_lse: int,
+        kl: int,
+    ) -> None: ...  # fmt: skip
+
+class TokenKlBackward:
+    def __init__(
+        self, grad_logps: int, grad_kl: int, logits: int, stride_r: int, stride_t: int,
+        ref_logits: int, ref_stride_r: int, ref_stride_t: int, targets: int, lse: int,
+        ref_lse: int, R: int, T: int, V: int, ignore_index: int, dtype: int, ref_dtype: int,
+        transform: list[float], out: int, out_stride_r: int, out_stride_t: int,
+    ) -> None: ...  # fmt: skip
+
 class SequenceSum:
     def __init__(
         self, targets: int, starts: int, S: int, ignore_index: int, tail_weight: float,
@@ -23,6 +39,8 @@ class SequenceSum:
 
 def token_logps(params: TokenLogps) -> None: ...
 def token_logps_backward(params: TokenLogpsBackward) -> None: ...
+def token_kl(params: TokenKl) -> None: ...
+def token_kl_backward(params: TokenKlBackward) -> None: ...
 def sequence_sum(params: SequenceSum) -> None: ...
 def sequence_sum_backward(params: SequenceSum) -> None: ...
 def pair_loss(

@@ -10,7 +10,7 @@ from .requirements import torch_problem as _torch_problem
 from .version import __version__
 
 if (_problem := _torch_problem()) is None:
-    from . import backends, losses
+    from . import backends, losses, memory
     from .dpo import fused_dpo_loss, preference_loss, sequence_logps
     from .linear import fused_linear_dpo_loss, linear_sequence_logps
     from .modules import FusedDPOLoss, FusedLinearDPOLoss
@@ -35,6 +35,7 @@ __all__ = [
     "fused_linear_dpo_loss",
     "linear_sequence_logps",
     "losses",
+    "memory",
     "preference_loss",
     "sequence_logps",
 ]

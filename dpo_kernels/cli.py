@@ -1,4 +1,4 @@
-"""The command line: `dpo-kernels train | data check | doctor`.
+"""The command line: `dpo-kernels train | data check | bench | report | doctor`.
 
 Options carry TRL's names and may be written with underscores or dashes. A mistake of the user's
 ends with one line and exit code 2; training that breaks off (a loss that is not finite) with 1.
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .requirements import torch_problem
@@ -95,6 +96,28 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--chat_template", metavar="FILE", help="Jinja chat template")
     check.add_argument("--max_length", type=int, default=1024, help="default: %(default)s")
     check.set_defaults(run=_data_check)
+
+    bench = commands.add_parser(
+        "bench", help="throughput and memory beside the peers that are installed",
+        description="Measure a set of cases: every provider is checked against float64, then timed "
+        "in turns with the others. Prints tables; --json keeps the results for `report`.",
+    )  # fmt: skip
+    bench.add_argument("--set", choices=("quick", "full", "scaling", "memory"), default="quick",
+                       help="default: %(default)s")  # fmt: skip
+    bench.add_argument("--case", default="", metavar="TEXT", help="cases with this in their name")
+    bench.add_argument("--provider", default="", metavar="TEXT",
+                       help="providers with this in their name")  # fmt: skip
+    bench.add_argument("--json", metavar="FILE", help="write the results file")
+    bench.add_argument("--commit", help="of the sources, where this is no git checkout")
+    bench.set_defaults(run=_bench)
+
+    report = commands.add_parser(
+        "report", help="a page and charts of benchmark results",
+        description="Turn a results file, or all of a folder, into one HTML page with its charts.",
+    )  # fmt: skip
+    report.add_argument("path", metavar="PATH", help="a results file or a folder of them")
+    report.add_argument("--output_dir", metavar="FOLDER", help="default: report/ beside PATH")
+    report.set_defaults(run=_report)
 
     doctor = commands.add_parser(
         "doctor", help="what is installed, which backends run here, and a self-test",
@@ -185,6 +208,44 @@ def _data_check(args: argparse.Namespace) -> int:
     print(f"{usable} usable pairs ({chats} of {len(pairs)} read are conversational)")
     print(left_out.summary())
     return 1 if left_out.problems else 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import results
+    from .bench.run import run_set
+
+    meta = results.describe(args.commit)
+    rows: list[dict[str, Any]] = []
+    chosen = run_set(args.set, args.case, args.provider,
+                     report=lambda line: print(f"  measuring {line}", file=sys.stderr, flush=True)
+                     )  # fmt: skip
+    for row in chosen:
+        rows.append(row)
+        if args.json:  # after every row: an interrupted run keeps what it has
+            results.write(Path(args.json), meta, rows)
+    if not rows:
+        raise UserError(f"no case has {args.case!r} and {args.provider!r} in its names")
+    print(results.text(meta, rows))
+    wrong = [row for row in rows if row["ours"] and row["note"].startswith("wrong")]
+    return 1 if wrong else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .bench.report import results_in, write_report
+
+    path = Path(args.path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected a results file or a folder of them")
+    try:
+        files = results_in(path)
+        if not files:
+            raise UserError(f"{path} holds no results file of `dpo-kernels bench`")
+        folder = Path(args.output_dir) if args.output_dir else (
+            path if path.is_dir() else path.parent) / "report"  # fmt: skip
+        print(f"wrote {write_report(files, folder)}")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

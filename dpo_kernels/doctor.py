@@ -312,6 +312,21 @@ def _problems(report: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _gpu_verification() -> dict[str, dict[str, Any]]:
+    """Each kernel: whether it has passed on a GPU as it is now, and where, or why not."""
+    from . import verification
+
+    return {k.kernel: {"verified": k.verified, "why": k.why} for k in verification.state()}
+
+
+def _gpu_verification_lines(kernels: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["kernels verified on a GPU (make gpu-check):"]
+    for name, state in kernels.items():
+        mark = "" if state["verified"] else "NOT VERIFIED: "
+        lines.append(f"  {name:<27}{mark}{state['why']}")
+    return lines
+
+
 # In the order of the report. OpenMP and the self-test come after these.
 SECTIONS = (
     Section("packages", _packages, _package_lines, needs_torch=False),
@@ -320,4 +335,5 @@ SECTIONS = (
     Section("cpu", _cpu, _cpu_lines),
     Section("binary", _binary, _binary_lines),
     Section("backends", _backends, _backend_lines),
+    Section("gpu_verification", _gpu_verification, _gpu_verification_lines, needs_torch=False),
 )

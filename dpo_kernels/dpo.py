@@ -20,7 +20,7 @@ from .backends import choose
 from .layout import Layout
 from .ops import TokenLogps, checks
 from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
-from .tokens import TokenLoss, last_size, reduce, wide_dtype
+from .tokens import TokenLoss, last_size, op_of, reduce, wide_dtype
 from .transform import LogitTransform
 
 
@@ -55,7 +55,8 @@ def fused_dpo_loss(
         ref_logps: the reference's log-probs: sequence sums [2B], or per token in the shape that
             `sequence_logps(reduction="none")` gives. Exactly one of the two, or
             `reference_free=True`; losses without a reference (`simpo`, `orpo`, `cpo`, `alphapo`,
-            `slic`) ignore it.
+            `slic`) ignore it. `tdpo1` and `tdpo2` compare whole distributions: they need
+            `ref_logits`, which are read beside `logits` in one pass.
         cu_seqlens: [2B + 1] int32 or int64 boundaries, for packed input.
         shift: `logits[:, t]` scores `labels[:, t + 1]` (True, Hugging Face) or `labels[:, t]`.
         drop_common_prefix: leave out the tokens that the two completions of a pair share at their
@@ -88,7 +89,7 @@ def fused_dpo_loss(
             transform=transform, stats=stats, inplace=inplace, backend=backend,
         )  # fmt: skip
 
-    name = choose(backend, logits.device, checks.floating("logits", logits).dtype, "sequence_sum")
+    name = choose(backend, logits.device, checks.floating("logits", logits).dtype, op_of(rows))
     run = TokenLoss(layout, options, rows, name, wide_dtype(logits))
     if ref_logits is not None:
         layout.rows("ref_logits", ref_logits, "V")
@@ -97,6 +98,14 @@ def fused_dpo_loss(
     if drop_common_prefix:
         run = run.without_common_prefix(ref_logps)
         layout = run.layout
+    if run.needs_kl:
+        assert ref_logits is not None
+        joint = ops.token_kl(
+            layout.rows("logits", logits, "V"), layout.rows("ref_logits", ref_logits, "V"),
+            layout.targets, ignore_index=ignore_index, transform=transform, stats=run.stats,
+            inplace=inplace, backend=backend,
+        )  # fmt: skip
+        return run.finish(joint.policy, joint.ref_logps, None, joint.kl)
     reference = None
     if ref_logits is not None and run.uses_reference:
         with torch.no_grad():
@@ -176,6 +185,12 @@ def preference_loss(
     for option, wanted in by_token.items():
         if wanted:
             raise ValueError(f"{option} needs per-token log-probs; use fused_dpo_loss")
+    for row, _, _ in rows:
+        if row.needs_kl:
+            raise ValueError(
+                f"{row.name!r} needs the KL of reference and policy at each token; use "
+                "fused_dpo_loss with ref_logits or fused_linear_dpo_loss with ref_hidden"
+            )
     names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps",
              "chosen_lengths", "rejected_lengths")  # fmt: skip
     values = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,

@@ -24,6 +24,7 @@ class Layout:
     sequences: int  # S
     ignore_index: int
     shift: bool
+    lengths: tuple[int, ...] | None = None  # scored rows of each sequence, where the host knows
 
     @staticmethod
     def of(
@@ -76,6 +77,40 @@ class Layout:
         checks.same_device(name, tensor, "labels", self.targets)
         return tensor.unsqueeze(0) if self.packed else tensor
 
+    def on(self, device: torch.device, scored_lengths: object = None) -> Layout:
+        """On `device`, with the scored rows of each sequence where the host can know them.
+
+        It knows them from `scored_lengths` [S] (integers, as a CPU tensor or a sequence), or by
+        counting targets that lie on the CPU. Those are moved to `device`; others must be there.
+        """
+        readable = checks.readable(self.targets)
+        lengths = None
+        if scored_lengths is not None:
+            lengths = checks.lengths_of("scored_lengths", scored_lengths, self.sequences)
+        if readable:
+            counted = tuple(self.scored_counts().tolist())
+            for i, (given, count) in enumerate(zip(lengths or counted, counted, strict=True)):
+                if given != count:
+                    raise ValueError(
+                        f"scored_lengths must count the scored labels: sequence {i} has {count}, "
+                        f"got {given}"
+                    )
+            lengths = counted
+        layout = replace(self, lengths=lengths)
+        if self.targets.device.type == "cpu" and device.type != "cpu":
+            cu = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+            layout = replace(layout, targets=self.targets.to(device), cu_seqlens=cu)
+        return layout
+
+    @property
+    def count(self) -> int | None:
+        """Scored rows in all, where the host knows."""
+        return None if self.lengths is None else sum(self.lengths)
+
+    def scored_lengths(self) -> list[int]:
+        """Scored rows of each sequence; on a GPU the host waits for them unless it knows."""
+        return self.scored_counts().tolist() if self.lengths is None else list(self.lengths)
+
     def scored_counts(self) -> Tensor:
         """[S] scored rows of each sequence."""
         scored = self.targets != self.ignore_index
@@ -110,7 +145,8 @@ class Layout:
         common = scored[order] & (seen == start)
         dropped = torch.zeros_like(scored).scatter(0, order, common)
         targets = flat.masked_fill(dropped, self.ignore_index).view_as(self.targets)
-        return replace(self, targets=targets)
+        layout = replace(self, targets=targets, lengths=None)
+        return layout if self.lengths is None else layout.on(targets.device)
 
     def per_token(self, values: Tensor) -> Tensor:
         """Row values [R, T] in the shape users see: [N] packed, [S, T - 1] shifted, [S, T]."""

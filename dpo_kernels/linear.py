@@ -10,6 +10,10 @@ What is computed never depends on the strategy, only what it costs does:
                keep, four for the others
     score      nothing wants a gradient: one product
 
+A reference given as hidden states costs one product more. Losses of whole distributions (`tdpo1`,
+`tdpo2`) have it projected beside the policy (`ops/linear_kl.py`), and are streamed with a frozen
+head too: there that is the cheapest.
+
 Letters: `B` pairs, `T` positions, `N` rows of packed input, `V` vocabulary, `H` hidden size, `r`
 rank of a LoRA adapter.
 """
@@ -26,10 +30,10 @@ from . import losses as _losses
 from . import ops
 from .backends import choose
 from .layout import Layout
-from .ops import TokenLogps, checks
+from .ops import LinearInputs, TokenLogps, checks
 from .pairs import DPOOutput
-from .stream import LinearInputs, Streaming, stream
-from .tokens import TokenLoss, head_size, reduce, wide_dtype
+from .stream import Streaming, stream
+from .tokens import TokenLoss, head_size, op_of, reduce, wide_dtype
 from .transform import LogitTransform
 
 logger = logging.getLogger("dpo_kernels")
@@ -52,6 +56,7 @@ def fused_linear_dpo_loss(
     batch_invariant: bool = False,
     strategy: str | None = None,
     cu_seqlens: Tensor | None = None,
+    scored_lengths: Tensor | list[int] | None = None,
     shift: bool = True,
     ignore_index: int = -100,
     drop_common_prefix: bool = False,
@@ -73,13 +78,19 @@ def fused_linear_dpo_loss(
         lora: (A [r, H], B [V, r], scaling), an adapter on the head: the weight is
             `weight + scaling * B @ A`, without forming it. Gradients go to A and B.
         labels, cu_seqlens, shift, ignore_index, drop_common_prefix: as `fused_dpo_loss`.
+        scored_lengths: [2B] scored tokens of each sequence, a list or CPU tensor of integers. With
+            hidden states on a GPU the host waits for the device once, to learn these, unless they
+            are given or labels (and cu_seqlens) are on the CPU; labels are moved where hidden is.
+            Checked against labels on the CPU; on a GPU they are trusted and must be right. With
+            drop_common_prefix they say nothing of the tokens that are left.
         ref_hidden: [2B, T, H'] reference hidden states, scored without gradient with `ref_weight`
             [V, H'] and `ref_bias`, or with `weight` and `bias` detached (and without `lora`); or
         ref_logps: as `fused_dpo_loss`.
         memory_budget: bytes that may be held beside inputs and gradients (default 256 MiB; one
             fp32 [V, H] accumulator besides where a weight that is not fp32 wants a gradient). At
-            least 16 rows of logits, and the fp32 gradient of the scored hidden states, are held
-            however small it is. It changes time and memory, the result by rounding alone.
+            least 16 rows of logits (of both models for `tdpo1` and `tdpo2`), and the fp32 gradient
+            of the scored hidden states, are held however small it is. It changes time and memory,
+            the result by rounding alone.
         batch_invariant: project in blocks of one fixed height, so that a pair has bitwise the
             same log-probs whatever shares its batch and whatever the budget. Without it that
             holds wherever the BLAS sums a row alike in any product of 16 rows or more (MKL does).
@@ -98,9 +109,10 @@ def fused_linear_dpo_loss(
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
     V = head_size(weight)
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
-    name = choose(backend, hidden.device, checks.floating("hidden", hidden).dtype)
+    name = choose(backend, hidden.device, hidden.dtype, op_of(rows))
     run = TokenLoss(layout, options, rows, name, wide_dtype(hidden))
     run.check(ref_hidden is not None, "ref_hidden", ref_logps)
     if drop_common_prefix:
@@ -133,10 +145,20 @@ def fused_linear_dpo_loss(
                             batch_invariant)  # fmt: skip
             return _tell(out, "streaming", layout, name)
         strategy = ops.choose_strategy(strategy, *policy)
-    policy_logps, reference_logps = _score(
-        run, policy, reference, transform, budget, batch_invariant, strategy
-    )
-    return _tell(run.finish(policy_logps, reference_logps, ref_logps), strategy, layout, name)
+    if run.needs_kl:
+        assert reference is not None
+        joint = ops.linear_kl(
+            policy, reference, layout.targets, ignore_index=ignore_index, transform=transform,
+            stats=run.stats, memory_budget=budget, batch_invariant=batch_invariant,
+            strategy=None if strategy == "plain" else strategy, count=layout.count, backend=name,
+        )  # fmt: skip
+        out = run.finish(joint.policy, joint.ref_logps, None, joint.kl)
+    else:
+        tokens, ref_tokens = _score(
+            run, policy, reference, transform, budget, batch_invariant, strategy
+        )
+        out = run.finish(tokens, ref_tokens, ref_logps)
+    return _tell(out, strategy, layout, name)
 
 
 def linear_sequence_logps(
@@ -152,6 +174,7 @@ def linear_sequence_logps(
     batch_invariant: bool = False,
     strategy: str | None = None,
     cu_seqlens: Tensor | None = None,
+    scored_lengths: Tensor | list[int] | None = None,
     shift: bool = True,
     ignore_index: int = -100,
     temperature: float = 1.0,
@@ -167,12 +190,13 @@ def linear_sequence_logps(
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
     V = head_size(weight)
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
     inputs = _inputs("hidden", layout, hidden, weight, bias, lora)
     tokens = ops.linear_logps(
         inputs.hidden, inputs.weight, layout.targets, bias=inputs.bias, low=inputs.low,
         up=inputs.up, ignore_index=ignore_index, transform=transform,
         stats=ops.check_stats(stats), memory_budget=ops.budget_of(memory_budget),
-        batch_invariant=batch_invariant, strategy=strategy, backend=backend,
+        batch_invariant=batch_invariant, strategy=strategy, count=layout.count, backend=backend,
     )  # fmt: skip
     return reduce(layout, tokens, reduction, backend)
 
@@ -237,11 +261,11 @@ def _streamable(
         reason = "the loss is not a scalar sum over pairs"
     elif not all(checks.plain(x) for x in policy if x is not None):
         reason = "it does not trace (torch.compile, functorch, tensor subclasses)"
-    elif wish is None and not trained:
+    elif wish is None and not trained and not run.needs_kl:
         return None
     if not reason:
-        lengths = run.layout.scored_counts().tolist()
-        plan = _stream_plan(lengths, policy, reference, budget, invariant)
+        lengths = run.layout.scored_lengths()
+        plan = _stream_plan(run, lengths, policy, reference, budget, invariant)
         B = len(lengths) // 2
         if max(lengths[i] + lengths[B + i] for i in range(B)) <= plan.chunk:
             return lengths
@@ -252,6 +276,7 @@ def _streamable(
 
 
 def _stream_plan(
+    run: TokenLoss,
     lengths: list[int],
     policy: LinearInputs,
     reference: LinearInputs | None,
@@ -260,8 +285,9 @@ def _stream_plan(
 ) -> ops.Plan:
     ref_H = 0 if reference is None else reference.weight.shape[1]
     return ops.plan_of(
-        "streaming", budget, sum(lengths), policy.weight, policy.low, invariant, ref_H
-    )
+        "streaming", budget, sum(lengths), policy.weight, policy.low, invariant, ref_H,
+        run.needs_kl,
+    )  # fmt: skip
 
 
 def _streamed(
@@ -280,7 +306,7 @@ def _streamed(
             ref_logps = None
         elif tuple(ref_logps.shape) != (len(lengths),):
             ref_logps = run.layout.from_per_token("ref_logps", ref_logps)
-    plan = _stream_plan(lengths, policy, reference, budget, invariant)
+    plan = _stream_plan(run, lengths, policy, reference, budget, invariant)
     return stream(Streaming(run, reference, ref_logps, lengths, plan, transform), policy)
 
 
@@ -300,7 +326,8 @@ def _score(
             x.hidden, x.weight, run.layout.targets, bias=x.bias, low=x.low, up=x.up,
             ignore_index=run.layout.ignore_index, transform=transform, stats=stats,
             memory_budget=budget, batch_invariant=invariant, strategy=strategy,
-            chunks_of=None if chunks == "plain" else chunks, backend=run.backend,
+            chunks_of=None if chunks == "plain" else chunks, count=run.layout.count,
+            backend=run.backend,
         )  # fmt: skip
 
     chunks = strategy

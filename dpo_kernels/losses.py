@@ -79,6 +79,7 @@ class LossOptions:
     cpo_alpha: float = 1.0
     slic_lambda: float = 0.1
     rpo_alpha: float = 1.0
+    tdpo_alpha: float = 0.5
 
 
 Terms = tuple[Term, ...]
@@ -90,8 +91,12 @@ class Loss:
 
     `score` names the map from (log-ratio, length) to u and v:
     `ratio` the log-ratio; `mean` the log-ratio per scored token; `sort_margin` and `sort` sorted
-    over the batch (AOT); `dpop` u - lambda relu(-u); `odds` ORPO's log-odds; `alphapo`.
+    over the batch (AOT); `dpop` u - lambda relu(-u); `odds` ORPO's log-odds; `alphapo`;
+    `kl` the log-ratio plus `kl_weight` times K, the sum over the completion's scored tokens of
+    KL(reference || policy) (TDPO): both models' distributions are needed, log-probs are not enough.
     `smoothing`: None if `label_smoothing` has no meaning, else whether 0 is allowed.
+    `kl_weight`: name of the option (or a number) that weighs K; `kl_stops_chosen`: the chosen K
+    is taken without its gradient.
     `sft`: name of the option (or a number) that weighs the NLL of the chosen, added to the row.
     `options`: the loss's own options.
     """
@@ -105,7 +110,14 @@ class Loss:
     smoothing: bool | None = None
     f_divergence: bool = False
     sft: str | float | None = None
+    kl_weight: str | float = 1.0
+    kl_stops_chosen: bool = False
     options: tuple[str, ...] = ()
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether u and v need the KL of reference and policy over the whole vocabulary."""
+        return self.score == "kl"
 
     @property
     def by_length(self) -> bool:
@@ -119,10 +131,12 @@ class Loss:
 
     def cancels_common_tokens(self, terms: Terms, o: LossOptions) -> bool:
         """Whether tokens that both completions share, in the same context, leave loss and
-        gradient unchanged: a function of the sum of log-ratios u - v alone."""
+        gradient unchanged: a function of sums over tokens, u - v, alone."""
         sft = getattr(o, self.sft) if isinstance(self.sft, str) else self.sft
         margin_only = bool(terms) and all(t.a == -t.b for t in terms)
-        return margin_only and self.score in ("ratio", "sort_margin") and not sft
+        # A KL cancels like a log-ratio, unless the gradient goes through one side alone.
+        cancels = self.score in ("ratio", "sort_margin", "kl") and not self.kl_stops_chosen
+        return margin_only and cancels and not sft
 
     def takes_offset(self, terms: Terms) -> bool:
         """Whether every term is a function of the margin D alone."""
@@ -266,6 +280,11 @@ TABLE: dict[str, Loss] = {
              reference=False, options=("slic_lambda",)),
         Loss("rpo", _sigmoid, "sigmoid + rpo_alpha NLL", "2404.19733",
              f_divergence=True, sft="rpo_alpha", options=("rpo_alpha",)),
+        Loss("tdpo1", _sigmoid, "-log s(beta (D - (K_l - K_w))), K = sum_t KL(ref, pi)",
+             "2404.11999", score="kl"),
+        Loss("tdpo2", _sigmoid, "-log s(beta (D - alpha (K_l - K_w))), K_w without gradient",
+             "2404.11999", score="kl", kl_weight="tdpo_alpha", kl_stops_chosen=True,
+             options=("tdpo_alpha",)),
     )
 }  # fmt: skip
 
@@ -381,6 +400,13 @@ def _check_applies(o: LossOptions, losses: list[Loss]) -> None:
         for row in losses:
             if row.score in ("sort", "sort_margin"):
                 raise ValueError(f"use_weighting (WPO) cannot be combined with {row.name!r}")
+    for row in losses:
+        if row.needs_kl and o.reference_free:
+            raise ValueError(
+                f"{row.name!r} compares with a reference; reference_free=True has none"
+            )
+        if row.needs_kl and o.ld_alpha is not None:
+            raise ValueError(f"ld_alpha weighs log-probs; it has no meaning for {row.name!r}")
     for option in _OWN_OPTIONS:
         used = any(option in row.options for row in losses)
         if not used and getattr(o, option) != _DEFAULTS[option]:

@@ -55,6 +55,8 @@ class Pairs:
     rejected_lengths: Tensor | None  # [B]
     chosen_nll: Tensor  # [B] -sum of the chosen's log-probs, without LD weights
     wpo: Tensor | None  # [B] W_w W_l of WPO, detached
+    chosen_kl: Tensor | None = None  # [B] sum over tokens of KL(reference || policy)
+    rejected_kl: Tensor | None = None  # [B]
 
 
 def loss_of(
@@ -111,9 +113,9 @@ def loss_of(
 
 
 def _without(p: Pairs, dropped: Tensor) -> Pairs:
-    """The pairs with log-probs 0 where dropped: a NaN there reaches neither loss nor gradient."""
+    """The pairs with log-probs and KL 0 where dropped: a NaN there reaches nothing."""
 
-    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_kl", "rejected_kl")
     values = {name: getattr(p, name) for name in names}
     kept = {k: torch.where(dropped, 0.0, x) for k, x in values.items() if x is not None}
     return replace(p, **kept)
@@ -153,6 +155,11 @@ def _scores(row: Loss, p: Pairs, o: LossOptions) -> tuple[Tensor, Tensor]:
         u, v = _divergence(u, o), _divergence(v, o)
     if row.score == "ratio":
         return u, v
+    if row.score == "kl":
+        assert p.chosen_kl is not None and p.rejected_kl is not None
+        al = getattr(o, row.kl_weight) if isinstance(row.kl_weight, str) else row.kl_weight
+        K_w = p.chosen_kl.detach() if row.kl_stops_chosen else p.chosen_kl
+        return u + al * K_w, v + al * p.rejected_kl
     n_w, n_l = _lengths(p)
     u, v = u / n_w, v / n_l
     if row.score == "odds":

@@ -9,7 +9,8 @@ chunk, and while their logits are there everything is done with them:
 Three products in all, nothing is projected twice, and no logits outlive their chunk. The loss of a
 chunk is normalised by the counts of the batch, so the chunks' losses and gradients add up. The
 backward multiplies by the upstream scalar. A reference given as hidden states is scored in the
-same chunk, by products of the same shapes.
+same chunk, by products of the same shapes; where the loss needs the KL of the two, its logits stay
+beside the policy's.
 
 Letters: `B` pairs, `R` rows, `T` positions, `N` scored rows, `C` rows of a chunk, `H` hidden size,
 `V` vocabulary, `r` rank, `n` rows of these pairs.
@@ -18,7 +19,6 @@ Letters: `B` pairs, `R` rows, `T` positions, `N` scored rows, `C` rows of a chun
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,23 +26,18 @@ from torch import Tensor
 from . import backends
 from .layout import Layout
 from .ops import TokenLogps
-from .ops.linear_head import Head, HeadGradient, Plan, scored_rows
+from .ops.linear_head import (
+    Head,
+    HeadGradient,
+    LinearInputs,
+    Plan,
+    ceil,
+    chunks_of_pairs,
+    scored_rows,
+)
 from .pairs import DPOOutput
 from .tokens import TokenLoss
 from .transform import LogitTransform
-
-
-class LinearInputs(NamedTuple):
-    """What logits are made of: h @ weight.T + low @ up.T + bias."""
-
-    hidden: Tensor  # [R, T, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None = None  # [V]
-    low: Tensor | None = None  # [R, T, r]
-    up: Tensor | None = None  # [V, r]
-
-    def detached(self) -> LinearInputs:
-        return LinearInputs(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -55,18 +50,6 @@ class Streaming:
     lengths: list[int]  # [2B] scored rows
     plan: Plan
     transform: LogitTransform
-
-    def chunks(self) -> list[tuple[int, int]]:
-        """First and last + 1 pair of each chunk."""
-        B = len(self.lengths) // 2
-        chunks, first, rows = [], 0, 0
-        for i in range(B):
-            pair = self.lengths[i] + self.lengths[B + i]
-            if i > first and rows + pair > self.plan.chunk:
-                chunks.append((first, i))
-                first, rows = i, 0
-            rows += pair
-        return [*chunks, (first, B)]
 
 
 def stream(batch: Streaming, policy: LinearInputs) -> DPOOutput:
@@ -145,9 +128,11 @@ def _run(
         for name, x in (("hidden", policy.hidden), ("low", policy.low))
         if wanted[name] and x is not None
     }
-    chunks = batch.chunks()
+    joint = run.needs_kl
+    chunks = chunks_of_pairs(batch.lengths, plan.chunk)
     counts = [starts[j] - starts[i] + starts[B + j] - starts[B + i] for i, j in chunks]
     buffer = head.logits_buffer(max(counts))
+    ref_buffer = head.logits_buffer(max(counts)) if joint else buffer
     fields: list[list[Tensor]] = []
     d_options: dict[str, Tensor] = {}
     order = []
@@ -161,40 +146,48 @@ def _run(
         local = Layout(y, cu, len(lengths), layout.ignore_index, False)
         share, leaves = run.of_pairs(i, j, local, starts[B])
 
-        ref_tokens, ref_sums = None, None
+        ref_tokens = ref_sums = r = ref_lse = kl = None
+        size = ceil(n, plan.block)
+        args = (y, layout.ignore_index, batch.transform)
         if ref_head is not None:
             assert batch.reference is not None
-            z = buffer[: -(-n // plan.block) * plan.block]
-            ref_head.project(ref_head.rows(batch.reference.hidden, index), None, z)
-            ref_tokens = impl.token_logps(z[None, :n], y, layout.ignore_index, batch.transform, ())[
-                0
-            ]
+            h = ref_head.rows(batch.reference.hidden, index)
+            r = ref_head.project(h, None, ref_buffer[:size])[:n]
+            if not joint:
+                ref_tokens = impl.token_logps(r[None], *args, ())[0]
         elif batch.ref_logps is not None and batch.ref_logps.dim() == 2:
             ref_tokens = batch.ref_logps.reshape(-1)[index][None]
         elif batch.ref_logps is not None:
             ref_sums = torch.cat([batch.ref_logps[i:j], batch.ref_logps[B + i : B + j]])
 
-        z = buffer[: -(-n // plan.block) * plan.block]
         h = head.rows(policy.hidden, index)
         low = None if policy.low is None else head.rows(policy.low, index)
-        z = head.project(h, low, z)[:n]
-        logps, lse, table = impl.token_logps(
-            z[None], y, layout.ignore_index, batch.transform, share.stats
-        )
-        stats = dict(zip(share.stats, table.unbind(0), strict=True))
+        z = head.project(h, low, buffer[:size])[:n]
+        stats: dict[str, Tensor] = {}
+        if joint:
+            assert r is not None
+            logps, lse, ref_tokens, ref_lse, kl = impl.token_kl(z[None], r[None], *args)
+        if not joint or share.stats:
+            logps, lse, table = impl.token_logps(z[None], *args, share.stats)
+            stats = dict(zip(share.stats, table.unbind(0), strict=True))
+        tokens = [logps] if kl is None else [logps, kl]  # what the gradient of logits depends on
         with torch.enable_grad():
-            leaf = logps.detach().requires_grad_()
-            out = share.finish(TokenLogps(leaf, lse, stats), ref_tokens, ref_sums)
-            slopes = _slopes(out.loss, [leaf, *(getattr(share.options, k) for k in leaves)])
+            tokens = [x.detach().requires_grad_() for x in tokens]
+            out = share.finish(TokenLogps(tokens[0], lse, stats), ref_tokens, ref_sums, *tokens[1:])
+            wrt = [*tokens, *(getattr(share.options, name) for name in leaves)]
+            slopes = _slopes(out.loss, wrt)
         fields.append([x.detach() for x in out])
-        for name, slope in zip(leaves, slopes[1:], strict=True):
+        for name, slope in zip(leaves, slopes[len(tokens) :], strict=True):
             whole = d_options.setdefault(name, _zeros_like(getattr(run.options, name)))
             part = whole if whole.dim() == 0 else whole[i:j]
             part += slope
         if n and any(wanted.values()):
-            impl.token_logps_backward(
-                slopes[0], z[None], y, lse, layout.ignore_index, batch.transform, z[None]
-            )
+            if r is not None and joint:
+                impl.token_kl_backward(
+                    *slopes[:2], z[None], r[None], y, lse, ref_lse, *args[1:], z[None]
+                )
+            else:
+                impl.token_logps_backward(slopes[0], z[None], y, lse, *args[1:], z[None])
             dz = head.operand(z)
             if "hidden" in packed:
                 packed["hidden"][done : done + n] = head.d_hidden(dz)

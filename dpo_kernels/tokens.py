@@ -46,6 +46,10 @@ class TokenLoss:
         return self.options.reduction == "mean" and not coupled
 
     @property
+    def needs_kl(self) -> bool:
+        return op_of(self.losses) == "token_kl"
+
+    @property
     def uses_reference(self) -> bool:
         return any(row.reference or row.name == "sft" for row, _, _ in self.losses)
 
@@ -58,6 +62,13 @@ class TokenLoss:
         check_pair_options(self.options, S // 2, self.layout.targets)
         if given and ref_logps is not None:
             raise ValueError(f"give {name} or ref_logps, not both")
+        for row, _, _ in self.losses:
+            if row.needs_kl and not given:
+                came = "nothing" if ref_logps is None else "ref_logps"
+                raise ValueError(
+                    f"{row.name!r} compares the distributions of policy and reference over the "
+                    f"whole vocabulary: it needs {name}, got {came}"
+                )
         if self.options.reference_free:
             if given or ref_logps is not None:
                 came = name if given else "ref_logps"
@@ -194,8 +205,9 @@ class TokenLoss:
         policy: TokenLogps,
         ref_tokens: Tensor | None,
         ref_logps: Tensor | None,
+        kl: Tensor | None = None,
     ) -> DPOOutput:
-        """Loss and rewards from values a row [R, T]: policy and reference.
+        """Loss and rewards from values a row [R, T]: policy, reference and the KL between them.
 
         `ref_logps` as the user gave it: [2B] sums or per token.
         """
@@ -218,6 +230,7 @@ class TokenLoss:
             aligned = policy.logps.detach() - policy.stats["log_sum_sq_probs"]
             mean = self.sums(aligned)[0] / counts.clamp(min=1).double()
             wpo = (mean[:B] + mean[B:]).exp()
+        kl_sums = None if kl is None else self.sums(kl)[0]
         pairs = Pairs(
             chosen=sums[:B],
             rejected=sums[B:],
@@ -227,8 +240,15 @@ class TokenLoss:
             rejected_lengths=counts[B:],
             chosen_nll=-plain[:B],
             wpo=wpo,
+            chosen_kl=None if kl_sums is None else kl_sums[:B],
+            rejected_kl=None if kl_sums is None else kl_sums[B:],
         )
         return loss_of(pairs, self.options, self.losses, self.dtype, self.backend)
+
+
+def op_of(losses: list) -> str:
+    """The op that reads the logits for these losses, as `backends.choose` knows it."""
+    return "token_kl" if any(row.needs_kl for row, _, _ in losses) else "token_logps"
 
 
 def reduce(layout: Layout, tokens: TokenLogps, reduction: str, backend: str | None) -> Any:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dpo_kernels as dk
+from dpo_kernels import ops
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 IGNORE = -100
@@ -435,3 +436,26 @@ def test_available_names_what_is_missing():
     assert all(available.why_not.values())
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: "):
         dk.backends.load("cuda")
+
+
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("backend", ("torch", "cpu", "triton", "cuda"))
+def test_tail_weights_go_by_the_partner_of_the_pair(backend, packed):
+    """LD-DPO: sequence s and s + B are a pair; all lengths differ, so no other could stand in."""
+    lengths = [9, 2, 14, 5, 11, 3]
+    values, targets = torch.randn(6, 15), torch.full((6, 15), -100)
+    for s, n in enumerate(lengths):
+        targets[s, 15 - n :] = 1
+    wanted = []
+    for s, n in enumerate(lengths):
+        head = min(n, lengths[(s + 3) % 6])
+        row = values[s, 15 - n :].double()
+        wanted.append(row[:head].sum() + 0.25 * row[head:].sum())
+    cu = torch.arange(0, 91, 15) if packed else None
+    shape = (1, 90) if packed else (6, 15)
+    sums, counts = ops.sequence_sum(
+        values.view(shape), targets.view(shape), cu, ignore_index=-100, tail_weight=0.25,
+        backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(sums, torch.stack(wanted), rtol=0, atol=1e-5)
+    assert counts.tolist() == lengths

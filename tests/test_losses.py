@@ -94,7 +94,8 @@ def run(name, values, backend=None, **extra):
     )  # fmt: skip
 
 
-LITERAL = [name for name in TABLE if name != "beta_dpo"]
+# beta_dpo draws at random; the losses of a KL have no meaning on log-probs (test_tdpo.py).
+LITERAL = [name for name, row in TABLE.items() if name != "beta_dpo" and not row.needs_kl]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -334,6 +335,9 @@ def test_beta_dpo():
         ({"ld_alpha": 0.5}, ValueError, "ld_alpha needs per-token"),
         ({"ld_alpha": 0.0}, ValueError, "ld_alpha needs per-token"),
         ({"use_weighting": True}, ValueError, "use_weighting needs per-token"),
+        ({"loss_type": "tdpo1"}, ValueError, "'tdpo1' needs the KL of reference and policy"),
+        ({"loss_type": ["ipo", "tdpo2"]}, ValueError, "'tdpo2' needs the KL"),
+        ({"tdpo_alpha": 0.3}, ValueError, "tdpo_alpha=0.3 has no meaning for sigmoid"),
         ({"reference_free": True}, ValueError, "reference_free=True"),
         ({"loss_type": "discopop", "discopop_tau": 0.0}, ValueError, "discopop_tau"),
     ],
@@ -354,3 +358,13 @@ def test_refused_without_lengths():
         dk.preference_loss(torch.empty(0), torch.empty(0))
     with pytest.raises(ValueError, match=r"rejected_logps must have shape \[4\]"):
         dk.preference_loss(torch.zeros(4), torch.zeros(3))
+
+
+@pytest.mark.parametrize("backend", ("cpu", "triton", "cuda"))
+@pytest.mark.parametrize("B", (1, 127, 128, 129, 256))
+def test_every_pair_of_a_batch_of_blocks(backend, B):
+    """Around the kernels' blocks of 128 pairs: each pair is computed, and its own."""
+    chosen, rejected = torch.randn(2, B) * 5
+    call = {"beta": 0.3, "reduction": "none", "loss_type": "hinge"}
+    loss = dk.preference_loss(chosen, rejected, backend=backend, **call).loss
+    assert torch.allclose(loss, torch.relu(1 - 0.3 * (chosen - rejected)), atol=1e-6)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_kernels.bench.report import readme_tables
 from dpo_kernels.losses import table_markdown
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,11 @@ def test_there_is_code():
 def test_losses_table_is_generated():
     block = README.split("dpo_kernels/losses.py -->\n")[1].split("\n<!-- /losses -->")[0]
     assert block == table_markdown(), "regenerate it from dpo_kernels.losses.table_markdown()"
+
+
+def test_benchmark_tables_are_generated():
+    block = README.split("benchmarks/results -->\n")[1].split("\n<!-- /benchmarks -->")[0]
+    assert block == readme_tables(ROOT / "benchmarks/results"), "run tools/readme_tables.py"
 
 
 def test_the_file_tree_exists():

@@ -348,3 +348,22 @@ def test_a_target_out_of_range_gives_nan_not_a_read(backend):
     assert impl.logps.isnan().tolist() == [[False, True, True]]
     impl.logps.sum().backward()
     assert logits.grad[0, 0].isfinite().all() and logits.grad[0, 1:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_more_than_2_to_31_elements_apart(backend):
+    """Offsets are 64 bits wide. On the host only the pages that hold rows are ever touched."""
+    V, far = 517, 2**31 + 40
+    memory = torch.empty(far + 2 * V, dtype=torch.bfloat16)
+    logits = memory.as_strided((2, 2, V), (far, V, 1))
+    logits.copy_(torch.randn(2, 2, V) * 4)
+    labels = torch.randint(0, V, (2, 2))
+    exact = logits.double().log_softmax(-1)
+    onehot = torch.nn.functional.one_hot(labels, V)
+    x = logits.detach().requires_grad_()
+    call = {"reduction": "none", "shift": False, "backend": backend}
+    logps = dk.sequence_logps(x.view_as(x), labels, inplace=True, **call)
+    torch.testing.assert_close(logps.double(), (exact * onehot).sum(-1), rtol=0, atol=1e-5)
+    logps.sum().backward()
+    torch.testing.assert_close(x.grad.double(), onehot - exact.exp(), rtol=2**-7, atol=1e-6)
+    assert torch.equal(x.grad, logits)  # where the logits were

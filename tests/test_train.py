@@ -141,11 +141,11 @@ def _logp_of(model: Any, sequence: TokenSequence) -> torch.Tensor:
 
 
 def test_flash_attention_is_refused_for_shared_prompts() -> None:
-    from dpo_kernels.train.model import _no_sharing
+    from dpo_kernels.causal_lm import no_sharing
 
     config = tiny_model().config
     config._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2 takes no 4-D mask" in _no_sharing(config)
+    assert "flash_attention_2 takes no 4-D mask" in no_sharing(config)
 
 
 def test_unknown_head_extra_is_an_error() -> None:
@@ -448,6 +448,7 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"batch_layout": "packed"}, "batch_layout must be one of"),
         ({"loss_type": "sigmoidal"}, "did you mean"),
         ({"loss_type": "exo_pair"}, "label_smoothing"),
+        ({"loss_type": "tdpo1"}, "'tdpo1' compares whole distributions"),
         ({"beta": -1.0}, "beta must be"),
         ({"simpo_gamma": 0.7}, "simpo_gamma"),
         ({"backend": "tpu"}, "backend must be one of"),

@@ -1,8 +1,8 @@
 """Compile every Triton kernel ahead of time at its real launch configuration; prints JSON.
 
 Run as a program without TRITON_INTERPRET (the test suite sets it for its own process, where
-kernels are interpreted). No GPU is needed. What it prints, per kernel and target: registers and
-spills (NVIDIA, from cuobjdump), or that it compiled (AMD).
+kernels are interpreted). No GPU is needed. What it prints, per kernel and target: registers, shared
+memory and spills (NVIDIA, from cuobjdump), or that it compiled (AMD).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # The package's attributes of these names are the functions; the modules are asked for by name.
-pair_loss, sequence_sum, token_logps = (
+pair_loss, sequence_sum, token_kl, token_logps = (
     importlib.import_module(f"dpo_kernels.backends.triton.{name}")
-    for name in ("pair_loss", "sequence_sum", "token_logps")
+    for name in ("pair_loss", "sequence_sum", "token_kl", "token_logps")
 )
 
 TARGETS = {
@@ -56,6 +56,23 @@ def kernels():
             name = f"backward_{dtype}{'_softcap' * softcap}"
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
             yield name, token_logps._backward, types, constants, backward_warps
+    forward, backward = dict(token_kl.FORWARD), dict(token_kl.BACKWARD)
+    forward_warps, backward_warps = forward.pop("num_warps"), backward.pop("num_warps")
+    row |= {"ref_stride_r": "i64", "ref_stride_t": "i64"}
+    for dtype, ref_dtype in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"),
+                             ("bf16", "fp32")):  # fmt: skip
+        pointers = {"logits": f"*{dtype}", "ref_logits": f"*{ref_dtype}", "targets": "*i64",
+                    "lse": "*fp64", "ref_lse": "*fp64"}  # fmt: skip
+        for softcap in (False, True):
+            name = f"kl_{{}}_{dtype}_{ref_dtype}{'_softcap' * softcap}"
+            types = {**pointers, "logps": "*fp32", "ref_logps": "*fp32", "kl": "*fp32", **row}
+            constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **forward}
+            yield name.format("forward"), token_kl._forward, types, constants, forward_warps
+            types = {**pointers, "grad_logps": "*fp32", "grad_kl": "*fp32", "out": f"*{dtype}",
+                     **row, "out_stride_r": "i64", "out_stride_t": "i64",
+                     "chain": "fp32"}  # fmt: skip
+            constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
+            yield name.format("backward"), token_kl._backward, types, constants, backward_warps
     for tail in (False, True):
         for back in (False, True):
             types = {"targets": "*i64", "cu_seqlens": "*i64", "T": "i32", "N": "i32", "S": "i32",
@@ -87,6 +104,7 @@ def resources(compiled) -> dict:
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"]))
     return {
         "registers": int(usage["REG"]),
+        "shared": compiled.metadata.shared,
         "spills": int(usage["LOCAL"]) + int(usage["STACK"]),
         "wide_loads": wide,
     }

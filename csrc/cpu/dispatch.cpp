@@ -10,6 +10,8 @@ namespace dpo {
   namespace isa {                                         \
   void token_logps(const TokenLogps&);                    \
   void token_logps_backward(const TokenLogpsBackward&);   \
+  void token_kl(const TokenKl&);                          \
+  void token_kl_backward(const TokenKlBackward&);         \
   }
 
 DPO_DECLARE(portable)
@@ -25,6 +27,8 @@ struct Rows {
   bool runs;
   void (*forward)(const TokenLogps&);
   void (*backward)(const TokenLogpsBackward&);
+  void (*kl)(const TokenKl&);
+  void (*kl_backward)(const TokenKlBackward&);
 };
 
 const Rows* table() {
@@ -35,13 +39,15 @@ const Rows* table() {
                          __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
+#define DPO_ROWS(isa, runs)                                                                     \
+  {#isa, runs, isa::token_logps, isa::token_logps_backward, isa::token_kl, isa::token_kl_backward}
   static const Rows rows[] = {
 #ifdef DPO_X86
-      {"avx512", v4, avx512::token_logps, avx512::token_logps_backward},
-      {"avx2", v3, avx2::token_logps, avx2::token_logps_backward},
+      DPO_ROWS(avx512, v4),
+      DPO_ROWS(avx2, v3),
 #endif
-      {"portable", true, portable::token_logps, portable::token_logps_backward},
-      {nullptr, false, nullptr, nullptr},
+      DPO_ROWS(portable, true),
+      {nullptr, false, nullptr, nullptr, nullptr, nullptr},
   };
   return rows;
 }
@@ -84,5 +90,7 @@ bool use_instruction_set(const char* name) {
 
 void token_logps(const TokenLogps& p) { chosen()->forward(p); }
 void token_logps_backward(const TokenLogpsBackward& p) { chosen()->backward(p); }
+void token_kl(const TokenKl& p) { chosen()->kl(p); }
+void token_kl_backward(const TokenKlBackward& p) { chosen()->kl_backward(p); }
 
 }  // namespace dpo

@@ -267,7 +267,7 @@ DPO_DEVICE uint32_t add_acq_rel(uint32_t* p, uint32_t n) {
   asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(n) : "memory");
   return old;
 #else
-  return __atomic_fetch_add(p, n, __ATOMIC_ACQ_REL);
+  return host::add<__ATOMIC_ACQ_REL>(p, n);
 #endif
 }
 
@@ -275,7 +275,7 @@ DPO_DEVICE uint32_t add_relaxed(uint32_t* p, uint32_t n) {
 #ifdef __CUDACC__
   return atomicAdd(p, n);
 #else
-  return __atomic_fetch_add(p, n, __ATOMIC_RELAXED);
+  return host::add<__ATOMIC_RELAXED>(p, n);
 #endif
 }
 

@@ -18,7 +18,7 @@ DPO_DEVICE int64_t sequence_of(const int64_t* starts, int64_t S, int64_t row, in
   int64_t lo = 0, hi = S;  // the last s with starts[s] <= row
   while (lo < hi) {
     const int64_t middle = (lo + hi + 1) / 2;
-    if (middle <= S && starts[middle] <= row)
+    if (starts[middle] <= row)
       lo = middle;
     else
       hi = middle - 1;

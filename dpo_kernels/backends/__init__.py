@@ -1,8 +1,8 @@
 """Which backends exist, which is chosen, and why another is absent.
 
-A backend is a module with one function per op: `token_logps`, `token_logps_backward`,
-`sequence_sum`, `sequence_sum_backward`, `pair_loss`. `torch` is the specification; the others are
-held to it by the tests.
+A backend is a module with one function per op: `token_logps`, `token_logps_backward`, `token_kl`,
+`token_kl_backward`, `sequence_sum`, `sequence_sum_backward`, `pair_loss`. `torch` is the
+specification; the others are held to it by the tests. What a backend lacks stands in `LACKS`.
 """
 
 from __future__ import annotations
@@ -118,9 +118,12 @@ class Preference:
 # The first row that fits decides. Until the CUDA C++ kernels are measured against the Triton
 # kernels on a GPU, they are taken by themselves only where Triton is absent.
 PREFERENCES = (
+    Preference("cuda", "token_kl", None, ("triton", "torch"), "cuda has no kernel for it"),
     Preference("cuda", "*", None, ("triton", "cuda", "torch"), "not measured on a GPU yet"),
-    Preference("cpu", "*", None, ("cpu",), "benchmarks/test_from_logits.py, forward and backward"),
+    Preference("cpu", "*", None, ("cpu",), "benchmarks: the suites from logits, every case"),
 )
+# Ops that a backend has no kernel for, and what they are: asked for there they are refused.
+LACKS = {("cuda", "token_kl"): "the KL of reference and policy a token (tdpo1, tdpo2)"}
 # From logits to loss in one launch (ops/small_batch.py) pays where launches are what costs: on the
 # backends that have it, for logits of up to so many elements. Not measured on a GPU yet.
 SMALL_BATCH = {"cuda": 64 << 20}
@@ -144,6 +147,11 @@ def choose(
         raise ValueError(f"backend must be one of {NAMES} or None, got {backend!r}")
     if backend == "torch":
         return backend
+    if (backend, op) in LACKS:
+        raise ValueError(
+            f"backend {backend!r} has no kernel for {LACKS[backend, op]}; use backend='triton' or "
+            "'torch', or None"
+        )
     if dtype not in FUSED_DTYPES:
         raise ValueError(
             f"backend {backend!r} takes fp32, bf16 and fp16, got {dtype}; use backend='torch'"

@@ -42,6 +42,42 @@ def token_logps_backward(
     )
 
 
+def token_kl(
+    logits: Tensor,  # [R, T, V]
+    ref_logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T]
+    ignore_index: int,
+    transform: LogitTransform,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `backends.torch.token_kl`."""
+    targets = targets.contiguous()
+    params, results = native.token_kl(_C, logits, ref_logits, targets, ignore_index, transform)
+    _C.token_kl(params)
+    return results
+
+
+def token_kl_backward(
+    grad_logps: Tensor,  # [R, T]
+    grad_kl: Tensor,  # [R, T]
+    logits: Tensor,  # [R, T, V]
+    ref_logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T]
+    lse: Tensor,  # [R, T] fp64
+    ref_lse: Tensor,  # [R, T] fp64
+    ignore_index: int,
+    transform: LogitTransform,
+    out: Tensor,  # [R, T, V], may be `logits` or `ref_logits`
+) -> None:
+    """As `backends.torch.token_kl_backward`."""
+    grad_logps, grad_kl = grad_logps.float().contiguous(), grad_kl.float().contiguous()
+    targets, lse, ref_lse = targets.contiguous(), lse.contiguous(), ref_lse.contiguous()
+    params = native.token_kl_backward(
+        _C, grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, ignore_index,
+        transform, out,
+    )  # fmt: skip
+    _C.token_kl_backward(params)
+
+
 def _starts(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """First flat position of each sequence [S + 1]."""
     R, T = targets.shape

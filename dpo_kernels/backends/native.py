@@ -66,6 +66,49 @@ def token_logps_backward(
     )  # fmt: skip
 
 
+def token_kl(
+    module: ModuleType,
+    logits: Tensor,  # [R, T, V]
+    ref_logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T] contiguous
+    ignore_index: int,
+    transform: LogitTransform,
+) -> tuple[Any, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Parameters of the joint forward, and its empty results as `backends.torch.token_kl` has."""
+    R, T, V = logits.shape
+    kinds = (torch.float32, torch.float64, torch.float32, torch.float64, torch.float32)
+    logps, lse, ref_logps, ref_lse, kl = (targets.new_empty((R, T), dtype=kind) for kind in kinds)
+    results = (logps, lse, ref_logps, ref_lse, kl)
+    params = module.TokenKl(
+        *_strided(logits), *_strided(ref_logits), targets.data_ptr(), R, T, V, ignore_index,
+        DTYPES[logits.dtype], DTYPES[ref_logits.dtype], _numbers(transform),
+        *(x.data_ptr() for x in results),
+    )  # fmt: skip
+    return params, results
+
+
+def token_kl_backward(
+    module: ModuleType,
+    grad_logps: Tensor,  # [R, T] fp32 contiguous
+    grad_kl: Tensor,  # [R, T] fp32 contiguous
+    logits: Tensor,  # [R, T, V]
+    ref_logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T] contiguous
+    lse: Tensor,  # [R, T] fp64 contiguous
+    ref_lse: Tensor,  # [R, T] fp64 contiguous
+    ignore_index: int,
+    transform: LogitTransform,
+    out: Tensor,  # [R, T, V]
+) -> Any:
+    """Parameters of the joint backward."""
+    R, T, V = logits.shape
+    return module.TokenKlBackward(
+        grad_logps.data_ptr(), grad_kl.data_ptr(), *_strided(logits), *_strided(ref_logits),
+        targets.data_ptr(), lse.data_ptr(), ref_lse.data_ptr(), R, T, V, ignore_index,
+        DTYPES[logits.dtype], DTYPES[ref_logits.dtype], _numbers(transform), *_strided(out),
+    )  # fmt: skip
+
+
 def sequence_sum(
     module: ModuleType,
     values: Tensor,  # [R, T] fp32 contiguous

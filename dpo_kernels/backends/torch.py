@@ -98,6 +98,70 @@ def token_logps_backward(
     out.copy_(torch.where(active.unsqueeze(-1), d, 0.0))
 
 
+def token_kl(
+    logits: Tensor,  # [R, T, V]
+    ref_logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T] int64
+    ignore_index: int,
+    transform: LogitTransform,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logps, log-sum-exp (fp64), those of the reference, KL(reference || policy); all [R, T].
+
+    KL = sum_v q (log q - log p) of q = softmax(reference), p = softmax(policy): where q is 0 the
+    term is 0, where only p is (a logit of -inf) it is infinite. 0 where ignored.
+    """
+    wide = torch.promote_types(*(accumulate_dtype(x.dtype) for x in (logits, ref_logits)))
+    logits, ref_logits = logits.to(wide), ref_logits.detach().to(wide)
+    logps, lse, _ = token_logps(logits, targets, ignore_index, transform, ())
+    ref_logps, ref_lse, _ = token_logps(ref_logits, targets, ignore_index, transform, ())
+    scored = (targets != ignore_index).unsqueeze(-1)
+    log_p, log_q = (
+        torch.where(scored, transform(x), 0.0).log_softmax(-1) for x in (logits, ref_logits)
+    )
+    never = log_q == -float("inf")
+    # Masked before the product: 0 * inf has no gradient that is a number.
+    terms = log_q.exp() * torch.where(never, 0.0, log_q - log_p)
+    # A probability too small for its dtype is still one that the policy rules out.
+    terms = torch.where((log_p == -float("inf")) & ~never, float("inf"), terms)
+    # A row whose target is out of range is NaN throughout, as its log-prob is.
+    kl = terms.sum(-1) + torch.where(logps.isnan(), logps.detach(), 0.0)
+    return logps, lse, ref_logps, ref_lse, torch.where(scored.squeeze(-1), kl, 0.0)
+
+
+def token_kl_backward(
+    grad_logps: Tensor,  # [R, T]
+    grad_kl: Tensor,  # [R, T]
+    logits: Tensor,  # [R, T, V]
+    ref_logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T]
+    lse: Tensor,  # [R, T] fp64
+    ref_lse: Tensor,  # [R, T] fp64
+    ignore_index: int,
+    transform: LogitTransform,
+    out: Tensor,  # [R, T, V], may be `logits` or `ref_logits`
+) -> None:
+    """out = [grad_logps (onehot - p) + grad_kl (p - q)] dz/dx; 0 where ignored or both are 0.
+
+    Where `grad_kl` is 0 the reference does not count, whatever it holds.
+    """
+    x = logits.to(accumulate_dtype(logits.dtype))
+    z = transform(x)
+    r = transform(ref_logits.to(accumulate_dtype(ref_logits.dtype)))
+    p = (z - lse.unsqueeze(-1)).exp().to(z.dtype)
+    q = (r - ref_lse.unsqueeze(-1)).exp().to(z.dtype)
+    V = z.shape[-1]
+    legal = (targets >= 0) & (targets < V)
+    active = (targets != ignore_index) & ((grad_logps != 0) | (grad_kl != 0))
+    g_logp = torch.where(legal, grad_logps.to(z.dtype), float("nan")).unsqueeze(-1)
+    g_kl = grad_kl.to(z.dtype).unsqueeze(-1)
+    d = torch.where(g_kl == 0, 0.0, g_kl * (p - q)) - g_logp * p
+    if V:
+        index = torch.where(legal, targets, 0).unsqueeze(-1)
+        d.scatter_add_(-1, index, g_logp)
+    d = d * transform.derivative(x)
+    out.copy_(torch.where(active.unsqueeze(-1), d, 0.0))
+
+
 def sequence_ids(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """[R, T] index of the sequence each position belongs to."""
     R, T = targets.shape

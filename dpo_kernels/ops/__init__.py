@@ -1,25 +1,32 @@
 """The ops: schema, checks, fake implementation and backward of each, in one file an op."""
 
-from .linear_head import Plan
+from .linear_head import LinearInputs, Plan, chunks_of_pairs
+from .linear_kl import linear_kl
 from .linear_logps import budget_of, check_head, choose_strategy, linear_logps, plan_of
 from .pair_loss import pair_loss
 from .sequence_sum import sequence_sum
 from .small_batch import COLUMNS, small_batch
+from .token_kl import TokenKL, token_kl
 from .token_logps import STATS, TokenLogps, check_stats, token_logps
 
 __all__ = [
     "COLUMNS",
     "STATS",
+    "LinearInputs",
     "Plan",
+    "TokenKL",
     "TokenLogps",
     "budget_of",
     "check_head",
     "check_stats",
     "choose_strategy",
+    "chunks_of_pairs",
+    "linear_kl",
     "linear_logps",
     "pair_loss",
     "plan_of",
     "sequence_sum",
     "small_batch",
+    "token_kl",
     "token_logps",
 ]

@@ -69,12 +69,33 @@ def labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:
         )
 
 
+def lengths_of(name: str, value: object, S: int) -> tuple[int, ...] | None:
+    """[S] integers >= 0 that the host can read, as numbers; None while they are being traced."""
+    if isinstance(value, Tensor):
+        integer(name, value, (torch.int32, torch.int64))
+        if value.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU, got {value.device}")
+        shape(name, value, (S,), "one count a sequence")
+        if not plain(value):
+            return None
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not all(type(n) is int for n in value):
+        raise TypeError(f"{name} must be integers, a CPU tensor or a list, got {value!r}")
+    if len(value) != S or any(n < 0 for n in value):
+        raise ValueError(f"{name} must be {S} counts of scored tokens, got {value!r}")
+    return tuple(value)
+
+
 def cu_seqlens_of(value: object, N: int, labels: Tensor) -> Tensor:
-    """Checked boundaries: [S + 1] integers from 0 to N that never fall."""
+    """Checked boundaries: [S + 1] integers from 0 to N that never fall.
+
+    On the CPU beside labels on a GPU they are checked without waiting, then moved.
+    """
     cu = integer("cu_seqlens", value, (torch.int32, torch.int64))
     if cu.dim() != 1 or cu.numel() < 2:
         raise ValueError(f"cu_seqlens must have shape [sequences + 1], got {list(cu.shape)}")
-    same_device("cu_seqlens", cu, "labels", labels)
+    if cu.device.type != "cpu":
+        same_device("cu_seqlens", cu, "labels", labels)
     if readable(cu):
         steps = cu.diff()
         if int(cu[0]) != 0 or int(cu[-1]) != N or bool((steps < 0).any()):
@@ -82,4 +103,4 @@ def cu_seqlens_of(value: object, N: int, labels: Tensor) -> Tensor:
                 f"cu_seqlens must rise from 0 to the number of rows {N}, got {cu.tolist()[:8]}"
                 f"{'...' if cu.numel() > 8 else ''}"
             )
-    return cu
+    return cu.to(labels.device, non_blocking=True)

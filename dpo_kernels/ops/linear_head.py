@@ -20,6 +20,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,15 +56,15 @@ class Plan:
         widen: bool = True,
         low_rank: int = 0,
         keep: bool = False,
-        stash: bool = False,
+        stash: int = 0,
         ref_H: int = 0,
         joint: bool = False,
         invariant: bool = False,
     ) -> Plan:
         """Within `budget` bytes for `rows` scored rows at most.
 
-        `keep`: logits may be kept for the backward. `stash`: an fp32 gradient of the hidden states
-        lives until the backward. `ref_H`: hidden size of a reference scored in the same pass,
+        `keep`: logits may be kept for the backward. `stash`: so many fp32 gradients of the hidden
+        states live until the backward. `ref_H`: hidden size of a reference scored in the same pass,
         `joint` if its logits are needed beside the policy's. At least one block of rows is
         projected however small the budget.
         """
@@ -71,10 +72,10 @@ class Plan:
         pitch = max(1, ceil(V, 64) if V > 64 else V)
         widest = max(H, ref_H)
         tile = V
-        fixed = 4 * rows * (H + low_rank) if stash else 0
+        fixed = 4 * stash * rows * (H + low_rank)
         if widen and dtype != torch.float32:
             tile = min(V, TILE, max(BLOCK, budget // (32 * max(widest, 1))))
-            fixed += 4 * tile * widest
+            fixed += 4 * tile * (H + ref_H)
         row = row_bytes(pitch, H, dtype, low_rank, ref_H, joint)
         total = max(0, budget - fixed) // row // block * block
         need = ceil(rows, block)
@@ -132,10 +133,39 @@ def scored_rows(targets: Tensor, ignore_index: int, count: int) -> Tensor:
     return (~ignored).nonzero().squeeze(1)
 
 
+def chunks_of_pairs(lengths: list[int], limit: int) -> list[tuple[int, int]]:
+    """First and last + 1 pair of each chunk of whole pairs, of `limit` rows at most.
+
+    `lengths` [2B] scored rows of each sequence. A pair of more rows has a chunk to itself.
+    """
+    B = len(lengths) // 2
+    chunks, first, rows = [], 0, 0
+    for i in range(B):
+        pair = lengths[i] + lengths[B + i]
+        if i > first and rows + pair > limit:
+            chunks.append((first, i))
+            first, rows = i, 0
+        rows += pair
+    return [*chunks, (first, B)]
+
+
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
     """Rows [n, H] of x [R, T, H] by flat index, whatever the strides of x."""
     T = x.shape[1]
     return x[index // T, index % T] if T else x.new_empty((0, x.shape[2]))
+
+
+class LinearInputs(NamedTuple):
+    """What logits are made of: h @ weight.T + low @ up.T + bias."""
+
+    hidden: Tensor  # [R, T, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    low: Tensor | None = None  # [R, T, r]
+    up: Tensor | None = None  # [V, r]
+
+    def detached(self) -> LinearInputs:
+        return LinearInputs(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
 
 
 class Head:
@@ -240,6 +270,37 @@ class HeadGradient:
                 if total is not None:
                     total.zero_()
         return self
+
+
+class InputGradients:
+    """Gradients of a head's inputs in their own dtypes, a chunk of rows at a time."""
+
+    def __init__(self, head: Head, inputs: LinearInputs, wanted: list[bool]) -> None:
+        self.head, self.inputs = head, inputs
+        want_hidden, want_weight, want_bias, want_low, want_up = wanted
+        self._hidden = inputs.hidden.new_zeros(inputs.hidden.shape) if want_hidden else None
+        self._low = None
+        if want_low:
+            assert inputs.low is not None
+            self._low = torch.zeros_like(inputs.low, memory_format=torch.contiguous_format)
+        self._total = HeadGradient(head, want_weight, want_bias, want_up)
+
+    def add(self, d: Tensor, h: Tensor, low: Tensor | None, index: Tensor) -> None:
+        """The share of the rows at `index`: h [n, H], low [n, r], gradient of logits d [n, V]."""
+        dz = self.head.operand(d)
+        for out, product in ((self._hidden, self.head.d_hidden), (self._low, self.head.d_low)):
+            if out is not None:
+                out.view(-1, out.shape[-1])[index] = product(dz).to(out.dtype)
+        self._total.add(dz, h, low)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """In the order of `LinearInputs`; empty where not wanted."""
+        total, x = self._total.finish(), self.inputs
+        grads = (self._hidden, total.weight, total.bias, self._low, total.up)
+        return tuple(  # type: ignore[return-value]
+            x.hidden.new_empty(0) if d is None or like is None else d.to(like.dtype)
+            for d, like in zip(grads, x, strict=True)
+        )
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:

@@ -30,7 +30,8 @@ from . import checks
 from .linear_head import (
     DEFAULT_BUDGET,
     Head,
-    HeadGradient,
+    InputGradients,
+    LinearInputs,
     Plan,
     ceil,
     count_scored,
@@ -57,6 +58,7 @@ def linear_logps(
     batch_invariant: bool = False,
     strategy: str | None = None,
     chunks_of: str | None = None,
+    count: int | None = None,
     backend: str | None = None,
 ) -> TokenLogps:
     """Log-prob, log-sum-exp and statistics of each scored row, [R, T] and 0 where ignored.
@@ -65,7 +67,8 @@ def linear_logps(
     `low` [R, T, r] and `up` [V, r] of a LoRA head; `targets` [R, T] int64. `memory_budget` bytes
     bound what is held beside inputs and gradients. `strategy` one of `STRATEGIES` or None: the
     cheapest that gives the gradients wanted; `chunks_of` another strategy whose chunks of rows are
-    used, so that a reference goes through the very products of its policy. Raises `ValueError` or
+    used, so that a reference goes through the very products of its policy. `count` is the number of
+    scored rows where it is known: else the host waits for it. Raises `ValueError` or
     `TypeError`.
     """
     transform = transform or LogitTransform()
@@ -73,7 +76,8 @@ def linear_logps(
     stats = check_stats(stats)
     name = backends.choose(backend, hidden.device, hidden.dtype)
     if name == "torch":
-        return _plain(hidden, weight, bias, low, up, targets, ignore_index, transform, stats)
+        inputs = LinearInputs(hidden, weight, bias, low, up)
+        return _plain(inputs, targets, ignore_index, transform, stats)
     strategy = choose_strategy(strategy, hidden, weight, bias, low, up)
     result = _linear_logps(
         hidden,
@@ -89,7 +93,7 @@ def linear_logps(
         ",".join(stats),
         strategy,
         chunks_of or strategy,
-        count_scored(targets, ignore_index),
+        count_scored(targets, ignore_index) if count is None else count,
         budget_of(memory_budget),
         batch_invariant,
         name,
@@ -98,16 +102,21 @@ def linear_logps(
     return TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))
 
 
-def _plain(hidden, weight, bias, low, up, targets, ignore_index, transform, stats):
-    """The meaning, in plain torch: all rows at once, fp32 logits (fp64 of fp64)."""
-    wide = reference.accumulate_dtype(hidden.dtype)
+def _plain(inputs, targets, ignore_index, transform, stats):
+    """The meaning, in plain torch."""
+    x = plain_logits(inputs)
+    logps, lse, table = reference.token_logps(x, targets, ignore_index, transform, stats)
+    return TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))
+
+
+def plain_logits(inputs: LinearInputs) -> Tensor:
+    """All rows at once [R, T, V], fp32 (fp64 of fp64)."""
+    wide = reference.accumulate_dtype(inputs.hidden.dtype)
+    hidden, weight, bias, low, up = inputs
     x = torch.nn.functional.linear(
         hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
     )
-    if low is not None:
-        x = x + low.to(wide) @ up.to(wide).T
-    logps, lse, table = reference.token_logps(x, targets, ignore_index, transform, stats)
-    return TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))
+    return x if low is None or up is None else x + low.to(wide) @ up.to(wide).T
 
 
 def check_head(
@@ -194,7 +203,8 @@ def plan_of(
         budget, rows, V, H, weight.dtype,
         widen=not narrow_products(weight.device, weight.dtype),
         low_rank=0 if low is None else low.shape[-1], keep=strategy == "recompute" and not joint,
-        stash=strategy in ("frozen", "streaming"), ref_H=ref_H, joint=joint, invariant=invariant,
+        stash={"streaming": 1, "frozen": 1 + joint}.get(strategy, 0), ref_H=ref_H, joint=joint,
+        invariant=invariant,
     )  # fmt: skip
 
 
@@ -315,7 +325,7 @@ def _backward(ctx, grad, *_):
         *stashes, targets = ctx.saved_tensors
         count = ctx.tail[1]
         d_hidden, d_low = (
-            _scaled_rows(grad, stash, targets, ctx.ignore_index, count, dtype) if need else None
+            scaled_rows([grad], [stash], targets, ctx.ignore_index, count, dtype) if need else None
             for stash, dtype, need in zip(stashes, ctx.dtypes, wanted[::3], strict=True)
         )
         return d_hidden, None, None, d_low, *[None] * 13
@@ -331,27 +341,35 @@ _linear_logps.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("dpo_kernels::scaled_rows", mutates_args=())
-def _scaled_rows(
-    grad: Tensor,  # [R, T]
-    stash: Tensor,  # [N, H] fp32
+def scaled_rows(
+    grads: list[Tensor],  # [R, T] each
+    stashes: list[Tensor],  # [N, H] fp32 each
     targets: Tensor,  # [R, T]
     ignore_index: int,
     count: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """[R, T, H] of `dtype`: the stashed rows times their gradient, 0 where ignored."""
+    """[R, T, H] of `dtype`: the sum of the stashed rows times their gradients, 0 where ignored."""
     index = scored_rows(targets, ignore_index, count)
-    g = grad.reshape(-1)[index].unsqueeze(1)
-    out = stash.new_zeros((*targets.shape, stash.shape[1]), dtype=dtype)
-    # A row of gradient 0 gives 0 however bad its logits.
-    rows = torch.where(g == 0, 0.0, stash[: index.shape[0]] * g)
-    out.view(-1, stash.shape[1])[index] = rows.to(dtype)
+    H = stashes[0].shape[1]
+    out = stashes[0].new_zeros((*targets.shape, H), dtype=dtype)
+    flat = out.view(-1, H)
+    for first in range(
+        0, index.shape[0], 1024
+    ):  # products of all rows at once would be stashes too
+        part = index[first : first + 1024]
+        rows = stashes[0].new_zeros((part.shape[0], H))
+        for grad, stash in zip(grads, stashes, strict=True):
+            g = grad.reshape(-1)[part].unsqueeze(1)
+            # A row of gradient 0 gives 0 however bad its logits.
+            rows += torch.where(g == 0, 0.0, stash[first : first + part.shape[0]] * g)
+        flat[part] = rows.to(dtype)
     return out
 
 
-@_scaled_rows.register_fake
-def _(grad, stash, targets, ignore_index, count, dtype):
-    return stash.new_empty((*targets.shape, stash.shape[1]), dtype=dtype)
+@scaled_rows.register_fake
+def _(grads, stashes, targets, ignore_index, count, dtype):
+    return stashes[0].new_empty((*targets.shape, stashes[0].shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("dpo_kernels::linear_logps_backward", mutates_args=())
@@ -379,16 +397,9 @@ def _linear_logps_backward(
     impl = backends.load(backend)
     transform = LogitTransform(scale, softcap, inv_temperature)
     labels, grad, lse = targets.reshape(-1), grad.reshape(-1), lse.reshape(-1)
-    rows = labels.shape[0]
     plan = plan_of(chunks_of, memory_budget, count, weight, low, invariant)
     head = Head(plan, weight, bias, up)
-    want_hidden, want_weight, want_bias, want_low, want_up = wanted
-    d_hidden = hidden.new_zeros(hidden.shape if want_hidden else 0)
-    d_low = hidden.new_empty(0)
-    if want_low:
-        assert low is not None
-        d_low = torch.zeros_like(low, memory_format=torch.contiguous_format)
-    total = HeadGradient(head, want_weight, want_bias, want_up)
+    gradients = InputGradients(head, LinearInputs(hidden, weight, bias, low, up), wanted)
     index = scored_rows(targets, ignore_index, count)
     scratch = head.logits_buffer(min(plan.chunk, index.shape[0]))
     done = 0
@@ -407,21 +418,8 @@ def _linear_logps_backward(
             grad[part][None], z[None], labels[part][None], lse[part][None], ignore_index,
             transform, out[None],
         )  # fmt: skip
-        dz = head.operand(out)
-        if want_hidden:
-            d_hidden.view(rows, -1)[part] = head.d_hidden(dz).to(hidden.dtype)
-        if want_low:
-            d_low.view(rows, -1)[part] = head.d_low(dz).to(d_low.dtype)
-        total.add(dz, h[:n], None if x is None else x[:n])
-    total.finish()
-
-    def narrow(d: Tensor | None, like: Tensor | None) -> Tensor:
-        return hidden.new_empty(0) if d is None or like is None else d.to(like.dtype)
-
-    return (
-        d_hidden, narrow(total.weight, weight), narrow(total.bias, bias), d_low,
-        narrow(total.up, up),
-    )  # fmt: skip
+        gradients.add(out, h[:n], None if x is None else x[:n], part)
+    return gradients.finish()
 
 
 @_linear_logps_backward.register_fake
@@ -429,8 +427,14 @@ def _(
     grad, hidden, weight, bias, low, up, targets, lse, kept, ignore_index, scale, softcap, inv_t,
     wanted, chunks_of, count, budget, invariant, backend,
 ):  # fmt: skip
-    inputs = (hidden, weight, bias, low, up)
+    return fake_gradients(LinearInputs(hidden, weight, bias, low, up), wanted)
+
+
+def fake_gradients(inputs: LinearInputs, wanted: list[bool]) -> tuple[Tensor, ...]:
+    """What `InputGradients.finish` returns, unwritten."""
     return tuple(
-        x.new_empty(x.shape) if want else hidden.new_empty(0)
+        inputs.hidden.new_empty(
+            0 if x is None or not want else x.shape, dtype=None if x is None else x.dtype
+        )
         for x, want in zip(inputs, wanted, strict=True)
     )

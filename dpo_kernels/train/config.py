@@ -192,9 +192,15 @@ class DPOTrainConfig:
         try:
             if self.uses_offset:
                 options["offset"] = torch.zeros(1)
-            dk.losses.resolve(options)
+            _, losses = dk.losses.resolve(options)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
+        for row, _, _ in losses:
+            if row.needs_kl:
+                raise UserError(
+                    f"loss_type {row.name!r} compares whole distributions, and training keeps the "
+                    "reference's log-probs alone; use fused_linear_dpo_loss with ref_hidden"
+                )
 
     @property
     def uses_offset(self) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import dpo_kernels as dk
 
+from ..causal_lm import attention_ratio, head_scaling, no_sharing, text_config, trunk_states
 from ..data import ScoredBatch, Sharing, TokenPair, make_batch
 from ..data.batches import CPU_CALL_TOKENS
 from .config import DPOTrainConfig, UserError
@@ -63,20 +64,8 @@ class Policy:
 
     def hidden(self, batch: ScoredBatch) -> Tensor:
         """[N, H] hidden states that predict the scored tokens of `batch`."""
-        states = []
-        for call in batch.calls:
-            mask = call.mask
-            if mask is not None and self.model.config._attn_implementation == "eager":
-                # eager attention adds its mask to the scores: 0 where seen, the lowest number else
-                dtype = self.head.weight.dtype
-                low = torch.finfo(dtype).min
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, low)
-            # Without position_ids and mask a plain row is causal: right padding changes nothing.
-            extra = {} if mask is None else {
-                "attention_mask": mask, "position_ids": call.position_ids}  # fmt: skip
-            output = self.trunk(input_ids=call.input_ids, use_cache=False, **extra)
-            states.append(output.last_hidden_state.flatten(0, 1))
-        return (states[0] if len(states) == 1 else torch.cat(states)).index_select(0, batch.rows)
+        attention = self.model.config._attn_implementation
+        return trunk_states(self.trunk, attention, self.head.weight.dtype, batch)
 
     def logps(self, batch: ScoredBatch, reduction: str = "sum") -> Tensor:
         """Log-probs of the scored tokens: [sequences], or [N] with reduction="none"."""
@@ -123,7 +112,9 @@ def prepare_policy(
         raise UserError(
             f"{type(model).__name__}: no trunk and lm_head found; expected a causal language model"
         )
-    policy = Policy(model, tokenizer, trunk, head, _scaling(model.config), backend=config.backend)
+    policy = Policy(
+        model, tokenizer, trunk, head, head_scaling(model.config), backend=config.backend
+    )
     check_head(policy)
     policy.sharing = _choose_sharing(policy, config.batch_layout, say)
     return policy
@@ -239,19 +230,6 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _scaling(config: Any) -> dict[str, float]:
-    """The head's extras by the names of the model's configuration."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scaling = {}
-    if getattr(text, "final_logit_softcapping", None):  # Gemma
-        scaling["logit_softcap"] = float(text.final_logit_softcapping)
-    if getattr(text, "logit_scale", None):  # Cohere
-        scaling["logit_scale"] = float(text.logit_scale)
-    if getattr(text, "logits_scaling", None):  # Granite divides
-        scaling["logit_scale"] = 1.0 / float(text.logits_scaling)
-    return scaling
-
-
 def _probe_ids(policy: Policy, n: int) -> list[int]:
     """A fixed spread of valid token ids."""
     V = policy.head.weight.shape[0]
@@ -282,34 +260,15 @@ def _choose_sharing(policy: Policy, layout: str, say: Callable[[str], None]) -> 
     call_tokens = CPU_CALL_TOKENS if policy.device.type == "cpu" else None
     if layout == "padded":
         return Sharing("padded", call_tokens=call_tokens)
-    config = policy.model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    reason = _no_sharing(text) or _sharing_differs(policy)
+    text = text_config(policy.model.config)
+    reason = no_sharing(text) or _sharing_differs(policy)
     if reason:
         if layout == "prefix":
             raise UserError(f"batch_layout=prefix: {reason}; use padded or auto")
         say(f"prompts are not shared between chosen and rejected: {reason}")
         return Sharing("padded", call_tokens=call_tokens)
-    body = sum(p.numel() for p in policy.trunk.parameters() if p.dim() == 2)
-    embedding = policy.model.get_input_embeddings()
-    if embedding is not None:
-        body -= embedding.weight.numel()  # type: ignore[operator]
-    ratio = 2 * text.hidden_size * text.num_hidden_layers / max(body, 1)
+    ratio = attention_ratio(policy.trunk, policy.model.get_input_embeddings(), text)
     return Sharing(layout, ratio, call_tokens)
-
-
-def _no_sharing(config: Any) -> str:
-    """Why one 4-D mask cannot stand for this model's attention; empty if it can."""
-    attention = config._attn_implementation
-    if attention not in ("sdpa", "eager"):
-        return f"{attention} takes no 4-D mask (sdpa and eager do)"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
-        return f"the model has layers of type {', '.join(sorted(kinds))}"
-    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    if getattr(config, "layer_types", None) is None and window:
-        return f"the model attends within a sliding window of {config.sliding_window}"
-    return ""
 
 
 @torch.no_grad()

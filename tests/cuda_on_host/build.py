@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sysconfig
@@ -78,6 +79,17 @@ def program(sanitizer: str, csrc: Path = CSRC) -> Path:
     """The checks of check.cpp, with the kernels under a sanitizer ("" for none)."""
     flags = SANITIZERS[sanitizer]
     return _compile([HERE / "check.cpp", *kernels(csrc)], flags, "check", [], csrc)
+
+
+def execute(
+    program: Path, cases: int, seed: int = 0, timeout: int = 600
+) -> subprocess.CompletedProcess[str]:
+    """A program's run over so many random cases; it ends with 0 where all are right."""
+    command = [str(program), str(cases), str(seed)]
+    if setarch := shutil.which("setarch"):  # ThreadSanitizer needs plain addresses
+        command = [setarch, platform.machine(), "-R", *command]
+    env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
 
 
 def module() -> ModuleType:

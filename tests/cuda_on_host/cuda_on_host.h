@@ -5,11 +5,13 @@
 // ThreadSanitizer, which then sees the races of a missing barrier). Several blocks of a grid are
 // alive at once and take turns at barriers, in an order that changes all the time. Asynchronous
 // copies arrive only when they are waited for; until then their place holds NaN. Shared memory
-// starts as garbage. A barrier or a shuffle that not all threads reach ends the program.
+// starts as garbage. A barrier or a shuffle that not all threads reach ends the program, and so does
+// a launch that does not end.
 #pragma once
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -155,6 +157,15 @@ inline void fibre() {
 
 #endif
 
+// An atomic addition. Other blocks get their turn around it: what they share is passed on here.
+template <int ORDER>
+uint32_t add(uint32_t* p, uint32_t n) {
+#ifdef CUDA_ON_HOST_THREADS
+  std::this_thread::sleep_for(std::chrono::microseconds(50));
+#endif
+  return __atomic_fetch_add(p, n, ORDER);
+}
+
 inline unsigned char* shared_memory() { return current->block->shared; }
 
 inline void async_copy(void* to, const void* from, size_t bytes) {
@@ -197,9 +208,11 @@ inline void run_blocks(dim3 grid, unsigned from, unsigned alive, int threads, si
   }
 #ifdef CUDA_ON_HOST_THREADS
   std::vector<std::thread> running;
+  std::atomic<size_t> missing{all.size()};  // all start together: no block is done before the next
   for (Thread& t : all)
-    running.emplace_back([&t, &f] {
+    running.emplace_back([&t, &f, &missing] {
       current = &t;
+      for (--missing; missing;) std::this_thread::yield();
       f();
       finish(t, t.block->warps[t.index.x / 32]);
     });
@@ -234,8 +247,29 @@ inline void run_blocks(dim3 grid, unsigned from, unsigned alive, int threads, si
     if (!t.groups.empty() || !t.open.empty()) fail("a thread ended with copies in flight");
 }
 
+// Ends the program if it is not gone within a minute: a kernel without end must not hang a test.
+struct Watchdog {
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool gone = false;
+  std::thread thread{[this] {
+    std::unique_lock<std::mutex> lock(mutex);
+    if (!changed.wait_for(lock, std::chrono::seconds(60), [this] { return gone; }))
+      fail("a launch did not end within a minute");
+  }};
+  ~Watchdog() {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      gone = true;
+    }
+    changed.notify_all();
+    thread.join();
+  }
+};
+
 inline void launch(dim3 grid, int threads, size_t shared, const std::function<void()>& f) {
   constexpr unsigned WAVE = 6;  // blocks alive at once
+  Watchdog watchdog;
   for (unsigned from = 0; from < grid.x; from += WAVE)
     run_blocks(grid, from, std::min(WAVE, grid.x - from), threads, shared, f);
 }

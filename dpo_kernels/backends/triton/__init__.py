@@ -2,6 +2,7 @@
 
 from .pair_loss import pair_loss_forward
 from .sequence_sum import sequence_sum, sequence_sum_backward
+from .token_kl import token_kl, token_kl_backward
 from .token_logps import token_logps, token_logps_backward
 
 name = "triton"
@@ -11,6 +12,8 @@ __all__ = [
     "pair_loss_forward",
     "sequence_sum",
     "sequence_sum_backward",
+    "token_kl",
+    "token_kl_backward",
     "token_logps",
     "token_logps_backward",
 ]

@@ -1,0 +1,249 @@
+"""Results files as one page and its charts: `dpo-kernels report PATH`.
+
+The page is one HTML file with its pictures inside; the charts are PNG files beside it too.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import results
+
+COLOURS = {True: "#c44e52", False: "#4c72b0"}  # ours, others
+
+
+def write_report(files: Sequence[Path], folder: Path) -> Path:
+    """`report.html` and charts of the results files into `folder`; the page's path."""
+    runs = [(path, results.read(path)) for path in files]
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [_HEAD]
+    for path, run in runs:
+        charts = []
+        for number, (title, draw) in enumerate(_charts(run["rows"])):
+            chart = folder / f"{path.stem}-{number}.png"
+            draw(chart)
+            charts.append((title, chart))
+        parts.append(_section(path.name, run, charts))
+    page = folder / "report.html"
+    page.write_text("\n".join([*parts, "</body></html>\n"]))
+    return page
+
+
+def results_in(path: Path) -> list[Path]:
+    """The results files that a path names: itself, or those of a folder."""
+    if path.is_file():
+        return [path]
+    found = []
+    for file in sorted(path.glob("*.json")):
+        try:
+            results.read(file)
+        except ValueError:
+            continue
+        found.append(file)
+    return found
+
+
+def _section(name: str, run: dict[str, Any], charts: list[tuple[str, Path]]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+    lines = [f"<h2>{html.escape(run['device'])}</h2>",
+             f"<p>{html.escape(name)}: {run['date']}, {run['threads']} threads, load "
+             f"{run['load']} before the run, commit {run['commit'][:12]}; "
+             f"{html.escape(versions)}</p>"]  # fmt: skip
+    for title, chart in charts:
+        picture = base64.b64encode(chart.read_bytes()).decode()
+        lines.append(
+            f"<h3>{html.escape(title)}</h3>"
+            f'<img alt="{html.escape(title)}" src="data:image/png;base64,{picture}">'
+        )
+    lines.append("<h3>All figures</h3>")
+    for case, rows in results.by_case(run["rows"]).items():
+        lines.append(f"<h4>{html.escape(case)}</h4><table><tr><th>provider<th>median<th>20-80 %"
+                     "<th>x ours<th>of floor<th>peak memory<th>error<th></tr>")  # fmt: skip
+        ours = results.best_of_ours(rows)
+        for row in rows:
+            cells = [row["provider"], *cells_of(row, ours), row["note"]]
+            mark = ' class="ours"' if row["ours"] else ""
+            lines.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(c)}" for c in cells) + "</tr>")
+        lines.append("</table>")
+    return "\n".join(lines)
+
+
+def cells_of(row: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
+    """median, spread, x ours, percent of floor, memory, error; empty where there is none."""
+    seconds, memory = row.get("seconds"), row["peak bytes"]
+    return [
+        f"{seconds * 1e3:.4g} ms" if seconds else "",
+        f"{row['p20'] * 1e3:.4g}-{row['p80'] * 1e3:.4g}" if seconds else "",
+        f"{seconds / ours['seconds']:.2f}" if seconds and ours else "",
+        f"{100 * row['floor'] / seconds:.0f} %" if seconds and row["floor"] else "",
+        f"{memory / 2**20:.0f} MiB" if memory is not None else "",
+        f"{row['error']:.0e}" if row["error"] is not None else "",
+    ]
+
+
+def _charts(rows: list[dict[str, Any]]):
+    """(title, function that draws it) of what the rows hold."""
+    timed = [r for r in rows if r.get("seconds")]
+    plain = [r for r in timed if not r.get("series")]
+    for suite in dict.fromkeys(r["suite"] for r in plain):
+        group = [r for r in plain if r["suite"] == suite]
+        yield f"{suite}: time", lambda path, g=group: _bars(path, g, "seconds", 1e3, "ms")
+    weighed = [r for r in rows if r["peak bytes"] is not None]
+    for suite in dict.fromkeys(r["suite"] for r in weighed):
+        group = [r for r in weighed if r["suite"] == suite]
+        yield (f"{suite}: peak memory above the inputs",
+               lambda path, g=group: _bars(path, g, "peak bytes", 2**-20, "MiB"))  # fmt: skip
+    floored = [r for r in plain if r["floor"]]
+    if floored:
+        yield "percent of the floor", lambda path: _floor(path, floored)
+    for series in dict.fromkeys(r["series"] for r in timed if r.get("series")):
+        group = [r for r in timed if r.get("series") == series]
+        yield series, lambda path, g=group, s=series: _lines(path, g, s)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _bars(path: Path, rows: list[dict[str, Any]], key: str, factor: float, unit: str) -> None:
+    cases = results.by_case(rows)
+    count = sum(len(group) + 1.4 for group in cases.values())
+    figure = _figure(9, 0.6 + 0.27 * count)
+    axis = figure.subplots()
+    at, ticks, labels = 0.0, [], []
+    for case, group in cases.items():
+        axis.text(0.0, at, case, fontsize=8, weight="bold", va="center",
+                  transform=axis.get_yaxis_transform())  # fmt: skip
+        for row in group:
+            at += 1
+            value = row[key] * factor
+            axis.barh(at, value, color=COLOURS[row["ours"]], height=0.75)
+            end = value
+            if key == "seconds":
+                end = max(value, row["p80"] * factor)
+                ends = [[value - row["p20"] * factor], [row["p80"] * factor - value]]
+                axis.errorbar(value, at, xerr=ends, color="black", lw=0.8, capsize=2)
+            axis.text(end, at, f"  {value:.3g}", fontsize=7, va="center")
+            ticks.append(at)
+            labels.append(row["provider"])
+        at += 1.4
+    axis.set_yticks(ticks, labels, fontsize=7)
+    axis.set_ylim(at - 0.7, -0.8)
+    largest = max(r["p80" if key == "seconds" else key] for r in rows) * factor
+    axis.set_xlim(0, 1.12 * largest)
+    axis.set_xlabel(unit)
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _floor(path: Path, rows: list[dict[str, Any]]) -> None:
+    mine = [r for r in rows if r["ours"]]
+    figure = _figure(9, 0.8 + 0.3 * len(mine))
+    axis = figure.subplots()
+    for at, row in enumerate(mine):
+        percent = 100 * row["floor"] / row["seconds"]
+        axis.barh(at, percent, color=COLOURS[True], height=0.7)
+        axis.text(percent, at, f"  {percent:.0f}", fontsize=7, va="center")
+    names = [f"{r['case']}\n{r['provider']}" for r in mine]
+    axis.set_yticks(range(len(mine)), names, fontsize=6)
+    axis.invert_yaxis()
+    axis.axvline(100, color="black", lw=1)
+    axis.set_xlabel("percent of the floor (a copy's bandwidth, or the bare products)")
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _lines(path: Path, rows: list[dict[str, Any]], series: str) -> None:
+    figure = _figure(8, 4.5)
+    axis = figure.subplots()
+    others = 0
+    for provider in dict.fromkeys(r["provider"] for r in rows):
+        points = sorted((r["x"], r["seconds"] * 1e3) for r in rows if r["provider"] == provider)
+        ours = next(r["ours"] for r in rows if r["provider"] == provider)
+        colour = COLOURS[True] if ours else f"C{others % 9}"
+        others += not ours
+        axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=provider, color=colour,
+                  lw=2.2 if ours else 1.2)  # fmt: skip
+    floors = sorted({(r["x"], r["floor"] * 1e3) for r in rows if r["ours"] and r["floor"]})
+    if floors:
+        axis.plot(*zip(*floors, strict=True), color="black", ls=":", label="floor")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=10)
+    axis.set_xlabel(series.partition(" by ")[2])
+    axis.set_ylabel("ms")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+_HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<title>dpo-kernels benchmarks</title><style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin-bottom: 1rem }
+td, th { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #ddd }
+.ours { background: #fbeceb } img { max-width: 100% } h4 { margin-bottom: .3rem }
+</style></head><body><h1>dpo-kernels benchmarks</h1>
+<p>Red is dpo-kernels. Times are medians of rounds that the providers take in turns, with the 20th
+and 80th percentile; the floor is a copy's bandwidth, or the bare matrix products, measured in the
+same turns; errors are against float64. Read ratios of one run, not milliseconds of two.</p>"""
+
+README_PEERS = {
+    "torch eager": ("torch eager",),
+    "torch.compile": ("torch.compile",),
+    "TRL": ("TRL chunked log-probs", "TRL selective_log_softmax"),
+    "TRL, scored rows": ("TRL chunked log-probs, scored rows",),
+    "Liger DPO": ("Liger DPO",),
+    "cut-cross-entropy": ("cut-cross-entropy",),
+}
+
+
+def readme_tables(folder: Path) -> str:
+    """The README's tables of the results files of a folder, in Markdown."""
+    parts = []
+    for file in results_in(folder):
+        run = results.read(file)
+        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+        parts.append(
+            f"{run['device']}, {run['threads']} threads, {run['date'][:10]}, load {run['load']} "
+            f"before the run ([{file.name}](benchmarks/results/{file.name})): {versions}, commit "
+            f"{run['commit'][:12]}."
+        )
+        parts.append(_readme_table(run["rows"]))
+    return "\n\n".join(parts)
+
+
+def _readme_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| case | ours | of the floor | " + " | ".join(README_PEERS) + " |",
+             "|---|---|---|" + "---|" * len(README_PEERS)]  # fmt: skip
+    for case, group in results.by_case(r for r in rows if not r.get("series")).items():
+        ours = results.best_of_ours(group)
+        memory = [r for r in group if r["peak bytes"] is not None]
+        if ours:
+            floor = f"{100 * ours['floor'] / ours['seconds']:.0f} %" if ours["floor"] else "-"
+            cells = [f"{ours['seconds'] * 1e3:.3g} ms", floor]
+            cells += [_ratio(group, names, "seconds", ours) for names in README_PEERS.values()]
+        elif memory:
+            ours = min((r for r in memory if r["ours"]), key=lambda r: r["peak bytes"])
+            cells = [f"{ours['peak bytes'] / 2**20:.0f} MiB", "-"]
+            cells += [_ratio(group, names, "peak bytes", ours) for names in README_PEERS.values()]
+        else:
+            continue
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _ratio(group: list[dict[str, Any]], names: tuple[str, ...], key: str, ours: dict) -> str:
+    for row in group:
+        if row["provider"] in names and row.get(key):
+            return f"{row[key] / max(ours[key], 1):.1f}x" if key == "peak bytes" else (
+                f"{row[key] / ours[key]:.1f}x")  # fmt: skip
+    return "-"

@@ -1,0 +1,64 @@
+"""Which versions of other packages are known here, and what to say about the rest."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+# Ranges [first, last) of releases; `make test-integrations` runs both ends of each.
+TESTED = {
+    "trl": (("0.18", "0.25"), ("1.0", "1.17")),
+    "transformers": (("4.51", "6"),),
+    "lightning": (("2.4", "3"),),
+    "pytorch-lightning": (("2.4", "3"),),
+}
+
+
+class UnsupportedVersion(ImportError):
+    """A framework whose version has not been tested with this package."""
+
+
+def require(module: str, pip_name: str | None = None) -> Any:
+    """Import `module`, or say how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = pip_name or module
+        if (error.name or "").split(".")[0] != module.split(".")[0]:
+            raise  # it is there, but something that it needs is not: its own message is better
+        raise ImportError(
+            f"dpo_kernels.integrations needs {name}: pip install {name}", name=module
+        ) from error
+
+
+def number(text: str) -> tuple[int, ...]:
+    """The numbers of a version, without what follows them: "1.16.0.dev0" -> (1, 16, 0)."""
+    parts = []
+    for part in text.split("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        parts.append(int(digits))
+        if digits != part:
+            break
+    return tuple(parts)
+
+
+def check_version(package: str, *, allow_untested: bool = False) -> tuple[int, ...]:
+    """The installed version; `UnsupportedVersion` outside the tested ranges."""
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        raise ImportError(
+            f"dpo_kernels.integrations needs {package}: pip install {package}"
+        ) from None
+    ranges = TESTED[package]
+    inside = any(number(first) <= number(found) < number(last) for first, last in ranges)
+    if not inside and not allow_untested:
+        known = " or ".join(f">={first},<{last}" for first, last in ranges)
+        raise UnsupportedVersion(
+            f"{package} {found} has not been tested with dpo_kernels; expected {package}{known}. "
+            f"Install one of those, or pass allow_untested=True and compare the results yourself"
+        )
+    return number(found)

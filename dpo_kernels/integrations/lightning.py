@@ -1,0 +1,130 @@
+"""A LightningModule for DPO.
+
+    module = DPOModule(model, ref_model=reference, beta=0.1, optimizer=lambda p: AdamW(p, lr=1e-6))
+    Trainer(max_steps=100).fit(module, DataLoader(examples, 8, collate_fn=PreferenceCollator(0)))
+
+`lightning` or, where that is absent, `pytorch_lightning`. The reference is `ref_model`, the batch's
+`ref_logps`, or below PEFT the adapter called `ref` or no adapter. Metrics have TRL's names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .frameworks import check_version, require
+from .head import attach_head, check_head, reference_adapter
+from .options import FusedOptions, needs_reference
+from .plain import PreferenceCollator, check_reference, dpo_step, reference_logps
+from .step0 import WrongReference
+
+__all__ = ["DPOModule", "FusedOptions", "PreferenceCollator", "WrongReference"]
+
+if importlib.util.find_spec("lightning") is None and importlib.util.find_spec("pytorch_lightning"):
+    check_version("pytorch-lightning")
+    L = require("pytorch_lightning", "pytorch-lightning")
+else:
+    L = require("lightning")
+    check_version("lightning")
+    L = require("lightning.pytorch", "lightning")
+
+
+class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
+    """Policy, reference, loss and optimizer of one DPO run.
+
+    Args:
+        model: a causal LM of transformers, PEFT or not.
+        ref_model: its reference; kept out of the checkpoint and never trained.
+        optimizer: makes the optimizer from the trained parameters; AdamW at 1e-6 if None.
+        fused: `FusedOptions` or its fields as a dict.
+        **loss_options: `dpo_kernels.losses.LossOptions`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ref_model: nn.Module | None = None,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        fused: FusedOptions | dict[str, Any] | None = None,
+        **loss_options: Any,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.fused = FusedOptions.of(fused, FusedOptions())
+        self.loss_options = {**loss_options, **self.fused.loss_options}
+        self.uses_reference = needs_reference(self.loss_options)
+        self.make_optimizer = optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-6))
+        # In a list: not a submodule, so neither trained, nor moved, nor saved with the policy.
+        self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
+        self._reference_seen = False
+        state = torch.zeros(2, dtype=torch.float64)
+        beta_dpo = "beta_dpo" in str(self.loss_options.get("loss_type", ""))
+        self.register_buffer("beta_dpo_state", state if beta_dpo else None)
+        attach_head(model)
+        check_head(model, self.fused.backend)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+
+    def on_fit_start(self) -> None:
+        for model in self._ref_model:
+            model.to(self.device)
+
+    on_validate_start = on_test_start = on_fit_start
+
+    def _reference(self, batch: Mapping[str, Any]) -> Tensor | None:
+        if not self.uses_reference:
+            return None
+        if "ref_logps" in batch:
+            return batch["ref_logps"]
+        if self._ref_model:
+            return reference_logps(self._ref_model[0], batch, fused=self.fused)
+        if not hasattr(self.model, "peft_config"):
+            raise ValueError(
+                "no reference: give ref_model, ref_logps in the batch, a PEFT model, or "
+                "reference_free=True"
+            )
+        with reference_adapter(self.model):
+            return reference_logps(self.model, batch, fused=self.fused)
+
+    def _step(self, batch: Mapping[str, Any], prefix: str) -> Tensor:
+        ref = self._reference(batch)
+        options = dict(self.loss_options)
+        if self.beta_dpo_state is not None:
+            state = self.beta_dpo_state
+            options["beta_dpo_state"] = state if self.training else state.clone()
+        out = dpo_step(self.model, batch, ref_logps=ref, fused=self.fused, **options)
+        assert out.loss is not None and out.rewards is not None and out.pair_logps is not None
+        if self.training and not self._reference_seen:
+            self._reference_seen = True
+            if ref is not None and self.fused.check_reference and not self.global_step:
+                opt_out = "DPOModule(..., fused={'check_reference': False})"
+                check_reference(self.model, out, batch, opt_out=opt_out, **options)
+        chosen, rejected = out.rewards
+        values = {
+            "loss": out.loss.detach(),
+            "rewards/chosen": chosen.mean(),
+            "rewards/rejected": rejected.mean(),
+            "rewards/margins": (chosen - rejected).mean(),
+            "rewards/accuracies": (chosen > rejected).float().mean(),
+            "logps/chosen": out.pair_logps[0].mean(),
+            "logps/rejected": out.pair_logps[1].mean(),
+        }
+        self.log_dict(
+            {f"{prefix}{k}": v for k, v in values.items()}, batch_size=len(chosen),
+            sync_dist=not self.training,
+        )  # fmt: skip
+        return out.loss
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        return self._step(batch, "")
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        return self._step(batch, "eval_")
+
+    test_step = validation_step

@@ -1,0 +1,72 @@
+"""What every integration takes besides its framework's own configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import dpo_kernels as dk
+
+# Statistics of the policy's distribution that TRL logs: entropy, logits/*, mean_token_accuracy.
+HEAD_STATS = ("entropy", "mean_logits", "is_top1")
+_LOSS_OPTIONS = {f.name for f in fields(dk.losses.LossOptions)}
+
+
+@dataclass(frozen=True)
+class FusedOptions:
+    """How the fused head runs, and loss options for which the framework has no name.
+
+    Attributes:
+        loss_options: options of `dpo_kernels.losses.LossOptions`, over the framework's own:
+            `reference_free`, `dpop_lambda`, `sft_weight`, ...
+        check_reference: before the first step the policy must equal the reference. Switch it off
+            where they differ on purpose (a reference that is another model).
+        share_prefix: run the trunk once over the prompt that chosen and rejected share.
+        head_stats: entropy, mean logits and token accuracy among the metrics. Without them a loss
+            that is a sum over pairs streams: less memory, and fewer products for a trained head.
+        memory_budget: bytes for logits, as `fused_linear_dpo_loss`.
+        backend: "cuda", "triton", "cpu", "torch"; None picks by device.
+    """
+
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    check_reference: bool = True
+    share_prefix: bool = False
+    head_stats: bool = True
+    memory_budget: int | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        unknown = set(self.loss_options) - _LOSS_OPTIONS
+        if unknown:
+            raise ValueError(
+                f"loss_options: no option called {', '.join(sorted(unknown))}; expected some of "
+                f"{', '.join(sorted(_LOSS_OPTIONS))}"
+            )
+
+    @staticmethod
+    def of(value: FusedOptions | dict[str, Any] | None, default: FusedOptions) -> FusedOptions:
+        """From what a user passes as `fused=`."""
+        if value is None:
+            return default
+        if isinstance(value, FusedOptions):
+            return value
+        if isinstance(value, dict):
+            return FusedOptions(**value)
+        raise TypeError(f"fused must be a FusedOptions or a dict, got {type(value).__name__}")
+
+
+def needs_reference(loss_options: dict[str, Any]) -> bool:
+    """Whether loss or rewards compare with a reference."""
+    if loss_options.get("reference_free"):
+        return False
+    names = loss_options.get("loss_type", "sigmoid")
+    rows = [dk.losses.get(n) for n in ([names] if isinstance(names, str) else names)]
+    # `sft` alone has no reference in its loss, but its rewards are log-ratios.
+    return any(row.reference or row.name == "sft" for row in rows)
+
+
+def is_separable(loss_options: dict[str, Any]) -> bool:
+    """Whether no chosen loss couples the pairs of a batch."""
+    names = loss_options.get("loss_type", "sigmoid")
+    rows = [dk.losses.get(n) for n in ([names] if isinstance(names, str) else names)]
+    return not any(row.batch_coupled for row in rows)

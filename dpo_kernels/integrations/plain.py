@@ -1,0 +1,199 @@
+"""The head under any training loop: ten lines of plain torch, or a loss callable.
+
+    attach(model)
+    for batch in loader:                        # PreferenceCollator's, or anything with its keys
+        ref = reference_logps(ref_model, batch)
+        out = dpo_step(model, batch, ref_logps=ref, beta=0.1)
+        out.loss.backward()
+        optimizer.step(); optimizer.zero_grad()
+
+A batch is [chosen; rejected]: `input_ids`, `attention_mask`, `labels` [2B, T] (-100 where nothing
+is scored), optionally `ref_logps` [2B] and the columns `beta`, `weight`, `margin` [B].
+
+For frameworks whose recipes call a loss object there are `PreferenceLoss` (torchtune's signature:
+four log-probs in, losses and rewards out) and `LogitsLoss` (torchtitan's: predictions and labels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dpo_kernels as dk
+
+from .head import HeadOutput, attach_head, check_head
+from .options import FusedOptions
+from .rows import ROW_OPTIONS, take_row_options
+from .step import pair_step, scored_tokens
+from .step0 import WrongReference, check_step0, is_random
+
+__all__ = [
+    "FusedOptions", "LogitsLoss", "PreferenceCollator", "PreferenceLoss", "WrongReference",
+    "attach", "check_reference", "dpo_step", "reference_logps",
+]  # fmt: skip
+
+_NOT_FOR_THE_MODEL = {"labels", "ref_logps"}
+
+
+class PreferenceCollator:
+    """Examples of token ids to a batch [chosen; rejected], padded on the right.
+
+    An example has `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of ids), and may have
+    `ref_chosen_logps`, `ref_rejected_logps` and the columns `beta`, `weight`, `margin`. Sequences
+    keep their first `max_length` tokens.
+    """
+
+    def __init__(self, pad_token_id: int, max_length: int | None = None) -> None:
+        self.pad_token_id = pad_token_id
+        self.max_length = max_length
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        rows = [
+            (list(e["prompt_ids"]), list(e[f"{side}_ids"]))
+            for side in ("chosen", "rejected")
+            for e in examples
+        ]
+        longest = max(len(p) + len(c) for p, c in rows)
+        T = longest if self.max_length is None else min(longest, self.max_length)
+        ids = torch.full((len(rows), T), self.pad_token_id)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for i, (prompt, completion) in enumerate(rows):
+            row = torch.tensor((prompt + completion)[:T])
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+            labels[i, len(prompt) : len(row)] = row[len(prompt) :]
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if "ref_chosen_logps" in examples[0]:
+            batch["ref_logps"] = torch.tensor(
+                [float(e[f"ref_{side}_logps"]) for side in ("chosen", "rejected") for e in examples]
+            )
+        for name in ROW_OPTIONS:
+            if name in examples[0]:
+                batch[name] = torch.tensor([float(e[name]) for e in examples])
+        return batch
+
+
+def attach(model: nn.Module, *, check: bool = True) -> None:
+    """Prepare a causal LM of transformers for `dpo_step`, before it is wrapped.
+
+    `check` compares our log-probs with the model's own logits on twelve tokens.
+    """
+    attach_head(model)
+    if check:
+        check_head(model)
+
+
+def _split(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+    rest, row_options = take_row_options(batch)
+    inputs = {k: v for k, v in rest.items() if k not in _NOT_FOR_THE_MODEL}
+    return inputs, row_options, batch["labels"]
+
+
+def dpo_step(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    ref_logps: Tensor | None = None,
+    fused: FusedOptions | dict[str, Any] | None = None,
+    **loss_options: Any,
+) -> HeadOutput:
+    """One forward: `loss` (scalar, differentiable), `pair_logps` and `rewards` [2, B], statistics.
+
+    `ref_logps` [2B] or [2B, T - 1], else the batch's own; `loss_options` those of
+    `dpo_kernels.losses.LossOptions`. Raises `ValueError` as `fused_linear_dpo_loss`.
+    """
+    inputs, row_options, labels = _split(batch)
+    options = {**loss_options, **row_options}
+    chosen = FusedOptions.of(fused, FusedOptions())
+    if ref_logps is None and not options.get("reference_free"):
+        ref_logps = batch.get("ref_logps")
+    return pair_step(model, inputs, labels, ref_logps, {**options, **chosen.loss_options}, chosen)
+
+
+@torch.no_grad()
+def reference_logps(
+    model: nn.Module, batch: Mapping[str, Any], *, fused: FusedOptions | dict | None = None
+) -> Tensor:
+    """[2B, T - 1] log-probs of the scored tokens under a reference model, without gradient."""
+    inputs, _, labels = _split(batch)
+    attach_head(model)
+    out = scored_tokens(model, inputs, labels, FusedOptions.of(fused, FusedOptions()))
+    assert out.logps is not None
+    return out.logps
+
+
+def check_reference(
+    model: nn.Module,
+    out: HeadOutput,
+    batch: Mapping[str, Any],
+    *,
+    opt_out: str = "leave check_reference out",
+    **loss_options: Any,
+) -> None:
+    """`WrongReference` unless `out`, of the first step, shows a policy equal to its reference.
+
+    Nothing is checked where dropout makes two forwards of `model` differ. `opt_out` ends the
+    message: what to write where they differ on purpose.
+    """
+    if is_random(model):
+        return
+    assert out.rewards is not None and out.pair_logps is not None
+    _, row_options, labels = _split(batch)
+    lengths = torch.stack((labels[:, 1:] != -100).sum(1).chunk(2))
+    dtype = out.rewards.dtype
+    if dtype != torch.float64:
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        if torch.is_autocast_enabled(labels.device.type):
+            dtype = torch.get_autocast_dtype(labels.device.type)
+    check_step0(
+        out.rewards, out.pair_logps, lengths, out.loss, {**loss_options, **row_options}, dtype,
+        opt_out,
+    )  # fmt: skip
+
+
+class PreferenceLoss(nn.Module):
+    """A loss object of torchtune's kind, over log-probs of sequences.
+
+    `PreferenceLoss(**loss_options)(policy_chosen, policy_rejected, ref_chosen, ref_rejected)`
+    gives (losses, chosen rewards, rejected rewards), each [B]; references may be left out for
+    losses without one. Lengths go by keyword, for losses that need them.
+    """
+
+    def __init__(self, **loss_options: Any) -> None:
+        super().__init__()
+        self.options = {**loss_options, "reduction": "none"}
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+        *,
+        chosen_lengths: Tensor | None = None,
+        rejected_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = dk.preference_loss(
+            policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+            reference_rejected_logps, chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths, **self.options,
+        )  # fmt: skip
+        return out.loss, out.chosen_rewards, out.rejected_rewards
+
+
+class LogitsLoss(nn.Module):
+    """A loss object of torchtitan's kind: `LogitsLoss(**options)(pred, labels, ref_logps=None)`.
+
+    `pred` [2B, T, V] logits, `labels` [2B, T] already shifted (torchtitan's convention: position t
+    scores labels[:, t]; `shift=True` for Hugging Face's), `ref_logps` [2B]. A scalar.
+    """
+
+    def __init__(self, *, shift: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.function = dk.FusedDPOLoss(shift=shift, **options)
+
+    def forward(self, pred: Tensor, labels: Tensor, ref_logps: Tensor | None = None) -> Tensor:
+        return self.function(pred, labels, ref_logps=ref_logps).loss

@@ -1,0 +1,136 @@
+"""transformers' own Trainer as a DPO trainer.
+
+    trainer = FusedDPOTrainer(
+        model=model, ref_model=reference, args=TrainingArguments(...),
+        train_dataset=examples,                  # rows with prompt_ids, chosen_ids, rejected_ids
+        data_collator=PreferenceCollator(tokenizer.pad_token_id),
+        loss_options={"beta": 0.1, "loss_type": "sigmoid"},
+    )
+
+or `class Mine(FusedDPOMixin, MyTrainer)` over a Trainer of one's own. The reference is `ref_model`,
+the batch's `ref_logps`, or below PEFT the adapter called `ref` or no adapter at all. Metrics have
+TRL's names; they are reduced over ranks once a logging step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from .frameworks import check_version
+from .head import attach_head, base_model_of, check_head, reference_adapter
+from .metrics import PackedMetrics
+from .options import FusedOptions, needs_reference
+from .plain import PreferenceCollator, check_reference, dpo_step, reference_logps
+from .step0 import WrongReference
+
+__all__ = ["FusedDPOMixin", "FusedDPOTrainer", "FusedOptions", "PreferenceCollator",
+           "WrongReference"]  # fmt: skip
+
+
+class FusedDPOMixin:
+    """Loss, evaluation and metrics of DPO for a `transformers.Trainer`, in front of it in the MRO.
+
+    Args besides the Trainer's:
+        ref_model: the reference, or None: precomputed, PEFT's, or a loss without one.
+        loss_options: `dpo_kernels.losses.LossOptions` as a dict.
+        fused: `FusedOptions` or its fields as a dict.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        ref_model: Any = None,
+        loss_options: dict[str, Any] | None = None,
+        fused: FusedOptions | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_version("transformers")
+        self.fused = FusedOptions.of(fused, FusedOptions())
+        self.loss_options = {**(loss_options or {}), **self.fused.loss_options}
+        needs_reference(self.loss_options)  # names the nearest loss where there is none
+        self._packed = {"train": PackedMetrics(), "eval": PackedMetrics()}
+        self._tokens = 0
+        self._reference_seen = False
+        self._beta_dpo_state = torch.zeros(2, dtype=torch.float64)
+        super().__init__(*args, **kwargs)
+        self.model: Any
+        self.args: Any
+        self.accelerator: Any
+        # The dataset has columns that are no inputs of the model, and the loss is scaled here.
+        self.args.remove_unused_columns = False
+        self.model_accepts_loss_kwargs = False
+        self.can_return_loss = True
+        self.ref_model = ref_model
+        if ref_model is not None:
+            attach_head(ref_model.requires_grad_(False))
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+            self.ref_model.eval()
+        attach_head(self.model)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        mode = "train" if self.model.training else "eval"
+        options = dict(self.loss_options)
+        if "beta_dpo" in str(options.get("loss_type", "")):
+            self._beta_dpo_state = self._beta_dpo_state.to(inputs["input_ids"].device)
+            state = self._beta_dpo_state
+            options["beta_dpo_state"] = state if mode == "train" else state.clone()
+        first = mode == "train" and not self._reference_seen
+        if first and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # type: ignore[attr-defined]
+            policy = base_model_of(self.accelerator.unwrap_model(self.model))
+            with self.accelerator.autocast():
+                check_head(policy, self.fused.backend)
+        ref = self._reference(inputs) if needs_reference(options) else None
+        out = dpo_step(model, inputs, ref_logps=ref, fused=self.fused, **options)
+        started = self.state.global_step  # type: ignore[attr-defined]
+        if first and ref is not None and self.fused.check_reference and not started:
+            opt_out = "FusedDPOTrainer(..., fused={'check_reference': False})"
+            check_reference(model, out, inputs, opt_out=opt_out, **options)
+        self._reference_seen |= mode == "train"
+        mask = inputs.get("attention_mask")
+        tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+        self._packed[mode].add(out, inputs["labels"], tokens)
+        return (out.loss, out) if return_outputs else out.loss
+
+    def _reference(self, inputs: dict[str, Any]) -> Tensor:
+        if "ref_logps" in inputs:
+            return inputs["ref_logps"]
+        if self.ref_model is not None:
+            return reference_logps(self.ref_model, inputs, fused=self.fused)
+        policy = self.accelerator.unwrap_model(self.model)
+        if not hasattr(policy, "peft_config"):
+            raise ValueError(
+                "no reference: give ref_model, ref_logps in the batch, a PEFT model, or "
+                "loss_options={'reference_free': True}"
+            )
+        with reference_adapter(policy):
+            return reference_logps(policy, inputs, fused=self.fused)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        """The loss alone: there are no logits to hand on."""
+        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        mode = "train" if self.model.training else "eval"
+        values, tokens = self._packed[mode].take(
+            self.accelerator.device, lambda x: self.accelerator.reduce(x, "sum")
+        )
+        prefix = "" if mode == "train" else "eval_"
+        logs |= {f"{prefix}{name}": sum(v) / len(v) for name, v in values.items()}
+        if values:
+            self._tokens += tokens if mode == "train" else 0
+            logs[f"{prefix}num_tokens"] = self._tokens
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class FusedDPOTrainer(FusedDPOMixin, Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` for preference pairs; see the module."""

@@ -1,0 +1,76 @@
+"""Overrides of TRL's OnlineDPOTrainer: log-probs of sampled completions without their softmax."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dpo_kernels as dk
+
+from .head import HeadCall, HeadOutput, attach_head
+from .options import FusedOptions
+
+_VISION = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
+
+
+def trainer_class() -> type | None:
+    """TRL's OnlineDPOTrainer; None where it cannot be imported (it needs more than DPOTrainer)."""
+    for module in ("trl.experimental.online_dpo", "trl.trainer.online_dpo_trainer"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is experimental: no one asked for it yet
+                return importlib.import_module(module).OnlineDPOTrainer
+        except (ImportError, RuntimeError):
+            continue
+    return None
+
+
+def overrides() -> dict[str, Callable[[Any], Any]]:
+    return {"_forward": _forward}
+
+
+def _forward(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def forward(
+        self: Any,
+        model: Any,
+        prompt_ids: Tensor,  # [R, P]
+        prompt_mask: Tensor,
+        completion_ids: Tensor,  # [R, C]
+        completion_mask: Tensor,
+        vision_inputs: dict[str, Any] | None = None,
+    ) -> Tensor:  # [R, C], padding included, as TRL's
+        if not prompt_ids.shape[1]:
+            given = () if vision_inputs is None else (vision_inputs,)
+            return original(
+                self, model, prompt_ids, prompt_mask, completion_ids, completion_mask, *given
+            )
+        if vision_inputs is None:  # from the left, but images keep their tokens
+            cut = max(prompt_ids.size(1) + completion_ids.size(1) - self.max_length, 0)
+            prompt_ids, prompt_mask = prompt_ids[:, cut:], prompt_mask[:, cut:]
+        ids = torch.cat([prompt_ids, completion_ids], 1)
+        mask = torch.cat([prompt_mask, completion_mask], 1)
+        labels = torch.cat([torch.full_like(prompt_ids, -100), completion_ids], 1)
+        images = {k: vision_inputs[k] for k in _VISION if vision_inputs and k in vision_inputs}
+        fused = getattr(type(self), "fused_default", FusedOptions())
+        attach_head(self.accelerator.unwrap_model(model))
+
+        def score(hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
+            logps = dk.linear_sequence_logps(
+                hidden, labels=labels, reduction="none", backend=fused.backend,
+                memory_budget=fused.memory_budget, **head,
+            )  # fmt: skip
+            return HeadOutput(logps=logps)
+
+        call = HeadCall(score, labels.shape[1])
+        with self.accelerator.autocast():
+            out = model(input_ids=ids, attention_mask=mask, **images, dpo_head=call)
+        return out.logps[:, -completion_ids.shape[1] :]
+
+    return forward

@@ -1,0 +1,253 @@
+"""Overrides of TRL 0.18 to 0.24's DPOTrainer: log-probs without logits, and losses it lacks.
+
+These versions keep prompt and completion apart and join them in `concatenated_forward`; their
+`dpo_loss` takes sequence log-probs. A loss that TRL has stays TRL's own (its running mean of
+`bco_pair`, its alpha-divergence, `rpo_alpha`), so that results are TRL's; the others are this
+package's. Metrics are reduced where TRL reduces them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dpo_kernels as dk
+
+from .head import HeadOutput, attach_head, base_model_of, check_head
+from .options import FusedOptions
+from .rows import ROW_OPTIONS, WithRowColumns, take_row_options
+from .step import scored_tokens
+from .step0 import check_step0, is_random
+from .trl_v1 import OPT_OUT, model_dtype
+
+_VISION = ("pixel_values", "pixel_attention_mask", "image_sizes")
+# The losses that all these versions have (`sft` came with the later ones).
+_OWN = {
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_pair", "apo_zero", "apo_down", "discopop",
+}  # fmt: skip
+
+
+def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:
+    return {
+        "__init__": _init,
+        "_set_signature_columns_if_needed": _signature,
+        "concatenated_forward": functools.partial(
+            _concatenated_forward, module=sys.modules[trainer.__module__]
+        ),
+        "get_batch_loss_metrics": _get_batch_loss_metrics,
+        "dpo_loss": _dpo_loss,
+    }
+
+
+def _init(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, fused: Any = None, **kwargs: Any) -> None:
+        self.fused = FusedOptions.of(fused, type(self).fused_default)
+        self._reference_seen = False
+        self._row_options = {}
+        self._beta_dpo_state = torch.zeros(2, dtype=torch.float64)
+        original(self, *args, **kwargs)
+        attach_head(self.model)  # now: below what accelerate will wrap it in
+        self.data_collator = WithRowColumns(self.data_collator)
+
+    return __init__
+
+
+def _signature(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _set_signature_columns_if_needed(self: Any) -> None:
+        original(self)
+        self._signature_columns += [c for c in ROW_OPTIONS if c not in self._signature_columns]
+
+    return _set_signature_columns_if_needed
+
+
+def _refuse(trainer: Any) -> None:
+    """What this version's joining of prompt and completion does that is not done here."""
+    for given, what in (
+        (trainer.is_encoder_decoder, "an encoder-decoder model"),
+        (trainer.padding_free, "padding_free=True (share_prefix and short batches save more)"),
+        (trainer.args.ld_alpha is not None, "ld_alpha, which it counts from the row's start"),
+        (getattr(trainer.args, "use_liger_loss", False), "use_liger_loss=True"),
+    ):
+        if given:
+            raise ValueError(f"the fused head does not take {what} with this version of TRL")
+
+
+def _names(trainer: Any) -> list[str]:
+    return trainer.loss_type if isinstance(trainer.loss_type, list) else [trainer.loss_type]
+
+
+def _joined(trainer: Any, batch: dict[str, Any], module: Any) -> tuple[dict[str, Any], Tensor]:
+    """(inputs of the model, labels [2B, T]): prompt ++ completion, padding behind, truncated."""
+    padding = getattr(trainer, "pad_token_id", None)
+    padding = trainer.padding_value if padding is None else padding
+    parts = trainer.concatenated_inputs(batch, padding_value=padding)
+    ids = torch.cat([parts["prompt_input_ids"], parts["completion_input_ids"]], 1)
+    prompt, completion = parts["prompt_attention_mask"], parts["completion_attention_mask"]
+    rows = {
+        "attention_mask": torch.cat([prompt, completion], 1),
+        "input_ids": ids,
+        "scored": torch.cat([torch.zeros_like(prompt), completion], 1),
+    }
+    if "token_type_ids" in parts:
+        types = parts["token_type_ids"]
+        rows["token_type_ids"] = torch.nn.functional.pad(types, (0, ids.shape[1] - types.shape[1]))
+    limit = trainer.max_length
+    cut = limit is not None and limit < ids.shape[1]
+    if cut and trainer.truncation_mode == "keep_end":
+        rows = dict(zip(rows, module.flush_right(*rows.values()), strict=True))
+        rows = {k: v[:, -limit:] for k, v in rows.items()}
+    rows = dict(zip(rows, module.flush_left(*rows.values()), strict=True))
+    if cut:
+        rows = {k: v[:, :limit] for k, v in rows.items()}
+    labels = rows["input_ids"].masked_fill(rows.pop("scored") == 0, -100)
+    return {**rows, **{k: parts[k] for k in _VISION if k in parts}}, labels
+
+
+def _concatenated_forward(original: Callable, module: Any) -> Callable:
+    @functools.wraps(original)
+    def concatenated_forward(
+        self: Any, model: Any, batch: dict[str, Any], is_ref_model: bool = False
+    ) -> dict[str, Tensor]:
+        _refuse(self)
+        batch, row_options = take_row_options(batch)
+        inputs, labels = _joined(self, batch, module)
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        attach_head(self.accelerator.unwrap_model(model))
+        stats = ("mean_logits", *(("log_sum_sq_probs",) if self.use_weighting else ()))
+        with self.accelerator.autocast():  # TRL has wrapped the reference before the head came
+            out = scored_tokens(model, inputs, labels, self.fused, () if is_ref_model else stats)
+        return _summary(self, out, labels, row_options, is_ref_model)
+
+    return concatenated_forward
+
+
+def _summary(
+    trainer: Any, out: HeadOutput, labels: Tensor, row_options: dict[str, Tensor], reference: bool
+) -> dict[str, Tensor]:
+    """What TRL's `concatenated_forward` gives, from log-probs [2B, T - 1]."""
+    assert out.logps is not None
+    targets = labels[:, 1:]
+    scored = targets != -100
+    counts = scored.sum(1)
+    B = len(labels) // 2
+    sums = out.logps.sum(1)
+    if "ipo" in _names(trainer):
+        sums = sums / counts
+    result = {"chosen_logps": sums[:B], "rejected_logps": sums[B:]}
+    if reference:
+        return result
+    trainer._row_options = row_options
+    trainer._lengths = counts.view(2, B)
+    assert out.mean_logits is not None
+    for name, half in (("chosen", slice(0, B)), ("rejected", slice(B, None))):
+        result[f"mean_{name}_logits"] = out.mean_logits[half].sum() / scored[half].sum()
+    if trainer.use_weighting:
+        assert out.log_sum_sq_probs is not None
+        with torch.no_grad():
+            aligned = (out.logps - out.log_sum_sq_probs).sum(1) / counts
+            result["policy_weights"] = (aligned[:B] + aligned[B:]).exp().clamp(max=1)
+    if trainer.args.rpo_alpha is not None or "sft" in _names(trainer):
+        # TRL marks what is not scored with token 0, which so is never counted.
+        counted = scored[:B] & (targets[:B] != 0)
+        result["nll_loss"] = -(out.logps[:B] * counted).sum() / counted.sum()
+    if trainer.aux_loss_enabled:
+        assert out.aux_loss is not None
+        result["aux_loss"] = out.aux_loss
+    return result
+
+
+def _get_batch_loss_metrics(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_batch_loss_metrics(
+        self: Any, model: Any, batch: dict[str, Any], train_eval: str = "train"
+    ) -> Any:
+        first = train_eval == "train" and not getattr(self, "_reference_seen", True)
+        if first and not (
+            self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_vision_model
+        ):
+            policy = self.accelerator.unwrap_model(self.model)
+            with self.accelerator.autocast():
+                check_head(base_model_of(policy), self.fused.backend)
+        loss, metrics = original(self, model, batch, train_eval)
+        self._reference_seen |= train_eval == "train"
+        return loss, metrics
+
+    return get_batch_loss_metrics
+
+
+def _dpo_loss(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def dpo_loss(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if "fused" not in vars(self) or not hasattr(self, "_lengths"):
+            # A subclass that goes past this __init__ and forward (LLaMA-Factory's) has TRL's loss.
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        logps = [given[k] for k in ("chosen_logps", "rejected_logps")]
+        ref = [given[k].to(logps[0].device) for k in ("ref_chosen_logps", "ref_rejected_logps")]
+        name = given.get("loss_type", _names(self)[0])
+        _check_reference(self, logps, ref, name)
+        ours = {**self.fused.loss_options, **self._row_options}
+        theirs = name in _OWN or (name == "sft" and "loss_type" in signature.parameters)
+        if theirs and not ours:
+            return original(self, *args, **kwargs)
+        return _our_loss(self, name, logps, ref, ours)
+
+    return dpo_loss
+
+
+def _our_loss(
+    trainer: Any, name: str, logps: list[Tensor], ref: list[Tensor], ours: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [B] and rewards of a loss or an option that this TRL does not have."""
+    options: dict[str, Any] = {
+        "loss_type": name,
+        "beta": trainer.beta,
+        "label_smoothing": trainer.label_smoothing,
+        "reference_free": bool(trainer.reference_free),
+        "reduction": "none",
+        **ours,
+    }
+    f_divergence = getattr(trainer.f_divergence_type, "value", trainer.f_divergence_type)
+    if f_divergence != "reverse_kl":
+        raise ValueError(
+            f"f_divergence_type={f_divergence!r} of this version of TRL is another function; "
+            f"{name!r} with {', '.join(ours) or 'it'} takes reverse_kl alone"
+        )
+    if name == "ipo":
+        # TRL has divided by the lengths already: its own loss is the one of sums.
+        options["loss_type"] = "ipo_sum"
+    if name == "beta_dpo":
+        state = trainer._beta_dpo_state = trainer._beta_dpo_state.to(logps[0].device)
+        options["beta_dpo_state"] = state if trainer.model.training else state.clone()
+    lengths = trainer._lengths
+    reference = (None, None) if options["reference_free"] else ref
+    out = dk.preference_loss(
+        *logps, *reference, chosen_lengths=lengths[0], rejected_lengths=lengths[1], **options
+    )
+    return out.loss, out.chosen_rewards, out.rejected_rewards
+
+
+def _check_reference(trainer: Any, logps: list[Tensor], ref: list[Tensor], name: str) -> None:
+    free = trainer.reference_free or trainer.fused.loss_options.get("reference_free")
+    if trainer._reference_seen or not trainer.fused.check_reference or trainer.state.global_step:
+        return
+    if free or (name in dk.losses.available() and not dk.losses.get(name).reference):
+        return
+    if not trainer.model.training or is_random(trainer.model):
+        return
+    policy = torch.stack([x.detach() for x in logps])
+    dtype = policy.dtype if policy.dtype == torch.float64 else model_dtype(trainer)
+    rewards = policy - torch.stack(ref)
+    check_step0(rewards, policy, trainer._lengths, None, {"beta": 1.0}, dtype, OPT_OUT)

@@ -1,0 +1,272 @@
+"""Overrides of TRL 1.x's DPOTrainer: its loss, its reference log-probs, its metrics' reduction.
+
+TRL 1.x collates [chosen; rejected] into `input_ids`, `attention_mask`, `completion_mask`; what a
+batch holds besides (images, token types) goes to the model as TRL passes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .head import attach_head, base_model_of, check_head, reference_adapter
+from .metrics import PackedMetrics
+from .options import FusedOptions, needs_reference
+from .rows import ROW_OPTIONS, WithRowColumns, take_row_options
+from .step import labels_of, pair_logps, pair_step, scored_tokens
+from .step0 import check_step0, is_random
+
+_NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+OPT_OUT = "DPOTrainer(..., fused={'check_reference': False}) or patch_trl(check_reference=False)"
+
+
+def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:
+    module = sys.modules[trainer.__module__]
+    names: dict[str, Callable[[Any], Any]] = {
+        "__init__": functools.partial(_init, module=module),
+        "_set_signature_columns_if_needed": _signature,
+        "_compute_loss": _compute_loss,
+        "compute_ref_log_probs": _compute_ref_log_probs,
+        "_precompute_ref_logps": _precompute,
+        "log": _log,
+    }
+    if hasattr(trainer, "_compute_loss_liger"):  # TRL 1.0 to 1.9: the fused head is in its place
+        names["_compute_loss_liger"] = _compute_loss
+    return names
+
+
+def loss_options(trainer: Any) -> dict[str, Any]:
+    """The options of `dpo_kernels.losses` that the trainer's config and `fused` ask for."""
+    return _options(trainer.args, trainer.fused)
+
+
+def _options(args: Any, fused: FusedOptions) -> dict[str, Any]:
+    options = {
+        "loss_type": tuple(args.loss_type),
+        "beta": args.beta,
+        "label_smoothing": args.label_smoothing,
+        "f_divergence_type": getattr(args.f_divergence_type, "value", args.f_divergence_type),
+        "f_alpha_divergence_coef": args.f_alpha_divergence_coef,
+        "ld_alpha": args.ld_alpha,
+        "use_weighting": args.use_weighting,
+    }
+    if args.loss_weights:
+        options["loss_weights"] = tuple(args.loss_weights)
+    if "discopop" in args.loss_type:
+        options["discopop_tau"] = args.discopop_tau
+    return {**options, **fused.loss_options}
+
+
+def _init(original: Callable, module: Any) -> Callable:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, fused: Any = None, **kwargs: Any) -> None:
+        self.fused = FusedOptions.of(fused, type(self).fused_default)
+        self._packed = {"train": PackedMetrics(), "eval": PackedMetrics()}
+        self._beta_dpo_state = torch.zeros(2, dtype=torch.float64)
+        self._reference_seen = False
+        given = dict(zip(("model", "ref_model", "args"), args, strict=False)) | kwargs
+        named = isinstance(given.get("model"), str)
+        config = given.get("args")
+        free = config is not None and not needs_reference(_options(config, self.fused))
+        with _adapter_on_head(module), _no_reference(module, named) if free else nullcontext():
+            original(self, *args, **kwargs)
+        attach_head(self.model)  # now: below what accelerate will wrap it in
+        self.data_collator = WithRowColumns(self.data_collator)
+
+    return __init__
+
+
+@contextmanager
+def _adapter_on_head(module: Any) -> Iterator[None]:
+    """TRL refuses an adapter on lm_head, which its own head would ignore; ours applies it."""
+    known = getattr(module, "BaseTunerLayer", None)
+    if known is None:
+        yield
+        return
+    module.BaseTunerLayer = ()  # isinstance(x, ()) is False
+    try:
+        yield
+    finally:
+        module.BaseTunerLayer = known
+
+
+@contextmanager
+def _no_reference(module: Any, named: bool) -> Iterator[None]:
+    """TRL loads a reference model where none is given; a loss without reference needs none."""
+    load = module.create_model_from_path
+    calls = [load] if named else []  # a policy given by name is loaded first
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        return calls.pop()(*args, **kwargs) if calls else None
+
+    module.create_model_from_path = create
+    try:
+        yield
+    finally:
+        module.create_model_from_path = load
+
+
+def _signature(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _set_signature_columns_if_needed(self: Any) -> None:
+        original(self)
+        self._signature_columns += [c for c in ROW_OPTIONS if c not in self._signature_columns]
+
+    return _set_signature_columns_if_needed
+
+
+def _precompute(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _precompute_ref_logps(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if not needs_reference(loss_options(self)):
+            return dataset
+        return original(self, dataset, *args, **kwargs)
+
+    return _precompute_ref_logps
+
+
+def _model_inputs(trainer: Any, inputs: dict[str, Any], router: bool) -> dict[str, Any]:
+    kept = {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL}
+    kept["use_cache"] = False
+    if router and getattr(trainer, "aux_loss_enabled", False):
+        kept["output_router_logits"] = True
+    return kept
+
+
+@contextmanager
+def _reference(trainer: Any, model: Any = None) -> Iterator[Any]:
+    """The model that gives reference log-probs, ready to be called."""
+    from trl.models.utils import disable_gradient_checkpointing
+
+    if trainer.ref_model is not None:
+        model = trainer.ref_model if model is None else model
+        adapter: Any = nullcontext()
+    else:
+        model = trainer.model if model is None else model
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        adapter = reference_adapter(policy) if hasattr(policy, "peft_config") else nullcontext()
+    attach_head(trainer.accelerator.unwrap_model(model))
+    checkpointing = getattr(trainer.args, "gradient_checkpointing_kwargs", None)
+    with (
+        torch.no_grad(),
+        disable_gradient_checkpointing(trainer.model, checkpointing),
+        adapter,
+        trainer.accelerator.autocast(),  # TRL has wrapped the reference before the head came
+    ):
+        yield model
+
+
+def _compute_ref_log_probs(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def compute_ref_log_probs(self: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        model = args[0] if len(args) == 2 else None  # since TRL 1.10
+        inputs, _ = take_row_options(args[-1])
+        labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
+        with _reference(self, model) as reference:
+            logps = pair_logps(
+                reference, _model_inputs(self, inputs, False), labels, self.fused,
+                loss_options(self)["ld_alpha"],
+            )  # fmt: skip
+        return logps[0], logps[1]
+
+    return compute_ref_log_probs
+
+
+def _compute_loss(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def _compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        training = self.model.training
+        inputs, row_options = take_row_options(inputs)
+        labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
+        options = {**loss_options(self), **row_options}
+        if "beta_dpo" in options["loss_type"]:
+            self._beta_dpo_state = self._beta_dpo_state.to(labels.device)
+            state = self._beta_dpo_state
+            options["beta_dpo_state"] = state if training else state.clone()
+        ref_logps = None
+        if needs_reference(options):
+            ref_logps = _reference_logps(self, inputs, labels)
+        first = training and not self._reference_seen
+        if first:
+            _check_first(self)
+        model_inputs = _model_inputs(self, inputs, True)
+        with self.accelerator.autocast():
+            out = pair_step(model, model_inputs, labels, ref_logps, options, self.fused)
+        if first and ref_logps is not None:
+            _check_reference(self, model, out, labels, options)
+        self._reference_seen |= training
+        loss = out.loss
+        if getattr(self, "aux_loss_enabled", False):
+            loss = loss + self.router_aux_loss_coef * out.aux_loss
+        tokens = inputs["attention_mask"].sum()
+        self._packed["train" if training else "eval"].add(out, labels, tokens)
+        if return_outputs:
+            with torch.no_grad():  # compute_metrics wants logits, which nothing here makes
+                return loss, model(**model_inputs)
+        return loss
+
+    return _compute_loss
+
+
+def _reference_logps(trainer: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    """[2B] precomputed, or [2B, T - 1] from the reference now."""
+    if trainer.precompute_ref_logps and "ref_chosen_logps" in inputs:
+        return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+    with _reference(trainer) as reference:
+        model_inputs = _model_inputs(trainer, inputs, False)
+        logps = scored_tokens(reference, model_inputs, labels, trainer.fused).logps
+        assert logps is not None
+        return logps
+
+
+def _check_first(trainer: Any) -> None:
+    """Once, before the first step: that our head is this architecture's head."""
+    policy = base_model_of(trainer.accelerator.unwrap_model(trainer.model))
+    whole = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+    if whole and not getattr(trainer, "_is_vlm", False):
+        with trainer.accelerator.autocast():
+            check_head(policy, trainer.fused.backend)
+
+
+def _check_reference(
+    trainer: Any, model: Any, out: Any, labels: Tensor, options: dict[str, Any]
+) -> None:
+    if not trainer.fused.check_reference or trainer.state.global_step:
+        return
+    if is_random(model) or getattr(trainer.args, "neftune_noise_alpha", None):
+        return
+    dtype = out.loss.dtype if out.loss.dtype == torch.float64 else model_dtype(trainer)
+    lengths = torch.stack((labels[:, 1:] != -100).sum(1).chunk(2))
+    check_step0(out.rewards, out.pair_logps, lengths, out.loss, options, dtype, OPT_OUT)
+
+
+def model_dtype(trainer: Any) -> torch.dtype:
+    """The dtype in which the model computes."""
+    precision = trainer.accelerator.mixed_precision
+    if precision in ("fp16", "bf16"):
+        return torch.bfloat16
+    return base_model_of(trainer.accelerator.unwrap_model(trainer.model)).dtype
+
+
+def _log(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        values, tokens = self._packed[mode].take(
+            self.accelerator.device, lambda x: self.accelerator.reduce(x, "sum")
+        )
+        for name, steps in values.items():
+            self._metrics[mode][name] += steps
+        if values:
+            if mode == "train":
+                self._total_train_tokens += tokens // getattr(self, "_tp_size", 1)
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        original(self, logs, start_time)
+
+    return log

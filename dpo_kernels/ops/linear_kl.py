@@ -1,0 +1,293 @@
+"""`linear_kl`: `token_kl` of two linear heads, projecting only scored rows, side by side.
+
+    logits = hidden @ weight.T + low @ up.T + bias,   ref_logits likewise without an adapter
+
+A chunk of rows is projected through both heads; log-probs and KL come from the same two chunks of
+logits, which are all that exists of them. Strategies as in `linear_logps.py`, each with one product
+more for the reference's logits, and for a KL a gradient of its own:
+
+    score      two products
+    frozen     the forward turns the chunk into softmax(policy) - softmax(reference) and into
+               onehot - softmax(policy), each times the weight; the backward scales and adds the
+               rows of both. Four products
+    recompute  the backward projects both again (nothing is kept: two tensors of logits would be)
+               and accumulates. Six products
+
+and streaming (`dpo_kernels/stream.py`), which forms the gradient of a pair while both chunks are
+there: four products, three with a frozen head. Letters as `linear_logps.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import torch as reference_backend
+from ..transform import LogitTransform
+from .linear_head import (
+    Head,
+    InputGradients,
+    LinearInputs,
+    Plan,
+    ceil,
+    count_scored,
+    scored_rows,
+)
+from .linear_logps import (
+    budget_of,
+    choose_strategy,
+    fake_gradients,
+    plain_logits,
+    plan_of,
+    scaled_rows,
+)
+from .token_kl import TokenKL
+from .token_logps import TokenLogps, _names, check_stats
+
+
+def linear_kl(
+    policy: LinearInputs,
+    reference: LinearInputs,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    transform: LogitTransform | None = None,
+    stats: tuple[str, ...] = (),
+    memory_budget: int | None = None,
+    batch_invariant: bool = False,
+    strategy: str | None = None,
+    count: int | None = None,
+    backend: str | None = None,
+) -> TokenKL:
+    """As `token_kl` of the two heads' logits. Arguments are checked by the caller (`check_head`).
+
+    `targets` [R, T]; `memory_budget`, `batch_invariant`, `strategy` as `linear_logps`; `count` the
+    number of scored rows where it is known.
+    """
+    transform = transform or LogitTransform()
+    reference, stats = reference.detached(), check_stats(stats)
+    hidden = policy.hidden
+    name = backends.choose(backend, hidden.device, hidden.dtype, "token_kl")
+    if name == "torch":
+        logits, ref_logits = plain_logits(policy), plain_logits(reference)
+        call = (ignore_index, transform)
+        logps, lse, ref_logps, _, kl = reference_backend.token_kl(
+            logits, ref_logits, targets, *call
+        )
+        table = reference_backend.token_logps(logits.detach(), targets, *call, stats)[2]
+    else:
+        logps, lse, table, ref_logps, _, kl = _linear_kl(
+            *policy, reference.hidden, reference.weight, reference.bias, targets, ignore_index,
+            transform.scale, transform.softcap, transform.inv_temperature, ",".join(stats),
+            choose_strategy(strategy, *policy),
+            count_scored(targets, ignore_index) if count is None else count,
+            budget_of(memory_budget), batch_invariant, name,
+        )[:6]  # fmt: skip
+    tokens = TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))
+    return TokenKL(tokens, ref_logps, kl)
+
+
+def _plan(strategy, budget, count, weight, low, ref_weight, invariant) -> Plan:
+    ref_H = ref_weight.shape[1]
+    return plan_of(strategy, budget, count, weight, low, invariant, ref_H, joint=True)
+
+
+class _Heads:
+    """Both heads, and the two chunks of logits they fill."""
+
+    def __init__(self, plan: Plan, policy: LinearInputs, reference: LinearInputs, rows: int):
+        self.policy, self.reference = policy, reference
+        self.head = Head(plan, policy.weight, policy.bias, policy.up)
+        self.ref_head = Head(plan, reference.weight, reference.bias)
+        chunk = min(plan.chunk, rows)
+        self.z, self.r = self.head.logits_buffer(chunk), self.ref_head.logits_buffer(chunk)
+
+    def project(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Logits [n, V] of policy and reference, and the policy's rows [n, H] and [n, r]."""
+        n, policy = index.shape[0], self.policy
+        whole = ceil(n, self.head.plan.block)
+        r = self.ref_head.project(
+            self.ref_head.rows(self.reference.hidden, index), None, self.r[:whole]
+        )
+        h = self.head.rows(policy.hidden, index)
+        low = None if policy.low is None else self.head.rows(policy.low, index)
+        z = self.head.project(h, low, self.z[:whole])
+        return z[:n], r[:n], h[:n], None if low is None else low[:n]
+
+
+@torch.library.custom_op("dpo_kernels::linear_kl", mutates_args=())
+def _linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    stats: str,
+    strategy: str,
+    count: int,
+    memory_budget: int,
+    invariant: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    impl = backends.load(backend)
+    transform, names = LogitTransform(scale, softcap, inv_temperature), _names(stats)
+    labels = targets.reshape(-1)
+    plan = _plan(strategy, memory_budget, count, weight, low, ref_weight, invariant)
+    index = scored_rows(targets, ignore_index, count)
+    heads = _Heads(
+        plan, LinearInputs(hidden, weight, bias, low, up),
+        LinearInputs(ref_hidden, ref_weight, ref_bias), index.shape[0],
+    )  # fmt: skip
+    results = [hidden.new_zeros(s, dtype=d) for s, d in _results(targets, len(names))]
+    flat = [x.flatten(-2) for x in results]
+    stashes = _stashes(strategy, count, hidden, low)
+    ones = hidden.new_ones(plan.chunk, dtype=torch.float32)
+    done = 0
+    for part in index.split(plan.chunk):
+        n = part.shape[0]
+        z, r, _, _ = heads.project(part)
+        y = labels[part][None]
+        found = impl.token_kl(z[None], r[None], y, ignore_index, transform)
+        table = None
+        if names:
+            table = impl.token_logps(z[None], y, ignore_index, transform, names)[2]
+        logps, lse, ref_logps, ref_lse, kl = found
+        for out, value in zip(flat, (logps, lse, table, ref_logps, ref_lse, kl), strict=True):
+            if value is not None:
+                out[..., part] = value.squeeze(-2)
+        if strategy == "frozen":
+            g = ones[None, :n]
+            # Over the reference's logits, then over the policy's: neither is needed any more.
+            impl.token_kl_backward(
+                torch.zeros_like(g), g, z[None], r[None], y, lse, ref_lse, ignore_index, transform,
+                r[None],
+            )  # fmt: skip
+            impl.token_logps_backward(g, z[None], y, lse, ignore_index, transform, z[None])
+            for i, d in enumerate((z, r)):
+                dz = heads.head.operand(d)
+                if stashes[0].numel():
+                    stashes[0][i, done : done + n] = heads.head.d_hidden(dz)
+                if stashes[1].numel():
+                    stashes[1][i, done : done + n] = heads.head.d_low(dz)
+        done += n
+    return *results, *stashes  # type: ignore[return-value]
+
+
+def _results(targets: Tensor, stats: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of logps, lse, statistics, ref_logps, ref_lse, kl."""
+    shape, narrow, wide = tuple(targets.shape), torch.float32, torch.float64
+    return [(shape, narrow), (shape, wide), ((stats, *shape), narrow), (shape, narrow),
+            (shape, wide), (shape, narrow)]  # fmt: skip
+
+
+def _stashes(strategy: str, count: int, hidden: Tensor, low: Tensor | None) -> list[Tensor]:
+    """Unscaled gradients [2, N, H] and [2, N, r], of log-prob and KL, for a frozen head."""
+    frozen = strategy == "frozen"
+    return [
+        hidden.new_empty((2, count, x.shape[-1]) if frozen and x is not None else 0,
+                         dtype=torch.float32)
+        for x in (hidden, low)
+    ]  # fmt: skip
+
+
+@_linear_kl.register_fake
+def _(
+    hidden, weight, bias, low, up, ref_hidden, ref_weight, ref_bias, targets, ignore_index, scale,
+    softcap, inv_t, stats, strategy, count, budget, invariant, backend,
+):  # fmt: skip
+    results = [hidden.new_empty(s, dtype=d) for s, d in _results(targets, len(_names(stats)))]
+    return *results, *_stashes(strategy, count, hidden, low)
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.ignore_index, ctx.transform = inputs[:9], inputs[9], tuple(inputs[10:13])
+    ctx.strategy, ctx.tail = inputs[14], inputs[15:]
+    _, lse, table, ref_logps, ref_lse, _, *stashes = output
+    ctx.mark_non_differentiable(lse, table, ref_logps, ref_lse, *stashes)
+    if ctx.strategy == "frozen":
+        ctx.save_for_backward(tensors[8], *stashes)
+        ctx.dtypes = [None if x is None else x.dtype for x in (tensors[0], tensors[3])]
+    else:
+        ctx.save_for_backward(*tensors, lse, ref_lse)
+
+
+def _backward(ctx, grad_logps, _lse, _table, _ref_logps, _ref_lse, grad_kl, *_):
+    wanted = ctx.needs_input_grad[:5]
+    if ctx.strategy == "frozen":
+        targets, *stashes = ctx.saved_tensors
+        count = ctx.tail[0]
+        d_hidden, d_low = (
+            scaled_rows([grad_logps, grad_kl], list(stash.unbind(0)), targets, ctx.ignore_index,
+                        count, dtype) if need else None
+            for stash, dtype, need in zip(stashes, ctx.dtypes, wanted[::3], strict=True)
+        )  # fmt: skip
+        return d_hidden, None, None, d_low, *[None] * 15
+    grads = _linear_kl_backward(
+        grad_logps, grad_kl, *ctx.saved_tensors, ctx.ignore_index, *ctx.transform, list(wanted),
+        *ctx.tail,
+    )  # fmt: skip
+    return *(g if need else None for g, need in zip(grads, wanted, strict=True)), *[None] * 14
+
+
+_linear_kl.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("dpo_kernels::linear_kl_backward", mutates_args=())
+def _linear_kl_backward(
+    grad_logps: Tensor,
+    grad_kl: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    ref_lse: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    inv_temperature: float,
+    wanted: list[bool],
+    count: int,
+    memory_budget: int,
+    invariant: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    impl = backends.load(backend)
+    transform = LogitTransform(scale, softcap, inv_temperature)
+    rows = [x.reshape(-1) for x in (grad_logps, grad_kl, targets, lse, ref_lse)]
+    plan = _plan("recompute", memory_budget, count, weight, low, ref_weight, invariant)
+    index = scored_rows(targets, ignore_index, count)
+    policy = LinearInputs(hidden, weight, bias, low, up)
+    heads = _Heads(plan, policy, LinearInputs(ref_hidden, ref_weight, ref_bias), index.shape[0])
+    gradients = InputGradients(heads.head, policy, wanted)
+    for part in index.split(plan.chunk):
+        z, r, h, x = heads.project(part)
+        g_logps, g_kl, y, row_lse, row_ref_lse = (v[part][None] for v in rows)
+        impl.token_kl_backward(
+            g_logps, g_kl, z[None], r[None], y, row_lse, row_ref_lse, ignore_index, transform,
+            z[None],
+        )  # fmt: skip
+        gradients.add(z, h, x, part)
+    return gradients.finish()
+
+
+@_linear_kl_backward.register_fake
+def _(
+    grad_logps, grad_kl, hidden, weight, bias, low, up, ref_hidden, ref_weight, ref_bias, targets,
+    lse, ref_lse, ignore_index, scale, softcap, inv_t, wanted, count, budget, invariant, backend,
+):  # fmt: skip
+    return fake_gradients(LinearInputs(hidden, weight, bias, low, up), wanted)

@@ -1,0 +1,64 @@
+"""Versions and absent packages: what is said, and that nothing is imported unasked."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+from dpo_kernels.integrations import frameworks
+from dpo_kernels.integrations.options import FusedOptions
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("1.16.0", (1, 16, 0)), ("0.24.0.dev0", (0, 24, 0)), ("2.13.0+cpu", (2, 13, 0)),
+     ("1.0.0rc1", (1, 0, 0)), ("5", (5,))],
+)  # fmt: skip
+def test_numbers_of_a_version(text, wanted):
+    assert frameworks.number(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("found", "known"),
+    [("0.17.0", False), ("0.18.0", True), ("0.24.0", True), ("0.25.0", False), ("0.29.1", False),
+     ("1.0.0", True), ("1.16.4", True), ("1.17.0", False), ("2.0.0", False)],
+)  # fmt: skip
+def test_the_range_of_trl(found, known, monkeypatch):
+    monkeypatch.setattr(frameworks, "version", lambda package: found)
+    if known:
+        assert frameworks.check_version("trl") == frameworks.number(found)
+        return
+    with pytest.raises(frameworks.UnsupportedVersion, match=f"trl {found} .*<0.25 or >=1.0,<1.17"):
+        frameworks.check_version("trl")
+    assert frameworks.check_version("trl", allow_untested=True) == frameworks.number(found)
+
+
+def test_an_absent_package_is_named(monkeypatch):
+    with pytest.raises(ImportError, match="pip install no-such-thing"):
+        frameworks.require("no_such_thing", "no-such-thing")
+
+    def absent(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(frameworks, "version", absent)
+    with pytest.raises(ImportError, match="pip install trl"):
+        frameworks.check_version("trl")
+
+
+def test_nothing_is_imported_before_it_is_asked_for():
+    code = (
+        "import sys, dpo_kernels.integrations, dpo_kernels.integrations.trl as t; t.FusedOptions();"
+        "print(sorted({'trl', 'peft', 'lightning', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_options_are_checked_when_they_are_given():
+    with pytest.raises(ValueError, match="no option called dpop_lamda"):
+        FusedOptions(loss_options={"dpop_lamda": 2.0})
+    with pytest.raises(TypeError, match="fused must be a FusedOptions or a dict"):
+        FusedOptions.of(3, FusedOptions())

@@ -1,0 +1,103 @@
+"""FSDP2 and DDP on two CPU processes: a step is that of one process over both their batches.
+
+ZeRO-3 needs a GPU: its test is written and has not been run.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dpo_kernels.integrations import plain
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("torch without gloo", allow_module_level=True)
+
+
+def batch_of(rank: int) -> dict:
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(2, 64, (4, 10), generator=generator)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+LAYOUTS = ("ddp", "fsdp2", "fsdp2, head apart")
+OPTIONS = {"beta": 0.5, "ref_logps": torch.full((4,), -20.0)}
+
+
+def one_rank(rank: int, port: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+    for layout in LAYOUTS:
+        model = tiny.model(dtype=torch.float64)
+        plain.attach(model)
+        if layout == "ddp":
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            # A head apart: `full_tensor()` alone would lose the other rank's gradient.
+            head = [model.lm_head] if layout == "fsdp2, head apart" else []
+            for unit in (*model.model.layers, *head, model):
+                fully_shard(unit, mesh=mesh)
+            wrapped = model
+        plain.dpo_step(wrapped, batch_of(rank), **OPTIONS).loss.backward()
+        grads = {k: p.grad for k, p in model.named_parameters()}
+        grads = {k: g.full_tensor() if hasattr(g, "full_tensor") else g for k, g in grads.items()}
+        if rank == 0:
+            torch.save(grads, f"{folder}/{layout}.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_are_those_of_one_process(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
+    model = tiny.model(dtype=torch.float64)
+    plain.attach(model)
+    for rank in (0, 1):
+        (plain.dpo_step(model, batch_of(rank), **OPTIONS).loss / 2).backward()
+    for layout in LAYOUTS:
+        got = torch.load(tmp_path / f"{layout}.pt")
+        for name, p in model.named_parameters():
+            assert (p.grad - got[name]).abs().max() < 1e-10, (layout, name)
+            assert p.grad.abs().max() > 0, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="ZeRO-3 needs a GPU; not yet run")
+def test_zero3_loss_is_that_of_a_plain_model(tmp_path):
+    deepspeed = pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    batch = {k: v.cuda() for k, v in batch_of(0).items()}
+    options = {**OPTIONS, "ref_logps": OPTIONS["ref_logps"].cuda()}
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+    }
+    alone = tiny.model().cuda()
+    plain.attach(alone)
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-2)
+    model = tiny.model()
+    plain.attach(model)
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    for fused in ({"head_stats": False}, {}):  # streaming, and a head that the backward projects
+        losses = []
+        for _ in range(2):
+            ours = plain.dpo_step(engine, batch, fused=fused, **options).loss
+            wanted = plain.dpo_step(alone, batch, fused=fused, **options).loss
+            losses.append((ours.item(), wanted.item()))
+            engine.backward(ours)
+            engine.step()
+            wanted.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(a == pytest.approx(b, abs=1e-4) for a, b in losses)

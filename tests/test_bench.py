@@ -1,0 +1,150 @@
+"""The benchmarks' own room: cases, checks against float64, results files, tables and the page."""
+
+import json
+
+import pytest
+import torch
+
+from dpo_kernels.bench import cases, measure, memory, providers, results, run
+from dpo_kernels.bench.cases import MODELS, Case, Model
+from dpo_kernels.bench.measure import Measurement
+from dpo_kernels.bench.providers import Absent, Provider
+from dpo_kernels.cli import main
+
+SUITES = ("logits forward", "logits fwd+bwd", "small batch", "linear trained", "linear frozen",
+          "linear reference", "pair loss", "training step")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", Model(64, 211))
+    monkeypatch.setitem(MODELS, "tiny softcap", Model(64, 211, softcap=5.0))
+
+
+def case(suite, model="tiny", dtype="fp32", **sizes):
+    return Case(suite, model, dtype, **{"tokens": 48, "fraction": 0.6, **sizes})
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_all_providers_are_right_and_timed(suite, monkeypatch):
+    monkeypatch.setattr(providers, "compiled", lambda function: function)  # the compiler's minute
+    found = {m.provider: m for m in measure.measure(case(suite), "cpu", rounds=2)}
+    mine = [m for m in found.values() if m.ours]
+    assert mine and all(m.note == "" and len(m.seconds) == 2 for m in mine)
+    assert "torch eager" in found
+    for m in found.values():
+        assert m.note.startswith("absent: ") or (m.note == "" and m.error < 1e-3), (m.provider, m)
+        if m.seconds and suite.startswith(("logits", "linear", "small")):
+            assert m.floor > 0
+        if m.gradient_error is not None:
+            assert m.gradient_error < 1e-4
+
+
+def test_softcap_reaches_every_provider(monkeypatch):
+    monkeypatch.setattr(providers, "compiled", lambda function: function)
+    for suite in ("logits fwd+bwd", "linear trained"):
+        for m in measure.measure(case(suite, "tiny softcap"), "cpu", rounds=1):
+            assert m.note.startswith("absent: ") or m.note == "", (m.provider, m.note)
+
+
+def test_a_wrong_provider_is_reported_with_its_error(monkeypatch):
+    def table(case, device):
+        yield "wrong", lambda: Provider("wrong", lambda x: x.logits.float().mean() * 100)
+        yield "broken", lambda: Provider("broken", lambda x: 1 / 0)
+
+    monkeypatch.setattr(providers, "providers", table)
+    wrong, broken = measure.measure(case("logits fwd+bwd"), "cpu", rounds=1)
+    assert wrong.note.startswith("wrong: error ") and not wrong.seconds
+    assert broken.note == "failed: ZeroDivisionError: division by zero"
+
+
+def test_an_overwriting_provider_meets_fresh_logits():
+    x = measure.make_inputs(case("logits fwd+bwd"), "cpu")
+    mine = dict(providers.providers(x.case, "cpu"))["dpo-kernels cpu in place"]()
+    kept = x.logits.detach().clone()
+    call, before = measure._timed_call(mine, x)
+    call()
+    assert not torch.equal(x.logits, kept)  # the gradient lies there
+    before()
+    assert torch.equal(x.logits, kept)
+
+
+def test_an_absent_peer_says_how_to_get_it():
+    with pytest.raises(Absent, match="pip install 'no-such-peer'"):
+        providers._import("no_such_peer", "loss", "no-such-peer")
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+def test_case_names_are_unique_and_stable(device):
+    for chosen in (cases.quick(device), cases.full(device)):
+        names = [c.name for c in chosen]
+        assert len(set(names)) == len(names)
+        assert {c.suite for c in chosen} <= set(cases.SUITES)
+    first = "linear trained SmolLM2-135M fp32 512 tokens in 2 pairs, 50% scored"
+    assert device == "cuda" or first in {c.name for c in cases.quick("cpu")}
+    for series, grown in cases.scaling(device).items():
+        sizes = [run.grown(series, c) for c in grown]
+        assert sizes == sorted(set(sizes)), series
+
+
+def test_scored_rows_are_those_of_the_case():
+    c = case("logits forward")
+    assert c.length == 12 and c.scored == 4 * 7
+    inputs = measure.make_inputs(c, "cpu")
+    assert int(inputs.scored()[1].sum()) == c.scored
+
+
+def test_peak_memory_is_that_of_the_call():
+    c = case("logits fwd+bwd", model="GPT-2", tokens=256, fraction=1.0)
+    size = 260 * 50257 * 4
+    inplace = memory.peak_bytes(c, "dpo-kernels cpu in place", "cpu")
+    plain = memory.peak_bytes(c, "dpo-kernels cpu", "cpu")
+    assert inplace < 0.3 * size and 0.9 * size < plain < 1.4 * size, (inplace, plain, size)
+    assert "no_such" in str(memory.peak_bytes(c, "no_such", "cpu"))
+
+
+def rows():
+    ours = Measurement(case("linear trained"), "dpo-kernels cpu", True, [0.1, 0.3, 0.2], 0.1, 1e-7)
+    peer = Measurement(case("linear trained"), "peer", False, [0.5, 0.4, 0.6], 0.1, 2e-3)
+    gone = Measurement(case("linear trained"), "gone", note="absent: pip install 'gone'")
+    memory = Measurement(case("linear frozen"), "dpo-kernels cpu", True, peak_bytes=3 << 20)
+    grown = [results.as_row(ours) | {"series": "linear trained by tokens", "x": x} for x in (1, 2)]
+    return [*map(results.as_row, (ours, peer, gone, memory)), *grown]
+
+
+def test_results_tables_and_page(tmp_path, capsys):
+    file = tmp_path / "run.json"
+    meta = results.describe(commit="abc")
+    results.write(file, meta, rows())
+    assert results.read(file)["rows"] == rows()
+    assert json.loads(file.read_text())["kernels"]
+    text = results.text(meta, rows())
+    assert "200 ms (100 to 300)" in text and "2.50 x ours" in text
+    assert "50 %" in text and "absent: pip install 'gone'" in text and "3 MiB" in text
+    (tmp_path / "other.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4  # time, memory, floor, one series
+    assert "<td>peer<td>500 ms<td>400-600<td>2.50<td>20 %" in page
+    assert len(list((tmp_path / "report").glob("run-*.png"))) == 4
+
+
+def test_bad_paths_are_errors_of_one_line(tmp_path, capsys):
+    (tmp_path / "other.json").write_text('{"format": "else"}')
+    other = tmp_path / "other.json"
+    for path, text in ((tmp_path / "none", "does not exist"), (tmp_path, "holds no results file"),
+                       (other, "expected 'dpo-kernels benchmark 1'")):  # fmt: skip
+        assert main(["report", str(path)]) == 2
+        assert text in capsys.readouterr().err
+    assert main(["bench", "--case", "no such case"]) == 2
+    assert "no such case" in capsys.readouterr().err
+
+
+def test_bench_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cases, "quick", lambda device: [case("pair loss", "-", pairs=4)])
+    file = tmp_path / "out.json"
+    options = ["--case", "pair", "--provider", "dpo", "--json", str(file), "--commit", "abc"]
+    assert main(["bench", *options]) == 0
+    assert "dpo-kernels" in capsys.readouterr().out
+    (row,) = results.read(file)["rows"]
+    assert row["provider"] == "dpo-kernels" and row["seconds"] > 0
