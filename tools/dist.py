@@ -119,8 +119,9 @@ def inspect(wheel: Path) -> None:
     tag = re.search(r"platform tag: \"(manylinux_\w+)\"", shown)
     if not tag or tag[1] not in wheel.name:
         sys.exit(f"the wheel is not what its name says: {shown}")
-    needs = ", ".join(sorted(set(re.findall(r"GLIBC(?:XX)?_[\d.]+", shown)), key=version_key)[-3:])
-    print(f"auditwheel: {tag[1]}, needs no more than {needs}")
+    needs = [max(re.findall(rf"{name}_[\d.]+", shown), key=version_key, default="no " + name)
+             for name in ("GLIBC", "GLIBCXX")]  # fmt: skip
+    print(f"auditwheel: {tag[1]}, needs at most {' and '.join(needs)}")
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = archive.namelist()
         info = f"dpo_kernels-{wheel.name.split('-')[1]}.dist-info"
@@ -153,8 +154,9 @@ def fresh_environment(folder: Path, wheel: Path, requirements: list[str]) -> Pat
 
     A folder that is there already is brought to the same state.
     """
-    run(sys.executable, "-m", "venv", folder)
     python = folder / "bin" / "python"
+    if not python.exists():
+        run(sys.executable, "-m", "venv", folder)
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
     run(*pip, *requirements)
     run(*pip, f"{wheel}[train]", *requirements)

@@ -18,6 +18,18 @@ import torch
 import dpo_kernels as dk
 from dpo_kernels import _C, losses
 
+# `dpo-kernels train` of the embedded default with its recipe cut short.
+TRAIN = """
+import sys
+from dpo_kernels.cli import main
+from dpo_kernels.data import embedded
+recipe = embedded.recipe()
+recipe["sft"] |= {"max_steps": 3}
+recipe["dpo"] |= {"max_steps": 3}
+recipe["sample"]["max_new_tokens"] = 4
+embedded.recipe = lambda: recipe
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
 B, T, V, H = 3, 9, 203, 16
 
 
@@ -128,7 +140,7 @@ def test_command_line() -> str:
     if len(report["openmp"]["runtimes"]) != 1:
         raise SystemExit(f"more than one OpenMP pool: {report['openmp']}")
     with tempfile.TemporaryDirectory() as folder:
-        run(tool, "train", "--output_dir", f"{folder}/run", "--device", "cpu", "--max_steps", "3")
+        run(sys.executable, "-c", TRAIN, "--output_dir", f"{folder}/run", "--device", "cpu")
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
     if summary["steps"] != 3:
         raise SystemExit(f"3 steps were asked for, {summary['steps']} were done")

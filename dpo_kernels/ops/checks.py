@@ -79,7 +79,7 @@ def lengths_of(name: str, value: object, S: int) -> tuple[int, ...] | None:
         if not plain(value):
             return None
         value = value.tolist()
-    if not isinstance(value, list | tuple) or not all(type(n) is int for n in value):
+    if not isinstance(value, (list, tuple)) or not all(type(n) is int for n in value):
         raise TypeError(f"{name} must be integers, a CPU tensor or a list, got {value!r}")
     if len(value) != S or any(n < 0 for n in value):
         raise ValueError(f"{name} must be {S} counts of scored tokens, got {value!r}")

@@ -19,6 +19,8 @@ there: four products, three with a frozen head. Letters as `linear_logps.py`.
 
 from __future__ import annotations
 
+from typing import List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
+
 import torch
 from torch import Tensor
 
@@ -260,7 +262,7 @@ def _linear_kl_backward(
     scale: float,
     softcap: float,
     inv_temperature: float,
-    wanted: list[bool],
+    wanted: List[bool],  # noqa: UP006
     count: int,
     memory_budget: int,
     invariant: bool,

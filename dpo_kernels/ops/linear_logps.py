@@ -342,8 +342,8 @@ _linear_logps.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("dpo_kernels::scaled_rows", mutates_args=())
 def scaled_rows(
-    grads: list[Tensor],  # [R, T] each
-    stashes: list[Tensor],  # [N, H] fp32 each
+    grads: List[Tensor],  # noqa: UP006  [R, T] each
+    stashes: List[Tensor],  # noqa: UP006  [N, H] fp32 each
     targets: Tensor,  # [R, T]
     ignore_index: int,
     count: int,
