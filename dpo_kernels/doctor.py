@@ -335,5 +335,5 @@ SECTIONS = (
     Section("cpu", _cpu, _cpu_lines),
     Section("binary", _binary, _binary_lines),
     Section("backends", _backends, _backend_lines),
-    Section("gpu_verification", _gpu_verification, _gpu_verification_lines, needs_torch=False),
+    Section("gpu_verification", _gpu_verification, _gpu_verification_lines),
 )
