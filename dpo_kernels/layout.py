@@ -96,7 +96,10 @@ class Layout:
                         f"got {given}"
                     )
             lengths = counted
-        layout = replace(self, lengths=lengths)
+        # Not `replace`: dynamo of torch 2.6 cannot trace it.
+        layout = Layout(
+            self.targets, self.cu_seqlens, self.sequences, self.ignore_index, self.shift, lengths
+        )
         if self.targets.device.type == "cpu" and device.type != "cpu":
             cu = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
             layout = replace(layout, targets=self.targets.to(device), cu_seqlens=cu)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -26,7 +27,7 @@ import dist
 
 RESULTS = dist.ROOT / "docs" / "compatibility.json"
 TESTS = {
-    "ops": ["token_logps", "losses", "dpo", "linear", "imports"],
+    "ops": ["token_logps", "token_kl", "losses", "dpo", "linear", "linear_autograd", "imports"],
     "trainer": ["data", "default_data", "train", "cli"],
 }
 COLUMNS = {"ops": "ops on CPU", "interpreter": "Triton, interpreted", "trainer": "trainer"}
@@ -51,10 +52,12 @@ OLDEST = Cell("oldest", "2.6.0", "3.2.0", "4.51.0", "2.2.6")
 NEWEST = Cell("newest", "2.15.0", "3.9.0", "5.23.0", "2.4.6")
 
 ASK = """
-import json, platform, torch, dpo_kernels
+import json, platform, torch, dpo_kernels, dpo_kernels._C
 from importlib.metadata import version
 print(json.dumps({"python": platform.python_version(), "torch": torch.__version__,
-                  "torch_cuda": torch.version.cuda, "machine": platform.machine(),
+                  "torch_cuda": torch.version.cuda,
+                  "machine": platform.machine(),
+                  "cuda_architectures_in_wheel": dpo_kernels._C.cuda_architectures,
                   **{p: version(p) for p in ("triton", "transformers", "numpy")}}))
 """
 
@@ -113,19 +116,21 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the README's table")
     parser.add_argument("--environments", type=Path, metavar="FOLDER",
                         help="keep the environments there, and use those that are")  # fmt: skip
+    parser.add_argument("--wheel", type=Path, help="default: the newest in dist/")
     args = parser.parse_args()
     if args.table:
         print(table())
         return
-    wheel = dist.newest_wheel()
-    results = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for cell in (OLDEST, NEWEST):
+    wheel = args.wheel or dist.newest_wheel()
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor() as pool:
+
+        def run(cell: Cell) -> dict:
             print(f"{cell.name}: {wheel.name} with {', '.join(cell.requirements())}", flush=True)
             folder = (args.environments or Path(temporary)) / cell.name
             wanted = [*cell.requirements(), "pytest>=8", "pytest-benchmark>=4"]
-            python = dist.fresh_environment(folder, wheel, wanted)
-            results.append(test(cell, wheel, python))
+            return test(cell, wheel, dist.fresh_environment(folder, wheel, wanted))
+
+        results = list(pool.map(run, (OLDEST, NEWEST)))  # each has one thread
     RESULTS.write_text(json.dumps({"cells": results}, indent=2) + "\n")
     print(table())
     if not all(r["passed"] for r in results):
