@@ -1,7 +1,8 @@
 """Check every provider against float64, then time all of a case in turns, beside their floor.
 
-Providers take turns in one process, in an order that moves on every round, on random data that is
-drawn anew every round: other work on the machine meets them all alike. The floor takes its turns
+Providers take turns in one process, in a new random order every round, on random data that is drawn
+anew every round: other work on the machine meets them all alike, and none always runs in the memory
+that the same other one has just freed. The floor takes its turns
 too: a copy of the logits for what moves bytes, the bare matrix products for the linear head. On
 GPUs calls are timed by device events behind a flushed cache, and the device is kept busy while the
 host enqueues; suites that wait for launches let it wait.
@@ -10,6 +11,7 @@ host enqueues; suites that wait for launches let it wait.
 from __future__ import annotations
 
 import functools
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -82,12 +84,13 @@ def measure(
     floor = _floor_call(inputs)
     calls = {id(result): _timed_call(provider, inputs) for provider, result in able}
     floors: list[float] = []
+    order = random.Random(case.name)
     for turn in range(rounds + 1):
         refresh(inputs)
         timed = [] if floor is None else [(floors, floor, lambda: None)]
         timed += [(r.seconds, *calls[id(r)]) for _, r in able]
-        start = turn % max(1, len(timed))
-        for seconds, call, before in timed[start:] + timed[:start]:
+        order.shuffle(timed)
+        for seconds, call, before in timed:
             elapsed = clock(call, before, device, case.suite in HOST_BOUND)
             if turn:
                 seconds.append(elapsed)

@@ -15,9 +15,7 @@ rows, `C` rows of a chunk, `H` hidden size, `V` vocabulary, `r` rank.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -183,7 +181,7 @@ class Head:
     def logits_buffer(self, rows: int) -> Tensor:
         """[rows (whole blocks), V] fp32, unwritten, rows `pitch` apart."""
         whole = ceil(rows, self.plan.block)
-        buffer = fresh((whole, self.plan.pitch), self.weight.device)
+        buffer = torch.empty(whole, self.plan.pitch, device=self.weight.device, dtype=torch.float32)
         return buffer[:, : self.V]
 
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
@@ -245,12 +243,12 @@ class HeadGradient:
 
     def __init__(self, head: Head, weight: bool, bias: bool, up: bool) -> None:
         device, V = head.weight.device, head.V
-        self.weight = fresh((V, head.H), device) if weight else None
+        self.weight = torch.empty(V, head.H, device=device, dtype=torch.float32) if weight else None
         self.bias = torch.zeros(V, device=device) if bias else None
         self.up = None
         if up:
             assert head.up is not None
-            self.up = fresh((V, head.up.shape[1]), device)
+            self.up = torch.empty(V, head.up.shape[1], device=device, dtype=torch.float32)
         self._first = True
 
     def add(self, dz: Tensor, h: Tensor, low: Tensor | None) -> None:
@@ -312,24 +310,3 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     if add:
         return out.addmm_(a, b)
     return torch.mm(a, b, out=out)
-
-
-def fresh(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Unwritten fp32 memory.
-
-    Hundreds of megabytes cost more in page faults than in arithmetic on a CPU, so the system is
-    asked for 2 MiB pages: advice only, where it cannot be followed nothing changes.
-    """
-    out = torch.empty(shape, dtype=torch.float32, device=device)
-    if device.type == "cpu" and sys.platform == "linux" and out.nbytes > 8 << 20:
-        page, start, end = 4096, out.data_ptr(), out.data_ptr() + out.nbytes
-        start, end = -(-start // page) * page, end // page * page
-        _madvise()(start, end - start, 14)  # MADV_HUGEPAGE
-    return out
-
-
-@functools.cache
-def _madvise():
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
