@@ -85,12 +85,12 @@ def quick(device: str) -> list[Case]:
         Case("logits forward", "SmolLM2-135M", "bf16", 512, 0.6),
         Case("logits fwd+bwd", "SmolLM2-135M", "fp32", 512, 0.6),
         Case("logits fwd+bwd", "GPT-2", "bf16", 512, 0.6),
-        Case("linear trained", "SmolLM2-135M", "fp32", 512, 0.5),
-        Case("linear frozen", "SmolLM2-135M", "fp32", 512, 0.5),
-        Case("linear reference", "SmolLM2-135M", "fp32", 512, 0.5),
+        Case("linear trained", "SmolLM2-135M", "fp32", 256, 0.5),
+        Case("linear frozen", "SmolLM2-135M", "fp32", 256, 0.5),
+        Case("linear reference", "SmolLM2-135M", "fp32", 256, 0.5),
         Case("pair loss", "-", "fp32", 0, 1.0, pairs=256),
         Case("small batch", "GPT-2", "fp32", 32, 1.0),
-        Case("training step", "SmolLM2-135M", "fp32", 256, 0.6),
+        Case("training step", "SmolLM2-135M", "fp32", 128, 0.6),
     ]
 
 

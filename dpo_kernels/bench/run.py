@@ -66,7 +66,7 @@ def _memory(device: str, select: str, provider: str, report: Callable[[str], Non
 def memory_cases(device: str) -> list[Case]:
     if device == "cuda":
         return [Case(s, "Llama-3-8B", "bf16", 8192, 0.6, pairs=4) for s in MEMORY_SUITES]
-    return [Case(s, "SmolLM2-135M", "fp32", 1024, 0.6) for s in MEMORY_SUITES]
+    return [Case(s, "SmolLM2-135M", "fp32", 512, 0.6) for s in MEMORY_SUITES]
 
 
 def grown(series: str, case: Case) -> float:
