@@ -85,11 +85,14 @@ def test_losses() -> int:
     for name in losses.available():
         needed = {"offset": torch.tensor([0.1, 0.2, 0.0])} if name == "odpo" else {}
         needed |= {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
+        key, value = "ref_logps", ref
+        if losses.get(name).needs_kl:
+            key, value = "ref_logits", logits.flip(-1) / 2
         results = []
         for backend, dtype in (("cpu", torch.float32), ("torch", torch.float64)):
             x = logits.to(dtype, copy=True).requires_grad_()
             out = dk.fused_dpo_loss(
-                x, labels, ref_logps=ref.to(dtype), loss_type=name, backend=backend, **needed
+                x, labels, loss_type=name, backend=backend, **{key: value.to(dtype)}, **needed
             )
             out.loss.backward()
             results.append((out.loss.detach().double(), x.grad.double()))

@@ -207,10 +207,12 @@ README_PEERS = {
 
 
 def readme_tables(folder: Path) -> str:
-    """The README's tables of the results files of a folder, in Markdown."""
+    """The README's tables of the results files of a folder, in Markdown; series are for charts."""
     parts = []
     for file in results_in(folder):
         run = results.read(file)
+        if all(row.get("series") for row in run["rows"]):
+            continue  # for charts
         versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
         parts.append(
             f"{run['device']}, {run['threads']} threads, {run['date'][:10]}, load {run['load']} "

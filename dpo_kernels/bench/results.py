@@ -77,9 +77,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def by_case(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows that were measured together. A case stands in several series, in each anew."""
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        cases.setdefault(row["case"], []).append(row)
+        series = f"{row['series']}: " if row.get("series") else ""
+        cases.setdefault(series + row["case"], []).append(row)
     return cases
 
 
