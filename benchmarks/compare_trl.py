@@ -13,15 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from dpo_kernels.bench.results import describe  # noqa: E402
+
 SCRIPT = HERE / "trl_script.py"
 PATCH = """
 import runpy, sys
@@ -53,25 +55,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there")
     options, rest = parser.parse_known_args()
     rest += ["--threads", str(options.threads)]
+    about = describe() | {"format": "dpo-kernels TRL script 1", "rounds": options.rounds,
+                          "threads": options.threads, "script": rest}  # fmt: skip
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    for _ in range(options.rounds):
+    for done in range(options.rounds):
         for name, patch in VARIANTS.items():
+            print(f"round {done + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
             runs[name].append(run(patch, rest, options.threads))
     base = None
     results = {}
     print(f"| {'':28} | s/step | of TRL's speed | CPU s/step | peak MB | of it for training |")
     print("|---|---|---|---|---|---|")
-    for name, done in runs.items():
-        seconds = statistics.median(s for r in done for s in r["seconds"][1:])
-        cpu = statistics.median(s for r in done for s in r["cpu_seconds"][1:])
-        peak = statistics.median(r["peak_mb"] for r in done)
-        own = statistics.median(r["peak_mb"] - r["peak_before_mb"] for r in done)
+    for name, each in runs.items():
+        seconds = statistics.median(s for r in each for s in r["seconds"][1:])
+        cpu = statistics.median(s for r in each for s in r["cpu_seconds"][1:])
+        peak = statistics.median(r["peak_mb"] for r in each)
+        own = statistics.median(r["peak_mb"] - r["peak_before_mb"] for r in each)
         base = base or seconds
         speed = f"{base / seconds:.2f}x"
         print(f"| {name:28} | {seconds:.3f} | {speed} | {cpu:.2f} | {peak:.0f} | {own:.0f} |")
         results[name] = {
             "seconds_per_step": seconds, "cpu_seconds_per_step": cpu, "speedup": base / seconds,
-            "peak_mb": peak, "training_mb": own, "losses": done[0]["losses"],
+            "peak_mb": peak, "training_mb": own, "losses": each[0]["losses"],
         }  # fmt: skip
     worst = max(
         abs(a - b)
@@ -81,9 +86,6 @@ def main() -> None:
     print(f"\nlosses differ by at most {worst:.1e}; load average {os.getloadavg()[0]:.1f}, "
           f"{os.cpu_count()} CPUs")  # fmt: skip
     if options.json:
-        packages = {p: version(p) for p in ("torch", "trl", "transformers")}
-        about = {"machine": platform.processor() or platform.machine(), "cpus": os.cpu_count(),
-                 "load": os.getloadavg()[0], "packages": packages, "script": rest}  # fmt: skip
         options.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
 
 

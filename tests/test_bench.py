@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dpo_kernels.bench import cases, measure, memory, providers, results, run
+from dpo_kernels.bench import cases, measure, memory, providers, report, results, run
 from dpo_kernels.bench.cases import MODELS, Case, Model
 from dpo_kernels.bench.measure import Measurement
 from dpo_kernels.bench.providers import Absent, Provider
@@ -108,7 +108,8 @@ def rows():
     peer = Measurement(case("linear trained"), "peer", False, [0.5, 0.4, 0.6], 0.1, 2e-3)
     gone = Measurement(case("linear trained"), "gone", note="absent: pip install 'gone'")
     memory = Measurement(case("linear frozen"), "dpo-kernels cpu", True, peak_bytes=3 << 20)
-    grown = [results.as_row(ours) | {"series": "linear trained by tokens", "x": x} for x in (1, 2)]
+    grown = [results.as_row(m) | {"series": "linear trained by tokens", "x": x}
+             for m in (ours, memory) for x in (1, 2)]  # fmt: skip
     return [*map(results.as_row, (ours, peer, gone, memory)), *grown]
 
 
@@ -124,9 +125,25 @@ def test_results_tables_and_page(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4  # time, memory, floor, one series
+    assert page.count("data:image/png;base64,") == 5  # time, memory, floor, two series
     assert "<td>peer<td>500 ms<td>400-600<td>2.50<td>20 %" in page
-    assert len(list((tmp_path / "report").glob("run-*.png"))) == 4
+    assert len(list((tmp_path / "report").glob("run-*.png"))) == 5
+
+
+def test_memory_is_compared_with_what_leaves_the_logits(tmp_path):
+    c = case("logits fwd+bwd")
+    found = {"dpo-kernels cpu": 2 << 20, "dpo-kernels cpu in place": 0, "torch eager": 3 << 20}
+    weighed = [results.as_row(Measurement(c, name, "dpo" in name, peak_bytes=size))
+               for name, size in found.items()]  # fmt: skip
+    results.write(tmp_path / "run.json", results.describe(commit="abc"), weighed)
+    assert "| 2 MiB | - | 1.5x |" in report.readme_tables(tmp_path)
+
+
+def test_memory_set_has_series(monkeypatch):
+    monkeypatch.setattr(run, "peak_bytes", lambda case, name, device: case.tokens)
+    rows = list(run.run_set("memory", "by tokens", "dpo-kernels cpu", report=lambda line: None))
+    assert {r["series"] for r in rows} == {"logits fwd+bwd by tokens", "linear trained by tokens"}
+    assert all(r["x"] == r["peak bytes"] for r in rows)
 
 
 def test_bad_paths_are_errors_of_one_line(tmp_path, capsys):

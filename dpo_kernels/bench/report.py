@@ -14,6 +14,7 @@ from typing import Any
 from . import results
 
 COLOURS = {True: "#c44e52", False: "#4c72b0"}  # ours, others
+OTHERS = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9")  # lines of several others
 
 
 def write_report(files: Sequence[Path], folder: Path) -> Path:
@@ -93,16 +94,21 @@ def _charts(rows: list[dict[str, Any]]):
         group = [r for r in plain if r["suite"] == suite]
         yield f"{suite}: time", lambda path, g=group: _bars(path, g, "seconds", 1e3, "ms")
     weighed = [r for r in rows if r["peak bytes"] is not None]
-    for suite in dict.fromkeys(r["suite"] for r in weighed):
-        group = [r for r in weighed if r["suite"] == suite]
+    single = [r for r in weighed if not r.get("series")]
+    for suite in dict.fromkeys(r["suite"] for r in single):
+        group = [r for r in single if r["suite"] == suite]
         yield (f"{suite}: peak memory above the inputs",
                lambda path, g=group: _bars(path, g, "peak bytes", 2**-20, "MiB"))  # fmt: skip
     floored = [r for r in plain if r["floor"]]
     if floored:
         yield "percent of the floor", lambda path: _floor(path, floored)
-    for series in dict.fromkeys(r["series"] for r in timed if r.get("series")):
-        group = [r for r in timed if r.get("series") == series]
-        yield series, lambda path, g=group, s=series: _lines(path, g, s)
+    kinds = (("time", timed, "seconds", 1e3, "ms"),
+             ("peak memory above the inputs", weighed, "peak bytes", 2**-20, "MiB"))  # fmt: skip
+    for what, some, key, factor, unit in kinds:
+        for series in dict.fromkeys(r["series"] for r in some if r.get("series")):
+            group = [r for r in some if r.get("series") == series]
+            arguments = (group, series, key, factor, unit)
+            yield f"{series}: {what}", lambda path, arguments=arguments: _lines(path, *arguments)
 
 
 def _figure(width: float, height: float):
@@ -162,25 +168,39 @@ def _floor(path: Path, rows: list[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _lines(path: Path, rows: list[dict[str, Any]], series: str) -> None:
+def _lines(
+    path: Path, rows: list[dict[str, Any]], series: str, key: str, factor: float, unit: str
+) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     figure = _figure(8, 4.5)
     axis = figure.subplots()
     others = 0
     for provider in dict.fromkeys(r["provider"] for r in rows):
-        points = sorted((r["x"], r["seconds"] * 1e3) for r in rows if r["provider"] == provider)
-        ours = next(r["ours"] for r in rows if r["provider"] == provider)
-        colour = COLOURS[True] if ours else f"C{others % 9}"
+        mine = [r for r in rows if r["provider"] == provider]
+        # What needs nothing has no place on a logarithm.
+        points = sorted((r["x"], r[key] * factor) for r in mine if r[key] * factor >= 0.01)
+        if not points:
+            continue
+        ours = mine[0]["ours"]
+        colour = COLOURS[True] if ours else OTHERS[others % len(OTHERS)]
         others += not ours
         axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=provider, color=colour,
-                  lw=2.2 if ours else 1.2)  # fmt: skip
-    floors = sorted({(r["x"], r["floor"] * 1e3) for r in rows if r["ours"] and r["floor"]})
+                  lw=2.2 if ours else 1.2, ls="--" if "in place" in provider else "-")  # fmt: skip
+    floors = {(r["x"], r["floor"] * factor) for r in rows if r["ours"] and r.get("floor")}
     if floors:
-        axis.plot(*zip(*floors, strict=True), color="black", ls=":", label="floor")
+        axis.plot(*zip(*sorted(floors), strict=True), color="black", ls=":", label="floor")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=10)
+    grown = sorted({r["x"] for r in rows})
+    axis.set_xticks(grown, [f"{x:g}" for x in grown])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(series.partition(" by ")[2])
-    axis.set_ylabel("ms")
-    axis.grid(alpha=0.3, which="both")
+    axis.set_ylabel(unit)
+    axis.set_title(series, fontsize=10)
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
@@ -234,7 +254,8 @@ def _readme_table(rows: list[dict[str, Any]]) -> str:
             cells = [f"{ours['seconds'] * 1e3:.3g} ms", floor]
             cells += [_ratio(group, names, "seconds", ours) for names in README_PEERS.values()]
         elif memory:
-            ours = min((r for r in memory if r["ours"]), key=lambda r: r["peak bytes"])
+            ours = min((r for r in memory if r["ours"] and "in place" not in r["provider"]),
+                       key=lambda r: r["peak bytes"])  # fmt: skip
             cells = [f"{ours['peak bytes'] / 2**20:.0f} MiB", "-"]
             cells += [_ratio(group, names, "peak bytes", ours) for names in README_PEERS.values()]
         else:

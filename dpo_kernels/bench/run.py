@@ -32,7 +32,7 @@ def run_set(
     if name == "scaling":
         for series, chosen in _cases.scaling(device).items():
             for case in chosen:
-                if select in case.name:
+                if select in f"{series}: {case.name}":
                     report(f"{series}: {case.name}")
                     for m in measure(case, device, ROUNDS[name], provider):
                         if not m.note:
@@ -46,21 +46,36 @@ def run_set(
 
 
 def _memory(device: str, select: str, provider: str, report: Callable[[str], None]):
+    chosen = [("", case) for case in memory_cases(device)]
+    for series, cases in _cases.scaling(device).items():
+        if grown_in(series) in ("tokens", "vocabulary"):
+            chosen += [(series, case) for case in cases]
+    for series, case in chosen:
+        name = f"{series}: {case.name}" if series else case.name
+        if select not in name:
+            continue
+        report(name)
+        for m in measure_memory(case, device, provider):
+            row = as_row(m)
+            if not series:
+                yield row
+            elif not m.note:
+                yield row | {"series": series, "x": grown(series, case)}
+
+
+def measure_memory(case: Case, device: str, provider: str = "") -> Iterator[Measurement]:
+    """Peak memory of each provider whose name has `provider` in it, or a note why there is none."""
     from .providers import providers
 
-    for case in memory_cases(device):
-        if select not in case.name:
-            continue
-        for name, _ in providers(case, device):
-            if provider in name:
-                report(f"{case.name}: {name}")
-                m = Measurement(case, name, ours=name.startswith("dpo-kernels"))
-                found = peak_bytes(case, name, device)
-                if isinstance(found, str):
-                    m.note = found
-                else:
-                    m.peak_bytes = found
-                yield as_row(m)
+    for name, _ in providers(case, device):
+        if provider in name:
+            m = Measurement(case, name, ours=name.startswith("dpo-kernels"))
+            found = peak_bytes(case, name, device)
+            if isinstance(found, str):
+                m.note = found
+            else:
+                m.peak_bytes = found
+            yield m
 
 
 def memory_cases(device: str) -> list[Case]:
@@ -69,9 +84,13 @@ def memory_cases(device: str) -> list[Case]:
     return [Case(s, "SmolLM2-135M", "fp32", 512, 0.6) for s in MEMORY_SUITES]
 
 
+def grown_in(series: str) -> str:
+    """What grows along a series: "tokens" of "linear trained by tokens"."""
+    return series.partition(" by ")[2]
+
+
 def grown(series: str, case: Case) -> float:
-    """What grows along a series, of one of its cases."""
-    what = series.partition(" by ")[2]
+    """The size of what grows along a series, of one of its cases."""
     sizes = {"tokens": case.tokens, "scored fraction": case.fraction, "pairs": case.pairs,
              "vocabulary": case.shape.vocabulary, "hidden size": case.shape.hidden}  # fmt: skip
-    return sizes[what]
+    return sizes[grown_in(series)]
