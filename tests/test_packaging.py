@@ -33,6 +33,22 @@ def test_bounds_are_the_same_everywhere() -> None:
         assert tuple(map(int, tested.split(".")[:2])) == oldest, f"make compat tests {tested}"
 
 
+def test_compatibility_is_what_was_tested() -> None:
+    import compat
+
+    cells = json.loads(compat.RESULTS.read_text())["cells"]
+    assert [c["cell"] for c in cells] == ["oldest", "newest"] and all(c["passed"] for c in cells)
+    for result, cell in zip(cells, (compat.OLDEST, compat.NEWEST), strict=True):
+        assert result["torch"].split("+")[0] == cell.torch, "run make compat"
+        assert (result["triton"], result["transformers"]) == (cell.triton, cell.transformers)
+        for counts in result["tests"].values():
+            assert counts["passed"] > 0 and not {"failure", "error"} & set(counts)
+    block = (ROOT / "README.md").read_text().split("docs/compatibility.json -->\n")[1]
+    assert block.split("\n<!-- /compatibility -->")[0] == compat.table(), (
+        "regenerate it: python tools/readme_tables.py"
+    )
+
+
 def test_one_version() -> None:
     assert 'version = { attr = "dpo_kernels.version.__version__" }' in PYPROJECT
     assert not re.search(r'^version = "', PYPROJECT, re.MULTILINE)

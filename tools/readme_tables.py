@@ -1,4 +1,4 @@
-"""Write the README's generated tables: the losses, and the benchmarks' committed results."""
+"""Write the README's generated tables: losses, committed results, versions tested together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import compat  # noqa: E402
 
 from dpo_kernels.bench.report import readme_tables  # noqa: E402
 from dpo_kernels.losses import table_markdown  # noqa: E402
@@ -19,6 +21,7 @@ def main() -> None:
         ("dpo_kernels/losses.py -->\n", "\n<!-- /losses -->", table_markdown()),
         ("benchmarks/results -->\n", "\n<!-- /benchmarks -->",
          readme_tables(ROOT / "benchmarks/results")),
+        ("docs/compatibility.json -->\n", "\n<!-- /compatibility -->", compat.table()),
     )  # fmt: skip
     for start, end, table in blocks:
         before, _, rest = text.partition(start)
