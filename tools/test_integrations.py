@@ -25,6 +25,7 @@ RECORD = ROOT / "docs" / "integrations-tested.md"
 # --no-deps is read, not run: its own requirements (DeepSpeed, torchvision, ...) stay out.
 MATRIX = {
     "trl-1.16": ["trl==1.16.0", "peft==0.21.2", "transformers==5.23.0", "lightning==2.6.6"],
+    "trl-1.9": ["trl==1.9.0", "peft==0.21.2", "transformers==5.23.0"],
     "trl-1.0": ["trl==1.0.0", "peft==0.21.2", "transformers==5.23.0"],
     "trl-0.24": ["trl==0.24.0", "peft==0.17.1", "transformers==4.57.6"],
     "trl-0.18": ["trl==0.18.2", "peft==0.15.2", "transformers==4.53.3", "datasets<4"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,8 @@ def _lines(
         colour = COLOURS[True] if ours else OTHERS[others % len(OTHERS)]
         others += not ours
         axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=provider, color=colour,
-                  lw=2.2 if ours else 1.2, ls="--" if "in place" in provider else "-")  # fmt: skip
+                  lw=2.2 if ours else 1.2, ls="--" if "in place" in provider else "-",
+                  zorder=3 if ours else 2)  # fmt: skip
     floors = {(r["x"], r["floor"] * factor) for r in rows if r["ours"] and r.get("floor")}
     if floors:
         axis.plot(*zip(*sorted(floors), strict=True), color="black", ls=":", label="floor")
@@ -240,7 +242,25 @@ def readme_tables(folder: Path) -> str:
             f"{run['commit'][:12]}."
         )
         parts.append(_readme_table(run["rows"]))
+    parts += [_script_table(file) for file in sorted(folder.glob("*-trl-script.json"))]
     return "\n\n".join(parts)
+
+
+def _script_table(file: Path) -> str:
+    """What `benchmarks/compare_trl.py` wrote, in Markdown."""
+    run = json.loads(file.read_text())
+    lines = [
+        f"One DPO script written for TRL {run['versions']['trl']}, as it is and patched, "
+        f"{run['device']}, {run['threads']} threads, {run['date'][:10]} "
+        f"([{file.name}](benchmarks/results/{file.name})):",
+        "",
+        "| | s/step | of TRL's speed | peak MB | of it for training |",
+        "|---|---|---|---|---|",
+    ]
+    for name, r in run["results"].items():
+        lines.append(f"| {name} | {r['seconds_per_step']:.2f} | {r['speedup']:.2f}x | "
+                     f"{r['peak_mb']:.0f} | {r['training_mb']:.0f} |")  # fmt: skip
+    return "\n".join(lines)
 
 
 def _readme_table(rows: list[dict[str, Any]]) -> str:
