@@ -128,7 +128,13 @@ def make_data(folder: Path) -> None:
 
 PLUGIN = """
 import pytest
+import torch
+import trl
 from dpo_kernels.integrations.trl import patch_trl
+
+if not torch.cuda.is_available():  # bf16 is TRL's default, which transformers refuses on a CPU
+    made = trl.DPOConfig.__init__
+    trl.DPOConfig.__init__ = lambda self, *a, **k: made(self, *a, **{"bf16": False, **k})
 patch_trl()
 
 
