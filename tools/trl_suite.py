@@ -157,9 +157,9 @@ def main() -> None:
         make_data(folder / HUB)
         suite = folder / "tests"
         suite.mkdir()
-        for file in ("__init__.py", "testing_utils.py", "test_dpo_trainer.py", "conftest.py"):
-            if (checkout / "tests" / file).exists():
-                shutil.copy(checkout / "tests" / file, suite / file)
+        for file in (checkout / "tests").glob("*.py"):
+            if not file.name.startswith("test_") or file.name == "test_dpo_trainer.py":
+                shutil.copy(file, suite)
         (suite / "__init__.py").touch()
         (folder / "patch_plugin.py").write_text(PLUGIN)
         path = os.pathsep.join([str(ROOT), name])
