@@ -5,6 +5,7 @@ ZeRO-3 needs a GPU: its test is written and has not been run.
 
 from __future__ import annotations
 
+import gc
 import socket
 
 import pytest
@@ -32,28 +33,36 @@ OPTIONS = {"beta": 0.5, "ref_logps": torch.full((4,), -20.0)}
 
 
 def one_rank(rank: int, port: int, folder: str) -> None:
-    from torch.distributed.fsdp import fully_shard
-
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
     for layout in LAYOUTS:
-        model = tiny.model(dtype=torch.float64)
-        plain.attach(model)
-        if layout == "ddp":
-            wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        else:
-            # A head apart: `full_tensor()` alone would lose the other rank's gradient.
-            head = [model.lm_head] if layout == "fsdp2, head apart" else []
-            for unit in (*model.model.layers, *head, model):
-                fully_shard(unit, mesh=mesh)
-            wrapped = model
-        plain.dpo_step(wrapped, batch_of(rank), **OPTIONS).loss.backward()
-        grads = {k: p.grad for k, p in model.named_parameters()}
-        grads = {k: g.full_tensor() if hasattr(g, "full_tensor") else g for k, g in grads.items()}
+        grads = gradients(layout, rank)
         if rank == 0:
             torch.save(grads, f"{folder}/{layout}.pt")
+    # gloo's threads must have ended before the interpreter does: whoever still holds the group, or
+    # a rank that leaves early, lets a process end in std::terminate.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def gradients(layout: str, rank: int) -> dict[str, torch.Tensor]:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+    model = tiny.model(dtype=torch.float64)
+    plain.attach(model)
+    if layout == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        # A head apart: `full_tensor()` alone would lose the other rank's gradient.
+        head = [model.lm_head] if layout == "fsdp2, head apart" else []
+        for unit in (*model.model.layers, *head, model):
+            fully_shard(unit, mesh=mesh)
+        wrapped = model
+    plain.dpo_step(wrapped, batch_of(rank), **OPTIONS).loss.backward()
+    grads = {k: p.grad for k, p in model.named_parameters()}
+    return {k: g.full_tensor() if hasattr(g, "full_tensor") else g for k, g in grads.items()}
 
 
 def test_gradients_are_those_of_one_process(tmp_path):
