@@ -58,6 +58,20 @@ def test_a_wrong_provider_is_reported_with_its_error(monkeypatch):
     assert broken.note == "failed: ZeroDivisionError: division by zero"
 
 
+@pytest.mark.parametrize("factor", [0.0, -1.0, 2.0])
+def test_a_wrong_gradient_is_no_rounding(factor, monkeypatch):
+    c = case("logits fwd+bwd", dtype="bf16", tokens=256)
+    eager = dict(providers.providers(c, "cpu"))["torch eager"]()
+
+    def call(x):
+        loss = eager.call(x)
+        return factor * loss + (1 - factor) * loss.detach()
+
+    monkeypatch.setattr(providers, "providers", lambda *_: [("bent", lambda: Provider("x", call))])
+    (bent,) = measure.measure(c, "cpu", rounds=1)
+    assert bent.note.startswith("wrong: ") and bent.gradient_error > 0.9
+
+
 def test_an_overwriting_provider_meets_fresh_logits():
     x = measure.make_inputs(case("logits fwd+bwd"), "cpu")
     mine = dict(providers.providers(x.case, "cpu"))["dpo-kernels cpu in place"]()
