@@ -4,7 +4,6 @@ import conftest
 import pytest
 
 from dpo_kernels.bench import memory, providers, results
-from dpo_kernels.bench.measure import Measurement
 from dpo_kernels.bench.run import memory_cases
 
 QUICK = ("dpo-kernels cpu", "dpo-kernels cpu in place", "dpo-kernels triton", "torch eager",
@@ -19,10 +18,8 @@ def pytest_generate_tests(metafunc):
 
 
 def test_memory(case, provider):
-    ours = provider.startswith("dpo-kernels")
-    found = memory.peak_bytes(case, provider, conftest.DEVICE)
-    if isinstance(found, str):
-        assert not ours, found
-        pytest.skip(f"{provider}: {found}")
-    row = results.as_row(Measurement(case, provider, ours=ours, peak_bytes=found))
-    conftest.ROWS.append(row | {"case": f"memory: {case.name}"})
+    found = memory.weigh(case, provider, conftest.DEVICE)
+    if found.note:
+        assert not found.ours, found.note
+        pytest.skip(f"{provider}: {found.note}")
+    conftest.ROWS.append(results.as_row(found) | {"case": f"memory: {case.name}"})

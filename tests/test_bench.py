@@ -154,7 +154,7 @@ def test_memory_is_compared_with_what_leaves_the_logits(tmp_path):
 
 
 def test_memory_set_has_series(monkeypatch):
-    monkeypatch.setattr(run, "peak_bytes", lambda case, name, device: case.tokens)
+    monkeypatch.setattr(memory, "peak_bytes", lambda case, name, device: case.tokens)
     rows = list(run.run_set("memory", "by tokens", "dpo-kernels cpu", report=lambda line: None))
     assert {r["series"] for r in rows} == {"logits fwd+bwd by tokens", "linear trained by tokens"}
     assert all(r["x"] == r["peak bytes"] for r in rows)

@@ -152,6 +152,11 @@ def scaling(device: str) -> dict[str, list[Case]]:
     return series
 
 
+def grown_in(series: str) -> str:
+    """What grows along a series: "tokens" of "linear trained by tokens"."""
+    return series.partition(" by ")[2]
+
+
 def _with(base: Case, **changes: int) -> Case:
     """The case with a model that differs in one size, entered among `MODELS`."""
     model = replace(base.shape, **changes)

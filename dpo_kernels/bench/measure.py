@@ -2,10 +2,10 @@
 
 Providers take turns in one process, in a new random order every round, on random data that is drawn
 anew every round: other work on the machine meets them all alike, and none always runs in the memory
-that the same other one has just freed. The floor takes its turns
-too: a copy of the logits for what moves bytes, the bare matrix products for the linear head. On
-GPUs calls are timed by device events behind a flushed cache, and the device is kept busy while the
-host enqueues; suites that wait for launches let it wait.
+that the same other one has just freed. The floor takes its turns too: a copy of the logits for what
+moves bytes, the bare matrix products for the linear head. On GPUs calls are timed by device events
+behind a flushed cache, and the device is kept busy while the host enqueues; suites that wait for
+launches let it wait.
 """
 
 from __future__ import annotations

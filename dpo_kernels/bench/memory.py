@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .cases import MODELS, Case, Model
+from .measure import _FORWARD, Measurement, make_inputs
 
 
 def peak_bytes(case: Case, provider: str, device: str) -> int | str:
@@ -30,8 +31,18 @@ def peak_bytes(case: Case, provider: str, device: str) -> int | str:
     return int(done.stdout.split()[-1])
 
 
+def weigh(case: Case, provider: str, device: str) -> Measurement:
+    """`peak_bytes` as a measurement: the bytes, or the reason as its note."""
+    found = peak_bytes(case, provider, device)
+    result = Measurement(case, provider, ours=provider.startswith("dpo-kernels"))
+    if isinstance(found, str):
+        result.note = found
+    else:
+        result.peak_bytes = found
+    return result
+
+
 def _call(case: Case, name: str, device: str) -> int | str:
-    from .measure import _FORWARD, make_inputs
     from .providers import Absent, providers
 
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import results
+from .cases import grown_in
 
 COLOURS = {True: "#c44e52", False: "#4c72b0"}  # ours, others
 OTHERS = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9")  # lines of several others
@@ -199,7 +200,7 @@ def _lines(
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel(series.partition(" by ")[2])
+    axis.set_xlabel(grown_in(series))
     axis.set_ylabel(unit)
     axis.set_title(series, fontsize=10)
     axis.grid(alpha=0.3)
@@ -268,14 +269,11 @@ def _readme_table(rows: list[dict[str, Any]]) -> str:
              "|---|---|---|" + "---|" * len(README_PEERS)]  # fmt: skip
     for case, group in results.by_case(r for r in rows if not r.get("series")).items():
         ours = results.best_of_ours(group)
-        memory = [r for r in group if r["peak bytes"] is not None]
         if ours:
             floor = f"{100 * ours['floor'] / ours['seconds']:.0f} %" if ours["floor"] else "-"
             cells = [f"{ours['seconds'] * 1e3:.3g} ms", floor]
             cells += [_ratio(group, names, "seconds", ours) for names in README_PEERS.values()]
-        elif memory:
-            ours = min((r for r in memory if r["ours"] and "in place" not in r["provider"]),
-                       key=lambda r: r["peak bytes"])  # fmt: skip
+        elif ours := results.best_of_ours(group, by="peak bytes"):
             cells = [f"{ours['peak bytes'] / 2**20:.0f} MiB", "-"]
             cells += [_ratio(group, names, "peak bytes", ours) for names in README_PEERS.values()]
         else:

@@ -85,10 +85,10 @@ def by_case(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return cases
 
 
-def best_of_ours(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Our fastest that does not overwrite its input: what others are compared with."""
-    mine = [r for r in rows if r["ours"] and r.get("seconds") and "in place" not in r["provider"]]
-    return min(mine, key=lambda r: r["seconds"], default=None)
+def best_of_ours(rows: Iterable[dict[str, Any]], by: str = "seconds") -> dict[str, Any] | None:
+    """Our least, by `by`, that does not overwrite its input: what others are compared with."""
+    mine = [r for r in rows if r["ours"] and r.get(by) and "in place" not in r["provider"]]
+    return min(mine, key=lambda r: r[by], default=None)
 
 
 def text(meta: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

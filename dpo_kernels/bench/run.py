@@ -9,8 +9,9 @@ import torch
 
 from . import cases as _cases
 from .cases import Case
-from .measure import Measurement, measure
-from .memory import peak_bytes
+from .measure import measure
+from .memory import weigh
+from .providers import providers
 from .results import as_row
 
 SETS = ("quick", "full", "scaling", "memory")
@@ -48,34 +49,21 @@ def run_set(
 def _memory(device: str, select: str, provider: str, report: Callable[[str], None]):
     chosen = [("", case) for case in memory_cases(device)]
     for series, cases in _cases.scaling(device).items():
-        if grown_in(series) in ("tokens", "vocabulary"):
+        if _cases.grown_in(series) in ("tokens", "vocabulary"):
             chosen += [(series, case) for case in cases]
     for series, case in chosen:
         name = f"{series}: {case.name}" if series else case.name
         if select not in name:
             continue
         report(name)
-        for m in measure_memory(case, device, provider):
-            row = as_row(m)
+        for found, _ in providers(case, device):
+            if provider not in found:
+                continue
+            m = weigh(case, found, device)
             if not series:
-                yield row
+                yield as_row(m)
             elif not m.note:
-                yield row | {"series": series, "x": grown(series, case)}
-
-
-def measure_memory(case: Case, device: str, provider: str = "") -> Iterator[Measurement]:
-    """Peak memory of each provider whose name has `provider` in it, or a note why there is none."""
-    from .providers import providers
-
-    for name, _ in providers(case, device):
-        if provider in name:
-            m = Measurement(case, name, ours=name.startswith("dpo-kernels"))
-            found = peak_bytes(case, name, device)
-            if isinstance(found, str):
-                m.note = found
-            else:
-                m.peak_bytes = found
-            yield m
+                yield as_row(m) | {"series": series, "x": grown(series, case)}
 
 
 def memory_cases(device: str) -> list[Case]:
@@ -84,13 +72,8 @@ def memory_cases(device: str) -> list[Case]:
     return [Case(s, "SmolLM2-135M", "fp32", 512, 0.6) for s in MEMORY_SUITES]
 
 
-def grown_in(series: str) -> str:
-    """What grows along a series: "tokens" of "linear trained by tokens"."""
-    return series.partition(" by ")[2]
-
-
 def grown(series: str, case: Case) -> float:
     """The size of what grows along a series, of one of its cases."""
     sizes = {"tokens": case.tokens, "scored fraction": case.fraction, "pairs": case.pairs,
              "vocabulary": case.shape.vocabulary, "hidden size": case.shape.hidden}  # fmt: skip
-    return sizes[grown_in(series)]
+    return sizes[_cases.grown_in(series)]
