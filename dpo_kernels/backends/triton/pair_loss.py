@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...losses import DISCOPOP, EXO, IDENTITY, RELU, SIGMOID, SOFTPLUS, SQUARE
-from .launch import on
+from .launch import VARYING, on
 
 _SOFTPLUS, _SIGMOID, _SQUARE, _RELU, _EXO, _DISCOPOP, _IDENTITY = (
     tl.constexpr(x) for x in (SOFTPLUS, SIGMOID, SQUARE, RELU, EXO, DISCOPOP, IDENTITY)
@@ -104,7 +104,7 @@ def _term(u, v, beta, offset, numbers, KIND: tl.constexpr):
     return w * value, du, dv, d_beta, slope * off
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=VARYING)
 def _kernel(
     u, v, beta, offset, numbers, loss, slopes,  # [B] fp64 each, numbers [K, 10], slopes [4, B]
     B, PHI0: tl.constexpr, PHI1: tl.constexpr, PHI2: tl.constexpr, HAS_OFFSET: tl.constexpr,

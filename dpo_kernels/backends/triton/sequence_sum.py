@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on
+from .launch import VARYING, on
 
 BLOCK = 1024
 
@@ -32,7 +32,7 @@ def _count(targets, first, end, ignore_index, BLOCK: tl.constexpr):
     return tl.sum(n, 0)
 
 
-@triton.jit(do_not_specialize=["T", "N", "S", "ignore_index", "tail_weight"])
+@triton.jit(do_not_specialize=VARYING)
 def _kernel(
     targets, cu_seqlens, values, sums, counts, grad, d_values,
     T, N, S, ignore_index, tail_weight,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...transform import LogitTransform
-from .launch import on
+from .launch import VARYING, on
 from .token_logps import _ALIGN, _scalars, _value
 
 # As in token_logps.py: not yet measured on a GPU. Five running values a lane and two rows in
@@ -94,7 +94,7 @@ def _meet(m, l, k):
     return top, drop, shrink, total
 
 
-@triton.jit(do_not_specialize=["V", "T", "ignore_index", "inner", "outer", "k", "unit_lo"])
+@triton.jit(do_not_specialize=VARYING)
 def _forward(
     logits, ref_logits,  # [R, T, V], strides (stride_r, stride_t, 1)
     targets,  # [R, T]
@@ -105,7 +105,7 @@ def _forward(
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + index)
-    if y == ignore_index or y < 0 or y >= V:
+    if (y == ignore_index) | (y < 0) | (y >= V):
         nothing = tl.where(y == ignore_index, 0.0, float("nan"))
         tl.store(logps + index, nothing)
         tl.store(ref_logps + index, nothing)
@@ -213,7 +213,7 @@ def _store_gradient(
         tl.store(row_out + cols, d.to(row_out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["V", "T", "ignore_index", "inner", "outer", "k", "unit_lo", "chain"])
+@triton.jit(do_not_specialize=VARYING)
 def _backward(
     grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, out,
     stride_r, stride_t, ref_stride_r, ref_stride_t, out_stride_r, out_stride_t, T, V, ignore_index,
@@ -239,7 +239,7 @@ def _backward(
     cols = first + tl.arange(0, TILE)
     inside = (cols >= head) & (cols < head + V)
     nothing = (g_logp == 0.0) & (g_kl == 0.0)
-    if y == ignore_index or nothing or y < 0 or y >= V:
+    if (y == ignore_index) | nothing | (y < 0) | (y >= V):
         legal = (y == ignore_index) | nothing
         fill = tl.full([TILE], 0.0, tl.float32) + tl.where(legal, 0.0, float("nan"))
         tl.store(row_out + cols, fill.to(out.dtype.element_ty), mask=inside)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...transform import LogitTransform
-from .launch import on
+from .launch import VARYING, on
 
 # Launch configurations, one place: (K, LANES, warps) forward, (tile, warps) backward. Not yet
 # measured on a GPU.
@@ -93,7 +93,7 @@ def _add_tile(
     return top, l, weighted, squares, total, beaten
 
 
-@triton.jit(do_not_specialize=["V", "T", "ignore_index", "inner", "outer", "k", "unit_lo"])
+@triton.jit(do_not_specialize=VARYING)
 def _forward(
     logits,  # [R, T, V], strides (stride_r, stride_t, 1)
     targets,  # [R, T]
@@ -103,7 +103,7 @@ def _forward(
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + index)
-    if y == ignore_index or y < 0 or y >= V:
+    if (y == ignore_index) | (y < 0) | (y >= V):
         nothing = tl.where(y == ignore_index, 0.0, float("nan"))
         tl.store(logps + index, nothing)
         tl.store(lse + index, nothing.to(tl.float64))
@@ -188,7 +188,7 @@ def _gradient(x, cols, y, g, hi, lse, inner, outer, k, chain, unit, rounding,
     return d
 
 
-@triton.jit(do_not_specialize=["V", "T", "ignore_index", "inner", "outer", "k", "unit_lo", "chain"])
+@triton.jit(do_not_specialize=VARYING)
 def _backward(
     grad, logits, targets, lse, out,  # [R, T], [R, T, V], [R, T], [R, T] fp64, [R, T, V]
     stride_r, stride_t, out_stride_r, out_stride_t, T, V, ignore_index,
@@ -211,8 +211,8 @@ def _backward(
     end = head + V
     inside = (cols >= head) & (cols < end)
     whole = (first >= head) & (first + TILE <= end)
-    if y == ignore_index or g == 0.0 or y < 0 or y >= V:
-        legal = y == ignore_index or g == 0.0
+    if (y == ignore_index) | (g == 0.0) | (y < 0) | (y >= V):
+        legal = (y == ignore_index) | (g == 0.0)
         value = tl.where(legal, 0.0, float("nan"))
         fill = tl.full([TILE], 0.0, tl.float32) + value
         if whole:
