@@ -90,8 +90,9 @@ def fused_linear_dpo_loss(
             accumulator besides where a weight that is not fp32 wants a gradient). At least 16 rows
             of logits (of both models for `tdpo1` and `tdpo2`), and the fp32 gradient of the scored
             hidden states, are held however small it is. The default is for the logits of a chunk:
-            on GPUs 2 GiB, and 1024 rows at least; on CPUs 256 MiB, up to 1 GiB to hold the largest
-            pair. It changes time and memory, the result by rounding alone.
+            on GPUs the whole pairs nearest to 2 GiB, and 1024 rows at least; on CPUs 256 MiB, up to
+            1 GiB to hold the largest pair. It changes time and memory, the result by rounding
+            alone.
         batch_invariant: project in blocks of one fixed height, so that a pair has bitwise the
             same log-probs whatever shares its batch and whatever the budget. Without it that
             holds wherever the BLAS sums a row alike in any product of 16 rows or more (MKL does).

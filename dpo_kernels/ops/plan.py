@@ -39,7 +39,7 @@ class Plan:
     tile: int  # rows of the vocabulary widened at once; V where nothing is
     pitch: int  # elements from a row of logits to the next
     block: int  # rows of a product are a multiple of it
-    least: int = 1  # rows below which a chunk takes another pair, whatever the budget
+    least: int = 1  # rows below which a chunk of pairs takes another (`chunks_of_pairs`)
     scratch: int = 0  # bytes of a product that cannot be added where it belongs
 
     @staticmethod
@@ -122,6 +122,10 @@ def row_bytes(
     return 4 * pitch * (2 if joint else 1) + copied + 8 * (H + low_rank) + 4 * ref_H + gathered
 
 
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def plan_of(
     strategy: str,
     budget: int,
@@ -142,7 +146,7 @@ def plan_of(
     """
     (V, H), device = weight.shape, weight.device if device is None else device
     return Plan.of(
-        budget, rows, V, H, weight.dtype, gpu=device.type == "cuda",
+        budget, rows, V, H, weight.dtype, gpu=on_gpu(device),
         products=products_of(device, weight.dtype), gradient=strategy != "score",
         low_rank=0 if low is None else low.shape[-1],
         up_dtype=torch.float32 if up is None else up.dtype,
@@ -155,14 +159,17 @@ def plan_of(
 def chunks_of_pairs(lengths: list[int], limit: int, least: int = 1) -> list[tuple[int, int]]:
     """First and last + 1 pair of each chunk of whole pairs, of `limit` rows at most.
 
-    `lengths` [2B] scored rows of each sequence. A pair of more rows has a chunk to itself, and a
-    chunk of fewer than `least` rows takes one pair more all the same.
+    `lengths` [2B] scored rows of each sequence. A pair of more rows has a chunk to itself. Where
+    `least` rows are asked for, a chunk of fewer takes one pair more all the same, and one of more
+    does if that brings it nearer to the limit: whole pairs would leave up to half of it empty.
     """
     B = len(lengths) // 2
     chunks, first, rows = [], 0, 0
     for i in range(B):
         pair = lengths[i] + lengths[B + i]
-        if i > first and rows >= least and rows + pair > limit:
+        over = rows + pair - limit
+        nearer = least > 1 and (rows < least or over < limit - rows)
+        if i > first and over > 0 and not nearer:
             chunks.append((first, i))
             first, rows = i, 0
         rows += pair
