@@ -195,7 +195,7 @@ def linear_sequence_logps(
     layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
     inputs = _inputs("hidden", layout, hidden, weight, bias, lora)
     tokens = ops.linear_logps(
-        inputs.hidden, inputs.weight, layout.targets, bias=inputs.bias, low=inputs.low,
+        inputs.hidden, inputs.weight, layout.targets, bias=inputs.bias, down=inputs.down,
         up=inputs.up, ignore_index=ignore_index, transform=transform,
         stats=ops.check_stats(stats), memory_budget=memory_budget,
         batch_invariant=batch_invariant, strategy=strategy, count=layout.count, backend=backend,
@@ -211,9 +211,9 @@ def _inputs(
     bias: Tensor | None,
     lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> LinearInputs:
-    """The head's tensors as the ops take them, cast under autocast, the adapter's A applied."""
+    """The head's tensors as the ops take them, cast under autocast, the adapter's A scaled."""
     rows = layout.rows(name, hidden, "H")
-    up = low = down = None
+    up = down = None
     if lora is not None:
         down, up, scaling = _check_lora(lora, weight, hidden)
     device = rows.device.type
@@ -222,11 +222,9 @@ def _inputs(
         cast = [None if x is None else x.to(dtype) for x in (rows, weight, bias, down, up)]
         rows, weight, bias, down, up = cast  # type: ignore[assignment]
     if down is not None:
-        # [R, T, r] in fp32: small beside anything of the vocabulary, and the adapter stays exact.
-        wide = wide_dtype(rows)
-        with torch.autocast(device, enabled=False):
-            low = (rows.to(wide) @ down.to(wide).T) * scaling
-    return LinearInputs(rows, weight, bias, low, up)
+        # [r, H] in fp32: small, and the adapter stays exact.
+        down = down.to(wide_dtype(rows)) * scaling
+    return LinearInputs(rows, weight, bias, down, up)
 
 
 def _check_lora(lora: object, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -293,7 +291,7 @@ def _stream_plan(
 ) -> ops.Plan:
     ref_H = 0 if reference is None else reference.weight.shape[1]
     return ops.plan_of(
-        "streaming", ops.budget_of(budget), sum(lengths), policy.weight, policy.low, policy.up,
+        "streaming", ops.budget_of(budget), sum(lengths), policy.weight, policy.down, policy.up,
         invariant, ref_H, run.needs_kl, largest=_largest_pair(lengths),
     )  # fmt: skip
 
@@ -331,7 +329,7 @@ def _score(
 
     def score(x: LinearInputs, stats: tuple[str, ...], strategy: str | None) -> TokenLogps:
         return ops.linear_logps(
-            x.hidden, x.weight, run.layout.targets, bias=x.bias, low=x.low, up=x.up,
+            x.hidden, x.weight, run.layout.targets, bias=x.bias, down=x.down, up=x.up,
             ignore_index=run.layout.ignore_index, transform=transform, stats=stats,
             memory_budget=budget, batch_invariant=invariant, strategy=strategy,
             chunks_of=None if chunks == "plain" else chunks, count=run.layout.count,

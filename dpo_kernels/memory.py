@@ -112,10 +112,10 @@ def estimate(
         raise ValueError(f"strategy {strategy!r} has no gradient of the weight; got trained=True")
     joint_H = ref_H if strategy == "streaming" or kl else 0
     weight = torch.empty((V, H), dtype=dtype, device="meta")
-    low = torch.empty((1, low_rank), device="meta") if low_rank else None
+    down = torch.empty((low_rank, H), device="meta") if low_rank else None
     place, B = torch.device(device), S // 2
     plan = plan_of(
-        strategy, budget_of(memory_budget), N, weight, low, None, batch_invariant, joint_H, kl,
+        strategy, budget_of(memory_budget), N, weight, down, None, batch_invariant, joint_H, kl,
         largest=max(lengths[i] + lengths[B + i] for i in range(B)), device=place,
     )  # fmt: skip
     products = products_of(place, dtype)
@@ -142,7 +142,7 @@ def estimate(
     if strategy == "frozen":
         held["accumulators"] = 0
     over = {
-        "d_hidden": S * T * (H * size + 4 * low_rank) if gradients else 0,
+        "d_hidden": S * T * H * size if gradients else 0,
         "d_weight": V * (H if trained else 0) * size if gradients and narrow else 0,
     }
     # "recompute" works on chunks again in the backward, beside the gradients it hands over; the

@@ -55,16 +55,16 @@ def stream(batch: Streaming, policy: LinearInputs) -> DPOOutput:
 
 class _Stream(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, batch: Streaming, hidden, weight, bias, low, up, *options):
+    def forward(ctx, batch: Streaming, hidden, weight, bias, down, up, *options):
         wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[1:6], strict=True))
-        inputs = LinearInputs(hidden, weight, bias, low, up).detached()
+        inputs = LinearInputs(hidden, weight, bias, down, up).detached()
         device = hidden.device.type
         with torch.autocast(device, enabled=False):
             out, grads, ctx.index = _run(batch, inputs, wanted)
         d_options = [grads.get(name) for name in ("beta", "offset", "weights")]
         ctx.grads = [*(grads.get(name) for name in LinearInputs._fields), *d_options]
         ctx.like = [(x.shape, x.dtype) if isinstance(x, Tensor) else None
-                    for x in (hidden, weight, bias, low, up, *options)]  # fmt: skip
+                    for x in (hidden, weight, bias, down, up, *options)]  # fmt: skip
         out = [x.to(batch.run.dtype) for x in out]
         ctx.save_for_backward()
         return _freeze(ctx, out)
@@ -85,7 +85,7 @@ class _Stream(torch.autograd.Function):
             d, like = grads.pop(0), ctx.like[len(out)]
             if d is not None:
                 d = d.to(like[1]) if unit else _scaled(d, g, like[1])
-                if len(out) in (0, 3):  # hidden and low: rows back in their places
+                if not out:  # hidden: rows back in their places
                     full = d.new_zeros(like[0])
                     full.view(-1, full.shape[-1])[ctx.index] = d
                     d = full
@@ -118,16 +118,14 @@ def _run(
         starts.append(starts[-1] + n)
     labels = layout.targets.reshape(-1)
     scored = scored_rows(layout.targets, layout.ignore_index, starts[-1], exact=True)
-    head = Head(plan, policy.weight, policy.bias, policy.up)
+    head = Head(plan, policy.weight, policy.bias, policy.down, policy.up)
     ref_head = None
     if batch.reference is not None:
         ref_head = Head(plan, batch.reference.weight, batch.reference.bias)
-    total = HeadGradient(head, wanted["weight"], wanted["bias"], wanted["up"])
-    packed = {
-        name: policy.hidden.new_empty((starts[-1], x.shape[-1]), dtype=torch.float32)
-        for name, x in (("hidden", policy.hidden), ("low", policy.low))
-        if wanted[name] and x is not None
-    }
+    total = HeadGradient(head, *(wanted[name] for name in LinearInputs._fields[1:]))
+    packed = None
+    if wanted["hidden"]:
+        packed = torch.empty((starts[-1], head.H), device=device, dtype=torch.float32)
     joint = run.needs_kl
     chunks = chunks_of_pairs(batch.lengths, plan.chunk, plan.least)
     counts = [starts[j] - starts[i] + starts[B + j] - starts[B + i] for i, j in chunks]
@@ -160,7 +158,7 @@ def _run(
             ref_sums = torch.cat([batch.ref_logps[i:j], batch.ref_logps[B + i : B + j]])
 
         h = head.rows(policy.hidden, index)
-        low = None if policy.low is None else head.rows(policy.low, index)
+        low = head.low(h)
         z = head.project(h, low, buffer[:size])[:n]
         stats: dict[str, Tensor] = {}
         if joint:
@@ -189,14 +187,14 @@ def _run(
             else:
                 impl.token_logps_backward(slopes[0], z[None], y, lse, *args[1:], d[None])
             dz = head.operand(d)
-            if "hidden" in packed:
-                packed["hidden"][done : done + n] = head.d_hidden(dz)
-            if "low" in packed:
-                packed["low"][done : done + n] = head.d_low(dz)
-            total.add(dz, h[:n], None if low is None else low[:n])
+            d_low = head.d_low(dz)
+            if packed is not None:
+                packed[done : done + n] = head.d_hidden(dz, d_low)
+            total.add(dz, d_low, h[:n], None if low is None else low[:n])
         done += n
     total.finish()
-    grads = {"weight": total.weight, "bias": total.bias, "up": total.up, **packed, **d_options}
+    grads = {"hidden": packed, **{name: getattr(total, name) for name in LinearInputs._fields[1:]},
+             **d_options}  # fmt: skip
     loss = torch.stack([part[0] for part in fields]).sum()
     rest = [torch.cat(parts) for parts in zip(*(part[1:] for part in fields), strict=True)]
     found = {name: d for name, d in grads.items() if d is not None}

@@ -244,10 +244,10 @@ def step(
     options, rows = losses.resolve({"loss_type": loss_type, "reference_free": not ref})
     run = TokenLoss(layout, options, rows, "triton", torch.float32)
     weight = leaf(V, H, grad=trained)
-    low = up = None
+    down = up = None
     if rank:
-        low, up = leaf(1, N, rank, of=torch.float32), leaf(V, rank, of=torch.float32)
-    policy = LinearInputs(leaf(1, N, H), weight, None, low, up)
+        down, up = leaf(rank, H, of=torch.float32), leaf(V, rank, of=torch.float32)
+    policy = LinearInputs(leaf(1, N, H), weight, None, down, up)
     reference = LinearInputs(leaf(1, N, H), weight).detached() if ref else None
     transform = LogitTransform()
     with gpu(kind) as record:

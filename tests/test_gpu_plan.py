@@ -65,12 +65,16 @@ def test_a_budget_of_240_rows_is_noticed():
         check_plan([N], N, small.seconds(), whole.seconds(), 1.15)
 
 
-def check_products(record, V, per_chunk, pitches=True):
+def check_products(record, V, per_chunk, rank=0):
+    """`rank`: products of an adapter's A, which is fp32, with hidden states are so too."""
     count = record.of_vocabulary(V)
     assert count == per_chunk * len(record.chunks), (count, len(record.chunks))
     for p in record.products:
+        sizes = (*p.a.shape, *p.b.shape)
+        if rank in sizes and V not in sizes:
+            continue
         assert p.narrow and p.out.dtype == torch.float32, [x.dtype for x in p.operands]
-        assert not pitches or all(n % 8 == 0 for n in p.pitches), p.pitches
+        assert all(n % 8 == 0 for n in p.pitches), p.pitches
 
 
 @pytest.mark.parametrize("dtype", products.NARROW, ids=str)
@@ -86,7 +90,7 @@ def test_products(name, dtype):
     assert beside.of_vocabulary(V) == 2 * len(beside.chunks)  # a chunk of each is scored
     joint = step(lengths, V, H, dtype=dtype, ref=True, loss_type="tdpo2")
     check_products(joint, V, 4)
-    check_products(step(lengths, V, H, dtype=dtype, rank=12), V, 6)
+    check_products(step(lengths, V, H, dtype=dtype, rank=12), V, 6, rank=12)
 
 
 def test_sums_without_addmm_stay_within_their_scratch():

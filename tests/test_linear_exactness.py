@@ -82,3 +82,21 @@ def test_bf16_inputs_lose_nothing_to_bf16_logits(strategy, scale):
         rough = dk.fused_dpo_loss(hidden @ weight.T, labels, **given).margins
         assert mine.strategy == "streaming"
         assert 10 * (mine.margins - true).abs().mean() < (rough - true).abs().mean()
+
+
+@pytest.mark.parametrize("shape", ((1000, 33, 64), (5000, 512, 40)))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_no_budget_shows(dtype, shape):
+    """C7: the width of a widened tile followed the budget, and the sums of the last columns it."""
+    V, H, T = shape
+    for _ in range(4):
+        hidden, weight = torch.randn(4, T, H).to(dtype), torch.randn(V, H).to(dtype)
+        labels = torch.randint(0, V, (4, T))
+        ours = [
+            dk.linear_sequence_logps(
+                hidden, weight, labels, reduction="none", memory_budget=budget,
+                batch_invariant=True, backend="cpu",
+            )
+            for budget in (1, 1 << 18, 1 << 20, None)
+        ]  # fmt: skip
+        assert all(torch.equal(x, ours[0]) for x in ours[1:])

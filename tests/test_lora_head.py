@@ -76,3 +76,50 @@ class TestLora:
         ]:
             with pytest.raises(error, match=words):
                 dk.linear_sequence_logps(hidden, weight, labels_of(), lora=lora)
+
+
+class TestDhiddenIsRoundedOnce:
+    """C3: with both its parts, so that parts that cancel leave no error and do not overflow."""
+
+    @pytest.mark.parametrize("strategy", ("streaming", "recompute", "frozen", None))
+    def test_fp16_does_not_overflow(self, strategy):
+        hidden = torch.full((2, 2, 1), 1e-3).half().requires_grad_()
+        weight = torch.tensor([[60000.0], [0.0]]).half()
+        A, B = torch.ones(1, 1).half(), torch.tensor([[-59000.0], [0.0]]).half()
+        if strategy in ("streaming", "recompute"):
+            A.requires_grad_(), B.requires_grad_()
+        backend = "torch" if strategy is None else "cpu"
+        dk.fused_linear_dpo_loss(
+            hidden, weight, torch.tensor([[0, 0], [1, 1]]), lora=(A, B, 1.0), loss_type="cal_dpo",
+            beta=0.01, shift=False, reference_free=True, strategy=strategy, backend=backend,
+        ).loss.backward()  # fmt: skip
+        wide = hidden.detach().double().requires_grad_()
+        dk.fused_linear_dpo_loss(
+            wide, weight.double() + (B @ A).detach().double(),
+            torch.tensor([[0, 0], [1, 1]]), loss_type="cal_dpo", beta=0.01, shift=False,
+            reference_free=True,
+        ).loss.backward()  # fmt: skip
+        assert wide.grad.abs().max() > 1e4
+        torch.testing.assert_close(hidden.grad.double(), wide.grad, rtol=1e-3, atol=0)
+
+    @pytest.mark.parametrize("trained", (False, True))
+    @pytest.mark.parametrize("loss_type", ("sigmoid", "tdpo1"))
+    def test_bf16_parts_that_cancel(self, trained, loss_type):
+        hidden, *_ = tensors(torch.bfloat16)
+        labels, A, up = labels_of(), torch.randn(3, H), torch.randn(V, 3)
+        weight = (torch.randn(V, H) * 0.05 - up @ A).bfloat16()
+        ref = {"ref_hidden": torch.randn(hidden.shape).bfloat16(), "loss_type": loss_type}
+        if trained:
+            up.requires_grad_()
+        hidden.requires_grad_()
+        dk.fused_linear_dpo_loss(
+            hidden, weight, labels, lora=(A, up, 1.0), beta=1.0, **ref
+        ).loss.backward()
+        wide = hidden.detach().double().requires_grad_()
+        reference = ref["ref_hidden"].double() @ weight.double().T
+        total = weight.double() + up.detach().double() @ A.double()
+        dk.fused_dpo_loss(
+            wide @ total.T, labels, reference, beta=1.0, loss_type=loss_type
+        ).loss.backward()
+        error = (hidden.grad.double() - wide.grad).square().mean().sqrt()
+        assert error < 2.5e-3 * wide.grad.square().mean().sqrt()

@@ -1,12 +1,14 @@
 """The matrix products of an lm_head over chunks of rows: what every strategy is made of.
 
-    logits = h @ weight.T + low @ up.T + bias,    dh = dz @ weight,    dweight += dz.T @ h
+    logits = h @ weight.T + low @ up.T + bias,    low = h @ down.T
+    dh = dz @ weight + dlow @ down,    dlow = dz @ up,    dweight += dz.T @ h
 
-`low @ up.T` is the low-rank part of a LoRA head (`low = scaling * h @ A.T`, `up = B`): the sum
-`weight + scaling * B @ A` is never formed. Logits and accumulators are fp32 whatever the input.
-Narrow weights are widened a tile of the vocabulary at a time, which is exact; where the device has
-products that write fp32 (`products.py`) narrow operands go there as they are, the gradient of the
-logits is rounded to their dtype once, and what is fp32 in a low-rank part is split, not rounded.
+`low @ up.T` is the low-rank part of a LoRA head (`down = scaling * A`, `up = B`): the sum
+`weight + scaling * B @ A` is never formed, and dh is rounded once, with both its parts. Logits and
+accumulators are fp32 whatever the input. Narrow weights are widened a tile of the vocabulary at a
+time, which is exact; where the device has products that write fp32 (`products.py`) narrow operands
+go there as they are, the gradient of the logits is rounded to their dtype once, and what is fp32 in
+a low-rank part is split, not rounded.
 
 How many rows a memory budget allows: `plan.py`. Letters: `N` scored rows, `C` rows of a chunk, `H`
 hidden size, `V` vocabulary, `r` rank.
@@ -65,12 +67,12 @@ def rows_of(x: Tensor, index: Tensor) -> Tensor:
 
 
 class LinearInputs(NamedTuple):
-    """What logits are made of: h @ weight.T + low @ up.T + bias."""
+    """What logits are made of: h @ weight.T + (h @ down.T) @ up.T + bias."""
 
     hidden: Tensor  # [R, T, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
-    low: Tensor | None = None  # [R, T, r]
+    down: Tensor | None = None  # [r, H] fp32
     up: Tensor | None = None  # [V, r]
 
     def detached(self) -> LinearInputs:
@@ -78,12 +80,18 @@ class LinearInputs(NamedTuple):
 
 
 class Head:
-    """One lm_head: weight [V, H], bias [V], up [V, r], and the buffers its products go through."""
+    """One lm_head: weight [V, H], bias [V], down [r, H], up [V, r], and what its products need."""
 
     def __init__(
-        self, plan: Plan, weight: Tensor, bias: Tensor | None = None, up: Tensor | None = None
+        self,
+        plan: Plan,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        down: Tensor | None = None,
+        up: Tensor | None = None,
     ) -> None:
         self.plan, self.weight, self.bias, self.up = plan, weight, bias, up
+        self.down = None if down is None else down.float()
         self.V, self.H = weight.shape
         products = products_of(weight.device, weight.dtype)
         tell(weight, products)
@@ -104,17 +112,29 @@ class Head:
         return buffer[:, : self.V]
 
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
-        """Rows of hidden states as the products take them, of `low` in fp32: whole blocks."""
+        """Rows of hidden states as the products take them: whole blocks."""
         n = index.shape[0]
-        dtype = self.dtype if x.dtype == self.weight.dtype else torch.float32
-        taken = x.new_zeros((ceil(n, self.plan.block), x.shape[-1]), dtype=dtype)
+        taken = x.new_zeros((ceil(n, self.plan.block), x.shape[-1]), dtype=self.dtype)
         taken[:n] = rows_of(x, index)
         return taken
+
+    def low(self, h: Tensor) -> Tensor | None:
+        """h @ down.T in fp32 [C, r] of rows h [C, H]; small beside anything of the vocabulary."""
+        if self.down is None:
+            return None
+        out = torch.empty((h.shape[0], self.down.shape[0]), device=h.device, dtype=torch.float32)
+        step = self._height(h.shape[0])
+        for i in range(0, h.shape[0], step):
+            torch.mm(h[i : i + step].float(), self.down.T, out=out[i : i + step])
+        return out
+
+    def _height(self, rows: int) -> int:
+        return INVARIANT if self.plan.block == INVARIANT else max(rows, 1)
 
     def project(self, h: Tensor, low: Tensor | None, z: Tensor) -> Tensor:
         """Logits of rows h [C, H], low [C, r] into z [C, V]; C whole blocks."""
         C = h.shape[0]
-        step = INVARIANT if self.plan.block == INVARIANT else max(C, 1)
+        step = self._height(C)
         for part, w in self._tiles():
             for i in range(0, C, step):
                 multiply(h[i : i + step], w.T, z[i : i + step, part])
@@ -151,17 +171,22 @@ class Head:
         """The gradient of logits dz [n, V] as the products below take it: rounded once, or not."""
         return Slopes.of(dz, dz if dz.dtype == self.dtype else self._narrow(dz))
 
-    def d_hidden(self, dz: Slopes) -> Tensor:
-        """dz @ weight, fp32 [n, H]."""
+    def d_hidden(self, dz: Slopes, d_low: Tensor | None) -> Tensor:
+        """dz @ weight + d_low @ down, fp32 [n, H]."""
         n = dz.rows.shape[0]
         out = torch.empty((n, self.H), device=self.weight.device, dtype=torch.float32)
         for part, w in self._tiles():
             multiply(dz.rows[:, part], w, out, add=part.start > 0)
-        return dz.finish(out) if self.V else out.zero_()
+        out = dz.finish(out) if self.V else out.zero_()
+        if d_low is not None:
+            assert self.down is not None
+            out.addmm_(d_low, self.down)
+        return out
 
-    def d_low(self, dz: Slopes) -> Tensor:
+    def d_low(self, dz: Slopes) -> Tensor | None:
         """dz @ up, fp32 [n, r]."""
-        assert self.up is not None
+        if self.up is None:
+            return None
         if not self.narrow:
             n, r = dz.rows.shape[0], self.up.shape[1]
             return multiply(
@@ -196,18 +221,22 @@ def _summed(a: Tensor, parts: list[Tensor], unit: Tensor | None) -> Tensor:
 class HeadGradient:
     """fp32 gradients of a head's parameters, one addition a chunk in the order of the chunks."""
 
-    def __init__(self, head: Head, weight: bool, bias: bool, up: bool) -> None:
+    def __init__(self, head: Head, weight: bool, bias: bool, down: bool, up: bool) -> None:
         device, V = head.weight.device, head.V
         self.weight = torch.empty(V, head.H, device=device, dtype=torch.float32) if weight else None
         self.bias = torch.zeros(V, device=device) if bias else None
-        self.up = None
+        self.down = self.up = None
+        if down:
+            assert head.down is not None
+            self.down = torch.zeros(head.down.shape, device=device)
         if up:
             assert head.up is not None
             self.up = torch.empty(V, head.up.shape[1], device=device, dtype=torch.float32)
         self._first, self._scratch = True, head.plan.scratch
 
-    def add(self, dz: Slopes, h: Tensor, low: Tensor | None) -> None:
-        """The share of rows h [n, H], low [n, r] whose logits have the gradient dz [n, V]."""
+    def add(self, dz: Slopes, d_low: Tensor | None, h: Tensor, low: Tensor | None) -> None:
+        """The share of rows h [n, H], low [n, r], whose gradients are dz [n, V] (of the logits) and
+        d_low [n, r]."""
         if self.weight is not None:
             (rows,), unit = dz.meet(h)
             multiply(dz.rows.T, rows, self.weight, add=not self._first, unit=unit,
@@ -219,6 +248,9 @@ class HeadGradient:
             else:
                 share = _summed(dz.rows.T, *dz.meet(low, 2))
                 self.up.copy_(share) if self._first else self.up.add_(share)
+        if self.down is not None:
+            assert d_low is not None
+            self.down.addmm_(d_low.T, h.float())
         if self.bias is not None:
             self.bias += dz.wide.sum(0, dtype=torch.float32)
         self._first = False
@@ -237,13 +269,8 @@ class InputGradients:
 
     def __init__(self, head: Head, inputs: LinearInputs, wanted: list[bool]) -> None:
         self.head, self.inputs = head, inputs
-        want_hidden, want_weight, want_bias, want_low, want_up = wanted
-        self._hidden = inputs.hidden.new_zeros(inputs.hidden.shape) if want_hidden else None
-        self._low = None
-        if want_low:
-            assert inputs.low is not None
-            self._low = torch.zeros_like(inputs.low, memory_format=torch.contiguous_format)
-        self._total = HeadGradient(head, want_weight, want_bias, want_up)
+        self._hidden = inputs.hidden.new_zeros(inputs.hidden.shape) if wanted[0] else None
+        self._total = HeadGradient(head, *wanted[1:])
 
     def add(self, d: Tensor, h: Tensor, low: Tensor | None, index: Tensor) -> None:
         """The share of the rows at `index`: h [n, H], low [n, r], gradient of logits d [n, V].
@@ -251,15 +278,16 @@ class InputGradients:
         `d` as the products take it, or in fp32.
         """
         dz = self.head.operand(d)
-        for out, product in ((self._hidden, self.head.d_hidden), (self._low, self.head.d_low)):
-            if out is not None:
-                out.view(-1, out.shape[-1])[index] = product(dz).to(out.dtype)
-        self._total.add(dz, h, low)
+        d_low = self.head.d_low(dz)
+        if self._hidden is not None:
+            rows = self.head.d_hidden(dz, d_low)
+            self._hidden.view(-1, rows.shape[1])[index] = rows.to(self._hidden.dtype)
+        self._total.add(dz, d_low, h, low)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """In the order of `LinearInputs`; empty where not wanted."""
         total, x = self._total.finish(), self.inputs
-        grads = (self._hidden, total.weight, total.bias, self._low, total.up)
+        grads = (self._hidden, total.weight, total.bias, total.down, total.up)
         return tuple(  # type: ignore[return-value]
             x.hidden.new_empty(0) if d is None or like is None else d.to(like.dtype)
             for d, like in zip(grads, x, strict=True)

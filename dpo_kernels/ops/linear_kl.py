@@ -1,6 +1,8 @@
 """`linear_kl`: `token_kl` of two linear heads, projecting only scored rows, side by side.
 
-    logits = hidden @ weight.T + low @ up.T + bias,   ref_logits likewise without an adapter
+    logits = hidden @ weight.T + (hidden @ down.T) @ up.T + bias
+
+and ref_logits likewise, without an adapter.
 
 A chunk of rows is projected through both heads; log-probs and KL come from the same two chunks of
 logits, which are all that exists of them. Strategies as in `linear_logps.py`, each with one product
@@ -33,6 +35,7 @@ from .linear_logps import (
     choose_strategy,
     fake_gradients,
     plain_logits,
+    scaled_product,
     scaled_rows,
 )
 from .plan import Plan, plan_of
@@ -83,9 +86,9 @@ def linear_kl(
     return TokenKL(tokens, ref_logps, kl)
 
 
-def _plan(strategy, budget, count, weight, low, up, ref_weight, invariant) -> Plan:
+def _plan(strategy, budget, count, weight, down, up, ref_weight, invariant) -> Plan:
     ref_H = ref_weight.shape[1]
-    return plan_of(strategy, budget, count, weight, low, up, invariant, ref_H, joint=True)
+    return plan_of(strategy, budget, count, weight, down, up, invariant, ref_H, joint=True)
 
 
 class _Heads:
@@ -93,7 +96,7 @@ class _Heads:
 
     def __init__(self, plan: Plan, policy: LinearInputs, reference: LinearInputs, rows: int):
         self.policy, self.reference = policy, reference
-        self.head = Head(plan, policy.weight, policy.bias, policy.up)
+        self.head = Head(plan, policy.weight, policy.bias, policy.down, policy.up)
         self.ref_head = Head(plan, reference.weight, reference.bias)
         chunk = min(plan.chunk, rows)
         self.z, self.r = self.head.logits_buffer(chunk), self.ref_head.logits_buffer(chunk)
@@ -106,7 +109,7 @@ class _Heads:
             self.ref_head.rows(self.reference.hidden, index), None, self.r[:whole]
         )
         h = self.head.rows(policy.hidden, index)
-        low = None if policy.low is None else self.head.rows(policy.low, index)
+        low = self.head.low(h)
         z = self.head.project(h, low, self.z[:whole])
         return z[:n], r[:n], h[:n], None if low is None else low[:n]
 
@@ -116,7 +119,7 @@ def _linear_kl(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    low: Tensor | None,
+    down: Tensor | None,
     up: Tensor | None,
     ref_hidden: Tensor,
     ref_weight: Tensor,
@@ -136,15 +139,15 @@ def _linear_kl(
     impl = backends.load(backend)
     transform, names = LogitTransform(scale, softcap, inv_temperature), _names(stats)
     labels = targets.reshape(-1)
-    plan = _plan(strategy, memory_budget, count, weight, low, up, ref_weight, invariant)
+    plan = _plan(strategy, memory_budget, count, weight, down, up, ref_weight, invariant)
     index = scored_rows(targets, ignore_index, count)
     heads = _Heads(
-        plan, LinearInputs(hidden, weight, bias, low, up),
+        plan, LinearInputs(hidden, weight, bias, down, up),
         LinearInputs(ref_hidden, ref_weight, ref_bias), index.shape[0],
     )  # fmt: skip
     results = [hidden.new_zeros(s, dtype=d) for s, d in _results(targets, len(names))]
     flat = [x.flatten(-2) for x in results]
-    stashes = _stashes(strategy, count, hidden, low)
+    stashes = _stashes(strategy, count, hidden, down)
     ones = hidden.new_ones(plan.chunk, dtype=torch.float32)
     done = 0
     for part in index.split(plan.chunk):
@@ -172,10 +175,10 @@ def _linear_kl(
                 else:
                     impl.token_logps_backward(g, z[None], y, lse, ignore_index, transform, d[None])
                 dz = heads.head.operand(d)
-                if stashes[0].numel():
-                    stashes[0][i, done : done + n] = heads.head.d_hidden(dz)
-                if stashes[1].numel():
-                    stashes[1][i, done : done + n] = heads.head.d_low(dz)
+                of_low = heads.head.d_low(dz)
+                stashes[0][i, done : done + n] = heads.head.d_hidden(dz, of_low)
+                if of_low is not None:
+                    stashes[1][i, done : done + n] = of_low
         done += n
     return *results, *stashes  # type: ignore[return-value]
 
@@ -187,23 +190,23 @@ def _results(targets: Tensor, stats: int) -> list[tuple[tuple[int, ...], torch.d
             (shape, wide), (shape, narrow)]  # fmt: skip
 
 
-def _stashes(strategy: str, count: int, hidden: Tensor, low: Tensor | None) -> list[Tensor]:
+def _stashes(strategy: str, count: int, hidden: Tensor, down: Tensor | None) -> list[Tensor]:
     """Unscaled gradients [2, N, H] and [2, N, r], of log-prob and KL, for a frozen head."""
-    frozen = strategy == "frozen"
+    columns = hidden.shape[-1], None if down is None else down.shape[0]
     return [
-        hidden.new_empty((2, count, x.shape[-1]) if frozen and x is not None else 0,
+        hidden.new_empty((2, count, n) if strategy == "frozen" and n is not None else 0,
                          dtype=torch.float32)
-        for x in (hidden, low)
+        for n in columns
     ]  # fmt: skip
 
 
 @_linear_kl.register_fake
 def _(
-    hidden, weight, bias, low, up, ref_hidden, ref_weight, ref_bias, targets, ignore_index, scale,
+    hidden, weight, bias, down, up, ref_hidden, ref_weight, ref_bias, targets, ignore_index, scale,
     softcap, inv_t, stats, strategy, count, budget, invariant, backend,
 ):  # fmt: skip
     results = [hidden.new_empty(s, dtype=d) for s, d in _results(targets, len(_names(stats)))]
-    return *results, *_stashes(strategy, count, hidden, low)
+    return *results, *_stashes(strategy, count, hidden, down)
 
 
 def _setup_context(ctx, inputs, output):
@@ -212,8 +215,10 @@ def _setup_context(ctx, inputs, output):
     _, lse, table, ref_logps, ref_lse, _, *stashes = output
     ctx.mark_non_differentiable(lse, table, ref_logps, ref_lse, *stashes)
     if ctx.strategy == "frozen":
-        ctx.save_for_backward(tensors[8], *stashes)
-        ctx.dtypes = [None if x is None else x.dtype for x in (tensors[0], tensors[3])]
+        # The rows of hidden are the other factor of a gradient of down.
+        hidden, down = tensors[0], tensors[3]
+        ctx.save_for_backward(tensors[8], *stashes, None if down is None else hidden)
+        ctx.dtype = hidden.dtype
     else:
         ctx.save_for_backward(*tensors, lse, ref_lse)
 
@@ -221,14 +226,14 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_logps, _lse, _table, _ref_logps, _ref_lse, grad_kl, *_):
     wanted = ctx.needs_input_grad[:5]
     if ctx.strategy == "frozen":
-        targets, *stashes = ctx.saved_tensors
-        count = ctx.tail[0]
-        d_hidden, d_low = (
-            scaled_rows([grad_logps, grad_kl], list(stash.unbind(0)), targets, ctx.ignore_index,
-                        count, dtype) if need else None
-            for stash, dtype, need in zip(stashes, ctx.dtypes, wanted[::3], strict=True)
-        )  # fmt: skip
-        return d_hidden, None, None, d_low, *[None] * 15
+        targets, d_hidden, d_low, hidden = ctx.saved_tensors
+        given, slopes = (targets, ctx.ignore_index, ctx.tail[0]), [grad_logps, grad_kl]
+        dh = d_down = None
+        if wanted[0]:
+            dh = scaled_rows(slopes, list(d_hidden.unbind(0)), *given, ctx.dtype)
+        if wanted[3]:
+            d_down = scaled_product(slopes, list(d_low.unbind(0)), hidden, *given)
+        return dh, None, None, d_down, *[None] * 15
     grads = _linear_kl_backward(
         grad_logps, grad_kl, *ctx.saved_tensors, ctx.ignore_index, *ctx.transform, list(wanted),
         *ctx.tail,
@@ -246,7 +251,7 @@ def _linear_kl_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    low: Tensor | None,
+    down: Tensor | None,
     up: Tensor | None,
     ref_hidden: Tensor,
     ref_weight: Tensor,
@@ -267,9 +272,9 @@ def _linear_kl_backward(
     impl = backends.load(backend)
     transform = LogitTransform(scale, softcap, inv_temperature)
     rows = [x.reshape(-1) for x in (grad_logps, grad_kl, targets, lse, ref_lse)]
-    plan = _plan("recompute", memory_budget, count, weight, low, up, ref_weight, invariant)
+    plan = _plan("recompute", memory_budget, count, weight, down, up, ref_weight, invariant)
     index = scored_rows(targets, ignore_index, count)
-    policy = LinearInputs(hidden, weight, bias, low, up)
+    policy = LinearInputs(hidden, weight, bias, down, up)
     heads = _Heads(plan, policy, LinearInputs(ref_hidden, ref_weight, ref_bias), index.shape[0])
     gradients = InputGradients(heads.head, policy, wanted)
     for part in index.split(plan.chunk):
@@ -286,7 +291,7 @@ def _linear_kl_backward(
 
 @_linear_kl_backward.register_fake
 def _(
-    grad_logps, grad_kl, hidden, weight, bias, low, up, ref_hidden, ref_weight, ref_bias, targets,
+    grad_logps, grad_kl, hidden, weight, bias, down, up, ref_hidden, ref_weight, ref_bias, targets,
     lse, ref_lse, ignore_index, scale, softcap, inv_t, wanted, count, budget, invariant, backend,
 ):  # fmt: skip
-    return fake_gradients(LinearInputs(hidden, weight, bias, low, up), wanted)
+    return fake_gradients(LinearInputs(hidden, weight, bias, down, up), wanted)

@@ -1,12 +1,12 @@
 """`linear_logps`: log-probs of scored rows from hidden states and the lm_head weight.
 
-    logp[r, t] = token_logps(hidden[r, t] @ weight.T + low[r, t] @ up.T + bias)
+    logp[r, t] = token_logps(hidden[r, t] @ weight.T + (hidden[r, t] @ down.T) @ up.T + bias)
 
 Only scored rows are projected, a chunk of rows at a time: no [R, T, V] tensor exists. What the
 backward needs is had in one of three ways, by strategy:
 
     score      no gradient: one product (logits)
-    frozen     hidden (or low) wants a gradient, weight, bias and up do not: the forward turns the
+    frozen     hidden (or down) wants a gradient, weight, bias and up do not: the forward turns the
                chunk's logits into softmax - onehot and multiplies them by the weight while they
                are there; the backward scales each row of the result. Two products
     recompute  the backward projects again what the budget could not keep, turns logits into their
@@ -18,6 +18,7 @@ positions, `N` scored rows, `H` hidden size, `V` vocabulary, `r` rank, `C` rows 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
 
 import torch
@@ -27,7 +28,7 @@ from .. import backends
 from ..backends import torch as reference
 from ..transform import LogitTransform
 from . import checks
-from .linear_head import Head, InputGradients, LinearInputs, count_scored, scored_rows
+from .linear_head import Head, InputGradients, LinearInputs, count_scored, rows_of, scored_rows
 from .plan import DEFAULT, Plan, plan_of
 from .products import ceil
 from .token_logps import TokenLogps, _names, check_stats
@@ -41,7 +42,7 @@ def linear_logps(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    low: Tensor | None = None,
+    down: Tensor | None = None,
     up: Tensor | None = None,
     ignore_index: int = -100,
     transform: LogitTransform | None = None,
@@ -56,7 +57,7 @@ def linear_logps(
     """Log-prob, log-sum-exp and statistics of each scored row, [R, T] and 0 where ignored.
 
     `hidden` [R, T, H], `weight` [V, H], `bias` [V] of one floating dtype (see `check_head`);
-    `low` [R, T, r] and `up` [V, r] of a LoRA head; `targets` [R, T] int64. `memory_budget` bytes
+    `down` [r, H] fp32 and `up` [V, r] of a LoRA head; `targets` [R, T] int64. `memory_budget` bytes
     bound what is held beside inputs and gradients. `strategy` one of `STRATEGIES` or None: the
     cheapest that gives the gradients wanted; `chunks_of` another strategy whose chunks of rows are
     used, so that a reference goes through the very products of its policy. `count` is the number of
@@ -68,14 +69,14 @@ def linear_logps(
     stats = check_stats(stats)
     name = backends.choose(backend, hidden.device, hidden.dtype)
     if name == "torch":
-        inputs = LinearInputs(hidden, weight, bias, low, up)
+        inputs = LinearInputs(hidden, weight, bias, down, up)
         return _plain(inputs, targets, ignore_index, transform, stats)
-    strategy = choose_strategy(strategy, hidden, weight, bias, low, up)
+    strategy = choose_strategy(strategy, hidden, weight, bias, down, up)
     result = _linear_logps(
         hidden,
         weight,
         bias,
-        low,
+        down,
         up,
         targets,
         ignore_index,
@@ -104,11 +105,10 @@ def _plain(inputs, targets, ignore_index, transform, stats):
 def plain_logits(inputs: LinearInputs) -> Tensor:
     """All rows at once [R, T, V], fp32 (fp64 of fp64)."""
     wide = reference.accumulate_dtype(inputs.hidden.dtype)
-    hidden, weight, bias, low, up = inputs
-    x = torch.nn.functional.linear(
-        hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
-    )
-    return x if low is None or up is None else x + low.to(wide) @ up.to(wide).T
+    hidden, weight, bias, down, up = inputs
+    hidden = hidden.to(wide)  # once: the gradients of both products are added before rounding
+    x = torch.nn.functional.linear(hidden, weight.to(wide), None if bias is None else bias.to(wide))
+    return x if down is None or up is None else x + (hidden @ down.to(wide).T) @ up.to(wide).T
 
 
 def check_head(
@@ -152,7 +152,7 @@ def choose_strategy(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    low: Tensor | None,
+    down: Tensor | None,
     up: Tensor | None,
 ) -> str:
     """The cheapest strategy that gives the gradients wanted; `ValueError` if `wish` cannot."""
@@ -163,7 +163,7 @@ def choose_strategy(
     able: tuple[str, ...]
     if wanted(weight, bias, up):
         able = ("recompute",)
-    elif wanted(hidden, low):
+    elif wanted(hidden, down):
         able = ("frozen", "recompute")
     else:
         able = ("score",)
@@ -184,7 +184,7 @@ def _linear_logps(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    low: Tensor | None,
+    down: Tensor | None,
     up: Tensor | None,
     targets: Tensor,
     ignore_index: int,
@@ -203,12 +203,12 @@ def _linear_logps(
     transform, names = LogitTransform(scale, softcap, inv_temperature), _names(stats)
     labels = targets.reshape(-1)
     rows = labels.shape[0]
-    plan = plan_of(chunks_of, memory_budget, count, weight, low, up, invariant)
-    head = Head(plan, weight, bias, up)
+    plan = plan_of(chunks_of, memory_budget, count, weight, down, up, invariant)
+    head = Head(plan, weight, bias, down, up)
     logps = hidden.new_zeros(rows, dtype=torch.float32)
     lse = hidden.new_zeros(rows, dtype=torch.float64)
     table = hidden.new_zeros((len(names), rows), dtype=torch.float32)
-    kept, d_hidden, d_low = _new_saved(strategy, plan, count, hidden, low)
+    kept, d_hidden, d_low = _new_saved(strategy, plan, count, hidden, down)
     keep = plan.keep if strategy == "recompute" else 0
     index = scored_rows(targets, ignore_index, count)
     ones = hidden.new_ones(plan.chunk, dtype=torch.float32)
@@ -223,8 +223,8 @@ def _linear_logps(
             if scratch is None:
                 scratch = head.logits_buffer(min(plan.chunk, index.shape[0] - done))
             z = scratch[: ceil(n, plan.block)]
-        x = head.rows(low, part) if low is not None else None
-        z = head.project(head.rows(hidden, part), x, z)[:n]
+        h = head.rows(hidden, part)
+        z = head.project(h, head.low(h), z)[:n]
         y = labels[part][None]
         result = impl.token_logps(z[None], y, ignore_index, transform, names)
         logps[part], lse[part], table[:, part] = result[0][0], result[1][0], result[2][:, 0]
@@ -236,10 +236,10 @@ def _linear_logps(
             ones[None, :n], z[None], y, result[1], ignore_index, transform, d[None]
         )
         dz = head.operand(d)
-        if d_hidden.numel():
-            d_hidden[done - n : done] = head.d_hidden(dz)
-        if d_low.numel():
-            d_low[done - n : done] = head.d_low(dz)
+        of_low = head.d_low(dz)
+        d_hidden[done - n : done] = head.d_hidden(dz, of_low)
+        if of_low is not None:
+            d_low[done - n : done] = of_low
     shape = targets.shape
     table = table.view(len(names), *shape)
     return logps.view(shape), lse.view(shape), table, kept, d_hidden, d_low
@@ -251,42 +251,43 @@ def _chunks(index: Tensor, plan: Plan) -> list[Tensor]:
     return [c for rows in (kept, others) for c in rows.split(plan.chunk) if c.shape[0]]
 
 
-def _new_saved(strategy, plan, count, hidden, low):
+def _new_saved(strategy, plan, count, hidden, down):
     """What a strategy saves for the backward: kept logits, and unscaled gradients [N, ...]."""
 
-    def stash(x):
-        wanted = strategy == "frozen" and x is not None
-        return hidden.new_empty((count, x.shape[-1]) if wanted else 0, dtype=torch.float32)
+    def stash(columns):
+        wanted = strategy == "frozen" and columns is not None
+        return hidden.new_empty((count, columns) if wanted else 0, dtype=torch.float32)
 
     rows = ceil(plan.keep, plan.block) if strategy == "recompute" else 0
     kept = hidden.new_empty((rows, plan.pitch) if rows else 0, dtype=torch.float32)
-    return kept, stash(hidden), stash(low)
+    return kept, stash(hidden.shape[-1]), stash(None if down is None else down.shape[0])
 
 
 @_linear_logps.register_fake
 def _(
-    hidden, weight, bias, low, up, targets, ignore_index, scale, softcap, inv_t, stats, strategy,
+    hidden, weight, bias, down, up, targets, ignore_index, scale, softcap, inv_t, stats, strategy,
     chunks_of, count, budget, invariant, backend,
 ):  # fmt: skip
     logps = hidden.new_empty(targets.shape, dtype=torch.float32)
     lse = hidden.new_empty(targets.shape, dtype=torch.float64)
     table = hidden.new_empty((len(_names(stats)), *targets.shape), dtype=torch.float32)
-    plan = plan_of(chunks_of, budget, count, weight, low, up, invariant)
-    return logps, lse, table, *_new_saved(strategy, plan, count, hidden, low)
+    plan = plan_of(chunks_of, budget, count, weight, down, up, invariant)
+    return logps, lse, table, *_new_saved(strategy, plan, count, hidden, down)
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, low, up, targets, ctx.ignore_index, *transform, _ = inputs[:11]
+    hidden, weight, bias, down, up, targets, ctx.ignore_index, *transform, _ = inputs[:11]
     ctx.transform, ctx.strategy, ctx.tail = tuple(transform), inputs[11], inputs[12:]
     _, lse, table, kept, d_hidden, d_low = output
     ctx.mark_non_differentiable(lse, table, kept, d_hidden, d_low)
     # Else a gradient of zeros as large as the kept logits would be made for them.
     ctx.set_materialize_grads(False)
     if ctx.strategy == "frozen":
-        ctx.save_for_backward(d_hidden, d_low, targets)
-        ctx.dtypes = hidden.dtype, None if low is None else low.dtype
+        # The rows of hidden are the other factor of a gradient of down.
+        ctx.save_for_backward(d_hidden, d_low, targets, None if down is None else hidden)
+        ctx.dtype = hidden.dtype
     else:
-        ctx.save_for_backward(hidden, weight, bias, low, up, targets, lse, kept)
+        ctx.save_for_backward(hidden, weight, bias, down, up, targets, lse, kept)
 
 
 def _backward(ctx, grad, *_):
@@ -294,16 +295,14 @@ def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 17
     if ctx.strategy == "frozen":
-        *stashes, targets = ctx.saved_tensors
-        count = ctx.tail[1]
-        d_hidden, d_low = (
-            scaled_rows([grad], [stash], targets, ctx.ignore_index, count, dtype) if need else None
-            for stash, dtype, need in zip(stashes, ctx.dtypes, wanted[::3], strict=True)
-        )
-        return d_hidden, None, None, d_low, *[None] * 13
-    hidden, weight, bias, low, up, targets, lse, kept = ctx.saved_tensors
+        d_hidden, d_low, targets, hidden = ctx.saved_tensors
+        given = targets, ctx.ignore_index, ctx.tail[1]
+        dh = scaled_rows([grad], [d_hidden], *given, ctx.dtype) if wanted[0] else None
+        d_down = scaled_product([grad], [d_low], hidden, *given) if wanted[3] else None
+        return dh, None, None, d_down, *[None] * 13
+    hidden, weight, bias, down, up, targets, lse, kept = ctx.saved_tensors
     grads = _linear_logps_backward(
-        grad, hidden, weight, bias, low, up, targets, lse, kept, ctx.ignore_index, *ctx.transform,
+        grad, hidden, weight, bias, down, up, targets, lse, kept, ctx.ignore_index, *ctx.transform,
         list(wanted), *ctx.tail,
     )  # fmt: skip
     return *(g if need else None for g, need in zip(grads, wanted, strict=True)), *[None] * 12
@@ -322,26 +321,51 @@ def scaled_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     """[R, T, H] of `dtype`: the sum of the stashed rows times their gradients, 0 where ignored."""
-    index = scored_rows(targets, ignore_index, count)
     H = stashes[0].shape[1]
     out = stashes[0].new_zeros((*targets.shape, H), dtype=dtype)
     flat = out.view(-1, H)
-    for first in range(
-        0, index.shape[0], 1024
-    ):  # products of all rows at once would be stashes too
+    for part, rows in _scaled(grads, stashes, targets, ignore_index, count):
+        flat[part] = rows.to(dtype)
+    return out
+
+
+def _scaled(grads, stashes, targets, ignore_index, count) -> Iterator[tuple[Tensor, Tensor]]:
+    """Indices and values of rows, some at a time: products of all at once would be stashes too."""
+    index = scored_rows(targets, ignore_index, count)
+    for first in range(0, index.shape[0], 1024):
         part = index[first : first + 1024]
-        rows = stashes[0].new_zeros((part.shape[0], H))
+        rows = stashes[0].new_zeros((part.shape[0], stashes[0].shape[1]))
         for grad, stash in zip(grads, stashes, strict=True):
             g = grad.reshape(-1)[part].unsqueeze(1)
             # A row of gradient 0 gives 0 however bad its logits.
             rows += torch.where(g == 0, 0.0, stash[first : first + part.shape[0]] * g)
-        flat[part] = rows.to(dtype)
-    return out
+        yield part, rows
 
 
 @scaled_rows.register_fake
 def _(grads, stashes, targets, ignore_index, count, dtype):
     return stashes[0].new_empty((*targets.shape, stashes[0].shape[1]), dtype=dtype)
+
+
+@torch.library.custom_op("dpo_kernels::scaled_product", mutates_args=())
+def scaled_product(
+    grads: List[Tensor],  # noqa: UP006  [R, T] each
+    stashes: List[Tensor],  # noqa: UP006  [N, r] fp32 each
+    hidden: Tensor,  # [R, T, H]
+    targets: Tensor,  # [R, T]
+    ignore_index: int,
+    count: int,
+) -> Tensor:
+    """[r, H] fp32: the rows that `scaled_rows` gives, times those of hidden."""
+    out = stashes[0].new_zeros((stashes[0].shape[1], hidden.shape[-1]))
+    for part, rows in _scaled(grads, stashes, targets, ignore_index, count):
+        out.addmm_(rows.T, rows_of(hidden, part).float())
+    return out
+
+
+@scaled_product.register_fake
+def _(grads, stashes, hidden, targets, ignore_index, count):
+    return stashes[0].new_empty((stashes[0].shape[1], hidden.shape[-1]))
 
 
 @torch.library.custom_op("dpo_kernels::linear_logps_backward", mutates_args=())
@@ -350,7 +374,7 @@ def _linear_logps_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    low: Tensor | None,
+    down: Tensor | None,
     up: Tensor | None,
     targets: Tensor,
     lse: Tensor,
@@ -369,16 +393,16 @@ def _linear_logps_backward(
     impl = backends.load(backend)
     transform = LogitTransform(scale, softcap, inv_temperature)
     labels, grad, lse = targets.reshape(-1), grad.reshape(-1), lse.reshape(-1)
-    plan = plan_of(chunks_of, memory_budget, count, weight, low, up, invariant)
-    head = Head(plan, weight, bias, up)
-    gradients = InputGradients(head, LinearInputs(hidden, weight, bias, low, up), wanted)
+    plan = plan_of(chunks_of, memory_budget, count, weight, down, up, invariant)
+    head = Head(plan, weight, bias, down, up)
+    gradients = InputGradients(head, LinearInputs(hidden, weight, bias, down, up), wanted)
     index = scored_rows(targets, ignore_index, count)
     scratch = head.logits_buffer(min(plan.chunk, index.shape[0]))
     done = 0
     for part in _chunks(index, plan):
         n = part.shape[0]
         h = head.rows(hidden, part)
-        x = head.rows(low, part) if low is not None else None
+        x = head.low(h)
         z = out = scratch[: ceil(n, plan.block)]
         if done < plan.keep:  # written beside: a second backward finds the logits as they were
             z = kept[done : done + ceil(n, plan.block), : head.V]
@@ -396,10 +420,10 @@ def _linear_logps_backward(
 
 @_linear_logps_backward.register_fake
 def _(
-    grad, hidden, weight, bias, low, up, targets, lse, kept, ignore_index, scale, softcap, inv_t,
+    grad, hidden, weight, bias, down, up, targets, lse, kept, ignore_index, scale, softcap, inv_t,
     wanted, chunks_of, count, budget, invariant, backend,
 ):  # fmt: skip
-    return fake_gradients(LinearInputs(hidden, weight, bias, low, up), wanted)
+    return fake_gradients(LinearInputs(hidden, weight, bias, down, up), wanted)
 
 
 def fake_gradients(inputs: LinearInputs, wanted: list[bool]) -> tuple[Tensor, ...]:

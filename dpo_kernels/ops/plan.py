@@ -131,7 +131,7 @@ def plan_of(
     budget: int,
     rows: int,
     weight: Tensor,
-    low: Tensor | None,
+    down: Tensor | None,
     up: Tensor | None,
     invariant: bool,
     ref_H: int = 0,
@@ -148,7 +148,7 @@ def plan_of(
     return Plan.of(
         budget, rows, V, H, weight.dtype, gpu=on_gpu(device),
         products=products_of(device, weight.dtype), gradient=strategy != "score",
-        low_rank=0 if low is None else low.shape[-1],
+        low_rank=0 if down is None else down.shape[0],
         up_dtype=torch.float32 if up is None else up.dtype,
         keep=strategy == "recompute" and not joint,
         stash={"streaming": 1, "frozen": 1 + joint}.get(strategy, 0), ref_H=ref_H, joint=joint,

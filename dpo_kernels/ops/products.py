@@ -202,11 +202,11 @@ def low_rank_operand(x: Tensor, up_dtype: torch.dtype, *, up: bool) -> Tensor:
 
 
 def scaled_pieces(x: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
-    """`x` [n, r] as narrow parts of a sum, exact to 16 bits or more, times a unit on the device."""
+    """`x` [n, r] as narrow parts of a sum, exact to 22 bits or more, times a unit on the device."""
     if x.dtype == dtype:
         return [x], None
     if dtype != torch.float16:
-        return split(x, dtype, 2), None
+        return split(x, dtype, 3), None
     tops = largest(x)
     exponent = exponent_of(tops.max() if tops.numel() else tops.sum())
     return split(x.float() * power_of_two(15 - exponent), dtype, 2), power_of_two(exponent - 15)
