@@ -1,7 +1,8 @@
 // The gradient of the logits: one read and one write of the scored rows, one write of the others.
 //
-// A block takes a tile of a row, rows from the last to the first: the last rows the forward read may
-// still lie in the L2 cache. What all of a row's elements share is computed once a block, in fp64.
+// A block takes a part of a row, rows from the last to the first: the last rows the forward read may
+// still lie in the L2 cache. Parts are equal and begin on a line of 128 bytes wherever the row does.
+// What all of a row's elements share is computed once a block, in fp64.
 #include "sequences.h"
 
 namespace dpo {
@@ -16,7 +17,7 @@ inline namespace token_logps_backward_kernels {
 template <int THREADS_, int VECTORS_, int ROUNDS_, int BLOCKS_>
 struct Config {
   static constexpr int THREADS = THREADS_, VECTORS = VECTORS_, ROUNDS = ROUNDS_, BLOCKS = BLOCKS_;
-  static constexpr int TILE = THREADS * VECTORS * ROUNDS;  // vectors
+  static constexpr int TILE = THREADS * VECTORS * ROUNDS;  // vectors, about
 };
 using Backward = Config<DPO_BACKWARD_CONFIG>;
 
@@ -87,11 +88,16 @@ DPO_DEVICE void gradient(const Arguments& a, const Row& row, int index, int colu
   }
 }
 
+constexpr int LINE = 8;  // vectors
+
+// The first of n lines that belongs to a part.
+DPO_DEVICE int line_of(int n, int part, int parts) { return (int)((int64_t)n * part / parts); }
+
 // T: dtype of the logits; O: of the gradient, as wide or narrower.
 template <class T, class O, bool SOFTCAP, class C>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS) backward(const __grid_constant__ Arguments a) {
   constexpr int N = Elements<O>::N, LOADS = N / Elements<T>::N;
-  constexpr int VECTORS = C::VECTORS / LOADS, ROUNDS = C::ROUNDS * LOADS;
+  constexpr int VECTORS = C::VECTORS / LOADS, STEP = VECTORS * C::THREADS;
   const TokenLogpsBackward& p = a.p;
   const int block = blockIdx.x, index = a.rows - 1 - block / a.tiles, tile = block % a.tiles;
   const int thread = threadIdx.x;
@@ -119,23 +125,26 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS) backward(const __grid_c
       out[column] = Elements<O>::narrow(value[0]);
     }
   }
-  const int first = tile * C::TILE + thread;
+  const int before = (int)(((uintptr_t)to >> 4) & (LINE - 1));  // vectors of the row's first line
+  const int lines = (before + span.vectors + LINE - 1) / LINE;
+  const int first = line_of(lines, tile, a.tiles) * LINE - before + thread;
+  const int last = line_of(lines, tile + 1, a.tiles) * LINE - before;
+  const int end = last < span.vectors ? last : span.vectors;
   if (row.y < 0) {
     float values[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) values[i] = row.fill;
     const Vec v = Elements<O>::pack(values);
-    for (int j = 0; j < VECTORS * ROUNDS; ++j)
-      if (first + j * C::THREADS < span.vectors) store_streaming(to + first + j * C::THREADS, v);
+    for (int j = first; j < end; j += C::THREADS)
+      if (j >= 0) store_streaming(to + j, v);
     return;
   }
-  for (int round = 0; round < ROUNDS; ++round) {
-    const int start = first + round * VECTORS * C::THREADS;
+  for (int start = first; start < end; start += STEP) {
     Vec loaded[VECTORS][LOADS];
 #pragma unroll
     for (int j = 0; j < VECTORS; ++j) {
       const int v = start + j * C::THREADS;
-      if (v >= span.vectors) continue;
+      if (v < 0 || v >= end) continue;
 #pragma unroll
       for (int l = 0; l < LOADS; ++l) {
         const T* part = from + v * N + l * Elements<T>::N;
@@ -152,7 +161,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS) backward(const __grid_c
 #pragma unroll
     for (int j = 0; j < VECTORS; ++j) {
       const int v = start + j * C::THREADS;
-      if (v >= span.vectors) continue;
+      if (v < 0 || v >= end) continue;
       float values[N];
 #pragma unroll
       for (int l = 0; l < LOADS; ++l)
@@ -166,7 +175,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS) backward(const __grid_c
 template <class T, class O>
 cudaError_t run(Arguments a, void* stream) {
   const int vectors = a.V / Elements<O>::N;
-  a.tiles = vectors == 0 ? 1 : (vectors + Backward::TILE - 1) / Backward::TILE;
+  a.tiles = (vectors + Backward::TILE / 2) / Backward::TILE;
+  if (a.tiles < 1) a.tiles = 1;
   const int64_t blocks = (int64_t)a.rows * a.tiles;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = a.p.transform.softcap != 0 ? backward<T, O, true, Backward>

@@ -22,8 +22,8 @@ from .launch import ALIGN, VARYING, lanes, on
 from .token_logps import _ALIGN, _scalars, _value
 
 # As in token_logps.py.
-FORWARD = {"K": 2, "num_warps": 4}
-BACKWARD = {"TILE": 2048, "num_warps": 4}
+FORWARD = {"K": 1, "num_warps": 4}
+BACKWARD = {"TILE": 1024, "num_warps": 2}
 
 
 @triton.jit

@@ -26,9 +26,9 @@ from .launch import ALIGN, VARYING, aligned, lanes, on, vector
 
 # Launch configurations, one place; LANES is what `num_warps` warps load at once. Chosen on an H100
 # (bf16, V 32000 to 151936): percent of copy bandwidth in docs/kernels.md.
-FORWARD = {"K": 2, "STAGES": 4, "num_warps": 4}
-FORWARD_STATS = {"K": 2, "STAGES": 2, "num_warps": 4}
-BACKWARD = {"TILE": 2048, "num_warps": 2}
+FORWARD = {"K": 4, "STAGES": 3, "num_warps": 4}
+FORWARD_STATS = {"K": 2, "STAGES": 3, "num_warps": 4}
+BACKWARD = {"TILE": 1024, "num_warps": 2}
 _ALIGN = tl.constexpr(ALIGN)
 
 
