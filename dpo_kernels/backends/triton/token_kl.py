@@ -18,13 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...transform import LogitTransform
-from .launch import VARYING, on
+from .launch import ALIGN, VARYING, lanes, on
 from .token_logps import _ALIGN, _scalars, _value
 
-# As in token_logps.py: not yet measured on a GPU. Five running values a lane and two rows in
-# flight: smaller tiles.
-FORWARD = {"K": 4, "LANES": 1024, "num_warps": 8}
-BACKWARD = {"TILE": 2048, "num_warps": 8}
+# As in token_logps.py.
+FORWARD = {"K": 1, "num_warps": 4}
+BACKWARD = {"TILE": 1024, "num_warps": 2}
 
 
 @triton.jit
@@ -149,8 +148,9 @@ def _forward(
         unit = tl.zeros([], tl.float64) + unit_hi + unit_lo
         log_x = tl.log(sum_x)
         log_r = tl.log(sum_r)
-        tl.store(logps + index, ((x_y - top_x).to(tl.float64) * unit - log_x).to(tl.float32))
-        tl.store(ref_logps + index, ((r_y - top_r).to(tl.float64) * unit - log_r).to(tl.float32))
+        x_y, r_y = x_y.to(tl.float64) - top_x, r_y.to(tl.float64) - top_r
+        tl.store(logps + index, (x_y * unit - log_x).to(tl.float32))
+        tl.store(ref_logps + index, (r_y * unit - log_r).to(tl.float32))
         tl.store(lse + index, top_x.to(tl.float64) * unit + log_x)
         tl.store(ref_lse + index, top_r.to(tl.float64) * unit + log_r)
         # A lane without anything of the reference has no gap, however far its policy moved.
@@ -263,11 +263,9 @@ def _backward(
 
 
 def _same_phase(a: Tensor, *others: Tensor) -> bool:
-    """Whether the tensors' rows lie alike within `_ALIGN` elements, wherever they start."""
+    """Whether the tensors' rows lie alike within `ALIGN` elements, wherever they start."""
     return all(
-        (s - t) % _ALIGN.value == 0
-        for b in others
-        for s, t in zip(a.stride(), b.stride(), strict=True)
+        (s - t) % ALIGN == 0 for b in others for s, t in zip(a.stride(), b.stride(), strict=True)
     )
 
 
@@ -288,7 +286,7 @@ def token_kl(
                 logits, ref_logits, targets.contiguous(), logps, lse, ref_logps, ref_lse, kl,
                 logits.stride(0), logits.stride(1), ref_logits.stride(0), ref_logits.stride(1),
                 T, V, ignore_index, **_scalars(transform), SOFTCAP=transform.softcap != 0,
-                SAME_PHASE=_same_phase(logits, ref_logits), **FORWARD,
+                SAME_PHASE=_same_phase(logits, ref_logits), **lanes(logits, FORWARD),
             )  # fmt: skip
     return logps, lse, ref_logps, ref_lse, kl
 
@@ -309,8 +307,8 @@ def token_kl_backward(
     R, T, V = logits.shape
     if logits.numel() == 0:
         return
-    # The first tile begins up to _ALIGN - 1 elements before the row.
-    tiles = triton.cdiv(V + _ALIGN.value - 1, BACKWARD["TILE"])
+    # The first tile begins up to ALIGN - 1 elements before the row.
+    tiles = triton.cdiv(V + ALIGN - 1, BACKWARD["TILE"])
     with on(logits):
         _backward[(R * T, tiles)](
             grad_logps.float().contiguous(), grad_kl.float().contiguous(), logits, ref_logits,
