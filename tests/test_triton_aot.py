@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_launches
 
 PROGRAM = Path(__file__).with_name("triton_aot.py")
 BUDGET = json.loads(Path(__file__).with_name("triton_budget.json").read_text())
@@ -28,6 +29,10 @@ def test_compiles_within_budget(target):
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {family(kernel["kernel"]) for kernel in kernels} == set(BUDGET) - {"what"}
+    shared = test_launches.shared_memory(kernels)
+    recorded = json.loads(test_launches.RECORDED.read_text())[test_launches.SHARED]
+    if target == "sm_90" and shared["triton"] == recorded["triton"]:
+        test_launches.check(test_launches.SHARED, shared)
     for kernel in kernels:
         print(kernel)
         if target.startswith("sm_"):

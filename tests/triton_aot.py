@@ -35,6 +35,11 @@ TARGETS = {
 }
 
 
+def _gradients(dtype: str) -> tuple[str, ...]:
+    """Dtypes of the gradient: the logits', and that of a linear head's products."""
+    return (dtype, "bf16") if dtype == "fp32" else (dtype,)
+
+
 def kernels():
     """name -> (function, {argument: type}, {constexpr: value}, warps)."""
     row = {"stride_r": "i64", "stride_t": "i64", "T": "i32", "V": "i32", "ignore_index": "i32",
@@ -53,16 +58,18 @@ def kernels():
             name = f"forward_{dtype}{'_softcap' * softcap}{'_stats' * stats}"
             yield name, token_logps._forward, types, constants, forward_warps
         types = {"grad": "*fp32", "logits": f"*{dtype}", "targets": "*i64", "lse": "*fp64",
-                 "out": f"*{dtype}", **row, "out_stride_r": "i64", "out_stride_t": "i64",
+                 **row, "out_stride_r": "i64", "out_stride_t": "i64",
                  "out_shift": "i32", "rows": "i32", "tiles": "i32", "inv_hi": "fp32",
                  "inv_lo": "fp32", "chain": "fp32"}  # fmt: skip
         backward = dict(token_logps.BACKWARD)
         backward_warps = backward.pop("num_warps")
         backward["VEC"] = vector
         for softcap in (False, True):
-            name = f"backward_{dtype}{'_softcap' * softcap}"
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
-            yield name, token_logps._backward, types, constants, backward_warps
+            for out in _gradients(dtype):
+                name = f"backward_{dtype}{f'_{out}' * (out != dtype)}{'_softcap' * softcap}"
+                outs = {**types, "out": f"*{out}"}
+                yield name, token_logps._backward, outs, constants, backward_warps
     backward = dict(token_kl.BACKWARD)
     backward_warps = backward.pop("num_warps")
     row |= {"ref_stride_r": "i64", "ref_stride_t": "i64"}
@@ -77,11 +84,13 @@ def kernels():
             types = {**pointers, "logps": "*fp32", "ref_logps": "*fp32", "kl": "*fp32", **row}
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **forward}
             yield name.format("forward"), token_kl._forward, types, constants, forward_warps
-            types = {**pointers, "grad_logps": "*fp32", "grad_kl": "*fp32", "out": f"*{dtype}",
-                     **row, "out_stride_r": "i64", "out_stride_t": "i64",
-                     "chain": "fp32"}  # fmt: skip
+            types = {**pointers, "grad_logps": "*fp32", "grad_kl": "*fp32", **row,
+                     "out_stride_r": "i64", "out_stride_t": "i64", "chain": "fp32"}  # fmt: skip
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
-            yield name.format("backward"), token_kl._backward, types, constants, backward_warps
+            for out in _gradients(dtype):
+                into = f"backward_{out}" if out != dtype else "backward"
+                outs = {**types, "out": f"*{out}"}
+                yield name.format(into), token_kl._backward, outs, constants, backward_warps
     for tail in (False, True):
         for back in (False, True):
             types = {"targets": "*i64", "cu_seqlens": "*i64", "T": "i32", "N": "i32", "S": "i32",

@@ -50,8 +50,7 @@ def _compile(
         return target
     folder.mkdir(parents=True, exist_ok=True)
     common = [cxx, "-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread",
-              "-fPIC", f"-I{csrc}", "-include", str(HERE / "cuda_on_host.h"), *CONFIG,
-              *flags]  # fmt: skip
+              "-fPIC", f"-I{csrc}", "-include", str(HERE / "cuda_on_host.h"), *flags]  # fmt: skip
 
     def one(source: Path) -> str:
         made = folder / f"{source.stem}.o"
@@ -77,7 +76,7 @@ def kernels(csrc: Path = CSRC) -> list[Path]:
 
 def program(sanitizer: str, csrc: Path = CSRC) -> Path:
     """The checks of check.cpp, with the kernels under a sanitizer ("" for none)."""
-    flags = SANITIZERS[sanitizer]
+    flags = [*CONFIG, *SANITIZERS[sanitizer]]
     return _compile([HERE / "check.cpp", *kernels(csrc)], flags, "check", [], csrc)
 
 
@@ -92,11 +91,16 @@ def execute(
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
 
 
-def module() -> ModuleType:
-    """The kernels as a Python module that takes pointers to host memory."""
+def module(record: bool = False) -> ModuleType:
+    """The kernels as a Python module that takes pointers to host memory.
+
+    `record`: at their real configuration, for 132 multiprocessors; a launch runs nothing but adds
+    a line "grid threads shared" to the file that the variable CUDA_ON_HOST_RECORD names.
+    """
     import pybind11
 
-    flags = ["-O1", "-DCUDA_ON_HOST", "-DDPO_CUDA", "-fvisibility=hidden",
+    made = ["-O0", "-DCUDA_ON_HOST_RECORD"] if record else ["-O1", *CONFIG]
+    flags = [*made, "-DCUDA_ON_HOST", "-DDPO_CUDA", "-fvisibility=hidden",
              f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]  # fmt: skip
     name = f"_cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     path = _compile([CSRC / "bindings.cpp", *kernels()], flags, name, ["-shared"])
