@@ -117,7 +117,7 @@ def _run(
     for n in batch.lengths:
         starts.append(starts[-1] + n)
     labels = layout.targets.reshape(-1)
-    scored = scored_rows(layout.targets, layout.ignore_index, starts[-1], exact=True)
+    scored = scored_rows(layout.targets, layout.ignore_index, starts[-1])
     head = Head(plan, policy.weight, policy.bias, policy.down, policy.up)
     ref_head = None
     if batch.reference is not None:

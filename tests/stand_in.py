@@ -9,6 +9,7 @@ no values.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from unittest import mock
@@ -20,11 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_kernels import backends, linear, losses
 from dpo_kernels.layout import Layout
-from dpo_kernels.ops import LinearInputs, linear_logps, plan, products
+from dpo_kernels.ops import LinearInputs, plan, products
 from dpo_kernels.ops import linear_head as head_module
 from dpo_kernels.tokens import TokenLoss
 from dpo_kernels.transform import LogitTransform
 
+# The package's attribute of this name is the function.
+ops_of_logps = importlib.import_module("dpo_kernels.ops.linear_logps")
 META = torch.device("meta")
 FLOPS, BANDWIDTH = 800e12, 3.0e12  # an H100's bf16 products and memory, as they are reached
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv")
@@ -259,7 +262,7 @@ def step(
             )
             out.loss.backward()
         else:
-            _frozen(policy, layout, transform, memory_budget)
+            _frozen(policy, layout, memory_budget)
     return record
 
 
@@ -275,27 +278,16 @@ def score(lengths: list[int], V: int, H: int, dtype: torch.dtype = torch.bfloat1
 
 def _linear_logps(x: LinearInputs, targets: Tensor, strategy: str, budget: int | None):
     # The op's own body: on meta tensors the dispatcher would take its shapes alone.
-    rows = torch.arange(targets.numel(), device=META)
-    with mock.patch.object(linear_logps_module(), "scored_rows", lambda *a, **k: rows):
-        return linear_logps_module()._linear_logps._init_fn(
-            *x, targets, -100, 1.0, 0.0, 1.0, "", strategy, strategy, targets.numel(),
-            budget or plan.DEFAULT, False, "triton",
-        )  # fmt: skip
+    return ops_of_logps._linear_logps._init_fn(
+        *x, targets, -100, 1.0, 0.0, 1.0, "", strategy, strategy, targets.numel(),
+        budget or plan.DEFAULT, False, "triton",
+    )  # fmt: skip
 
 
-def linear_logps_module():
-    import sys
-
-    return sys.modules[linear_logps.__module__]
-
-
-def _frozen(x: LinearInputs, layout: Layout, transform: LogitTransform, budget: int | None):
+def _frozen(x: LinearInputs, layout: Layout, budget: int | None):
     with torch.no_grad():
         *_, d_hidden, _ = _linear_logps(x, layout.targets, "frozen", budget)
         grad = torch.empty(layout.targets.shape, device=META)
-        rows = torch.arange(layout.targets.numel(), device=META)
-        module = linear_logps_module()
-        with mock.patch.object(module, "scored_rows", lambda *a, **k: rows):
-            module.scaled_rows._init_fn(
-                [grad], [d_hidden], layout.targets, -100, rows.numel(), x.hidden.dtype
-            )
+        ops_of_logps.scaled_rows._init_fn(
+            [grad], [d_hidden], layout.targets, -100, layout.targets.numel(), x.hidden.dtype
+        )

@@ -192,6 +192,68 @@ def test_linear_head_in_bf16(backend):
         assert error < 4e-3, error
 
 
+@pytest.mark.parametrize("strategy", ("streaming", "frozen", "recompute"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_head_with_an_adapter(backend, dtype, strategy):
+    """Narrow products, several chunks, an fp32 adapter, gradients as large as a loss scale."""
+    V, H, r = 5003, 256, 12
+    values = {
+        "hidden": torch.randn(4, 400, H).to(dtype),
+        "weight": torch.randn(V, H).mul_(0.2).to(dtype),
+        "A": torch.randn(r, H) * 0.1,
+        "B": torch.randn(V, r) * 0.1,
+    }
+    labels = torch.randint(0, V, (4, 400))
+    labels[:, :20] = IGNORE
+    trained = ["hidden", "A"] if strategy == "frozen" else list(values)
+    wide = {k: v.double().requires_grad_(k in trained) for k, v in values.items()}
+    mine = {k: v.clone().requires_grad_(k in trained) for k, v in values.items()}
+    losses = []
+    for x in (mine, wide):
+        options = {} if x is wide else {
+            "strategy": strategy, "memory_budget": 40 << 20, "backend": backend}  # fmt: skip
+        out = dk.fused_linear_dpo_loss(
+            x["hidden"], x["weight"], labels, lora=(x["A"], x["B"], 0.5), reference_free=True,
+            beta=0.02, **options,
+        )  # fmt: skip
+        (out.loss * 2.0**12).backward()
+        losses.append(out.margins.double())
+    assert (losses[0] - losses[1]).abs().max() < 1e-4
+    for name in trained:
+        error = (mine[name].grad.double() - wide[name].grad).norm() / wide[name].grad.norm()
+        assert error < (6e-3 if dtype == torch.bfloat16 else 1e-3), (name, error)
+
+
+@pytest.mark.parametrize("scored", ("all", "some"))
+@pytest.mark.parametrize("trained", (True, False))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_linear_head_never_waits(backend, trained, scored):
+    """With the lengths given nothing is read back, and nothing is copied but the boundaries."""
+    V, H = 4001, 128
+    hidden = torch.randn(8, 300, H).bfloat16().requires_grad_()
+    weight = torch.randn(V, H).mul_(0.2).bfloat16().requires_grad_(trained)
+    labels = torch.randint(0, V, (8, 300))
+    labels[:, : 0 if scored == "all" else 50] = IGNORE
+    lengths = [300 if scored == "all" else 250] * 8
+    ref = torch.randn(8)
+
+    def run():
+        out = dk.fused_linear_dpo_loss(
+            hidden, weight, labels, ref_logps=ref, scored_lengths=lengths, shift=False,
+            memory_budget=30 << 20, backend=backend,
+        )  # fmt: skip
+        out.loss.backward()
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_another_device_than_the_current_one(backend):
     if torch.cuda.device_count() < 2:

@@ -37,25 +37,21 @@ from .products import (
 
 
 def count_scored(targets: Tensor, ignore_index: int) -> int:
-    """Number of scored rows, or all rows while being traced: a bound that the plans are made for.
+    """Number of scored rows; while being traced minus a bound, that of all rows.
 
     On a CUDA device this is where the host waits.
     """
     if torch.compiler.is_compiling() or type(targets) is not Tensor:
-        return targets.numel()
+        return -targets.numel()
     return int((targets != ignore_index).sum())
 
 
-def scored_rows(targets: Tensor, ignore_index: int, count: int, *, exact: bool = False) -> Tensor:
-    """Flat indices [N] of the scored rows, of which there are `count` at most.
-
-    `exact`: there are as many, though it may be all rows. Then the host need not wait.
-    """
-    if exact and count == targets.numel():
+def scored_rows(targets: Tensor, ignore_index: int, count: int) -> Tensor:
+    """Flat indices [N] of the scored rows: `count`, or -count at most (`count_scored`)."""
+    if count == targets.numel():
         return torch.arange(count, device=targets.device)
     ignored = targets.reshape(-1) == ignore_index
-    if targets.device.type != "cpu" and count < targets.numel():
-        # The count is exact (`count_scored`): no second wait for the device.
+    if targets.device.type != "cpu" and count >= 0:  # no wait for the device
         return ignored.to(torch.uint8).argsort(stable=True)[:count]
     return (~ignored).nonzero().squeeze(1)
 
@@ -101,6 +97,7 @@ class Head:
         self._tile: Tensor | None = None
         self._slopes: Tensor | None = None
         self._up: Tensor | None = None
+        self._down: tuple[list[Tensor], Tensor | None] | None = None
 
     def logits_buffer(self, rows: int) -> Tensor:
         """[rows (whole blocks), V] fp32, unwritten, rows `pitch` apart."""
@@ -124,8 +121,14 @@ class Head:
             return None
         out = torch.empty((h.shape[0], self.down.shape[0]), device=h.device, dtype=torch.float32)
         step = self._height(h.shape[0])
+        if self.narrow and self._down is None:
+            self._down = scaled_pieces(self.down.T, self.dtype)
         for i in range(0, h.shape[0], step):
-            torch.mm(h[i : i + step].float(), self.down.T, out=out[i : i + step])
+            rows = out[i : i + step]
+            if self._down is not None:
+                rows.copy_(_summed(h[i : i + step], *self._down))
+            else:
+                torch.mm(h[i : i + step].float(), self.down.T, out=rows)
         return out
 
     def _height(self, rows: int) -> int:

@@ -194,7 +194,7 @@ def _stashes(strategy: str, count: int, hidden: Tensor, down: Tensor | None) -> 
     """Unscaled gradients [2, N, H] and [2, N, r], of log-prob and KL, for a frozen head."""
     columns = hidden.shape[-1], None if down is None else down.shape[0]
     return [
-        hidden.new_empty((2, count, n) if strategy == "frozen" and n is not None else 0,
+        hidden.new_empty((2, abs(count), n) if strategy == "frozen" and n is not None else 0,
                          dtype=torch.float32)
         for n in columns
     ]  # fmt: skip

@@ -256,7 +256,7 @@ def _new_saved(strategy, plan, count, hidden, down):
 
     def stash(columns):
         wanted = strategy == "frozen" and columns is not None
-        return hidden.new_empty((count, columns) if wanted else 0, dtype=torch.float32)
+        return hidden.new_empty((abs(count), columns) if wanted else 0, dtype=torch.float32)
 
     rows = ceil(plan.keep, plan.block) if strategy == "recompute" else 0
     kept = hidden.new_empty((rows, plan.pitch) if rows else 0, dtype=torch.float32)

@@ -118,7 +118,10 @@ def row_bytes(
     """Bytes a row of a chunk takes: its logits, the copy of their gradient that is multiplied, its
     hidden state as it is and as it is multiplied, its gradient."""
     gathered = dtype.itemsize * max(H, ref_H)
-    copied = 0 if products is WIDE or not gradient else dtype.itemsize * pitch
+    copied = 0
+    if products is not WIDE and gradient:
+        # Beside an adapter the hidden state in fp32 as well.
+        copied = dtype.itemsize * pitch + (4 * H if low_rank else 0)
     return 4 * pitch * (2 if joint else 1) + copied + 8 * (H + low_rank) + 4 * ref_H + gathered
 
 
@@ -140,13 +143,13 @@ def plan_of(
     largest: int = 0,
     device: torch.device | None = None,
 ) -> Plan:
-    """The plan of a strategy; `rows` bounds the scored rows and must not depend on values.
+    """The plan of a strategy; `rows`, or -rows, bounds the scored rows (`count_scored`).
 
     `largest`: rows of the largest pair, where pairs are streamed. `device`: the weight's if None.
     """
     (V, H), device = weight.shape, weight.device if device is None else device
     return Plan.of(
-        budget, rows, V, H, weight.dtype, gpu=on_gpu(device),
+        budget, abs(rows), V, H, weight.dtype, gpu=on_gpu(device),
         products=products_of(device, weight.dtype), gradient=strategy != "score",
         low_rank=0 if down is None else down.shape[0],
         up_dtype=torch.float32 if up is None else up.dtype,
