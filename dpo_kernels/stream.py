@@ -26,6 +26,7 @@ from torch import Tensor
 from . import backends
 from .layout import Layout
 from .ops import TokenLogps
+from .ops.derivatives import check_mode, once
 from .ops.linear_head import (
     Head,
     HeadGradient,
@@ -55,7 +56,10 @@ class Streaming:
 def stream(batch: Streaming, policy: LinearInputs) -> DPOOutput:
     """Loss and rewards; the gradients of `policy` are formed on the way."""
     o = batch.run.options
-    return DPOOutput(*_Stream.apply(batch, *policy, o.beta, o.offset, o.weights))
+    tensors = (x if isinstance(x, Tensor) else None for x in (o.beta, o.offset, o.weights))
+    inputs = (*policy, *tensors)
+    check_mode(*inputs, *(batch.reference or ()))
+    return DPOOutput(*_Stream.apply(batch, *once(*inputs)))
 
 
 class _Stream(torch.autograd.Function):

@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import backends
 from ..backends import torch as reference_backend
 from ..transform import LogitTransform
+from .derivatives import check_mode, once, refuse_second
 from .linear_head import (
     Head,
     InputGradients,
@@ -79,10 +80,14 @@ def linear_kl(
         )
         table = reference_backend.token_logps(logits.detach(), targets, *call, stats)[2]
     else:
+        strategy = choose_strategy(strategy, *policy)
+        check_mode(*policy, *reference)
+        if strategy == "frozen":
+            policy = LinearInputs(*once(*policy))  # type: ignore[arg-type]
         logps, lse, table, ref_logps, _, kl = _linear_kl(
             *policy, reference.hidden, reference.weight, reference.bias, targets, ignore_index,
             transform.scale, transform.softcap, transform.inv_temperature, ",".join(stats),
-            choose_strategy(strategy, *policy),
+            strategy,
             count_scored(targets, ignore_index) if count is None else count,
             budget_of(memory_budget), batch_invariant, name,
         )[:6]  # fmt: skip
@@ -293,3 +298,6 @@ def _(
     lse, ref_lse, ignore_index, scale, softcap, inv_t, wanted, count, budget, invariant, backend,
 ):  # fmt: skip
     return fake_gradients(LinearInputs(hidden, weight, bias, low, up), wanted)
+
+
+refuse_second(_linear_kl_backward)

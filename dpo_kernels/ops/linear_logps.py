@@ -27,6 +27,7 @@ from .. import backends
 from ..backends import torch as reference
 from ..transform import LogitTransform
 from . import checks
+from .derivatives import check_mode, once, refuse_second
 from .linear_head import (
     DEFAULT_BUDGET,
     Head,
@@ -79,6 +80,9 @@ def linear_logps(
         inputs = LinearInputs(hidden, weight, bias, low, up)
         return _plain(inputs, targets, ignore_index, transform, stats)
     strategy = choose_strategy(strategy, hidden, weight, bias, low, up)
+    check_mode(hidden, weight, bias, low, up)
+    if strategy == "frozen":
+        hidden, low = once(hidden, low)  # type: ignore[assignment]
     result = _linear_logps(
         hidden,
         weight,
@@ -428,6 +432,9 @@ def _(
     wanted, chunks_of, count, budget, invariant, backend,
 ):  # fmt: skip
     return fake_gradients(LinearInputs(hidden, weight, bias, low, up), wanted)
+
+
+refuse_second(_linear_logps_backward)
 
 
 def fake_gradients(inputs: LinearInputs, wanted: list[bool]) -> tuple[Tensor, ...]:
