@@ -29,6 +29,7 @@ from torch import Tensor
 from . import losses as _losses
 from . import ops
 from .backends import choose
+from .backends.torch import scored_only
 from .layout import Layout
 from .ops import LinearInputs, TokenLogps, checks
 from .pairs import DPOOutput
@@ -214,16 +215,16 @@ def _inputs(
     up = low = down = None
     if lora is not None:
         down, up, scaling = _check_lora(lora, weight, hidden)
-    device = rows.device.type
-    if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = ops.autocast_dtype(rows.device)
+    if dtype is not None and rows.dtype != torch.float64:
         cast = [None if x is None else x.to(dtype) for x in (rows, weight, bias, down, up)]
         rows, weight, bias, down, up = cast  # type: ignore[assignment]
     if down is not None:
         # [R, T, r] in fp32: small beside anything of the vocabulary, and the adapter stays exact.
         wide = wide_dtype(rows)
-        with torch.autocast(device, enabled=False):
-            low = (rows.to(wide) @ down.to(wide).T) * scaling
+        scored = layout.targets != layout.ignore_index
+        with ops.no_autocast(rows.device):
+            low = (scored_only(rows, scored).to(wide) @ down.to(wide).T) * scaling
     return LinearInputs(rows, weight, bias, low, up)
 
 

@@ -114,6 +114,14 @@ class Loss:
     kl_stops_chosen: bool = False
     options: tuple[str, ...] = ()
 
+    def own(self, o: LossOptions) -> LossOptions:
+        """The options as this loss alone takes them: in a list the others' mean nothing to it.
+
+        An f-divergence or an offset is refused for a list in which one loss does not take it, and
+        the other options are read by the loss alone whose they are.
+        """
+        return o if self.smoothing is not None else replace(o, label_smoothing=0.0)
+
     @property
     def needs_kl(self) -> bool:
         """Whether u and v need the KL of reference and policy over the whole vocabulary."""
@@ -346,7 +354,9 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
         )
     _check_numbers(o)
     _check_applies(o, losses)
-    resolved = [(row, float(w), row.terms(o)) for row, w in zip(losses, weights, strict=True)]
+    resolved = [
+        (row, float(w), row.terms(row.own(o))) for row, w in zip(losses, weights, strict=True)
+    ]
     for row, _, terms in resolved:
         if o.offset is not None and row.name != "sft" and not row.takes_offset(terms):
             raise ValueError(f"offset shifts beta * D; {row.name!r} is not a function of D alone")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import backends
 from .layout import Layout
-from .ops import TokenLogps
+from .ops import TokenLogps, no_autocast
 from .ops.derivatives import check_mode, once
 from .ops.linear_head import (
     Head,
@@ -67,8 +67,7 @@ class _Stream(torch.autograd.Function):
     def forward(ctx, batch: Streaming, hidden, weight, bias, low, up, *options):
         wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[1:6], strict=True))
         inputs = LinearInputs(hidden, weight, bias, low, up).detached()
-        device = hidden.device.type
-        with torch.autocast(device, enabled=False):
+        with no_autocast(hidden.device):
             out, grads, ctx.index = _run(batch, inputs, wanted)
         d_options = [grads.get(name) for name in ("beta", "offset", "weights")]
         ctx.grads = [*(grads.get(name) for name in LinearInputs._fields), *d_options]

@@ -19,7 +19,7 @@ from . import ops
 from .backends import SMALL_BATCH, choose
 from .layout import Layout
 from .ops import TokenLogps, checks
-from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
+from .pairs import PER_PAIR, DPOOutput, Pairs, check_pair_options, loss_of
 from .transform import LogitTransform
 
 
@@ -136,13 +136,14 @@ class TokenLoss:
             ),
         }
         leaves = []
-        for name in ("beta", "offset", "weights"):
+        for name in PER_PAIR:
             value = getattr(o, name)
             if not isinstance(value, Tensor):
                 continue
             part = value.detach() if value.dim() == 0 else value.detach()[first:last]
             if value.requires_grad:
-                part = part.clone().requires_grad_()
+                # In fp64: the shares of the chunks, and of a list of losses, add up in it.
+                part = part.double().clone().requires_grad_()
                 leaves.append(name)
             changes[name] = part
         options = replace(o, **changes)

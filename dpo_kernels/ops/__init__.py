@@ -1,5 +1,6 @@
 """The ops: schema, checks, fake implementation and backward of each, in one file an op."""
 
+from .autocast import autocast_dtype, no_autocast
 from .linear_head import LinearInputs, Plan, chunks_of_pairs
 from .linear_kl import linear_kl
 from .linear_logps import budget_of, check_head, choose_strategy, linear_logps, plan_of
@@ -16,6 +17,7 @@ __all__ = [
     "Plan",
     "TokenKL",
     "TokenLogps",
+    "autocast_dtype",
     "budget_of",
     "check_head",
     "check_stats",
@@ -23,6 +25,7 @@ __all__ = [
     "chunks_of_pairs",
     "linear_kl",
     "linear_logps",
+    "no_autocast",
     "pair_loss",
     "plan_of",
     "sequence_sum",

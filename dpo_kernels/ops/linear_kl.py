@@ -73,7 +73,8 @@ def linear_kl(
     hidden = policy.hidden
     name = backends.choose(backend, hidden.device, hidden.dtype, "token_kl")
     if name == "torch":
-        logits, ref_logits = plain_logits(policy), plain_logits(reference)
+        scored = targets != ignore_index
+        logits, ref_logits = plain_logits(policy, scored), plain_logits(reference, scored)
         call = (ignore_index, transform)
         logps, lse, ref_logps, _, kl = reference_backend.token_kl(
             logits, ref_logits, targets, *call

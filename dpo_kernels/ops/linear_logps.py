@@ -27,6 +27,7 @@ from .. import backends
 from ..backends import torch as reference
 from ..transform import LogitTransform
 from . import checks
+from .autocast import no_autocast
 from .derivatives import check_mode, once, refuse_second
 from .linear_head import (
     DEFAULT_BUDGET,
@@ -108,19 +109,19 @@ def linear_logps(
 
 def _plain(inputs, targets, ignore_index, transform, stats):
     """The meaning, in plain torch."""
-    x = plain_logits(inputs)
+    x = plain_logits(inputs, targets != ignore_index)
     logps, lse, table = reference.token_logps(x, targets, ignore_index, transform, stats)
     return TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))
 
 
-def plain_logits(inputs: LinearInputs) -> Tensor:
-    """All rows at once [R, T, V], fp32 (fp64 of fp64)."""
+def plain_logits(inputs: LinearInputs, scored: Tensor) -> Tensor:
+    """All rows at once [R, T, V], fp32 (fp64 of fp64), also under autocast; `scored` [R, T]."""
     wide = reference.accumulate_dtype(inputs.hidden.dtype)
-    hidden, weight, bias, low, up = inputs
-    x = torch.nn.functional.linear(
-        hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
-    )
-    return x if low is None or up is None else x + low.to(wide) @ up.to(wide).T
+    hidden, weight, bias, low, up = (None if x is None else x.to(wide) for x in inputs)
+    assert hidden is not None and weight is not None
+    with no_autocast(hidden.device):
+        x = torch.nn.functional.linear(reference.scored_only(hidden, scored), weight, bias)
+        return x if low is None or up is None else x + reference.scored_only(low, scored) @ up.T
 
 
 def check_head(
