@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -81,6 +82,10 @@ class LossOptions:
     rpo_alpha: float = 1.0
     tdpo_alpha: float = 0.5
 
+    def but(self, **changes: Any) -> LossOptions:
+        """These options with some changed. Not `replace`: dynamo of torch 2.6 cannot trace it."""
+        return LossOptions(**{name: getattr(self, name) for name in _DEFAULTS} | changes)
+
 
 Terms = tuple[Term, ...]
 
@@ -120,7 +125,8 @@ class Loss:
         An f-divergence or an offset is refused for a list in which one loss does not take it, and
         the other options are read by the loss alone whose they are.
         """
-        return o if self.smoothing is not None else replace(o, label_smoothing=0.0)
+        foreign = self.smoothing is None and o.label_smoothing != 0
+        return o.but(label_smoothing=0.0) if foreign else o
 
     @property
     def needs_kl(self) -> bool:

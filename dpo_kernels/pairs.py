@@ -129,7 +129,8 @@ def _without(p: Pairs, dropped: Tensor) -> Pairs:
 def _in_fp64(o: LossOptions) -> LossOptions:
     """The options of each pair in fp64, once: their gradients add up in fp64 too."""
     given = {name: getattr(o, name) for name in PER_PAIR}
-    return replace(o, **{k: x.double() for k, x in given.items() if isinstance(x, Tensor)})
+    wide = {k: x.double() for k, x in given.items() if isinstance(x, Tensor)}
+    return o.but(**wide) if wide else o
 
 
 def _dropped(p: Pairs, o: LossOptions, losses: list[tuple[Loss, float, Terms]]) -> Tensor:

@@ -51,7 +51,7 @@ def test_in_a_list_as_alone(name, other):
         takers = [n for n in (name, other) if option in own_options(n) or n == "sft"]
         if option not in given or len(takers) == 2:
             continue
-        with pytest.raises(ValueError, match="offset|f_divergence_type"):
+        with pytest.raises(ValueError, match=r"offset|f_divergence_type"):
             loss_of([other, name], values, **given)
         if option == "offset" and "odpo" in (name, other):
             return
