@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .ops import checks
+from . import checks
+
+# How far two states of one context may be apart, of their largest element.
+SAME_CONTEXT = 0.25
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,14 @@ class Layout:
         before = torch.nn.functional.pad(scored[0].cumsum(0), (1, 0))
         return before[self.cu_seqlens.to(torch.int64)].diff()
 
-    def without_common_prefix(self) -> Layout:
+    def without_common_prefix(self, states: Tensor | None = None) -> Layout:
         """Pairs (sequences i and i + S/2) without the targets that both start with.
 
         Two rows see the same context only while every row before them was scored and alike: a hole
-        between scored rows (a tool's output, say) ends the common start.
+        between scored rows (a tool's output, say) ends the common start. What is not scored, the
+        prompt, cannot be seen in labels: `states` [R, T, D], hidden states or logits, tell whether
+        the first row of both saw the same. Rounding moves a state by a few per cent at most (a
+        batch's shape, bf16), another prompt by its own size.
         """
         flat = self.targets.reshape(-1)
         scored = flat != self.ignore_index
@@ -142,6 +148,13 @@ class Layout:
         gap = order - order[before[sequence].clamp(max=max(flat.shape[0] - 1, 0))] != rank
         # A gap in the partner ends the run as well: seen from its own side, at the same rank.
         gap = gap | gap[(before[other] + rank).clamp(max=max(flat.shape[0] - 1, 0))]
+        if states is not None and flat.shape[0]:
+            first = order[before.clamp(max=flat.shape[0] - 1)]  # [S] its first scored row
+            T = self.targets.shape[1]
+            mine = states.detach()[first // T, first % T].float()
+            theirs = mine.roll(S // 2, 0)
+            size = torch.maximum(mine.abs(), theirs.abs()).amax(-1)
+            gap = gap | ((mine - theirs).abs().amax(-1) > SAME_CONTEXT * size)[sequence]
         differs = gap | (rank >= counts[other]) | (flat[order] != flat[partner])
         seen = differs.to(torch.int64).cumsum(0)
         start = torch.nn.functional.pad(seen, (1, 0))[before[sequence]]
@@ -160,7 +173,7 @@ class Layout:
     def from_per_token(self, name: str, values: Tensor) -> Tensor:
         """The inverse of `per_token`: [R, T]."""
         expected = tuple(self.per_token(self.targets).shape)
-        checks.shape(name, values, expected, "sequence sums or one value per token")
+        checks.shape(name, values, expected, "one value a token")
         if self.packed:
             return values.unsqueeze(0)
         return torch.nn.functional.pad(values, (0, 1)) if self.shift else values

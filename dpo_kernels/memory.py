@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import checks
 from .backends import FUSED_DTYPES
 from .ops import budget_of, chunks_of_pairs, plan_of
 
@@ -25,6 +26,7 @@ FROM_LOGITS = ("in_place", "out_of_place")
 LINEAR = ("streaming", "frozen", "recompute", "score")
 # Targets, log-probs, log-sum-exp, indices and per-token gradients: int64, fp64 and fp32 a row.
 _ROW = 64
+_LARGEST_SIZE = 2**31 - 1
 
 
 class Estimate(NamedTuple):
@@ -86,13 +88,24 @@ def estimate(
     Raises:
         ValueError, TypeError: a wrong argument, named; a pair that "streaming" could not take.
     """
-    if strategy not in (*FROM_LOGITS, *LINEAR):
-        raise ValueError(f"strategy must be one of {(*FROM_LOGITS, *LINEAR)}, got {strategy!r}")
+    checks.choice("strategy", strategy, (*FROM_LOGITS, *LINEAR))
     if dtype not in FUSED_DTYPES:
         raise ValueError(f"dtype must be fp32, bf16 or fp16, got {dtype}: fp64 has no such plan")
-    lengths = list(lengths)
-    if len(lengths) % 2 or not lengths or not all(0 <= n <= T for n in lengths):
-        raise ValueError(f"lengths must be [2B] counts from 0 to T={T}, got {lengths!r}")
+    sizes = {"T": T, "V": V, "H": H, "low_rank": low_rank, "ref_H": ref_H}
+    for name, size in sizes.items():
+        checks.whole(name, size, 1 if name in ("T", "V") else 0, _LARGEST_SIZE)
+    for name, value in {"kl": kl, "batch_invariant": batch_invariant}.items():
+        checks.flag(name, value)
+    if trained is not None:
+        checks.flag("trained", trained)
+    budget = budget_of(memory_budget)
+    if not isinstance(lengths, Sequence) or isinstance(lengths, str):
+        raise TypeError(f"lengths must be a list of integers, got {type(lengths).__name__}")
+    lengths = [checks.whole(f"lengths[{i}]", n, 0) for i, n in enumerate(lengths)]
+    if len(lengths) % 2 or not lengths or max(lengths) > T:
+        raise ValueError(
+            f"lengths must be [2B] counts from 0 to T={T}, got {checks.shown(lengths)}"
+        )
     S, N, size = len(lengths), sum(lengths), dtype.itemsize
     rows = {"rows": _ROW * S * T}
     if strategy in FROM_LOGITS:
@@ -108,7 +121,7 @@ def estimate(
     joint_H = ref_H if strategy == "streaming" or kl else 0
     weight = torch.empty((V, H), dtype=dtype, device="meta")
     low = torch.empty((1, low_rank), device="meta") if low_rank else None
-    plan = plan_of(strategy, budget_of(memory_budget), N, weight, low, batch_invariant, joint_H, kl)
+    plan = plan_of(strategy, budget, N, weight, low, batch_invariant, joint_H, kl)
     chunk = min(plan.chunk, N)
     if strategy == "streaming":
         chunk = max(_rows_of_chunks(lengths, plan.chunk))

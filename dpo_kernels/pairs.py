@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import ops
-from .losses import Loss, LossOptions, Terms
-from .ops import checks
+from . import checks, ops
+from .losses import PER_PAIR, Loss, LossOptions, Terms
 
 # Past this argument exp is continued by its tangent: still rising, never inf - inf.
 _EXP_MAX = 600.0
-# Options that may be tensors [B], and take gradients.
-PER_PAIR = ("beta", "offset", "weights")
 
 
 class DPOOutput(NamedTuple):
@@ -304,13 +301,14 @@ def check_pair_options(o: LossOptions, B: int, like: Tensor) -> None:
     """Shapes and devices of the per-pair options."""
     if B == 0:
         raise ValueError("the batch has no pairs (B = 0); expected at least one")
-    for name in ("beta", "offset", "weights"):
+    for name in PER_PAIR:
         value = getattr(o, name)
-        if value is None or isinstance(value, (int, float)):
+        if not isinstance(value, Tensor):
             continue
-        checks.floating(name, value)
         if value.dim() or name != "beta":
             checks.shape(name, value, (B,), "one value a pair")
         checks.same_device(name, value, "the log-probs", like)
-        if name == "beta" and checks.readable(value) and not bool((value > 0).all()):
-            raise ValueError(f"beta must be positive, got {value.min().item()}")
+    for name in ("num_pairs", "num_chosen_tokens", "beta_dpo_state"):
+        value = getattr(o, name)
+        if isinstance(value, Tensor) and value.dim():
+            checks.same_device(name, value, "the log-probs", like)

@@ -1,5 +1,6 @@
 """The ops: schema, checks, fake implementation and backward of each, in one file an op."""
 
+from .. import checks
 from .autocast import autocast_dtype, no_autocast
 from .linear_head import LinearInputs, Plan, chunks_of_pairs
 from .linear_kl import linear_kl
@@ -21,6 +22,7 @@ __all__ = [
     "budget_of",
     "check_head",
     "check_stats",
+    "checks",
     "choose_strategy",
     "chunks_of_pairs",
     "linear_kl",

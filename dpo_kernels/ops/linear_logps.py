@@ -23,10 +23,9 @@ from typing import List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..backends import torch as reference
 from ..transform import LogitTransform
-from . import checks
 from .autocast import no_autocast
 from .derivatives import check_mode, once, refuse_second
 from .linear_head import (
@@ -148,16 +147,10 @@ def check_head(
         raise ValueError(f"{name}, {weight_name} and {bias_name} must have one dtype, got {got}")
 
 
-def budget_of(memory_budget: int | None) -> int:
+def budget_of(memory_budget: object) -> int:
     if memory_budget is None:
         return DEFAULT_BUDGET
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-        raise TypeError(
-            f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}"
-        )
-    if memory_budget <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
-    return memory_budget
+    return checks.whole("memory_budget", memory_budget, 1)
 
 
 def choose_strategy(
@@ -182,8 +175,7 @@ def choose_strategy(
         able = ("score",)
     if wish is None:
         return able[0]
-    if wish not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {STRATEGIES} or None, got {wish!r}")
+    checks.choice("strategy", wish, STRATEGIES, " or None")
     if wish not in able:
         raise ValueError(
             f"strategy={wish!r} does not give the gradients that are wanted here; "

@@ -13,10 +13,9 @@ from typing import List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..backends import torch as reference
 from ..losses import Term
-from . import checks
 from .derivatives import check_mode
 
 _FIELDS = ("w", "a", "b", "c", "c_beta", "c_inv_beta", "c_offset", "p")

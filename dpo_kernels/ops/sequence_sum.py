@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..backends import torch as reference
-from . import checks
 from .derivatives import check_mode
 
 

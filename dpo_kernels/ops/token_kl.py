@@ -17,10 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..backends import torch as reference
 from ..transform import LogitTransform
-from . import checks
 from .derivatives import check_mode, refuse_inplace, refuse_second
 from .token_logps import TokenLogps, check_writable, token_logps
 

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..backends import torch as reference
 from ..transform import LogitTransform
-from . import checks
 from .derivatives import check_mode, refuse_inplace, refuse_second
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -83,12 +82,11 @@ def token_logps(
     return TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))
 
 
-def check_stats(stats: tuple[str, ...]) -> tuple[str, ...]:
-    stats = (stats,) if isinstance(stats, str) else tuple(stats)
-    for stat in stats:
-        if stat not in STATS:
-            raise ValueError(f"stats must be among {STATS}, got {stat!r}")
-    return stats
+def check_stats(stats: object) -> tuple[str, ...]:
+    stats = (stats,) if isinstance(stats, str) else stats
+    if not isinstance(stats, (list, tuple)):
+        raise TypeError(f"stats must be names among {STATS}, got {type(stats).__name__}")
+    return tuple(checks.choice("stats", stat, STATS) for stat in stats)
 
 
 def check_writable(logits: Tensor) -> None:
