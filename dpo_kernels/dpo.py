@@ -17,7 +17,7 @@ from torch import Tensor
 from . import arguments, checks, ops
 from . import losses as _losses
 from .backends import choose
-from .layout import Layout
+from .layout import Layout, Scored
 from .ops import TokenLogps
 from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
 from .tokens import TokenLoss, last_size, op_of, reduce, wide_dtype
@@ -63,11 +63,11 @@ def fused_dpo_loss(
         cu_seqlens: [2B + 1] int32 or int64 boundaries, for packed input.
         shift: `logits[:, t]` scores `labels[:, t + 1]` (True, Hugging Face) or `labels[:, t]`.
         drop_common_prefix: leave out the tokens that the two completions of a pair share at their
-            start (same prompt, same tokens: the same distribution twice; where the first states
-            or logits of a pair show that the prompts differ, nothing is left out). Loss, gradients and
-            margins stay as they are, since those tokens cancel in the difference of the
-            log-ratios; the log-probs and rewards returned are without them. `ValueError` for a
-            loss or option in which they do not cancel.
+            start (same prompt, same tokens: the same distribution twice; a pair whose first logits
+            or states show that the prompts differ stays whole). Loss, gradients and margins stay
+            as they are, since those tokens cancel in the difference of the log-ratios; the
+            log-probs and rewards returned are without them. `ValueError` for a loss or option in
+            which they do not cancel.
         inplace: the backward writes the gradient over `logits` (no [2B, T, V] allocation). Another
             consumer of `logits` that runs its backward later raises. Under torch.compile, which
             owns the buffers, it is ignored.
@@ -92,8 +92,8 @@ def fused_dpo_loss(
     )
     options, rows = _losses.resolve(loss_options)
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = last_size("logits", logits)
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    V, of = last_size("logits", logits), Scored("logits", logits, "V")
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
 
     def score(x: Tensor, name: str, stats: tuple[str, ...], inplace: bool) -> TokenLogps:
         return ops.token_logps(
@@ -167,8 +167,8 @@ def sequence_logps(
         backend=backend,
     )
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = last_size("logits", logits)
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    V, of = last_size("logits", logits), Scored("logits", logits, "V")
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
     tokens = ops.token_logps(
         layout.rows("logits", logits, "V"), layout.targets, ignore_index=ignore_index,
         transform=transform, stats=ops.check_stats(stats), inplace=inplace, backend=backend,

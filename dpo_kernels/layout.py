@@ -8,6 +8,7 @@ row t scores the label of position t + 1 of the same sequence; a sequence's last
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,22 @@ from . import checks
 
 # How far two states of one context may be apart, of their largest element.
 SAME_CONTEXT = 0.25
+
+
+class Scored(NamedTuple):
+    """What labels are of: an argument [S, T, last], or packed [N, last]."""
+
+    name: str
+    rows: Tensor
+    last: str
+
+
+def _check_rows(name: str, tensor: Tensor, lead: torch.Size, last: str) -> None:
+    if tensor.dim() != len(lead) + 1 or tensor.shape[:-1] != lead:
+        raise ValueError(
+            f"{name} must have shape [{', '.join(map(str, lead))}, {last}] "
+            f"(labels give the leading sizes), got {list(tensor.shape)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,7 @@ class Layout:
         shift: bool,
         ignore_index: int,
         V: int,
+        scored: Scored | None = None,
     ) -> Layout:
         """From the public arguments, checked: labels [S, T], or [N] with cu_seqlens [S + 1]."""
         labels = checks.integer("labels", labels)
@@ -44,6 +62,9 @@ class Layout:
         if labels.dim() != (1 if packed else 2):
             wanted = "[N] with cu_seqlens" if packed else "[rows, T] (or [N] with cu_seqlens=)"
             raise ValueError(f"labels must have shape {wanted}, got {list(labels.shape)}")
+        # Shapes before values: labels of other logits are often out of their range too.
+        if scored is not None:
+            _check_rows(scored.name, scored.rows, labels.shape, scored.last)
         checks.labels_in_range(labels, V, ignore_index)
         if not packed:
             targets = labels
@@ -70,13 +91,9 @@ class Layout:
     def rows(self, name: str, value: object, last: str) -> Tensor:
         """`value` [S, T, last] or packed [N, last] as [R, T, last], without a copy."""
         tensor = checks.floating(name, value)
-        lead = self.targets.shape[1:] if self.packed else self.targets.shape
-        if tensor.dim() != len(lead) + 1 or tensor.shape[:-1] != lead:
-            raise ValueError(
-                f"{name} must have shape [{', '.join(map(str, lead))}, {last}] "
-                "(labels give the leading sizes), "
-                f"got {list(tensor.shape)}"
-            )
+        _check_rows(
+            name, tensor, self.targets.shape[1:] if self.packed else self.targets.shape, last
+        )
         checks.same_device(name, tensor, "labels", self.targets)
         return tensor.unsqueeze(0) if self.packed else tensor
 

@@ -30,7 +30,7 @@ from . import arguments, checks, ops
 from . import losses as _losses
 from .backends import choose
 from .backends.torch import scored_only
-from .layout import Layout
+from .layout import Layout, Scored
 from .ops import LinearInputs, TokenLogps
 from .pairs import DPOOutput
 from .stream import Streaming, stream
@@ -119,8 +119,8 @@ def fused_linear_dpo_loss(
     )
     options, rows = _losses.resolve(loss_options)
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = head_size(hidden, weight)
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    V, of = head_size(hidden, weight), Scored("hidden", hidden, "H")
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
     layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
@@ -137,11 +137,16 @@ def fused_linear_dpo_loss(
     if ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias
+        rows_of_head = checks.floating("ref_weight", ref_weight).shape[:1]
+        if tuple(rows_of_head) != (V,):
+            raise ValueError(
+                f"ref_weight must have shape [V={V}, H'] (the policy's vocabulary), got "
+                f"{list(ref_weight.shape)}"
+            )
         reference = _inputs("ref_hidden", layout, ref_hidden, ref_weight, ref_bias).detached()
         ops.check_head(
             "ref_hidden", reference.hidden, reference.weight, reference.bias, layout.targets
         )
-        checks.shape("ref_weight", ref_weight[:, :0], (V, 0), "the policy's vocabulary")
     ops.check_head("hidden", policy.hidden, policy.weight, policy.bias, layout.targets)
     budget = ops.budget_of(memory_budget)
     if not run.uses_reference:
@@ -211,8 +216,8 @@ def linear_sequence_logps(
         backend=backend,
     )
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = head_size(hidden, weight)
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    V, of = head_size(hidden, weight), Scored("hidden", hidden, "H")
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
     layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
     inputs = _inputs("hidden", layout, hidden, weight, bias, lora)
     tokens = ops.linear_logps(

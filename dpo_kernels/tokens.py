@@ -93,7 +93,10 @@ class TokenLoss:
         if (shape != sums or per_token) and (shape != rows or per_token is False):
             kinds = {False: f"{list(sums)} (sequence sums)", True: f"{list(rows)} (one a token)"}
             told = kinds.values() if per_token is None else [kinds[per_token]]
-            raise ValueError(f"ref_logps must have shape {' or '.join(told)}, got {list(shape)}")
+            why = "" if per_token is None else f" with ref_logps_per_token={per_token}"
+            raise ValueError(
+                f"ref_logps must have shape {' or '.join(told)}{why}, got {list(shape)}"
+            )
         if per_token is None and sums == rows:
             raise ValueError(
                 f"ref_logps {list(sums)} may be sequence sums or one value a token, of which there "
@@ -303,7 +306,8 @@ def head_size(hidden: object, weight: object) -> int:
         raise ValueError(f"weight must have shape [V, H], got {list(head.shape)}")
     if states.dim() and head.shape[1] != states.shape[-1]:
         raise ValueError(
-            f"weight must have shape [V, H={states.shape[-1]}], got {list(head.shape)}"
+            f"weight must have shape [V, H={states.shape[-1]}] (H as hidden has), got "
+            f"{list(head.shape)}"
         )
     return head.shape[0]
 

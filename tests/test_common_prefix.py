@@ -53,7 +53,7 @@ class TestCommonPrefix:
     @pytest.mark.parametrize("packed", (False, True))
     def test_another_context_is_not_dropped(self, packed):
         """C10: equal first tokens after prompts that differ do not cancel."""
-        hidden, weight, ref, labels, same = self.batch()
+        hidden, weight, ref, labels, _ = self.batch()
         hidden[B] = torch.randn(T, hidden.shape[-1])  # the rejected of pair 0 had another prompt
         given = {"ref_hidden": ref[0], "ref_weight": ref[1]}
         logits = {"logits": hidden @ weight.T, "ref_logits": ref[0] @ ref[1].T}

@@ -220,3 +220,68 @@ class TestRoundedOnce:
         theirs = (gradient(plain, torch.float32) - exact).abs().max()
         mine = (gradient(ours, torch.float32) - exact).abs().max()
         assert mine <= theirs + 1e-7 * exact.abs().max()
+
+
+class TestModules:
+    def test_parameters_and_buffers(self):
+        """C10: what is trained is found, what is a tensor moves, fp64 state stays fp64."""
+        beta = torch.nn.Parameter(torch.tensor(0.3))
+        loss = dk.FusedDPOLoss(beta=beta, weights=torch.ones(2), reference_free=True)
+        assert list(loss.parameters()) == [beta] and list(loss.state_dict()) == ["beta"]
+        logits, labels = torch.randn(4, 5, 7), torch.randint(0, 7, (4, 5))
+        loss(logits, labels).loss.backward()
+        assert beta.grad is not None and beta.grad != 0
+        loss.to("meta")
+        assert loss.options["beta"].device.type == loss.options["weights"].device.type == "meta"
+        assert "reference_free=True" in repr(dk.FusedLinearDPOLoss(reference_free=True))
+        state = dk.FusedDPOLoss(loss_type="beta_dpo", reference_free=True).half()
+        assert state.state.dtype == torch.float64
+        state(logits, labels)
+        kept = state.state.clone()
+        assert torch.equal(state.half().state, kept)
+
+
+class TestPackedReference:
+    @pytest.mark.parametrize("linear", (False, True))
+    def test_as_many_rows_as_sequences(self, linear):
+        """C8: [N] with N = 2B may be sums or one value a token."""
+        cu = torch.tensor([0, 3, 3, 4, 4])
+        hidden, weight, labels = torch.randn(4, 6), torch.randn(7, 6), torch.randint(0, 7, (4,))
+        ref, call = torch.randn(4), {"shift": False, "cu_seqlens": cu, "beta": 1.0}
+
+        def loss(**given):
+            if linear:
+                w = weight.clone().requires_grad_()
+                out = dk.fused_linear_dpo_loss(hidden, w, labels, **given, **call)
+                assert out.strategy == "streaming"
+                return out.chosen_rewards - out.chosen_logps, out.margins
+            out = dk.fused_dpo_loss(hidden @ weight.T, labels, **given, **call)
+            return out.chosen_rewards - out.chosen_logps, out.margins
+
+        with pytest.raises(ValueError, match=r"say ref_logps_per_token=False or True"):
+            loss(ref_logps=ref)
+        sums, _ = loss(ref_logps=ref, ref_logps_per_token=False)
+        torch.testing.assert_close(sums, -ref[:2], rtol=1e-4, atol=1e-5)
+        tokens, _ = loss(ref_logps=ref, ref_logps_per_token=True)
+        expected = -torch.stack([ref[:3].sum(), torch.zeros(())])
+        torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="ref_logps must have shape"):
+            loss(ref_logps=ref[:3], ref_logps_per_token=True)
+
+    def test_both_shapes_are_named(self):
+        """C10: [6, 39] was named where [6] was meant."""
+        logits, labels = torch.randn(6, 40, 7), torch.randint(0, 7, (6, 40))
+        words = r"shape \[6\] \(sequence sums\) or \[6, 39\] \(one a token\), got \[5\]"
+        with pytest.raises(ValueError, match=words):
+            dk.fused_dpo_loss(logits, labels, ref_logps=torch.zeros(5))
+
+
+def test_meta_tensors_and_a_transposed_head():
+    """C10: autocast has no meta device; a transposed head is a wrong shape, not wrong labels."""
+    hidden, weight, *_ = tensors()
+    x, w, y = (t.to("meta") for t in (hidden, weight, labels_of()))
+    lora = (torch.empty(2, hidden.shape[-1], device="meta"), weight[:, :2].to("meta"), 1.0)
+    out = dk.fused_linear_dpo_loss(x, w, y, reference_free=True, lora=lora)
+    assert out.loss.shape == () and out.loss.device.type == "meta"
+    with pytest.raises(ValueError, match=r"weight must have shape \[V, H=12\].*got \[12, 83\]"):
+        dk.fused_linear_dpo_loss(hidden, weight.T, labels_of(), reference_free=True)

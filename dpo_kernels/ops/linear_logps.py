@@ -134,13 +134,14 @@ def check_head(
         raise ValueError(f"{name} must have 3 dimensions [R, T, H], got {list(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
         raise ValueError(
-            f"{weight_name} must have shape [V, H={hidden.shape[2]}], got {list(weight.shape)}"
+            f"{weight_name} must have shape [V, H={hidden.shape[2]}] (H as {name} has), got "
+            f"{list(weight.shape)}"
         )
     checks.shape("targets", targets, tuple(hidden.shape[:2]), f"that of {name} without H")
     checks.same_device(weight_name, weight, name, hidden)
     if bias is not None:
         checks.floating(bias_name, bias)
-        checks.shape(bias_name, bias, (weight.shape[0],), "one value a vocabulary entry")
+        checks.shape(bias_name, bias, (weight.shape[0],), f"one value a row of {weight_name}")
         checks.same_device(bias_name, bias, name, hidden)
     if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
         got = f"{hidden.dtype}, {weight.dtype}" + (f", {bias.dtype}" if bias is not None else "")
