@@ -34,14 +34,15 @@ class _LossModule(torch.nn.Module):
         # odpo's offset may come with each batch: everything else is checked now.
         late = any(row.name == "odpo" for row in rows) and chosen.get("offset") is None
         _losses.resolve({**chosen, "offset": torch.zeros(1)} if late else chosen)
-        # Parameters are trained with the module, and its tensors go where it goes.
-        for name in (n for n, x in options.items() if isinstance(x, Tensor)):
+        # What the loss is made of belongs to the module: it is trained with it, moves with it.
+        mine = [name for name, x in chosen.items() if isinstance(x, Tensor)]
+        for name in mine:
             if isinstance(options[name], torch.nn.Parameter):
                 self.register_parameter(name, options[name])
             else:
                 self.register_buffer(name, options[name], persistent=False)
         self._given = tuple(options)
-        self._plain = {k: v for k, v in options.items() if not isinstance(v, Tensor)}
+        self._plain = {k: v for k, v in options.items() if k not in mine}
         beta_dpo = any(row.name == "beta_dpo" for row in rows)
         # Running mean and deviation of the margin: the state of beta-DPO, saved with the module.
         state = torch.zeros(2, dtype=torch.float64) if beta_dpo else None
