@@ -42,6 +42,7 @@ class PairLoss:
         # The module form, because beta-DPO keeps a running margin between batches.
         self.function = dk.FusedLinearDPOLoss(**config.loss_options())
         self.policy, self.uses_offset = policy, config.uses_offset
+        self.per_token = config.ld_alpha is not None  # what the reference keeps
 
     def __call__(
         self, data: PairData, indices: Sequence[int], num_pairs: int, num_chosen_tokens: int
@@ -51,7 +52,8 @@ class PairLoss:
         batch = self.policy.batch(pairs)
         out = self.function(
             self.policy.hidden(batch), labels=batch.labels, cu_seqlens=batch.cu_seqlens,
-            shift=False, ref_logps=self.reference(data, indices), num_pairs=num_pairs,
+            shift=False, ref_logps=self.reference(data, indices),
+            ref_logps_per_token=self.per_token, num_pairs=num_pairs,
             num_chosen_tokens=max(num_chosen_tokens, 1), **self.offset(pairs),
             **self.policy.head_arguments(),
         )  # fmt: skip
@@ -106,10 +108,15 @@ def check_step0(
     own = policy.logps(batch, "none")
     hidden = policy.hidden(batch)
     losses = []
-    for ref in (loss.reference(data, indices), own if data.reference else None):
+    refs = (
+        (loss.reference(data, indices), loss.per_token),
+        (own if data.reference else None, True),
+    )
+    for ref, per_token in refs:
         out = loss.function(
             hidden, labels=batch.labels, cu_seqlens=batch.cu_seqlens, shift=False,
-            ref_logps=ref, **loss.offset(pairs), **policy.head_arguments(),
+            ref_logps=ref, ref_logps_per_token=per_token, **loss.offset(pairs),
+            **policy.head_arguments(),
         )  # fmt: skip
         losses.append(float(out.loss))
         if data.reference and not losses[1:]:
