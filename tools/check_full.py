@@ -49,6 +49,7 @@ def functions() -> list[Path]:
         ROOT / "csrc/bindings.cpp",
         *(ROOT / "csrc/cpu").iterdir(),
         ROOT / "tests/fuzz.py",
+        ROOT / "tests/oracle.py",
     ]
 
 
