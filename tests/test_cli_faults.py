@@ -499,3 +499,22 @@ def test_the_title_says_the_mix() -> None:
     assert loss_title(load_config({})) == "DPO: sigmoid"
     mix = {"loss_type": ["sigmoid", "ipo"], "loss_weights": [0.8, 1.0], "sft_weight": 0.5}
     assert loss_title(load_config(mix)) == "DPO: 0.8 sigmoid + ipo + 0.5 SFT"
+
+
+def test_plot_of_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ticks at whole steps, legends that do not repeat the title."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    from matplotlib.figure import Figure
+
+    from dpo_kernels.train.plots import plot_run
+
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    rows = [{"step": s, "loss": 0.7, "logps/chosen": -s, "logps/rejected": -2} for s in (1, 2)]
+    rows += [{"step": s, "eval_loss": 0.7, "eval_logps/chosen": -3} for s in (0, 2)]
+    plot_run(rows, tmp_path / "p.png", "DPO: sigmoid + 0.5 SFT")
+    loss, *_, logps = figures[0].axes
+    assert all(tick == int(tick) for axis in figures[0].axes for tick in axis.get_xticks())
+    assert [t.get_text() for t in loss.get_legend().get_texts()] == ["train", "held out"]
+    texts = [t.get_text() for t in logps.get_legend().get_texts()]
+    assert texts == ["chosen, train", "chosen, held out", "rejected, train"]
