@@ -18,7 +18,14 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from .requirements import torch_problem
 from .train import trl_options
-from .train.config import ALIASES, DPOTrainConfig, UserError, nearest, read_config_file
+from .train.config import (
+    ALIASES,
+    DPOTrainConfig,
+    UserError,
+    load_config,
+    nearest,
+    read_config_file,
+)
 from .train.console import silence
 from .version import __version__
 
@@ -157,7 +164,12 @@ def _parser() -> argparse.ArgumentParser:
                        "model's tokenizer: finds pairs that max_length makes useless")  # fmt: skip
     check.add_argument("--gguf_file", metavar="FILE", help="GGUF file with the tokenizer")
     check.add_argument("--chat_template", metavar="FILE", help="Jinja chat template")
-    check.add_argument("--max_length", type=int, default=1024, help="default: %(default)s")
+    check.add_argument(
+        "--max_length",
+        default=1024,
+        help="default: %(default)s",
+        **_argument(get_type_hints(DPOTrainConfig)["max_length"], None),
+    )
     check.add_argument(
         "--left_out",
         metavar="FILE",
@@ -265,6 +277,7 @@ def _data_check(args: argparse.Namespace) -> int:
     from .train.model import load_tokenizer
     from .train.start import find_model, model_limits
 
+    load_config({"max_length": args.max_length})
     console = Console()
     say = console.say
     left_out = LeftOut(report=say)
@@ -297,7 +310,7 @@ def _data_check(args: argparse.Namespace) -> int:
             left_out.write(Path(args.left_out))
         except OSError as error:
             raise UserError(f"--left_out: {args.left_out}: {error.strerror}") from None
-    return 1 if left_out.problems else 0
+    return 1 if left_out.problems or not usable else 0
 
 
 def _bench(args: argparse.Namespace) -> int:

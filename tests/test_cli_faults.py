@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -420,6 +422,23 @@ def test_no_usable_row_is_a_finding(tmp_path: Path, capsys: Capture) -> None:
     assert run("data", "check", file) == 1
     said = capsys.readouterr()
     assert "the column 'question' is unknown" in said.out and "0 usable pairs" in said.out
+
+
+def test_an_empty_file_is_a_finding(tmp_path: Path, capsys: Capture) -> None:
+    file = write(tmp_path / "a.jsonl", [""])
+    assert run("data", "check", file) == 1
+    assert "max_length must be at least 2" in refused(
+        capsys, "data", "check", file, "--max_length", "0"
+    )
+
+
+def test_version_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from dpo_kernels.cli import main\ntry: main(['--version'])\n"
+        "except SystemExit: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("dpo-kernels "), done.stderr
 
 
 def test_a_template_that_raises_is_the_error(

@@ -412,6 +412,20 @@ def test_the_templates_end_token_is_scored_once() -> None:
     assert sum(n for note, n in left_out.notes.items() if "kept once" in note) == 3
 
 
+def test_a_begin_token_in_the_text_is_kept_once() -> None:
+    """trl#1591 in other places: a completion's text, a conversation's first message."""
+    tokenizer = adds(byte_tokenizer(), True, False)
+    ids, _ = tokens(PreferencePair("<s>ab", "<s> c", "<s> d", "f:1"), tokenizer)
+    assert ids and tokenizer.decode(list(ids.prompt)) == "<s>ab"
+    assert scored(tokenizer, ids) == (" c</s>", " d</s>")
+    ids, left_out = tokens(chat(user("<s>q"), bot("a"), bot("b")), byte_tokenizer())
+    assert ids and tokenizer.decode(list(ids.prompt)) == "<s>user:q</s><s>assistant:"
+    assert sum(n for note, n in left_out.notes.items() if "kept once" in note) == 1
+    bare = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    ids, left_out = tokens(chat(user("q"), bot("a"), bot("b")), byte_tokenizer(bare))
+    assert ids and left_out.notes["conversations that do not end with the end token (EOS)"] == 1
+
+
 def test_a_repeated_prompt_is_taken_once(tmp_path: Path) -> None:
     """trl#1752"""
     rows = [

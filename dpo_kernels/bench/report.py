@@ -224,7 +224,7 @@ def _lines(
         others += not ours
         # Ours is the wide line below: a thin one of the same values stays visible on it.
         axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=provider, color=colour,
-                  lw=2.2 if ours else 1.2, ls="--" if "in place" in provider else "-",
+                  lw=4.0 if ours else 1.2, ls="--" if "in place" in provider else "-",
                   zorder=2 if ours else 3)  # fmt: skip
     floors = {(r["x"], r["floor"] * factor) for r in rows if r["ours"] and r.get("floor")}
     if floors:

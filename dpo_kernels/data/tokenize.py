@@ -107,7 +107,7 @@ class _PairTokenizer:
     ) -> None:
         self.tokenizer, self.max_length, self.limits = tokenizer, max_length, limits
         self.left_out, self.warn, self.warned = left_out, warn, False
-        self._end: str | None = None
+        self._marks: tuple[str, str] | None = None
 
     def tokenize(self, pair: PreferencePair) -> TokenPair:
         """The pair's ids; `_Refused` where there are none to train on."""
@@ -135,7 +135,11 @@ class _PairTokenizer:
 
     def _plain(self, prompt: str, completion: str) -> Ids:
         """Ids of prompt ++ completion, one BOS if the tokenizer adds any, one EOS at the end."""
-        text, eos, notes = prompt + completion, self.tokenizer.eos_token, self.left_out.notes
+        eos, bos, notes = self.tokenizer.eos_token, self.tokenizer.bos_token, self.left_out.notes
+        if prompt and bos and completion.startswith(bos):
+            completion = completion[len(bos) :]
+            notes["plain completions with a begin token (BOS) in their text, taken out"] += 1
+        text = prompt + completion
         carried = bool(eos and eos.strip() and text.rstrip().endswith(eos))
         if completion and carried:
             text = text.rstrip()
@@ -170,8 +174,10 @@ class _PairTokenizer:
         """(prompt, [chosen, rejected], their scored spans where others speak in them)."""
         template = self._template(pair)
         self._check_read(pair, template)
-        lists = (pair.prompt, pair.chosen, pair.rejected)
-        prompt, *completions = [self._ended_once(list(m)) for m in lists]  # type: ignore[arg-type]
+        prompt, *completions = (
+            self._marked_once(list(messages), i == 0)  # type: ignore[arg-type]
+            for i, messages in enumerate((pair.prompt, pair.chosen, pair.rejected))
+        )
 
         def render(messages: list[Message], generation_prompt: bool) -> Ids:
             return self._render(messages, generation_prompt, pair)
@@ -189,6 +195,9 @@ class _PairTokenizer:
             )
         if sides[0][:1] == (self.tokenizer.bos_token_id,):
             self.left_out.notes["conversations that begin with the begin token (BOS)"] += 1
+        # Templates end a turn with it, or with it and a line break.
+        if self.tokenizer.eos_token_id not in sides[0][-2:]:
+            self.left_out.notes["conversations that do not end with the end token (EOS)"] += 1
         return alone, sides, spans
 
     def _template(self, pair: PreferencePair) -> str:
@@ -251,15 +260,19 @@ class _PairTokenizer:
             raise _template_refuses(error) from None
         return self._begun_once(ids)
 
-    def _ended_once(self, messages: list[Message]) -> list[Message]:
-        """The messages without an end-of-turn token that the template puts there anyway."""
-        end = self._turn_end()
-        if not end:
-            return messages
+    def _marked_once(self, messages: list[Message], first: bool) -> list[Message]:
+        """The messages without the special tokens that the template puts around them anyway."""
+        begin, end = self._turn_marks()
         result = []
-        for message in messages:
+        for i, message in enumerate(messages):
+            if i == 0 and first and begin and message["content"].startswith(begin):
+                self.left_out.notes[
+                    "conversations with a begin token (BOS) in their text, which "
+                    "the chat template adds (kept once)"
+                ] += 1
+                message = {**message, "content": message["content"][len(begin) :]}
             text = message["content"].rstrip()
-            if text.endswith(end):
+            if end and text.endswith(end):
                 self.left_out.notes[
                     f"messages that end with {end}, which the chat template adds (kept once)"
                 ] += 1
@@ -269,22 +282,23 @@ class _PairTokenizer:
             result.append(message)
         return result
 
-    def _turn_end(self) -> str:
-        """The special token that the chat template puts behind an assistant's words, or ""."""
-        if self._end is None:
-            self._end, words = "", "Zq7words"
+    def _turn_marks(self) -> tuple[str, str]:
+        """What the chat template puts: BOS at the start, a special token behind a turn (or "")."""
+        if self._marks is None:
+            self._marks, words = ("", ""), "Zq7words"
             try:
                 text = self.tokenizer.apply_chat_template(
                     [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}],
                     tokenize=False,
                 )
             except Exception:  # said for each row that is rendered
-                return ""
+                return self._marks
+            bos = self.tokenizer.bos_token or ""
             after = text.rpartition(words)[2].split()
             special = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
-            if after and after[0] in special:
-                self._end = after[0]
-        return self._end
+            ends = bool(after) and after[0] in special
+            self._marks = bos if text.startswith(bos) else "", after[0] if ends else ""
+        return self._marks
 
     def _spans(
         self,
