@@ -320,23 +320,21 @@ def _bench(args: argparse.Namespace) -> int:
 
     meta = results.describe(args.commit)
     rows: list[dict[str, Any]] = []
-    chosen = run_set(args.set, args.case, args.provider,
-                     report=lambda line: print(f"  measuring {line}", file=sys.stderr, flush=True)
-                     )  # fmt: skip
-    for row in chosen:
+    begun: list[str] = []
+
+    def report(line: str) -> None:
+        begun.append(line)
+        print(f"  measuring {line}", file=sys.stderr, flush=True)
+
+    for row in run_set(args.set, args.case, args.provider, report=report):
         rows.append(row)
         if args.json:  # after every row: an interrupted run keeps what it has
             results.write(Path(args.json), meta, rows)
+    if not begun:
+        raise UserError(f"set {args.set}: no case has {args.case!r} in its name; names begin with "
+                        f"one of: {', '.join(SUITES)}")  # fmt: skip
     if not rows:
-        filters = [
-            f"{what} has {text!r} in its name"
-            for what, text in (("case", args.case), ("provider of them", args.provider))
-            if text
-        ]
-        raise UserError(
-            f"set {args.set}: no {' and no '.join(filters) or 'case'}; cases begin "
-            f"with one of: {', '.join(SUITES)}"
-        )
+        raise UserError(f"no provider of these cases has {args.provider!r} in its name")
     print(results.text(meta, rows))
     wrong = [row for row in rows if row["ours"] and row["note"].startswith("wrong")]
     return 1 if wrong else 0

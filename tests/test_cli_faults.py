@@ -112,6 +112,17 @@ def test_bench_names_what_was_not_found(capsys: Capture) -> None:
     assert "set quick: no case has 'nonsense' in its name" in line and "''" not in line
 
 
+def test_bench_names_a_provider_that_was_not_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from dpo_kernels.bench import cases
+
+    case = cases.Case("pair loss", "-", "fp32", 0, 1.0, pairs=4)
+    monkeypatch.setattr(cases, "quick", lambda device: [case])
+    line = refused(capsys, "bench", "--provider", "zzz", "--case", "pair loss")
+    assert "no provider of these cases has 'zzz'" in line
+
+
 def test_unreachable_hub_is_asked_once(
     train: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -148,8 +159,41 @@ def test_a_checkpoint_that_torch_refuses_to_unpickle(
 
     torch.save({"lm_head.weight": Harm()}, folder / "pytorch_model.bin")
     line = refused(capsys, *train, "--model_name_or_path", folder)
-    assert "cannot be read safely" in line
+    assert "the weights of" in line and "cannot be read" in line and len(line) < 300
     assert not (tmp_path / "harm").exists() and not folder_of(train).exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_checkpoint_cut_short(
+    train: list[Any], tmp_path: Path, name: str, capsys: Capture
+) -> None:
+    folder = tmp_path / "cut"
+    tiny_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(tiny_model().state_dict(), folder / name)
+    (folder / name).write_bytes((folder / name).read_bytes()[:5000])
+    assert f"{folder} cannot be " in refused(capsys, *train, "--model_name_or_path", folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", "inf"),
+        ("adam_beta2", "1"),
+        ("adam_epsilon", "-1"),
+        ("sft_weight", "nan"),
+        ("sample_max_new_tokens", "-3"),
+        ("num_train_epochs", "inf"),
+        ("sft_steps", "-1"),
+    ],
+)
+def test_numbers_that_make_no_sense(
+    train: list[Any], name: str, value: str, capsys: Capture
+) -> None:
+    more = ["--max_steps", "-1"] if name == "num_train_epochs" else []
+    assert name in refused(capsys, *train, f"--{name}", value, *more)
 
 
 # --- options of TRL's ---

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -187,9 +188,18 @@ class DPOTrainConfig:
             raise UserError(f"sft_steps must be at least 0 or null, got {self.sft_steps}")
         if self.dataset_name == self.eval_file == "-":
             raise UserError("dataset_name and eval_file are both standard input (-)")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm",
+                     "sample_max_new_tokens"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "sft_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} must be finite, got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.adam_epsilon < 1:
+            raise UserError(f"adam_epsilon must be in (0, 1), got {self.adam_epsilon}")
         self._check_loss()
 
     def _check_loss(self) -> None:
@@ -299,7 +309,8 @@ def read_config_file(path: str) -> dict[str, Any]:
     """The mapping in a JSON or YAML file."""
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"--config: {path} does not exist")
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise UserError(f"--config: {path} {what}")
     try:
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix in (".yaml", ".yml"):

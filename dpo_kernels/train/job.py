@@ -192,11 +192,13 @@ class _Job:
         found = replace(self.config, model_name_or_path=find_model(name))
         try:
             return load_policy(found, self.console.say)
-        except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:
+            if not _broken_weights(error):
+                raise
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"model_name_or_path: the weights of {name} cannot be read safely, and were not "
-                f"run: {first}"
+                f"model_name_or_path: the weights of {name} cannot be read: "
+                f"{first.partition('. ')[0]} (nothing of them was run)"
             ) from None
 
     def _small_model(self, source: Path) -> Policy:
@@ -352,6 +354,16 @@ class _Job:
         say(self.left_out.summary())
         say(f"saved in {summary['output_dir']}: model/, metrics.jsonl, training.png, config.json, "
             "summary.json, left_out.jsonl")  # fmt: skip
+
+
+def _broken_weights(error: Exception) -> bool:
+    """Whether reading a file of weights raised this: pickle's refusals, zip's, safetensors'."""
+    kinds = (pickle.UnpicklingError, EOFError, zipfile.BadZipFile)
+    return (
+        isinstance(error, kinds)
+        or type(error).__name__ == "SafetensorError"
+        or (isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error))
+    )
 
 
 _LENGTH_REASONS = {"prompt too long", "completion too short", "same after truncation"}
