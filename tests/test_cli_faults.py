@@ -413,6 +413,9 @@ def test_the_same_verdict_in_check_and_train(tmp_path: Path, capsys: Capture) ->
         {"prompt": [user("a <new> one")], "chosen": [bot("x")], "rejected": [bot("y")]},
         {"prompt": [user("q")], "chosen": [bot("long " * 20)], "rejected": [bot("y")]},
         '{"prompt": "\\ud83d", "chosen": "x", "rejected": "y"}',
+        json.dumps({**chats(1)[0], "X": 1, "chosen": [{**bot("x"), "X": "X"}]}).replace(
+            "X", "\\ud83d"
+        ),
         *["{"] * 30,
     ]
     file = write(tmp_path / "a.jsonl", rows)
@@ -442,13 +445,13 @@ def test_the_same_verdict_in_check_and_train(tmp_path: Path, capsys: Capture) ->
     )
     trained = capsys.readouterr().out
     written = (tmp_path / "run" / "left_out.jsonl").read_text()
-    assert written == out.read_text() and len(written.splitlines()) == 33
+    assert written == out.read_text() and len(written.splitlines()) == 34
     for reason in (
         "token id beyond the embedding",
         "longer than the model's positions",
         "lone surrogate",
     ):
-        assert f"1 {reason}" in text and f"1 {reason}" in trained
+        assert f" {reason}" in text and f" {reason}" in trained
     assert f"{file}:7: chosen: token id" in text and f"{file}:8: chosen: " in trained
 
 

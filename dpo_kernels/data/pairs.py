@@ -242,7 +242,11 @@ def _text(name: str, text: str) -> str:
 
 
 def _encodable(name: str, value: Any) -> None:
-    _text(name, json.dumps(value, ensure_ascii=False))
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise BadField(name, "lists within lists without end", "less", "mis-typed field") from None
+    _text(name, text)
 
 
 def _split_implicit(

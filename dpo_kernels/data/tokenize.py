@@ -108,6 +108,10 @@ class _PairTokenizer:
         self.tokenizer, self.max_length, self.limits = tokenizer, max_length, limits
         self.left_out, self.warn, self.warned = left_out, warn, False
         self._marks: tuple[str, str] | None = None
+        self._templates: dict[bool, str] = {}
+        # Looked up once: each is a search in the tokenizer.
+        self.bos, self.bos_id = tokenizer.bos_token or "", tokenizer.bos_token_id
+        self.eos, self.eos_id = tokenizer.eos_token or "", tokenizer.eos_token_id
 
     def tokenize(self, pair: PreferencePair) -> TokenPair:
         """The pair's ids; `_Refused` where there are none to train on."""
@@ -135,7 +139,7 @@ class _PairTokenizer:
 
     def _plain(self, prompt: str, completion: str) -> Ids:
         """Ids of prompt ++ completion, one BOS if the tokenizer adds any, one EOS at the end."""
-        eos, bos, notes = self.tokenizer.eos_token, self.tokenizer.bos_token, self.left_out.notes
+        eos, bos, notes = self.eos, self.bos, self.left_out.notes
         if prompt and bos and completion.startswith(bos):
             completion = completion[len(bos) :]
             notes["plain completions with a begin token (BOS) in their text, taken out"] += 1
@@ -150,7 +154,7 @@ class _PairTokenizer:
         elif completion:
             notes["plain completions without an end token (the tokenizer has none)"] += 1
         ids = self._begun_once(tuple(self.tokenizer(text)["input_ids"]))
-        end = self.tokenizer.eos_token_id
+        end = self.eos_id
         if end is None:
             return ids
         while completion and ids[-2:] == (end, end):
@@ -161,7 +165,7 @@ class _PairTokenizer:
 
     def _begun_once(self, ids: Ids) -> Ids:
         """The ids with one BOS at most: a text may carry the one that the tokenizer adds."""
-        bos = self.tokenizer.bos_token_id
+        bos = self.bos_id
         if bos is not None and ids[:2] == (bos, bos):
             self.left_out.notes["sequences with a second begin token (BOS), taken out"] += 1
             while ids[:2] == (bos, bos):
@@ -193,22 +197,24 @@ class _PairTokenizer:
                 if others
                 else None
             )
-        if sides[0][:1] == (self.tokenizer.bos_token_id,):
+        if sides[0][:1] == (self.bos_id,):
             self.left_out.notes["conversations that begin with the begin token (BOS)"] += 1
         # Templates end a turn with it, or with it and a line break.
-        if self.tokenizer.eos_token_id not in sides[0][-2:]:
+        if self.eos_id not in sides[0][-2:]:
             self.left_out.notes["conversations that do not end with the end token (EOS)"] += 1
         return alone, sides, spans
 
     def _template(self, pair: PreferencePair) -> str:
         """The text of the chat template that this pair is rendered with."""
-        choose = getattr(self.tokenizer, "get_chat_template", None)
-        if choose is None:
-            return str(self.tokenizer.chat_template)
-        try:
-            return choose(None, tools=pair.tools)
-        except Exception as error:  # several templates, and none that fits
-            raise _template_refuses(error) from None
+        tools = pair.tools is not None
+        if tools not in self._templates:
+            choose = getattr(self.tokenizer, "get_chat_template", None)
+            try:
+                chosen = choose(None, tools=pair.tools) if choose else self.tokenizer.chat_template
+            except Exception as error:  # several templates, and none that fits
+                raise _template_refuses(error) from None
+            self._templates[tools] = str(chosen)
+        return self._templates[tools]
 
     def _check_read(self, pair: PreferencePair, template: str) -> None:
         """What a row hands to the template must be read there, or it would be dropped unseen."""
@@ -293,7 +299,7 @@ class _PairTokenizer:
                 )
             except Exception:  # said for each row that is rendered
                 return self._marks
-            bos = self.tokenizer.bos_token or ""
+            bos = self.bos
             after = text.rpartition(words)[2].split()
             special = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
             ends = bool(after) and after[0] in special

@@ -52,6 +52,9 @@ class Console:
                 self._bar.write(text, file=sys.stdout)
             else:
                 print(text, flush=True)
+        except UnicodeEncodeError:  # half a character of the data, or a terminal that knows few
+            known = sys.stdout.encoding or "ascii"
+            print(text.encode(known, "backslashreplace").decode(known), flush=True)
         except BrokenPipeError:  # the reader has left (`| head`); that ends no training
             silence(sys.stdout)
             self.quiet = True

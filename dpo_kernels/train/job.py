@@ -114,9 +114,9 @@ class _Job:
         if not self.saved:
             with self.console.held():
                 save_policy(self.policy, self.folder / "model")
-        what = "training" if "training" in begun else "SFT, before training on pairs"
+        what = "" if "training" in begun else " (SFT alone: training on pairs had not begun)"
         print(
-            f"dpo-kernels: {what} did not end; its weights are in {self.folder / 'model'}",
+            f"dpo-kernels: the run did not end; its weights are in {self.folder / 'model'}{what}",
             file=sys.stderr,
         )
 
@@ -174,7 +174,9 @@ class _Job:
             "torch": torch.__version__,
         }  # fmt: skip
         text = json.dumps(summary, indent=2, ensure_ascii=False)
-        (self.folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+        # Rows that were left out are quoted as they came, with what no encoding holds.
+        quoted = (text + "\n").encode("utf-8", "backslashreplace")
+        (self.folder / "summary.json").write_bytes(quoted)
         self._report(summary, result)
         return summary
 
