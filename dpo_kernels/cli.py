@@ -305,6 +305,8 @@ def _data_check(args: argparse.Namespace) -> int:
     for remark in left_out.remarks():
         say(remark)
     say(left_out.summary())
+    if len(left_out.problems) > len(left_out.shown()) and not args.left_out:
+        say("--left_out FILE writes each of them")
     if args.left_out:
         try:
             left_out.write(Path(args.left_out))

@@ -452,6 +452,7 @@ def test_the_same_verdict_in_check_and_train(tmp_path: Path, capsys: Capture) ->
         "lone surrogate",
     ):
         assert f" {reason}" in text and f" {reason}" in trained
+    assert "every row that is left out is in" in trained
     assert f"{file}:7: chosen: token id" in text and f"{file}:8: chosen: " in trained
 
 

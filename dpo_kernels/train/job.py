@@ -185,7 +185,10 @@ class _Job:
     def _open_folder(self) -> None:
         self.run_folder.open(self.console.say)
         self.config.save(self.folder / "config.json")
-        self.left_out.write(self.folder / "left_out.jsonl")
+        every = self.folder / "left_out.jsonl"
+        self.left_out.write(every)
+        if len(self.left_out.problems) > len(self.left_out.shown()):
+            self.console.say(f"every row that is left out is in {every}")
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
 
