@@ -333,8 +333,10 @@ def _bench(args: argparse.Namespace) -> int:
         if args.json:  # after every row: an interrupted run keeps what it has
             results.write(Path(args.json), meta, rows)
     if not begun:
-        raise UserError(f"set {args.set}: no case has {args.case!r} in its name; names begin with "
-                        f"one of: {', '.join(SUITES)}")  # fmt: skip
+        raise UserError(
+            f"set {args.set}: no case has {args.case!r} in its name; names begin with "
+            f"one of: {', '.join(SUITES)}"
+        )
     if not rows:
         raise UserError(f"no provider of these cases has {args.provider!r} in its name")
     print(results.text(meta, rows))

@@ -188,8 +188,13 @@ class DPOTrainConfig:
             raise UserError(f"sft_steps must be at least 0 or null, got {self.sft_steps}")
         if self.dataset_name == self.eval_file == "-":
             raise UserError("dataset_name and eval_file are both standard input (-)")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm",
-                     "sample_max_new_tokens"):  # fmt: skip
+        for name in (
+            "learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "sample_max_new_tokens",
+        ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("learning_rate", "warmup_steps", "weight_decay", "sft_weight"):

@@ -277,9 +277,14 @@ class _Job:
         self.texts.update({t.source: t for t in texts})
         limits = Limits.of(policy.model.config)
         pairs = tokenize_pairs(
-            texts, policy.tokenizer, self.config.max_length, self.left_out, self.console.say,
-            limits, self.console.progress,
-        )  # fmt: skip
+            texts,
+            policy.tokenizer,
+            self.config.max_length,
+            self.left_out,
+            self.console.say,
+            limits,
+            self.console.progress,
+        )
         if not pairs:
             raise no_pair_left(file, self.left_out, since)
         return pairs
@@ -287,16 +292,17 @@ class _Job:
     def _check_row_options(self, file: str, texts: list[PreferencePair]) -> None:
         """The loss takes the columns of numbers that the rows bring."""
         options = self.config.loss_options()
-        names = [("weight", "weights"), ("beta", "beta")]
-        for column, option in names:
+        for column, option in (("weight", "weights"), ("beta", "beta")):
             if any(getattr(t, column) is not None for t in texts):
                 options[option] = torch.ones(1)
+        if self.config.uses_offset:
+            options["offset"] = torch.zeros(1)
         try:
-            dk.losses.resolve({**options, **({"offset": torch.zeros(1)}
-                                             if self.config.uses_offset else {})})  # fmt: skip
+            dk.losses.resolve(options)
         except (ValueError, TypeError) as error:
-            raise DataError(f"{file}: the column weight or beta does not fit the loss: {error}"
-                            ) from None  # fmt: skip
+            raise DataError(
+                f"{file}: the column weight or beta does not fit the loss: {error}"
+            ) from None
 
     def _sample_prompt(self, policy: Policy, pairs: list[TokenPair]) -> tuple[str, list[int]]:
         """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""

@@ -17,9 +17,14 @@ from .config import DPOTrainConfig, UserError
 
 # What a run writes into its folder.
 RUN_FILES = (
-    "config.json", "metrics.jsonl", "sft_metrics.jsonl", "left_out.jsonl", "training.png", "model",
+    "config.json",
+    "metrics.jsonl",
+    "sft_metrics.jsonl",
+    "left_out.jsonl",
+    "training.png",
+    "model",
     "summary.json",
-)  # fmt: skip
+)
 
 
 def refuse_many_processes() -> None:

@@ -44,8 +44,7 @@ _REFUSED: dict[str, str] = {
     "include_num_input_tokens_seen disable_tqdm",
     _PRECISION: "bf16 fp16 bf16_full_eval fp16_full_eval tf32",
     "the schedules here take no further arguments": "lr_scheduler_kwargs",
-    "the optimizers here are set by learning_rate, weight_decay, adam_* and max_grad_norm alone":
-        "optim_args optim_target_modules",
+    "the optimizers here are set by learning_rate, weight_decay, adam_* and max_grad_norm alone": "optim_args optim_target_modules",
     "the loss is smoothed by label_smoothing": "label_smoothing_factor",
     "checkpointing is on or off (gradient_checkpointing)": "gradient_checkpointing_kwargs "
     "activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps",
@@ -61,9 +60,8 @@ _REFUSED: dict[str, str] = {
     "sequences keep their start": "truncation_mode",
     "max_length cuts the whole sequence": "max_prompt_length max_completion_length",
     "the layout is batch_layout": "padding_free pad_to_multiple_of use_logits_to_keep",
-    "the reference is the starting policy, and its log-probs are computed once":
-        "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model ref_model_mixup_alpha "
-        "ref_model_sync_steps ref_model_name_or_path ref_adapter_name model_adapter_name",
+    "the reference is the starting policy, and its log-probs are computed once": "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model ref_model_mixup_alpha "
+    "ref_model_sync_steps ref_model_name_or_path ref_adapter_name model_adapter_name",
     "dropout is always off: policy and reference are one function": "disable_dropout",
     "a router's loss is not added here": "router_aux_loss_coef",
     "model options are dtype, attn_implementation and trust_remote_code": "model_init_kwargs "
@@ -71,7 +69,7 @@ _REFUSED: dict[str, str] = {
     "columns that are not used are named, and left": "remove_unused_columns",
     "train does both, evaluation where there are held-out pairs": "do_train do_eval do_predict",
     "there is no such report": "debug skip_memory_metrics",
-}  # fmt: skip
+}
 
 # What happens here anyway, beside `_OFF`.
 _TAKEN: dict[str, tuple[Any, ...]] = {
@@ -117,8 +115,9 @@ def translate(name: str, value: Any, others: Mapping[str, Any]) -> dict[str, Any
     if name not in _NOT_OFF:
         taken = taken or any(_same(value, other) for other in _OFF)
     if not taken:
-        raise ValueError(f"{name}={value!r} is an option of TRL's that is not supported here: "
-                         f"{REASONS[name]}")  # fmt: skip
+        raise ValueError(
+            f"{name}={value!r} is an option of TRL's that is not supported here: {REASONS[name]}"
+        )
     return {}
 
 
