@@ -19,6 +19,8 @@ _NO_WORKERS = "batches are made in the process itself, without a data loader"
 _LOCAL_FILE = "data comes from a file (dataset_name, eval_file)"
 _NO_HUB = "nothing is uploaded: the trained model is a folder"
 _LOGGED = "metrics are written to metrics.jsonl in the run's folder"
+_PLAIN_OPTIMIZER = "optimizers are set by learning_rate, weight_decay, adam_* and max_grad_norm"
+_REFERENCE_ONCE = "the reference is the starting policy, and its log-probs are computed once"
 _PRECISION = "the dtype of the weights is the option dtype"
 
 # reason -> names
@@ -44,7 +46,7 @@ _REFUSED: dict[str, str] = {
     "include_num_input_tokens_seen disable_tqdm",
     _PRECISION: "bf16 fp16 bf16_full_eval fp16_full_eval tf32",
     "the schedules here take no further arguments": "lr_scheduler_kwargs",
-    "the optimizers here are set by learning_rate, weight_decay, adam_* and max_grad_norm alone": "optim_args optim_target_modules",
+    _PLAIN_OPTIMIZER: "optim_args optim_target_modules",
     "the loss is smoothed by label_smoothing": "label_smoothing_factor",
     "checkpointing is on or off (gradient_checkpointing)": "gradient_checkpointing_kwargs "
     "activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps",
@@ -60,7 +62,8 @@ _REFUSED: dict[str, str] = {
     "sequences keep their start": "truncation_mode",
     "max_length cuts the whole sequence": "max_prompt_length max_completion_length",
     "the layout is batch_layout": "padding_free pad_to_multiple_of use_logits_to_keep",
-    "the reference is the starting policy, and its log-probs are computed once": "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model ref_model_mixup_alpha "
+    _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model "
+    "ref_model_mixup_alpha "
     "ref_model_sync_steps ref_model_name_or_path ref_adapter_name model_adapter_name",
     "dropout is always off: policy and reference are one function": "disable_dropout",
     "a router's loss is not added here": "router_aux_loss_coef",
