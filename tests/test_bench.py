@@ -144,6 +144,20 @@ def test_results_tables_and_page(tmp_path, capsys):
     assert len(list((tmp_path / "report").glob("run-*.png"))) == 5
 
 
+def test_page_on_a_phone_without_empty_columns(tmp_path):
+    """Numbers do not wrap, wide tables scroll by themselves, charts are vectors."""
+    pair = Measurement(case("pair loss", "-", pairs=256, tokens=0), "dpo-kernels cpu", True, [0.1])
+    results.write(tmp_path / "run.json", results.describe(commit="abc"), [results.as_row(pair)])
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert 'name="viewport"' in page and "white-space: nowrap" in page and "<div><table>" in page
+    assert "<th>median" in page and "<th>peak memory" not in page and "<th>note" not in page
+    assert "<h4>pair loss fp32 256 pairs</h4>" in page and "0 tokens" not in page
+    assert page.count("data:image/svg+xml;base64,") == page.count("data:image/png;base64,") == 1
+    assert "pair loss fp32 256 pairs" in (tmp_path / "report" / "run-0.svg").read_text()
+    assert results.shown(case("logits forward").name) == case("logits forward").name
+
+
 def test_memory_is_compared_with_what_leaves_the_logits(tmp_path):
     c = case("logits fwd+bwd")
     found = {"dpo-kernels cpu": 2 << 20, "dpo-kernels cpu in place": 0, "torch eager": 3 << 20}

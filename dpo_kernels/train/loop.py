@@ -63,9 +63,15 @@ class PairLoss:
         return data.reference.of(indices, self.policy.device) if data.reference else None
 
     def offset(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
-        if not self.uses_offset:
-            return {}
-        return {"offset": torch.tensor([p.offset for p in pairs], device=self.policy.device)}
+        """The options that come with the rows: margins for ODPO, weights and betas of pairs."""
+        found: dict[str, list[float]] = {}
+        if self.uses_offset:
+            found["offset"] = [p.offset or 0.0 for p in pairs]
+        if any(p.weight is not None for p in pairs):
+            found["weights"] = [1.0 if p.weight is None else p.weight for p in pairs]
+        if any(p.beta is not None for p in pairs):
+            found["beta"] = [p.beta or self.function.options["beta"] for p in pairs]
+        return {k: torch.tensor(v, device=self.policy.device) for k, v in found.items()}
 
 
 def chosen_tokens(pairs: Sequence[TokenPair]) -> int:
