@@ -8,12 +8,25 @@ Letters: `H` hidden size, `V` vocabulary, `r` rank of an adapter.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .data import ScoredBatch
+
+
+# What the ops take; a head of another dtype (int8, uint8, float8) is a quantised one.
+_HEAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Names under which configurations (and DBRX's model) keep the weight of the router's loss.
+_ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+# How far, relative to the largest, a logit may move when a later token changes: rounding.
+_CAUSAL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5}
+_HALF_CAUSAL_TOLERANCE = 2e-2
 
 
 class HeadParts(NamedTuple):
@@ -27,6 +40,103 @@ class HeadParts(NamedTuple):
 def text_config(config: Any) -> Any:
     """The language model's part of a configuration."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+@contextmanager
+def deterministic(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode, so without any of its noise; every module's mode is put back.
+
+    The mode is what all noise asks for (dropout, NEFTune's hook, router jitter, layerdrop, LoRA's
+    dropout), whatever the attribute that holds its rate is called.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    if not any(training for _, training in modes):
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        # A module with a train() of its own may do more than set the flag, or set others' flags.
+        for module, training in modes:
+            if type(module).train is not nn.Module.train:
+                module.train(training)
+        for module, training in modes:
+            module.training = training
+
+
+def check_decoder_only(config: Any, name: str) -> None:
+    """`ValueError` for an encoder-decoder, whose answers do not follow the prompt in one row."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder (config.is_encoder_decoder); expected a decoder-only "
+            "causal language model"
+        )
+
+
+@torch.no_grad()
+def check_causal(logits_of: Callable[[Tensor], Tensor], ids: Tensor, name: str) -> None:
+    """`ValueError` if another last token of `ids` [1, T] changes the logits before it.
+
+    A masked language model, or a decoder that was not told to be one, sees the answer it scores.
+    """
+    others = ids[ids != ids[0, -1]]
+    if not others.numel():  # a vocabulary of one
+        return
+    other = ids.clone()
+    other[:, -1] = others[0]
+    before, after = (logits_of(x)[:, :-1] for x in (ids, other))
+    moved = float((before - after).abs().max() / before.abs().max().clamp(min=1e-30))
+    if not moved <= _CAUSAL_TOLERANCE.get(before.dtype, _HALF_CAUSAL_TOLERANCE):
+        raise ValueError(
+            f"{name}: the logits of a token change with the tokens behind it (relative {moved:.2g})"
+            ": this is no causal language model (a masked one, or is_decoder=False)"
+        )
+
+
+def router_loss_weight(model: Any) -> float:
+    """Weight of a mixture of experts' load-balancing loss; 0 where the model has none.
+
+    As TRL: by the configuration's coefficient, whether or not `output_router_logits` is on.
+    """
+    text = text_config(model.config)
+    if not hasattr(text, "output_router_logits") or _load_balancing_loss(model) is None:
+        return 0.0
+    for place in (text, model):
+        for name in _ROUTER_WEIGHTS:
+            value = getattr(place, name, None)
+            if isinstance(value, (int, float)):
+                return float(value)
+    return 0.0
+
+
+def router_loss(
+    model: Any, router_logits: tuple[Tensor, ...] | None, attention_mask: Tensor | None
+) -> Tensor:
+    """[] the load-balancing loss as the model's own forward adds it (without its weight)."""
+    function = _load_balancing_loss(model)
+    if function is None or not router_logits:
+        raise ValueError(
+            f"{type(model).__name__}: router logits were asked for and none came; set the "
+            "configuration's output_router_logits=False and router_aux_loss_coef=0"
+        )
+    text = text_config(model.config)
+    experts, top_k = getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None)
+    if experts is None:
+        experts = getattr(text, "num_experts", None) or text.num_local_experts
+    loss: Tensor = function(
+        router_logits, experts, top_k or text.num_experts_per_tok, attention_mask
+    )
+    return loss
+
+
+def _load_balancing_loss(model: Any) -> Callable[..., Any] | None:
+    """The function of that name beside the model's class."""
+    for kind in type(model).__mro__:
+        module = sys.modules.get(kind.__module__)
+        if hasattr(module, "load_balancing_loss_func"):
+            return module.load_balancing_loss_func  # type: ignore[union-attr]
+    return None
 
 
 def head_scaling(config: Any) -> dict[str, float]:
@@ -53,10 +163,9 @@ def head_parts(head: nn.Module) -> HeadParts:
     Several active adapters are one: their A stacked, scaled, their B side by side.
     """
     if not hasattr(head, "get_base_layer"):  # a plain layer, or PEFT's fully trained copy of one
-        return HeadParts(head.weight, getattr(head, "bias", None), None)  # type: ignore[arg-type]
+        return HeadParts(*_linear_parts(head), None)
     tuner: Any = head
-    base = tuner.get_base_layer()
-    weight, bias = base.weight, getattr(base, "bias", None)
+    weight, bias = _linear_parts(tuner.get_base_layer())
     if tuner.disable_adapters or tuner.merged:
         return HeadParts(weight, bias, None)
     name = type(tuner).__name__
@@ -84,6 +193,29 @@ def head_parts(head: nn.Module) -> HeadParts:
         return HeadParts(weight, bias, (downs[0], ups[0], scales[0]))
     down = torch.cat([d * s for d, s in zip(downs, scales, strict=True)])
     return HeadParts(weight, bias, (down, torch.cat(ups, 1), 1.0))
+
+
+def _linear_parts(head: Any) -> tuple[Tensor, Tensor | None]:
+    """weight [V, H] and bias of a linear layer; `ValueError` for what is none or is quantised."""
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    found = ""
+    if not isinstance(weight, Tensor):
+        found = "which has no weight"
+    elif weight.dtype not in _HEAD_DTYPES:
+        found = f"whose weight is {weight.dtype}: it is quantised"
+    elif is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor"):
+        found = f"whose weight is a {type(weight).__name__}: it is quantised"
+    elif weight.dim() != 2 and not hasattr(weight, "ds_id"):
+        found = f"whose weight has shape {list(weight.shape)}"
+    elif bias is not None and not isinstance(bias, Tensor):
+        found = f"whose bias is a {type(bias).__name__}"
+    if found:
+        raise ValueError(
+            f"the head (lm_head, get_output_embeddings()) is a {type(head).__name__}, {found}; "
+            "expected a linear layer with a weight [V, H] in float32, bfloat16, float16 or "
+            "float64 (LoRA on it is fine; leave it out of quantisation)"
+        )
+    return weight, bias  # type: ignore[return-value]
 
 
 def no_sharing(config: Any) -> str:
