@@ -195,8 +195,16 @@ def head_parts(head: nn.Module) -> HeadParts:
     return HeadParts(weight, bias, (down, torch.cat(ups, 1), 1.0))
 
 
-def _linear_parts(head: Any) -> tuple[Tensor, Tensor | None]:
-    """weight [V, H] and bias of a linear layer; `ValueError` for what is none or is quantised."""
+def check_head_kind(head: Any) -> None:
+    """`ValueError` for a head that is no linear layer or is quantised, before anything runs."""
+    _linear_parts(head.get_base_layer() if hasattr(head, "get_base_layer") else head, whole=False)
+
+
+def _linear_parts(head: Any, whole: bool = True) -> tuple[Tensor, Tensor | None]:
+    """weight [V, H] and bias of a linear layer; `ValueError` for what is none or is quantised.
+
+    `whole`: no framework has cut the weight up, so its shape must be right.
+    """
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     found = ""
     if not isinstance(weight, Tensor):
@@ -205,7 +213,7 @@ def _linear_parts(head: Any) -> tuple[Tensor, Tensor | None]:
         found = f"whose weight is {weight.dtype}: it is quantised"
     elif is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor"):
         found = f"whose weight is a {type(weight).__name__}: it is quantised"
-    elif weight.dim() != 2 and not hasattr(weight, "ds_id"):
+    elif whole and weight.dim() != 2 and not hasattr(weight, "ds_id"):
         found = f"whose weight has shape {list(weight.shape)}"
     elif bias is not None and not isinstance(bias, Tensor):
         found = f"whose bias is a {type(bias).__name__}"

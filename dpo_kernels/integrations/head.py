@@ -30,6 +30,7 @@ from ..causal_lm import (
     HeadParts,
     check_causal,
     check_decoder_only,
+    check_head_kind,
     deterministic,
     head_parts,
     head_scaling,
@@ -89,11 +90,12 @@ def base_model_of(model: nn.Module) -> Any:
 
 def trunk_of(model: Any) -> nn.Module:
     """The model without its head; `ValueError` for what is no causal LM."""
-    check_decoder_only(getattr(model, "config", None), type(model).__name__)
+    config = getattr(model, "config", None)
+    check_decoder_only(config, type(model).__name__)
     trunk = getattr(model, "base_model", model)
-    if text_config(model.config) is not model.config and _before_transformers_5():
+    if config is not None and text_config(config) is not config and _before_transformers_5():
         trunk = model.model  # vision-language models named their trunk so
-    if trunk is model or model.get_output_embeddings() is None:
+    if config is None or trunk is model or model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no trunk and lm_head; expected a causal language model"
         )
@@ -117,6 +119,7 @@ def attach_head(model: nn.Module) -> Any:
     base = base_model_of(model)
     if not _takes_head(base):
         trunk_of(base)
+        check_head_kind(base.get_output_embeddings())
         plain = vars(base).pop("forward", None)
         if plain is not None:
             vars(base)[_PLAIN_FORWARD] = plain

@@ -108,9 +108,12 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
             self._reference_seen = True
             if ref is not None and self.fused.check_reference and not self.global_step:
                 opt_out = "DPOModule(..., fused={'check_reference': False})"
-                check_reference(
+                # What is logged of the first step is the policy as it was checked: rewards of 0.
+                seen = check_reference(
                     self.model, out, batch, opt_out=opt_out, fused=self.fused, **options
                 )
+                out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
+                assert out.rewards is not None and out.pair_logps is not None
         real = len(out.rewards[0]) if self.training else self._real_pairs(len(out.rewards[0]))
         if not self.training:
             out.loss = out.loss[: real or None].mean()

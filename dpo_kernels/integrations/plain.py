@@ -163,10 +163,11 @@ def check_reference(
     opt_out: str = "leave check_reference out",
     fused: FusedOptions | dict[str, Any] | None = None,
     **loss_options: Any,
-) -> None:
+) -> HeadOutput:
     """`WrongReference` unless `out`, of the first step, shows a policy equal to its reference.
 
-    A model in training mode runs once more without its noise (dropout, NEFTune, jitter, ...).
+    A model in training mode runs once more without its noise (dropout, NEFTune, jitter, ...); that
+    step, or `out`, is returned.
     `opt_out` ends the message: what to write where they differ on purpose.
     """
     inputs, row_options, labels = _split(batch)
@@ -182,6 +183,7 @@ def check_reference(
         if torch.is_autocast_enabled(labels.device.type):
             dtype = torch.get_autocast_dtype(labels.device.type)
     check_step0(out.rewards, out.pair_logps, lengths, out.loss, loss_options, dtype, opt_out)
+    return out
 
 
 class PreferenceLoss(nn.Module):

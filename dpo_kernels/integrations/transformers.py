@@ -112,7 +112,9 @@ class FusedDPOMixin:
         started = self.state.global_step  # type: ignore[attr-defined]
         if first and ref is not None and self.fused.check_reference and not started:
             opt_out = "FusedDPOTrainer(..., fused={'check_reference': False})"
-            check_reference(model, out, inputs, opt_out=opt_out, fused=self.fused, **options)
+            # What is logged of the first step is the policy as it was checked: rewards of 0.
+            seen = check_reference(model, out, inputs, opt_out=opt_out, fused=self.fused, **options)
+            out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
         self._reference_seen |= mode == "train"
         mask = inputs.get("attention_mask")
         tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()

@@ -262,10 +262,13 @@ def _check_reference(
 ) -> None:
     if not trainer.fused.check_reference or trainer.state.global_step:
         return
-    out = noiseless(model, model_inputs, labels, out, options, trainer.fused)
-    dtype = out.loss.dtype if out.loss.dtype == torch.float64 else model_dtype(trainer)
+    seen = noiseless(model, model_inputs, labels, out, options, trainer.fused)
+    assert seen.loss is not None and seen.rewards is not None and seen.pair_logps is not None
+    dtype = seen.loss.dtype if seen.loss.dtype == torch.float64 else model_dtype(trainer)
     lengths = torch.stack((labels[:, 1:] != -100).sum(1).chunk(2))
-    check_step0(out.rewards, out.pair_logps, lengths, out.loss, options, dtype, OPT_OUT)
+    check_step0(seen.rewards, seen.pair_logps, lengths, seen.loss, options, dtype, OPT_OUT)
+    # What is logged of the first step is the policy as it was checked: rewards of 0.
+    out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
 
 
 def model_dtype(trainer: Any) -> torch.dtype:
