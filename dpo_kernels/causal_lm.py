@@ -37,6 +37,26 @@ class HeadParts(NamedTuple):
     lora: tuple[Tensor, Tensor, float] | None  # A [r, H], B [V, r], scaling
 
 
+def unwrapped(model: Any) -> Any:
+    """The model below DDP, DataParallel, FSDP1, DeepSpeed and torch.compile; PEFT stays."""
+    while not hasattr(type(model), "get_output_embeddings"):
+        inner = model._modules.get("_orig_mod", model._modules.get("module"))
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def base_model_of(model: nn.Module) -> Any:
+    """The causal LM below PEFT and below what wraps it."""
+    model = unwrapped(model)
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()  # type: ignore[operator]
+    if "base_model" in model._modules and hasattr(model, "peft_config"):  # PeftMixedModel
+        return model.base_model.model  # type: ignore[union-attr]
+    return model
+
+
 def text_config(config: Any) -> Any:
     """The language model's part of a configuration."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -115,19 +135,19 @@ def router_loss(
 ) -> Tensor:
     """[] the load-balancing loss as the model's own forward adds it (without its weight)."""
     function = _load_balancing_loss(model)
-    if function is None or not router_logits:
+    if function is None:
         raise ValueError(
-            f"{type(model).__name__}: router logits were asked for and none came; set the "
-            "configuration's output_router_logits=False and router_aux_loss_coef=0"
+            f"{type(model).__name__}: output_router_logits is on, but no load_balancing_loss_func "
+            "is found beside its class; set the configuration's output_router_logits=False"
         )
     text = text_config(model.config)
     experts, top_k = getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None)
     if experts is None:
         experts = getattr(text, "num_experts", None) or text.num_local_experts
-    loss: Tensor = function(
-        router_logits, experts, top_k or text.num_experts_per_tok, attention_mask
-    )
-    return loss
+    top_k = top_k or text.num_experts_per_tok
+    # 0 for a model that has no layer of experts, as in its own forward.
+    loss = function(router_logits or None, experts, top_k, attention_mask)
+    return torch.as_tensor(loss)
 
 
 def _load_balancing_loss(model: Any) -> Callable[..., Any] | None:
@@ -249,9 +269,16 @@ def attention_ratio(trunk: nn.Module, embedding: nn.Module | None, config: Any) 
 
 
 def trunk_states(
-    trunk: nn.Module, attention: str, dtype: torch.dtype, batch: ScoredBatch
+    trunk: nn.Module,
+    attention: str,
+    dtype: torch.dtype,
+    batch: ScoredBatch,
+    router: list[tuple[Tensor, ...]] | None = None,
 ) -> Tensor:
-    """[N, H] hidden states that predict the scored tokens of `batch`."""
+    """[N, H] hidden states that predict the scored tokens of `batch`.
+
+    `router` gets each call's router logits, a tensor [tokens, experts] for each layer of experts.
+    """
     states = []
     for call in batch.calls:
         mask = call.mask
@@ -261,6 +288,27 @@ def trunk_states(
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, low)
         # Without position_ids and mask a plain row is causal: right padding changes nothing.
         extra = {} if mask is None else {"attention_mask": mask, "position_ids": call.position_ids}
+        if router is not None:
+            extra["output_router_logits"] = True  # type: ignore[assignment]
         output = trunk(input_ids=call.input_ids, use_cache=False, **extra)
+        if router is not None and output.router_logits:
+            router.append(tuple(layer.flatten(0, -2) for layer in output.router_logits))
         states.append(output.last_hidden_state.flatten(0, 1))
     return (states[0] if len(states) == 1 else torch.cat(states)).index_select(0, batch.rows)
+
+
+def router_loss_of_calls(
+    model: Any, router: list[tuple[Tensor, ...]], batch: ScoredBatch
+) -> Tensor:
+    """[] the load-balancing loss over the real tokens of all calls; no row may be a shared one."""
+    layers = tuple(torch.cat(parts) for parts in zip(*router, strict=True))
+    ends = batch.rows[batch.cu_seqlens[1:] - 1]  # [2B] where the last token is predicted
+    masks, start = [], 0
+    for call in batch.calls:
+        R, S = call.input_ids.shape
+        here = ends[(ends >= start) & (ends < start + R * S)] - start
+        lengths = torch.zeros(R, dtype=torch.int64, device=ends.device)
+        lengths[here // S] = here % S + 2
+        masks.append((torch.arange(S, device=ends.device) < lengths[:, None]).flatten())
+        start += R * S
+    return router_loss(model, layers, torch.cat(masks)[None].long())

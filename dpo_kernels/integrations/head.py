@@ -28,6 +28,7 @@ import dpo_kernels as dk
 
 from ..causal_lm import (
     HeadParts,
+    base_model_of,
     check_causal,
     check_decoder_only,
     check_head_kind,
@@ -66,26 +67,6 @@ class HeadCall:
     function: Callable[[Tensor, dict[str, Any]], HeadOutput]
     length: int  # T: prompt tuning puts virtual tokens in front, which are cut off again
     share_prefix: bool = False
-
-
-def unwrapped(model: Any) -> Any:
-    """The model below DDP, DataParallel, FSDP1, DeepSpeed and torch.compile; PEFT stays."""
-    while not hasattr(type(model), "get_output_embeddings"):
-        inner = model._modules.get("_orig_mod", model._modules.get("module"))
-        if inner is None:
-            break
-        model = inner
-    return model
-
-
-def base_model_of(model: nn.Module) -> Any:
-    """The causal LM below PEFT and below what wraps it."""
-    model = unwrapped(model)
-    if hasattr(model, "get_base_model"):
-        return model.get_base_model()  # type: ignore[operator]
-    if "base_model" in model._modules and hasattr(model, "peft_config"):  # PeftMixedModel
-        return model.base_model.model  # type: ignore[union-attr]
-    return model
 
 
 def trunk_of(model: Any) -> nn.Module:

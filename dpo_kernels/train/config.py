@@ -45,6 +45,9 @@ class DPOTrainConfig:
         None, "model", "file with a Jinja chat template, for tokenizers that have none"
     )
     dtype: str = _option("float32", "model", "dtype of the policy's weights", DTYPES)
+    bf16: bool = _option(
+        False, "model", "compute in bfloat16 over float32 weights (autocast), as TRL's bf16"
+    )
     attn_implementation: str | None = _option(
         None, "model", "sdpa, eager, flash_attention_2, ...; None: the model's default"
     )
@@ -176,6 +179,8 @@ class DPOTrainConfig:
         for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.bf16 and self.dtype not in ("auto", "float32"):
+            raise UserError(f"bf16 keeps float32 weights; got dtype={self.dtype!r} beside it")
         self._check_loss()
 
     def _check_loss(self) -> None:

@@ -121,13 +121,17 @@ class _Job:
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
         text_before = self._complete(policy, ids)
         result = train(policy, data, held_out, config, metrics, self.console)
+        save_policy(policy, self.folder / "model")  # before anything that could still fail
         after: dict[str, float] = {}
         if held_out is not None:
             after = evaluate(policy, held_out, config, self.console, "after training")
             metrics.write({"step": result.steps, **after})
         text_after = self._complete(policy, ids)
-        plot_run(metrics.rows, self.folder / "training.png", f"DPO: {', '.join(config.loss_type)}")
-        save_policy(policy, self.folder / "model")
+        try:
+            title = f"DPO: {', '.join(config.loss_type)}"
+            plot_run(metrics.rows, self.folder / "training.png", title)
+        except Exception as error:  # matplotlib is absent or broken: the run is none the worse
+            say(f"warning: training.png was not drawn: {error}")
         peak = _peak_memory(policy)
         timing = self._timing(policy, data)
         summary = {
@@ -264,8 +268,9 @@ class _Job:
             say(f"forward and backward of one batch: {ours:.3f} s; the same in plain torch (model "
                 f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x")  # fmt: skip
         say(self.left_out.summary())
-        say(f"saved in {summary['output_dir']}: model/, metrics.jsonl, training.png, config.json, "
-            "summary.json")  # fmt: skip
+        names = ["metrics.jsonl", "training.png", "config.json", "summary.json"]
+        there = [name for name in names if (self.folder / name).exists()]
+        say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
 
 
 def _peak_memory(policy: Policy) -> int:
