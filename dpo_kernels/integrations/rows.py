@@ -34,15 +34,21 @@ def row_numbers(examples: list[Mapping[str, Any]], column: str) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-def check_row_columns(dataset: Any, name: str) -> None:
-    """The row columns of a `datasets.Dataset`, before training; others have no columns to read."""
-    columns = getattr(dataset, "column_names", None)
-    if not isinstance(columns, list) or not hasattr(dataset, "__len__"):
-        return
-    for column in ROW_OPTIONS:
-        values: Iterable[Any] = dataset[column] if column in columns else ()
-        for i, value in enumerate(values):
-            number_of(column, value, f"{name} row {i}")
+def check_row_columns(given: Mapping[str, Any]) -> None:
+    """The row columns of a trainer's data sets, before training, where they have columns to read.
+
+    `given`: the trainer's arguments by name.
+    """
+    for name in ("train_dataset", "eval_dataset"):
+        sets = given.get(name)
+        for key, dataset in (sets if isinstance(sets, dict) else {name: sets}).items():
+            columns = getattr(dataset, "column_names", None)
+            if not isinstance(columns, list) or not hasattr(dataset, "__len__"):
+                continue
+            for column in ROW_OPTIONS:
+                values: Iterable[Any] = dataset[column] if column in columns else ()
+                for i, value in enumerate(values):
+                    number_of(column, value, f"{key} row {i}")
 
 
 class WithRowColumns:

@@ -80,10 +80,7 @@ def _init(original: Callable, module: Any) -> Callable:
         named = isinstance(given.get("model"), str)
         config = given.get("args")
         free = config is not None and not needs_reference(_options(config, self.fused))
-        for name in ("train_dataset", "eval_dataset"):
-            sets = given.get(name)
-            for key, data in (sets.items() if isinstance(sets, dict) else ((name, sets),)):
-                check_row_columns(data, key)
+        check_row_columns(given)
         with _adapter_on_head(module), _no_reference(module, named) if free else nullcontext():
             original(self, *args, **kwargs)
         attach_head(self.model)  # now: below what accelerate will wrap it in
