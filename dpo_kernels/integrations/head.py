@@ -292,7 +292,8 @@ def check_head(model: nn.Module, backend: str | None = None) -> None:
     """
     base = attach_head(model)
     name = type(base).__name__
-    parts = head_parts(base.get_output_embeddings())
+    head = base.get_output_embeddings()
+    parts = head_parts(head)
     ids = torch.arange(7, 7 + 131 * 12, 131, device=parts.weight.device)[None]
     ids = ids % parts.weight.shape[0]
     mask = torch.ones_like(ids)
@@ -300,8 +301,14 @@ def check_head(model: nn.Module, backend: str | None = None) -> None:
     def logits_of(ids: Tensor) -> Tensor:
         return base(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
+    autocast = []  # whether the model's forward, which may be wrapped, computes in half
+
+    def look(*_: Any) -> None:
+        autocast.append(torch.is_autocast_enabled(ids.device.type))
+
     with deterministic(base):
-        logits = logits_of(ids)
+        with head.register_forward_pre_hook(look):
+            logits = logits_of(ids)
         own = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         call = HeadCall(functools.partial(_token_logps, labels=ids, backend=backend), ids.shape[1])
         ours = base(input_ids=ids, attention_mask=mask, dpo_head=call).logps
@@ -310,7 +317,7 @@ def check_head(model: nn.Module, backend: str | None = None) -> None:
             check_causal(logits_of, ids, name)
     worst = float((own - ours).abs().max())
     allowed = _LOGP_TOLERANCE.get(logits.dtype, _HALF_LOGP_TOLERANCE)
-    if torch.is_autocast_enabled(ids.device.type):  # a wrapper may have widened the logits again
+    if any(autocast):  # a wrapper may have widened the logits again
         allowed = _HALF_LOGP_TOLERANCE
     if not worst <= allowed:
         noise = float((again - logits).abs().max())
