@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .data import ScoredBatch
 
-
 # What the ops take; a head of another dtype (int8, uint8, float8) is a quantised one.
 _HEAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Names under which configurations (and DBRX's model) keep the weight of the router's loss.
@@ -141,10 +140,10 @@ def router_loss(
             "is found beside its class; set the configuration's output_router_logits=False"
         )
     text = text_config(model.config)
-    experts, top_k = getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None)
+    experts = getattr(model, "num_experts", None)
     if experts is None:
         experts = getattr(text, "num_experts", None) or text.num_local_experts
-    top_k = top_k or text.num_experts_per_tok
+    top_k = getattr(model, "num_experts_per_tok", None) or text.num_experts_per_tok
     # 0 for a model that has no layer of experts, as in its own forward.
     loss = function(router_logits or None, experts, top_k, attention_mask)
     return torch.as_tensor(loss)

@@ -105,7 +105,8 @@ def attach_head(model: nn.Module) -> Any:
         if plain is not None:
             vars(base)[_PLAIN_FORWARD] = plain
         if not hasattr(type(base), _PLAIN_CLASS):
-            base.__class__ = _attached(type(base))
+            kind: Any = type(base)
+            base.__class__ = _attached(kind)
     return base
 
 
@@ -166,7 +167,7 @@ def _attached(plain: type) -> type:
     forward.__qualname__ = f"{plain.__qualname__}.forward"
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        made = plain.__reduce_ex__(self, protocol)
+        made: Any = plain.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
         if made[0] is copyreg.__newobj__ and made[1] == (attached,):  # type: ignore[attr-defined]
             return _new, (plain,), *made[2:]
         return made
@@ -180,7 +181,7 @@ def _attached(plain: type) -> type:
 
 def _new(plain: type) -> Any:
     """An empty model of an attached class, for copy and pickle."""
-    attached = _attached(plain)
+    attached: Any = _attached(plain)
     return attached.__new__(attached)
 
 

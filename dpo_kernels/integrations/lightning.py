@@ -142,8 +142,8 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
     def _real_pairs(self, B: int) -> int:
         """How many of an evaluation's next B pairs are none that a DistributedSampler repeats.
 
-        It fills the ranks' shares up with the first indices; a rank's i-th is the (rank + i * ranks)
-        th of all.
+        It fills the ranks' shares up with the first indices; a rank's i-th pair is number
+        rank + i * ranks of all.
         """
         loader = self._loader
         sampler = getattr(loader, "sampler", None)
@@ -154,7 +154,9 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         total = len(sampler.dataset)  # type: ignore[arg-type]
         return sum(sampler.rank + i * sampler.num_replicas < total for i in places)
 
-    def _evaluate(self, batch: Mapping[str, Any], batch_idx: int, loaders: Any, index: int) -> Tensor:
+    def _evaluate(
+        self, batch: Mapping[str, Any], batch_idx: int, loaders: Any, index: int
+    ) -> Tensor:
         if batch_idx == 0:
             self._evaluated = 0
         if isinstance(loaders, dict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def number_of(column: str, value: Any, where: str) -> float:
     raise ValueError(f"column {column!r} of {where} must be a finite number, got {value!r}")
 
 
-def row_numbers(examples: list[Mapping[str, Any]], column: str) -> Tensor:
+def row_numbers(examples: Sequence[Mapping[str, Any]], column: str) -> Tensor:
     """[B] the column's numbers; an example is named by its place and its prompt."""
     numbers = []
     for i, example in enumerate(examples):
@@ -43,7 +43,7 @@ def check_row_columns(given: Mapping[str, Any]) -> None:
         sets = given.get(name)
         for key, dataset in (sets if isinstance(sets, dict) else {name: sets}).items():
             columns = getattr(dataset, "column_names", None)
-            if not isinstance(columns, list) or not hasattr(dataset, "__len__"):
+            if dataset is None or not isinstance(columns, list) or not hasattr(dataset, "__len__"):
                 continue
             for column in ROW_OPTIONS:
                 values: Iterable[Any] = dataset[column] if column in columns else ()

@@ -53,6 +53,7 @@ def pair_step(
     call = HeadCall(function, labels.shape[1], fused.share_prefix)
     out = run_head(model, inputs, call, bool(router_weight))
     if router_weight:
+        assert out.loss is not None and out.aux_loss is not None
         out.loss = out.loss + router_weight * out.aux_loss
     return out
 

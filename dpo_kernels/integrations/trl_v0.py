@@ -59,8 +59,8 @@ def _init(original: Callable) -> Callable:
         self._reference_seen = False
         self._row_options = {}
         self._beta_dpo_state = torch.zeros(2, dtype=torch.float64)
-        self._noiseless: list[Tensor] = []
-        self._evaluated: list[float] = []
+        self._noiseless = []
+        self._evaluated = []
         check_row_columns(inspect.signature(original).bind(self, *args, **kwargs).arguments)
         original(self, *args, **kwargs)
         attach_head(self.model)  # now: below what accelerate will wrap it in

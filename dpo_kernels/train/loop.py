@@ -53,11 +53,16 @@ class PairLoss:
         hidden, router_loss = self.policy.hidden_and_router_loss(batch)
         with self.policy.autocast():
             out = self.function(
-                hidden, labels=batch.labels, cu_seqlens=batch.cu_seqlens, shift=False,
-                ref_logps=self.reference(data, indices), num_pairs=num_pairs,
-                num_chosen_tokens=max(num_chosen_tokens, 1), **self.offset(pairs),
+                hidden,
+                labels=batch.labels,
+                cu_seqlens=batch.cu_seqlens,
+                shift=False,
+                ref_logps=self.reference(data, indices),
+                num_pairs=num_pairs,
+                num_chosen_tokens=max(num_chosen_tokens, 1),
+                **self.offset(pairs),
                 **self.policy.head_arguments(),
-            )  # fmt: skip
+            )
         if router_loss is not None:
             out = out._replace(loss=out.loss + router_loss * (len(pairs) / num_pairs))
         return out, batch
@@ -116,9 +121,14 @@ def check_step0(
     for ref in (loss.reference(data, indices), own if data.reference else None):
         with policy.autocast():
             out = loss.function(
-                hidden, labels=batch.labels, cu_seqlens=batch.cu_seqlens, shift=False,
-                ref_logps=ref, **loss.offset(pairs), **policy.head_arguments(),
-            )  # fmt: skip
+                hidden,
+                labels=batch.labels,
+                cu_seqlens=batch.cu_seqlens,
+                shift=False,
+                ref_logps=ref,
+                **loss.offset(pairs),
+                **policy.head_arguments(),
+            )
         losses.append(float(out.loss))
         if data.reference and not losses[1:]:
             size = torch.cat([out.chosen_logps, out.rejected_logps]).abs()
@@ -156,9 +166,12 @@ CPU_PART_TOKENS = 1024
 
 
 def parts_of(
-    indices: list[int], pairs: Sequence[TokenPair], config: DPOTrainConfig, device: torch.device,
+    indices: list[int],
+    pairs: Sequence[TokenPair],
+    config: DPOTrainConfig,
+    device: torch.device,
     whole: bool = False,
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """One batch cut into the parts that run forward and backward on their own.
 
     Losses that couple the pairs of a batch (AOT sorts over it) need it whole, as a router's loss

@@ -83,9 +83,7 @@ class Policy:
         """weight, bias, scales and backend, as the linear front functions take them."""
         return {**head_parts(self.head)._asdict(), "backend": self.backend, **self.scaling}
 
-    def hidden(
-        self, batch: ScoredBatch, router: list[tuple[Tensor, ...]] | None = None
-    ) -> Tensor:
+    def hidden(self, batch: ScoredBatch, router: list[tuple[Tensor, ...]] | None = None) -> Tensor:
         """[N, H] hidden states that predict the scored tokens of `batch`."""
         attention = self.model.config._attn_implementation
         with self.autocast():
@@ -107,9 +105,13 @@ class Policy:
         hidden = self.hidden(batch)
         with self.autocast():
             return dk.linear_sequence_logps(
-                hidden, labels=batch.labels, cu_seqlens=batch.cu_seqlens, shift=False,
-                reduction=reduction, **self.head_arguments(),
-            )  # fmt: skip
+                hidden,
+                labels=batch.labels,
+                cu_seqlens=batch.cu_seqlens,
+                shift=False,
+                reduction=reduction,
+                **self.head_arguments(),
+            )
 
     def batch(self, pairs: list[TokenPair]) -> ScoredBatch:
         """The batch of these pairs on the policy's device."""
@@ -319,8 +321,13 @@ def _pretrained(kind: Any, *names: Any, **options: Any) -> Any:
     try:
         return kind.from_pretrained(*names, **options)
     except (
-        OSError, ValueError, ImportError, KeyError, RuntimeError, pickle.UnpicklingError
-    ) as error:  # fmt: skip
+        OSError,
+        ValueError,
+        ImportError,
+        KeyError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as error:
         name = names[-1]
         first = str(error).strip().split("\n")[0]
         raise UserError(f"model_name_or_path: {name} cannot be loaded: {first}") from error
@@ -461,8 +468,12 @@ def complete(policy: Policy, ids: list[int], max_new_tokens: int) -> str:
     generate: Any = policy.model.generate
     with deterministic(policy.model):
         out = generate(
-            inputs, attention_mask=torch.ones_like(inputs), do_sample=False, use_cache=True,
-            max_new_tokens=max_new_tokens, pad_token_id=policy.pad_id,
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=policy.pad_id,
             eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
+        )
     return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()

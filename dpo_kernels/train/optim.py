@@ -94,7 +94,6 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": float(norm), "learning_rate": rate}
 
-
     def _sample(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(a parameter, some of its weights, whether each of them has a gradient)."""
         return [

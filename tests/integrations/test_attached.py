@@ -1,4 +1,4 @@
-"""The attached forward behaves like the model's own, and never answers without a loss in silence."""
+"""The attached forward behaves like the model's own, and says so where it gives no loss."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def loss_of(model):
 
 def gpt2():
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2,
-                                     bos_token_id=1, eos_token_id=1)  # fmt: skip
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+    )
     return transformers.GPT2LMHeadModel(config).eval()
 
 

@@ -24,8 +24,13 @@ LOSSES = ("loss", "rewards/margins", "rewards/chosen", "logps/chosen", "entropy"
 
 def evaluated(folder, batch=8, data=None, prefix="eval", **options):
     """Metrics of a policy that is not its reference."""
-    made = trainer(folder, ref_model=tiny.model(seed=1), per_device_eval_batch_size=batch,
-                   eval_dataset=examples(5) if data is None else data, **options)  # fmt: skip
+    made = trainer(
+        folder,
+        ref_model=tiny.model(seed=1),
+        per_device_eval_batch_size=batch,
+        eval_dataset=examples(5) if data is None else data,
+        **options,
+    )
     return made.evaluate(metric_key_prefix=prefix)
 
 
@@ -43,10 +48,16 @@ def test_names_follow_the_trainers(tmp_path):
     """transformers#19158, trl#5811: several sets, another prefix, predict()."""
     sets = {"a": examples(4), "b": examples(6, seed=1)}
     made = trainer(
-        tmp_path, eval_dataset=sets, eval_strategy="steps", eval_steps=1, max_steps=2,
-        save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        tmp_path,
+        eval_dataset=sets,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
         metric_for_best_model="eval_b_rewards/margins",
-    )  # fmt: skip
+    )
     made.train()
     rows = [r for r in made.state.log_history if "eval_b_rewards/margins" in r]
     assert len(rows) == 2 and made.state.best_metric == max(
@@ -61,8 +72,9 @@ def test_names_follow_the_trainers(tmp_path):
     ).metrics.keys()
 
 
-@pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics",
-                                  "compute_loss_func"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"]
+)
 def test_what_would_not_be_called_is_refused(tmp_path, name):
     """trl#822"""
     with pytest.raises(ValueError, match=name):
@@ -84,8 +96,9 @@ def test_beta_dpo_resumes_as_it_left(tmp_path):
     options = {"loss_type": "beta_dpo", "beta_dpo_keep": 1.0, "beta_dpo_alpha": 3.0}
     losses = []
     for resume in (False, True):
-        made = trainer(tmp_path, loss_options=options, max_steps=4, save_strategy="steps",
-                       save_steps=2)  # fmt: skip
+        made = trainer(
+            tmp_path, loss_options=options, max_steps=4, save_strategy="steps", save_steps=2
+        )
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
         losses.append({r["step"]: r["loss"] for r in made.state.log_history if "loss" in r})
     # The history before step 2 comes from the checkpoint.
@@ -99,9 +112,15 @@ def test_beta_dpo_resumes_as_it_left(tmp_path):
 
 def one_rank(rank: int, port: int, folder: str, kind: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                      LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      ACCELERATE_USE_CPU="true")  # fmt: skip
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+    )
     metrics = MAKERS[kind](f"{folder}/{rank}", ddp_backend="gloo")
     if rank == 0:
         torch.save(metrics, f"{folder}/metrics.pt")
@@ -118,16 +137,19 @@ def by_big_batches(folder, **options):
 
 
 def by_trl(folder, batch=1, **options):
+    from datasets import Dataset
     from trl_runs import make
 
     from dpo_kernels.integrations.trl import DPOTrainer
 
-    from datasets import Dataset
-
     made = make(
-        DPOTrainer, ref_model=tiny.model(seed=1), folder=folder, per_device_eval_batch_size=batch,
-        trainer_options={"eval_dataset": Dataset.from_list(tiny.rows(3, seed=5))}, **options,
-    )  # fmt: skip
+        DPOTrainer,
+        ref_model=tiny.model(seed=1),
+        folder=folder,
+        per_device_eval_batch_size=batch,
+        trainer_options={"eval_dataset": Dataset.from_list(tiny.rows(3, seed=5))},
+        **options,
+    )
     return made.evaluate()
 
 
@@ -168,18 +190,22 @@ def test_trls_evaluation_is_a_mean_over_pairs(tmp_path):
 def test_trl_with_several_sets_and_a_prefix(tmp_path):
     """trl#5811"""
     pytest.importorskip("trl", reason="pip install trl")
+    from datasets import Dataset
     from trl_runs import make
 
     from dpo_kernels.integrations.trl import DPOTrainer
 
-    from datasets import Dataset
-
     sets = {k: Dataset.from_list(tiny.rows(3, seed=i)) for i, k in enumerate("ab")}
     made = make(
-        DPOTrainer, folder=str(tmp_path), eval_strategy="steps", eval_steps=1, max_steps=1,
-        trainer_options={"eval_dataset": sets}, save_strategy="best",
+        DPOTrainer,
+        folder=str(tmp_path),
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=1,
+        trainer_options={"eval_dataset": sets},
+        save_strategy="best",
         metric_for_best_model="eval_b_rewards/margins",
-    )  # fmt: skip
+    )
     made.train()
     assert made.state.best_metric is not None
     assert "test_rewards/margins" in made.evaluate(made.eval_dataset["a"], metric_key_prefix="test")
@@ -195,10 +221,14 @@ def test_trl_resumes_beta_dpo(tmp_path):
     losses = []
     for resume in (False, True):
         made = make(
-            DPOTrainer, folder=str(tmp_path), loss_type="beta_dpo", max_steps=4, save_steps=2,
-            save_strategy="steps", fused={"loss_options": {"beta_dpo_keep": 1.0,
-                                                           "beta_dpo_alpha": 3.0}},
-        )  # fmt: skip
+            DPOTrainer,
+            folder=str(tmp_path),
+            loss_type="beta_dpo",
+            max_steps=4,
+            save_steps=2,
+            save_strategy="steps",
+            fused={"loss_options": {"beta_dpo_keep": 1.0, "beta_dpo_alpha": 3.0}},
+        )
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
         losses.append([r["loss"] for r in made.state.log_history if "loss" in r])
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
@@ -213,9 +243,14 @@ def lightning_run(data, batch, sampler=None, loaders=1):
 
     loader = DataLoader(data, batch, collate_fn=PreferenceCollator(0), sampler=sampler)
     module = DPOModule(tiny.model(), ref_model=tiny.model(seed=1))
-    made = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False,
-                   enable_progress_bar=False, enable_model_summary=False,
-                   use_distributed_sampler=False)  # fmt: skip
+    made = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
     given = [loader] * loaders if loaders > 1 else loader
     rows = made.validate(module, given, verbose=False)
     return {k: v for row in rows for k, v in row.items()}
@@ -253,11 +288,17 @@ def test_lightning_resumes_beta_dpo(tmp_path):
     states = []
     for resume in (None, str(tmp_path / "two.ckpt")):
         start = tiny.model()
-        module = DPOModule(start, ref_model=copy.deepcopy(start), loss_type="beta_dpo",
-                           beta_dpo_keep=1.0)  # fmt: skip
-        made = Trainer(max_steps=3 if resume else 2, accelerator="cpu", logger=False,
-                       enable_checkpointing=False, enable_progress_bar=False,
-                       enable_model_summary=False)  # fmt: skip
+        module = DPOModule(
+            start, ref_model=copy.deepcopy(start), loss_type="beta_dpo", beta_dpo_keep=1.0
+        )
+        made = Trainer(
+            max_steps=3 if resume else 2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         made.fit(module, loader, ckpt_path=resume, weights_only=False)
         states.append(module.beta_dpo_state.clone())
         if resume is None:

@@ -17,12 +17,29 @@ from dpo_kernels.integrations.plain import PreferenceCollator, attach, dpo_step
 
 DATA = examples(4)
 BATCH = PreferenceCollator(0)(DATA)
-TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
-          "decoder_start_token_id": 1}  # fmt: skip
-TWO_SIDES = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-             "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}  # fmt: skip
-BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 32, "max_position_embeddings": 64}  # fmt: skip
+TOKENS = {
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 1,
+}
+TWO_SIDES = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
+BERT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
 
 
 def made(kind, config, **options):
@@ -36,12 +53,14 @@ ENCODER_DECODERS = {
     "MarianMTModel": ("MarianConfig", TWO_SIDES),
     "MBartForConditionalGeneration": ("MBartConfig", TWO_SIDES),
     "WhisperForConditionalGeneration": (
-        "WhisperConfig", {**TWO_SIDES, "begin_suppress_tokens": None, "suppress_tokens": None},
+        "WhisperConfig",
+        {**TWO_SIDES, "begin_suppress_tokens": None, "suppress_tokens": None},
     ),
     "T5ForConditionalGeneration": (
-        "T5Config", {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 32, "d_kv": 8},
+        "T5Config",
+        {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 32, "d_kv": 8},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ENCODER_DECODERS)
@@ -71,9 +90,13 @@ def test_models_that_see_what_they_score_are_refused(kind, config):
 
 
 @pytest.mark.parametrize(
-    "model", [lambda: tiny.model().model, lambda: nn.Linear(2, 2),
-              lambda: transformers.LlamaForSequenceClassification(tiny.model().config)],
-)  # fmt: skip
+    "model",
+    [
+        lambda: tiny.model().model,
+        lambda: nn.Linear(2, 2),
+        lambda: transformers.LlamaForSequenceClassification(tiny.model().config),
+    ],
+)
 def test_models_without_a_head_are_refused(model):
     with pytest.raises(ValueError, match="no trunk and lm_head"):
         attach(model())
@@ -141,9 +164,14 @@ def test_a_head_that_changes_its_weight_is_refused():
 
 # --- mixtures of experts ---
 
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
-           "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-           "router_aux_loss_coef": 0.5}  # fmt: skip
+EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "router_aux_loss_coef": 0.5,
+}
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe"])
@@ -185,7 +213,7 @@ def test_lightning_has_the_routers_loss():
 def test_a_shared_prompt_and_a_routers_loss_are_refused():
     model = tiny.model("Mixtral", **EXPERTS)
     attach(model)
-    with pytest.raises(ValueError, match="share_prefix.*auxiliary loss"):
+    with pytest.raises(ValueError, match=r"share_prefix.*auxiliary loss"):
         dpo_step(model, BATCH, reference_free=True, fused={"share_prefix": True})
 
 
@@ -224,5 +252,5 @@ def test_patched_trl_names_the_row():
     from dpo_kernels.integrations.trl import DPOTrainer
 
     data = tiny.rows(6, margin=lambda i: None if i == 4 else 0.1 * i)
-    with pytest.raises(ValueError, match="column 'margin' of train_dataset row 4 .*got None"):
+    with pytest.raises(ValueError, match=r"column 'margin' of train_dataset row 4 .*got None"):
         make(DPOTrainer, data=data)

@@ -1,4 +1,4 @@
-"""The reference is the model in eval mode, and the step-0 check is of the policy without its noise."""
+"""The reference is the model in eval mode; the step-0 check sees the policy without its noise."""
 
 from __future__ import annotations
 
@@ -19,18 +19,32 @@ from dpo_kernels.integrations import plain
 from dpo_kernels.integrations.plain import PreferenceCollator, WrongReference
 
 BATCH = PreferenceCollator(0)(examples(4))
-SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4,
-         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128,
-         "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}  # fmt: skip
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
 # Noise of every spelling (transformers#29865): dropout, jitter, layerdrop.
 NOISY = {
     "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "attn_pdrop": 0.5, "resid_pdrop": 0.5},
-    "Phimoe": {"router_jitter_noise": 0.05, "input_jitter_noise": 0.3, "num_local_experts": 4,
-               "num_experts_per_tok": 2, "rope_theta": 10000.0},
+    "Phimoe": {
+        "router_jitter_noise": 0.05,
+        "input_jitter_noise": 0.3,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_theta": 10000.0,
+    },
     "OPT": {"layerdrop": 0.5, "ffn_dim": 32, "word_embed_proj_dim": 16},
     "Mixtral": {"router_jitter_noise": 0.3, "num_local_experts": 4, "num_experts_per_tok": 2},
     "Llama": {"attention_dropout": 0.5},
-}  # fmt: skip
+}
 
 
 def noisy(kind, dtype=torch.float32):
@@ -171,11 +185,23 @@ def test_patched_trl_with_neftune(peft):
 
     config = lora(lora_dropout=0.3) if peft else None
     model = tiny.model(attention_dropout=0.3)
-    made = run(DPOTrainer, model=model, peft_config=config, neftune_noise_alpha=5.0, max_steps=2,
-               disable_dropout=False)  # fmt: skip
+    made = run(
+        DPOTrainer,
+        model=model,
+        peft_config=config,
+        neftune_noise_alpha=5.0,
+        max_steps=2,
+        disable_dropout=False,
+    )
     made.trainer.model.train()
     if hasattr(made.trainer, "_packed"):  # TRL 0.x logs what it computed, noise and all
         assert abs(made.history[0]["rewards/margins"]) < 1e-5
     with pytest.raises(WrongReference):
-        run(DPOTrainer, model=model, ref_model=tiny.model(seed=1), neftune_noise_alpha=5.0,
-            max_steps=1, disable_dropout=False)  # fmt: skip
+        run(
+            DPOTrainer,
+            model=model,
+            ref_model=tiny.model(seed=1),
+            neftune_noise_alpha=5.0,
+            max_steps=1,
+            disable_dropout=False,
+        )

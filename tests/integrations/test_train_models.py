@@ -8,15 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-
-transformers = pytest.importorskip("transformers", reason="the trainer needs transformers")
 
 from dpo_kernels.cli import main
 from dpo_kernels.train.optim import MOVED
 
-sys.path.insert(0, str(Path(__file__).parent / "integrations"))
-import tiny
+transformers = pytest.importorskip("transformers", reason="the trainer needs transformers")
 
 
 @pytest.fixture
@@ -27,9 +25,26 @@ def train(tmp_path, capsys):
 
     def run(model, *options):
         out = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
-        code = main(["train", "--model_name_or_path", str(model), "--dataset_name", str(data),
-                     "--output_dir", str(out), "--max_steps", "2", "--device", "cpu",
-                     "--sample_max_new_tokens", "2", "--logging_steps", "1", *options])  # fmt: skip
+        code = main(
+            [
+                "train",
+                "--model_name_or_path",
+                str(model),
+                "--dataset_name",
+                str(data),
+                "--output_dir",
+                str(out),
+                "--max_steps",
+                "2",
+                "--device",
+                "cpu",
+                "--sample_max_new_tokens",
+                "2",
+                "--logging_steps",
+                "1",
+                *options,
+            ]
+        )
         shown = capsys.readouterr()
         return code, shown.out + shown.err, out
 
@@ -69,8 +84,16 @@ def test_unused_weights_are_said(tmp_path, train):
 @pytest.mark.parametrize("kind", ["Bart", "T5"])
 def test_encoder_decoders(tmp_path, train, kind):
     """trl#579"""
-    sizes = {"vocab_size": 64, "d_model": 16, "num_layers": 1, "num_heads": 2, "encoder_layers": 1,
-             "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {
+        "vocab_size": 64,
+        "d_model": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
     config = getattr(transformers, f"{kind}Config")(**sizes)
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     code, text, _ = train(tiny.save(tmp_path / "m", model))
@@ -105,8 +128,9 @@ def test_an_adapter_is_trained_and_saved(tmp_path, train):
     """torchtune#2272"""
     peft = pytest.importorskip("peft", reason="pip install peft")
     base = tiny.save(tmp_path / "base", tiny.model())
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], lora_dropout=0.3,
-                             task_type="CAUSAL_LM")  # fmt: skip
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "lm_head"], lora_dropout=0.3, task_type="CAUSAL_LM"
+    )
     adapter = peft.get_peft_model(tiny.model(), config)
     adapter.peft_config["default"].base_model_name_or_path = base
     adapter.save_pretrained(tmp_path / "adapter")
@@ -127,8 +151,11 @@ def test_experts_have_their_routers_loss(tmp_path, train):
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
     # All pairs in one batch, each row ended by <eos>; padding on the right counts for nothing.
     encode = tiny.tokenizer()
-    rows = [[*encode(r["prompt"] + r[side])["input_ids"], 1]
-            for side in ("chosen", "rejected") for r in tiny.rows(8)]  # fmt: skip
+    rows = [
+        [*encode(r["prompt"] + r[side])["input_ids"], 1]
+        for side in ("chosen", "rejected")
+        for r in tiny.rows(8)
+    ]
     assert row["num_tokens"] == sum(map(len, rows))
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -143,9 +170,15 @@ def test_experts_have_their_routers_loss(tmp_path, train):
 def test_noise_is_no_wrong_reference(tmp_path, train):
     """transformers#29865"""
     config = transformers.OPTConfig(
-        vocab_size=64, hidden_size=16, ffn_dim=32, num_attention_heads=2, num_hidden_layers=4,
-        max_position_embeddings=64, layerdrop=0.5, word_embed_proj_dim=16,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=16,
+        ffn_dim=32,
+        num_attention_heads=2,
+        num_hidden_layers=4,
+        max_position_embeddings=64,
+        layerdrop=0.5,
+        word_embed_proj_dim=16,
+    )
     folder = tiny.save(tmp_path / "m", transformers.OPTForCausalLM(config))
     for options in ((), ("--dtype", "bfloat16"), ("--bf16", "true")):
         code, text, _ = train(folder, *options)
@@ -165,8 +198,10 @@ def test_bf16_keeps_fp32_weights(tmp_path, train):
     name = "model.layers.0.mlp.up_proj.weight"
     assert (weights[name] != start.state_dict()[name]).float().mean() > 0.9
     exact = train(folder, "--learning_rate", "1e-6")[2]
-    losses = [json.loads((x / "metrics.jsonl").read_text().splitlines()[0])["eval_logps/chosen"]
-              for x in (out, exact)]  # fmt: skip
+    losses = [
+        json.loads((x / "metrics.jsonl").read_text().splitlines()[0])["eval_logps/chosen"]
+        for x in (out, exact)
+    ]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
     code, text, _ = train(folder, "--bf16", "true", "--dtype", "bfloat16")
     assert code == 2 and "bf16 keeps float32 weights" in text
