@@ -17,7 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -215,9 +215,7 @@ def _forward(self: Any, dpo_head: HeadCall, args: tuple, kwargs: dict[str, Any])
             hidden = hidden.to(parts.weight.dtype)  # a norm kept in fp32 below a bf16 head
         arguments = {**parts._asdict(), **head_scaling(self.config)}
         out = _run_head(dpo_head.function, hidden, arguments)
-    if aux is not None:
-        out.aux_loss = aux
-    return out
+    return out if aux is None else replace(out, aux_loss=aux)
 
 
 @torch.compiler.disable
@@ -299,8 +297,11 @@ def check_head(model: nn.Module, backend: str | None = None) -> None:
     ids = ids % parts.weight.shape[0]
     mask = torch.ones_like(ids)
 
+    known = inspect.signature(base.forward).parameters
+    no_cache = {"use_cache": False} if {"use_cache", "kwargs"} & known.keys() else {}
+
     def logits_of(ids: Tensor) -> Tensor:
-        return base(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return base(input_ids=ids, attention_mask=mask, **no_cache).logits
 
     autocast = []  # whether the model's forward, which may be wrapped, computes in half
 

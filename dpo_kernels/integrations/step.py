@@ -52,8 +52,10 @@ def pair_step(
         router_weight = router_loss_weight(base_model_of(model))
     call = HeadCall(function, labels.shape[1], fused.share_prefix)
     out = run_head(model, inputs, call, bool(router_weight))
+    if out.loss is None:
+        raise RuntimeError(f"{type(model).__name__} answered without a loss: a wrapper dropped it")
     if router_weight:
-        assert out.loss is not None and out.aux_loss is not None
+        assert out.aux_loss is not None
         out.loss = out.loss + router_weight * out.aux_loss
     return out
 
@@ -177,11 +179,14 @@ def _loss(
         result = _tokens(hidden, head, labels, fused, HEAD_STATS)
         assert result.logps is not None
         out = _from_tokens(result.logps, labels, ref_logps, options)
-    result.loss = out.loss
-    result.logps = None if result.logps is None else result.logps.detach()
-    result.pair_logps = torch.stack([out.chosen_logps, out.rejected_logps])
-    result.rewards = torch.stack([out.chosen_rewards, out.rejected_rewards])
-    return result
+    # Made anew: a field set later is no key, and wrappers that rebuild outputs by key drop it.
+    return replace(
+        result,
+        loss=out.loss,
+        logps=None if result.logps is None else result.logps.detach(),
+        pair_logps=torch.stack([out.chosen_logps, out.rejected_logps]),
+        rewards=torch.stack([out.chosen_rewards, out.rejected_rewards]),
+    )
 
 
 def _from_tokens(
