@@ -86,7 +86,8 @@ def deterministic(model: nn.Module) -> Iterator[None]:
 
 def check_decoder_only(config: Any, name: str) -> None:
     """`ValueError` for an encoder-decoder, whose answers do not follow the prompt in one row."""
-    if getattr(config, "is_encoder_decoder", False):
+    text = None if config is None else text_config(config)
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, text)):
         raise ValueError(
             f"{name} is an encoder-decoder (config.is_encoder_decoder); expected a decoder-only "
             "causal language model"
