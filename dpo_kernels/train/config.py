@@ -48,6 +48,9 @@ class DPOTrainConfig:
         None, "model", "file with a Jinja chat template, for tokenizers that have none"
     )
     dtype: str = _option("float32", "model", "dtype of the policy's weights", DTYPES)
+    bf16: bool = _option(
+        False, "model", "compute in bfloat16 over float32 weights (autocast), as TRL's bf16"
+    )
     attn_implementation: str | None = _option(
         None, "model", "sdpa, eager, flash_attention_2, ...; None: the model's default"
     )
@@ -205,6 +208,8 @@ class DPOTrainConfig:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 < self.adam_epsilon < 1:
             raise UserError(f"adam_epsilon must be in (0, 1), got {self.adam_epsilon}")
+        if self.bf16 and self.dtype not in ("auto", "float32"):
+            raise UserError(f"bf16 keeps float32 weights; got dtype={self.dtype!r} beside it")
         self._check_loss()
 
     def _check_loss(self) -> None:

@@ -150,15 +150,18 @@ class _Job:
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
         text_before = self._complete(policy, ids)
         result = train(policy, data, held_out, config, metrics, self.console)
+        with self.console.held():  # before anything that could still fail
+            save_policy(policy, self.folder / "model")
+        self.saved = True
         after: dict[str, float] = {}
         if held_out is not None:
             after = evaluate(policy, held_out, config, self.console, "after training")
             metrics.write({"step": result.steps, "epoch": metrics.rows[-1]["epoch"], **after})
         text_after = self._complete(policy, ids)
-        with self.console.held():
-            save_policy(policy, self.folder / "model")
-        self.saved = True
-        plot_run(metrics.rows, self.folder / "training.png", loss_title(config))
+        try:
+            plot_run(metrics.rows, self.folder / "training.png", loss_title(config))
+        except Exception as error:  # matplotlib is absent or broken: the run is none the worse
+            say(f"warning: training.png was not drawn: {error}")
         peak = _peak_memory(policy)
         timing = self._timing(policy, data)
         summary = {
@@ -363,8 +366,9 @@ class _Job:
             say(f"forward and backward of one batch: {ours:.3f} s; the same in plain torch (model "
                 f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x")  # fmt: skip
         say(self.left_out.summary())
-        say(f"saved in {summary['output_dir']}: model/, metrics.jsonl, training.png, config.json, "
-            "summary.json, left_out.jsonl")  # fmt: skip
+        names = ["metrics.jsonl", "training.png", "config.json", "summary.json", "left_out.jsonl"]
+        there = [name for name in names if (self.folder / name).exists()]
+        say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
 
 
 def _broken_weights(error: Exception) -> bool:
