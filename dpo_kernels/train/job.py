@@ -9,12 +9,10 @@ set that ship with the package.
 from __future__ import annotations
 
 import json
-import pickle
 import resource
 import statistics
 import sys
 import time
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -198,16 +196,7 @@ class _Job:
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
         found = replace(self.config, model_name_or_path=find_model(name))
-        try:
-            return load_policy(found, self.console.say)
-        except Exception as error:
-            if not _broken_weights(error):
-                raise
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"model_name_or_path: the weights of {name} cannot be read: "
-                f"{first.partition('. ')[0]} (nothing of them was run)"
-            ) from None
+        return load_policy(found, self.console.say)
 
     def _small_model(self, source: Path) -> Policy:
         """A fresh model of the embedded configuration."""
@@ -369,16 +358,6 @@ class _Job:
         names = ["metrics.jsonl", "training.png", "config.json", "summary.json", "left_out.jsonl"]
         there = [name for name in names if (self.folder / name).exists()]
         say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
-
-
-def _broken_weights(error: Exception) -> bool:
-    """Whether reading a file of weights raised this: pickle's refusals, zip's, safetensors'."""
-    kinds = (pickle.UnpicklingError, EOFError, zipfile.BadZipFile)
-    return (
-        isinstance(error, kinds)
-        or type(error).__name__ == "SafetensorError"
-        or (isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error))
-    )
 
 
 _LENGTH_REASONS = {"prompt too long", "completion too short", "same after truncation"}

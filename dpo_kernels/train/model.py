@@ -13,6 +13,7 @@ import json
 import pickle
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -320,17 +321,27 @@ def _require(package: str) -> None:
 def _pretrained(kind: Any, *names: Any, **options: Any) -> Any:
     try:
         return kind.from_pretrained(*names, **options)
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        KeyError,
-        RuntimeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except Exception as error:
         name = names[-1]
-        first = str(error).strip().split("\n")[0]
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if _broken_weights(error):
+            raise UserError(
+                f"model_name_or_path: the weights of {name} cannot be read: "
+                f"{first.partition('. ')[0]} (nothing of them was run)"
+            ) from None
+        if not isinstance(error, (OSError, ValueError, ImportError, KeyError, RuntimeError)):
+            raise
         raise UserError(f"model_name_or_path: {name} cannot be loaded: {first}") from error
+
+
+def _broken_weights(error: Exception) -> bool:
+    """Whether reading a file of weights raised this: pickle's refusals, zip's, safetensors'."""
+    kinds = (pickle.UnpicklingError, EOFError, zipfile.BadZipFile)
+    return (
+        isinstance(error, kinds)
+        or type(error).__name__ == "SafetensorError"
+        or (isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error))
+    )
 
 
 def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
