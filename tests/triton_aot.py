@@ -16,6 +16,7 @@ import sys
 import tempfile
 
 import triton
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,9 +37,10 @@ TARGETS = {
 
 def kernels():
     """name -> (function, {argument: type}, {constexpr: value}, warps)."""
-    row = {"stride_r": "i64", "stride_t": "i64", "T": "i32", "V": "i32", "ignore_index": "i32",
-           "inner": "fp32", "outer": "fp32", "k": "fp32", "unit_hi": "fp32",
+    row = {"skip": "i32", "stride_r": "i64", "stride_t": "i64", "T": "i32", "V": "i32",
+           "ignore_index": "i32", "inner": "fp32", "outer": "fp32", "k": "fp32", "unit_hi": "fp32",
            "unit_lo": "fp32"}  # fmt: skip
+    out = {"out_skip": "i32", "out_stride_r": "i64", "out_stride_t": "i64"}
     backward = dict(token_logps.BACKWARD)
     backward_warps = backward.pop("num_warps")
     for dtype in ("fp32", "bf16", "fp16"):
@@ -51,15 +53,14 @@ def kernels():
             name = f"forward_{dtype}{'_softcap' * softcap}{'_stats' * stats}"
             yield name, token_logps._forward, types, constants, forward_warps
         types = {"grad": "*fp32", "logits": f"*{dtype}", "targets": "*i64", "lse": "*fp64",
-                 "out": f"*{dtype}", **row, "out_stride_r": "i64", "out_stride_t": "i64",
-                 "chain": "fp32"}  # fmt: skip
+                 "out": f"*{dtype}", **row, **out, "chain": "fp32"}  # fmt: skip
         for softcap in (False, True):
             name = f"backward_{dtype}{'_softcap' * softcap}"
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
             yield name, token_logps._backward, types, constants, backward_warps
     forward, backward = dict(token_kl.FORWARD), dict(token_kl.BACKWARD)
     forward_warps, backward_warps = forward.pop("num_warps"), backward.pop("num_warps")
-    row |= {"ref_stride_r": "i64", "ref_stride_t": "i64"}
+    row |= {"ref_skip": "i32", "ref_stride_r": "i64", "ref_stride_t": "i64"}
     for dtype, ref_dtype in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"),
                              ("bf16", "fp32")):  # fmt: skip
         pointers = {"logits": f"*{dtype}", "ref_logits": f"*{ref_dtype}", "targets": "*i64",
@@ -70,8 +71,7 @@ def kernels():
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **forward}
             yield name.format("forward"), token_kl._forward, types, constants, forward_warps
             types = {**pointers, "grad_logps": "*fp32", "grad_kl": "*fp32", "out": f"*{dtype}",
-                     **row, "out_stride_r": "i64", "out_stride_t": "i64",
-                     "chain": "fp32"}  # fmt: skip
+                     **row, **out, "chain": "fp32"}  # fmt: skip
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
             yield name.format("backward"), token_kl._backward, types, constants, backward_warps
     for tail in (False, True):
@@ -126,7 +126,18 @@ def resources(compiled) -> dict:
     }
 
 
+def without_amd_linker() -> None:
+    """Triton 3.2 to 3.4 link AMD's code with ROCm's lld; where there is none, assembly is all."""
+    amd = backends["amd"].compiler
+    try:
+        getattr(amd, "path_to_rocm_lld", lambda: "built in")()
+    except Exception:
+        amd.make_hsaco = staticmethod(lambda assembly, metadata, options: b"")
+        amd.hash = lambda self: f"not linked, {self.target}"  # asks for lld's version
+
+
 def main(targets: list[str]) -> None:
+    without_amd_linker()
     for name, fn, types, constants, warps in kernels():
         # Pointers and row strides as torch gives them: 16-byte aligned, not multiples of 16.
         aligned = [a for a, t in types.items() if t.startswith("*") and a not in constants]

@@ -4,11 +4,11 @@ Forward: one program a row, one read. A tile is [K, LANES]: each lane keeps its 
 and sum and reduces over K in registers; the lanes meet once, after the loop. Backward: one program
 a tile of a row, one read and one write.
 
-A row may start anywhere (odd V, views), so tiles are counted from the 16-byte boundary at or before
-its start: inner tiles need no mask and load whole vectors, the first and the last are masked.
-Values are subtracted from the maximum before they are scaled (fp32 keeps every digit near it), and
-the log-sum-exp is fp64. `zz` is what is summed: softcap's output, or the logit itself with the sign
-of the scale, so that z = zz * unit with unit >= 0. Letters as `ops/token_logps.py`.
+A row may start anywhere (odd V, views), so tiles are counted from the boundary of 16 elements at
+or before its start: inner tiles need no mask and load whole vectors, the first and the last are
+masked. Values are subtracted from the maximum before they are scaled (fp32 keeps every digit near
+it), and the log-sum-exp is fp64. `zz` is what is summed: softcap's output, or the logit itself with
+the sign of the scale, so that z = zz * unit with unit >= 0. Letters as `ops/token_logps.py`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...transform import LogitTransform
-from .launch import VARYING, on
+from .launch import ALIGN, VARYING, on, placed, same_phase
 
 # Launch configurations, one place: (K, LANES, warps) forward, (tile, warps) backward. Not yet
 # measured on a GPU.
 FORWARD = {"K": 8, "LANES": 1024, "num_warps": 4}
 FORWARD_STATS = {"K": 4, "LANES": 1024, "num_warps": 8}  # six running values a lane: smaller tiles
 BACKWARD = {"TILE": 4096, "num_warps": 4}
-_ALIGN = tl.constexpr(16)  # elements: 32 bytes of bf16, 64 of fp32
+_ALIGN = tl.constexpr(ALIGN)
 
 
 @triton.jit
@@ -95,10 +95,10 @@ def _add_tile(
 
 @triton.jit(do_not_specialize=VARYING)
 def _forward(
-    logits,  # [R, T, V], strides (stride_r, stride_t, 1)
+    logits,  # [R, T, V], strides (stride_r, stride_t, 1), after `skip` elements
     targets,  # [R, T]
     logps, lse, stats,  # [R, T] fp32, [R, T] fp64, [4, R, T] fp32: entropy, mean, top1, squares
-    stride_r, stride_t, T, V, rows, ignore_index, inner, outer, k, unit_hi, unit_lo,
+    skip, stride_r, stride_t, T, V, rows, ignore_index, inner, outer, k, unit_hi, unit_lo,
     SOFTCAP: tl.constexpr, STATS: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
@@ -111,7 +111,7 @@ def _forward(
             for i in tl.static_range(4):
                 tl.store(stats + i * rows + index, nothing)
     else:
-        start = (index // T) * stride_r + (index % T) * stride_t
+        start = skip + (index // T) * stride_r + (index % T) * stride_t
         zy = _value(tl.load(logits + start + y).to(tl.float32), inner, outer, SOFTCAP)
         head = start % _ALIGN
         row = logits + tl.multiple_of(start - head, _ALIGN)
@@ -191,7 +191,7 @@ def _gradient(x, cols, y, g, hi, lse, inner, outer, k, chain, unit, rounding,
 @triton.jit(do_not_specialize=VARYING)
 def _backward(
     grad, logits, targets, lse, out,  # [R, T], [R, T, V], [R, T], [R, T] fp64, [R, T, V]
-    stride_r, stride_t, out_stride_r, out_stride_t, T, V, ignore_index,
+    skip, stride_r, stride_t, out_skip, out_stride_r, out_stride_t, T, V, ignore_index,
     inner, outer, k, unit_hi, unit_lo, chain,
     SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -200,8 +200,8 @@ def _backward(
     first = tl.program_id(1) * TILE
     y = tl.load(targets + index)
     g = tl.load(grad + index)
-    start = (index // T) * stride_r + (index % T) * stride_t
-    out_start = (index // T) * out_stride_r + (index % T) * out_stride_t
+    start = skip + (index // T) * stride_r + (index % T) * stride_t
+    out_start = out_skip + (index // T) * out_stride_r + (index % T) * out_stride_t
     head = out_start % _ALIGN
     row_out = out + tl.multiple_of(out_start - head, _ALIGN)
     row = logits + (start - head)
@@ -274,9 +274,10 @@ def token_logps(
     lse = logits.new_empty((R, T), dtype=torch.float64)
     table = logits.new_empty((4 if stats else 0, R, T), dtype=torch.float32)
     if R * T:
+        base, place = placed(logits)
         with on(logits):
             _forward[(R * T,)](
-                logits, targets, logps, lse, table, logits.stride(0), logits.stride(1),
+                base, targets, logps, lse, table, *place,
                 T, V, R * T, ignore_index, **_scalars(transform), SOFTCAP=transform.softcap != 0,
                 STATS=bool(stats), **(FORWARD_STATS if stats else FORWARD),
             )  # fmt: skip
@@ -300,14 +301,13 @@ def token_logps_backward(
     if logits.numel() == 0:
         return
     chain = transform.scale * transform.inv_temperature
-    same_phase = all((a - b) % _ALIGN.value == 0 for a, b in zip(logits.stride(), out.stride(),
-                                                                  strict=True))  # fmt: skip
+    (base, place), (out_base, out_place) = placed(logits), placed(out)
     # The first tile begins up to _ALIGN - 1 elements before the row.
     tiles = triton.cdiv(V + _ALIGN.value - 1, BACKWARD["TILE"])
     with on(logits):
         _backward[(R * T, tiles)](
-            grad.float().contiguous(), logits, targets.contiguous(), lse.contiguous(), out,
-            logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), T, V, ignore_index,
+            grad.float().contiguous(), base, targets.contiguous(), lse.contiguous(), out_base,
+            *place, *out_place, T, V, ignore_index,
             **_scalars(transform), chain=chain, SOFTCAP=transform.softcap != 0,
-            SAME_PHASE=same_phase, **BACKWARD,
+            SAME_PHASE=same_phase(place, out_place), **BACKWARD,
         )  # fmt: skip
