@@ -49,11 +49,11 @@ void bind_parameters(py::module_& m) {
       .def(py::init([](uintptr_t grad, uintptr_t logits, int64_t stride_r, int64_t stride_t,
                        uintptr_t targets, uintptr_t lse, int64_t R, int64_t T, int64_t V,
                        int64_t ignore_index, int dtype, Numbers t, uintptr_t out,
-                       int64_t out_stride_r, int64_t out_stride_t) {
+                       int64_t out_stride_r, int64_t out_stride_t, int out_dtype) {
         return TokenLogpsBackward{at<const float>(grad), at<const void>(logits), stride_r, stride_t,
                                   at<const int64_t>(targets), at<const double>(lse), R, T, V,
                                   ignore_index, DType(dtype), {t[0], t[1], t[2]}, at<void>(out),
-                                  out_stride_r, out_stride_t};
+                                  out_stride_r, out_stride_t, DType(out_dtype)};
       }));
   py::class_<SequenceSum>(m, "SequenceSum", py::module_local())
       .def(py::init([](uintptr_t targets, uintptr_t starts, int64_t S, int64_t ignore_index,

@@ -35,10 +35,11 @@ struct TokenLogpsBackward {
   const int64_t* targets;       // [R, T] contiguous
   const double* lse;            // [R, T]
   int64_t R, T, V, ignore_index;
-  DType dtype;
+  DType dtype;                  // of the logits
   Transform transform;
   void* out;                    // [R, T, V], may be `logits`
   int64_t out_stride_r, out_stride_t;
+  DType out_dtype;              // as dtype; in CUDA also bf16 or fp16 where that is fp32
 };
 
 // Log-probs of policy and reference, and KL(reference || policy), of each row. The reference may have

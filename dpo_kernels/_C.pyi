@@ -12,7 +12,7 @@ class TokenLogpsBackward:
     def __init__(
         self, grad: int, logits: int, stride_r: int, stride_t: int, targets: int, lse: int, R: int,
         T: int, V: int, ignore_index: int, dtype: int, transform: list[float], out: int,
-        out_stride_r: int, out_stride_t: int,
+        out_stride_r: int, out_stride_t: int, out_dtype: int,
     ) -> None: ...  # fmt: skip
 
 class TokenKl:

@@ -86,11 +86,12 @@ def fused_linear_dpo_loss(
         ref_hidden: [2B, T, H'] reference hidden states, scored without gradient with `ref_weight`
             [V, H'] and `ref_bias`, or with `weight` and `bias` detached (and without `lora`); or
         ref_logps: as `fused_dpo_loss`.
-        memory_budget: bytes that may be held beside inputs and gradients (default 256 MiB; one
-            fp32 [V, H] accumulator besides where a weight that is not fp32 wants a gradient). At
-            least 16 rows of logits (of both models for `tdpo1` and `tdpo2`), and the fp32 gradient
-            of the scored hidden states, are held however small it is. It changes time and memory,
-            the result by rounding alone.
+        memory_budget: bytes that may be held beside inputs and gradients (one fp32 [V, H]
+            accumulator besides where a weight that is not fp32 wants a gradient). At least 16 rows
+            of logits (of both models for `tdpo1` and `tdpo2`), and the fp32 gradient of the scored
+            hidden states, are held however small it is. The default is for the logits of a chunk:
+            on GPUs 2 GiB, and 1024 rows at least; on CPUs 256 MiB, up to 1 GiB to hold the largest
+            pair. It changes time and memory, the result by rounding alone.
         batch_invariant: project in blocks of one fixed height, so that a pair has bitwise the
             same log-probs whatever shares its batch and whatever the budget. Without it that
             holds wherever the BLAS sums a row alike in any product of 16 rows or more (MKL does).
@@ -129,7 +130,7 @@ def fused_linear_dpo_loss(
         )
         checks.shape("ref_weight", ref_weight[:, :0], (V, 0), "the policy's vocabulary")
     ops.check_head("hidden", policy.hidden, policy.weight, policy.bias, layout.targets)
-    budget = ops.budget_of(memory_budget)
+    ops.budget_of(memory_budget)  # refused here, before any work
     if not run.uses_reference:
         reference = None
     if name == "torch":
@@ -139,9 +140,9 @@ def fused_linear_dpo_loss(
     else:
         lengths = None
         if strategy in (None, "streaming"):
-            lengths = _streamable(run, policy, reference, budget, batch_invariant, strategy)
+            lengths = _streamable(run, policy, reference, memory_budget, batch_invariant, strategy)
         if lengths is not None:
-            out = _streamed(run, policy, reference, ref_logps, lengths, transform, budget,
+            out = _streamed(run, policy, reference, ref_logps, lengths, transform, memory_budget,
                             batch_invariant)  # fmt: skip
             return _tell(out, "streaming", layout, name)
         strategy = ops.choose_strategy(strategy, *policy)
@@ -149,13 +150,13 @@ def fused_linear_dpo_loss(
         assert reference is not None
         joint = ops.linear_kl(
             policy, reference, layout.targets, ignore_index=ignore_index, transform=transform,
-            stats=run.stats, memory_budget=budget, batch_invariant=batch_invariant,
+            stats=run.stats, memory_budget=memory_budget, batch_invariant=batch_invariant,
             strategy=None if strategy == "plain" else strategy, count=layout.count, backend=name,
         )  # fmt: skip
         out = run.finish(joint.policy, joint.ref_logps, None, joint.kl)
     else:
         tokens, ref_tokens = _score(
-            run, policy, reference, transform, budget, batch_invariant, strategy
+            run, policy, reference, transform, memory_budget, batch_invariant, strategy
         )
         out = run.finish(tokens, ref_tokens, ref_logps)
     return _tell(out, strategy, layout, name)
@@ -195,7 +196,7 @@ def linear_sequence_logps(
     tokens = ops.linear_logps(
         inputs.hidden, inputs.weight, layout.targets, bias=inputs.bias, low=inputs.low,
         up=inputs.up, ignore_index=ignore_index, transform=transform,
-        stats=ops.check_stats(stats), memory_budget=ops.budget_of(memory_budget),
+        stats=ops.check_stats(stats), memory_budget=memory_budget,
         batch_invariant=batch_invariant, strategy=strategy, count=layout.count, backend=backend,
     )  # fmt: skip
     return reduce(layout, tokens, reduction, backend)
@@ -246,7 +247,7 @@ def _streamable(
     run: TokenLoss,
     policy: LinearInputs,
     reference: LinearInputs | None,
-    budget: int,
+    budget: int | None,
     invariant: bool,
     wish: str | None,
 ) -> list[int] | None:
@@ -266,13 +267,19 @@ def _streamable(
     if not reason:
         lengths = run.layout.scored_lengths()
         plan = _stream_plan(run, lengths, policy, reference, budget, invariant)
-        B = len(lengths) // 2
-        if max(lengths[i] + lengths[B + i] for i in range(B)) <= plan.chunk:
+        if _largest_pair(lengths) <= plan.chunk:
             return lengths
         reason = f"a pair has more than the {plan.chunk} scored rows that memory_budget allows"
     if wish is not None:
         raise ValueError(f"strategy={wish!r} is not possible here: {reason}")
+    if not torch.compiler.is_compiling():
+        logger.debug("fused_linear_dpo_loss: not streamed: %s", reason)
     return None
+
+
+def _largest_pair(lengths: list[int]) -> int:
+    B = len(lengths) // 2
+    return max((lengths[i] + lengths[B + i] for i in range(B)), default=0)
 
 
 def _stream_plan(
@@ -280,13 +287,13 @@ def _stream_plan(
     lengths: list[int],
     policy: LinearInputs,
     reference: LinearInputs | None,
-    budget: int,
+    budget: int | None,
     invariant: bool,
 ) -> ops.Plan:
     ref_H = 0 if reference is None else reference.weight.shape[1]
     return ops.plan_of(
-        "streaming", budget, sum(lengths), policy.weight, policy.low, invariant, ref_H,
-        run.needs_kl,
+        "streaming", ops.budget_of(budget), sum(lengths), policy.weight, policy.low, policy.up,
+        invariant, ref_H, run.needs_kl, largest=_largest_pair(lengths),
     )  # fmt: skip
 
 
@@ -297,7 +304,7 @@ def _streamed(
     ref_logps: Tensor | None,
     lengths: list[int],
     transform: LogitTransform,
-    budget: int,
+    budget: int | None,
     invariant: bool,
 ) -> DPOOutput:
     if ref_logps is not None:
@@ -315,7 +322,7 @@ def _score(
     policy: LinearInputs,
     reference: LinearInputs | None,
     transform: LogitTransform,
-    budget: int,
+    budget: int | None,
     invariant: bool,
     strategy: str,
 ) -> tuple[TokenLogps, Tensor | None]:

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from .backends import FUSED_DTYPES
-from .ops import budget_of, chunks_of_pairs, plan_of
+from .ops import Plan, budget_of, chunks_of_pairs, plan_of
+from .ops.products import low_rank_columns, products_of
 
 FROM_LOGITS = ("in_place", "out_of_place")
 LINEAR = ("streaming", "frozen", "recompute", "score")
@@ -48,6 +49,7 @@ def estimate(
     ref_H: int = 0,
     kl: bool = False,
     batch_invariant: bool = False,
+    device: str | torch.device = "cpu",
 ) -> Estimate:
     """Peak bytes of a call: its forward and, where the strategy has gradients, its backward.
 
@@ -65,6 +67,7 @@ def estimate(
         ref_H: hidden size of a reference that is given as hidden states (H where it shares the
             policy's head); 0 for log-probs.
         kl: whether the loss needs the KL of reference and policy (`tdpo1`, `tdpo2`).
+        device: where the call runs: the default of memory_budget and the products depend on it.
 
     Returns:
         `Estimate`; its terms, in bytes, are of
@@ -72,6 +75,8 @@ def estimate(
         rows            64 bytes a row: targets, log-probs, log-sum-exp, their gradients
         gradient        of the logits [2B, T, V], out of place
         logits          fp32 logits of a chunk [C, V], twice with `kl`
+        slopes          their gradient as it is multiplied, [C, V] of `dtype`, where the device has
+                        products of narrow operands (CUDA); what those need besides: `products`
         kept            fp32 logits kept for the backward ("recompute")
         hidden          a chunk's hidden states, as they are and in fp32, and their gradient [C, H]
         tile            rows of a narrow weight widened at once, for each head
@@ -81,7 +86,7 @@ def estimate(
         d_hidden        the gradient handed over, [2B, T, H] of `dtype`
         d_weight        the gradient handed over where the weight is not fp32, [V, H] of `dtype`
 
-        On a CUDA device bf16 weights need no tile, and torch's caching allocator rounds up.
+        On a CUDA device torch's caching allocator rounds up.
 
     Raises:
         ValueError, TypeError: a wrong argument, named; a pair that "streaming" could not take.
@@ -108,10 +113,15 @@ def estimate(
     joint_H = ref_H if strategy == "streaming" or kl else 0
     weight = torch.empty((V, H), dtype=dtype, device="meta")
     low = torch.empty((1, low_rank), device="meta") if low_rank else None
-    plan = plan_of(strategy, budget_of(memory_budget), N, weight, low, batch_invariant, joint_H, kl)
+    place, B = torch.device(device), S // 2
+    plan = plan_of(
+        strategy, budget_of(memory_budget), N, weight, low, None, batch_invariant, joint_H, kl,
+        largest=max(lengths[i] + lengths[B + i] for i in range(B)), device=place,
+    )  # fmt: skip
+    products = products_of(place, dtype)
     chunk = min(plan.chunk, N)
     if strategy == "streaming":
-        chunk = max(_rows_of_chunks(lengths, plan.chunk))
+        chunk = max(_rows_of_chunks(lengths, plan))
     whole = -(-chunk // plan.block) * plan.block
     narrow = size != 4
     gradients = strategy != "score"
@@ -119,7 +129,9 @@ def estimate(
         "logits": 4 * whole * plan.pitch * (2 if kl else 1),
         # The rows as they are gathered, as the products take them, and what d_hidden gives.
         "hidden": whole * (max(H, ref_H) * (size + 4) + (4 * H if gradients else 0) + 8 * low_rank),
-        "tile": 4 * plan.tile * (H + joint_H) if narrow else 0,
+        "tile": 4 * plan.tile * (H + joint_H) if narrow and not products.narrow else 0,
+        "slopes": whole * plan.pitch * size if products.narrow and gradients else 0,
+        "products": plan.scratch + 2 * V * low_rank_columns(low_rank, torch.float32, products),
     }
     stashes = {"streaming": 1, "frozen": 2 if kl else 1}.get(strategy, 0)
     held = {
@@ -140,15 +152,15 @@ def estimate(
     return max(_peak(work | held), _peak(rows | held | over), key=lambda e: e.peak)
 
 
-def _rows_of_chunks(lengths: list[int], limit: int) -> list[int]:
+def _rows_of_chunks(lengths: list[int], plan: Plan) -> list[int]:
     B = len(lengths) // 2
     pairs = [lengths[i] + lengths[B + i] for i in range(B)]
-    if max(pairs) > limit:
+    if max(pairs) > plan.chunk:
         raise ValueError(
             f"'streaming' takes whole pairs: one has {max(pairs)} scored rows, more than the "
-            f"{limit} that memory_budget allows"
+            f"{plan.chunk} that memory_budget allows"
         )
-    return [sum(pairs[i:j]) for i, j in chunks_of_pairs(lengths, limit)]
+    return [sum(pairs[i:j]) for i, j in chunks_of_pairs(lengths, plan.chunk, plan.least)]
 
 
 def _peak(terms: dict[str, int]) -> Estimate:

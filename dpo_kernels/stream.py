@@ -18,6 +18,7 @@ Letters: `B` pairs, `R` rows, `T` positions, `N` scored rows, `C` rows of a chun
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +27,9 @@ from torch import Tensor
 from . import backends
 from .layout import Layout
 from .ops import TokenLogps
-from .ops.linear_head import (
-    Head,
-    HeadGradient,
-    LinearInputs,
-    Plan,
-    ceil,
-    chunks_of_pairs,
-    scored_rows,
-)
+from .ops.linear_head import Head, HeadGradient, LinearInputs, scored_rows
+from .ops.plan import Plan, chunks_of_pairs
+from .ops.products import ceil
 from .pairs import DPOOutput
 from .tokens import TokenLoss
 from .transform import LogitTransform
@@ -89,15 +84,20 @@ class _Stream(torch.autograd.Function):
         while grads:
             d, like = grads.pop(0), ctx.like[len(out)]
             if d is not None:
-                d = d if unit else d.mul_(g)
+                d = d.to(like[1]) if unit else _scaled(d, g, like[1])
                 if len(out) in (0, 3):  # hidden and low: rows back in their places
-                    full = d.new_zeros(like[0], dtype=like[1])
-                    full.view(-1, full.shape[-1])[ctx.index] = d.to(like[1])
+                    full = d.new_zeros(like[0])
+                    full.view(-1, full.shape[-1])[ctx.index] = d
                     d = full
-                else:
-                    d = d.to(like[1])
             out.append(d)
         return None, *out
+
+
+def _scaled(d: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """d * g in `dtype`; d is given up."""
+    if d.dtype == dtype or d.device.type == "cpu":  # where one pass would take a copy of d besides
+        return d.mul_(g).to(dtype)
+    return torch.mul(d, g, out=torch.empty(d.shape, dtype=dtype, device=d.device))
 
 
 def _freeze(ctx, out):
@@ -117,7 +117,7 @@ def _run(
     for n in batch.lengths:
         starts.append(starts[-1] + n)
     labels = layout.targets.reshape(-1)
-    scored = scored_rows(layout.targets, layout.ignore_index, starts[-1])
+    scored = scored_rows(layout.targets, layout.ignore_index, starts[-1], exact=True)
     head = Head(plan, policy.weight, policy.bias, policy.up)
     ref_head = None
     if batch.reference is not None:
@@ -129,21 +129,20 @@ def _run(
         if wanted[name] and x is not None
     }
     joint = run.needs_kl
-    chunks = chunks_of_pairs(batch.lengths, plan.chunk)
+    chunks = chunks_of_pairs(batch.lengths, plan.chunk, plan.least)
     counts = [starts[j] - starts[i] + starts[B + j] - starts[B + i] for i, j in chunks]
+    boundaries = _boundaries(batch.lengths, chunks, device)
     buffer = head.logits_buffer(max(counts))
     ref_buffer = head.logits_buffer(max(counts)) if joint else buffer
     fields: list[list[Tensor]] = []
     d_options: dict[str, Tensor] = {}
     order = []
     done = 0
-    for (i, j), n in zip(chunks, counts, strict=True):
+    for (i, j), n, cu in zip(chunks, counts, boundaries, strict=True):
         index = torch.cat([scored[starts[i] : starts[j]], scored[starts[B + i] : starts[B + j]]])
         order.append(index)
         y = labels[index][None]
-        lengths = [*batch.lengths[i:j], *batch.lengths[B + i : B + j]]
-        cu = torch.tensor([0, *lengths], device=device).cumsum(0)
-        local = Layout(y, cu, len(lengths), layout.ignore_index, False)
+        local = Layout(y, cu, 2 * (j - i), layout.ignore_index, False)
         share, leaves = run.of_pairs(i, j, local, starts[B])
 
         ref_tokens = ref_sums = r = ref_lse = kl = None
@@ -182,13 +181,14 @@ def _run(
             part = whole if whole.dim() == 0 else whole[i:j]
             part += slope
         if n and any(wanted.values()):
+            d = head.gradient(z, impl)
             if r is not None and joint:
                 impl.token_kl_backward(
-                    *slopes[:2], z[None], r[None], y, lse, ref_lse, *args[1:], z[None]
+                    *slopes[:2], z[None], r[None], y, lse, ref_lse, *args[1:], d[None]
                 )
             else:
-                impl.token_logps_backward(slopes[0], z[None], y, lse, *args[1:], z[None])
-            dz = head.operand(z)
+                impl.token_logps_backward(slopes[0], z[None], y, lse, *args[1:], d[None])
+            dz = head.operand(d)
             if "hidden" in packed:
                 packed["hidden"][done : done + n] = head.d_hidden(dz)
             if "low" in packed:
@@ -201,6 +201,20 @@ def _run(
     rest = [torch.cat(parts) for parts in zip(*(part[1:] for part in fields), strict=True)]
     found = {name: d for name, d in grads.items() if d is not None}
     return [loss, *rest], found, torch.cat(order)
+
+
+def _boundaries(
+    lengths: list[int], chunks: list[tuple[int, int]], device: torch.device
+) -> tuple[Tensor, ...]:
+    """Where the sequences of each chunk begin and end: one copy to the device, not one a chunk."""
+    B = len(lengths) // 2
+    cus = []
+    for i, j in chunks:
+        cus.append([0, *itertools.accumulate([*lengths[i:j], *lengths[B + i : B + j]])])
+    # Small and pageable: staged at once, the host does not wait for the device. One number more a
+    # chunk, so that each begins at 16 bytes: a kernel is compiled for pointers that do.
+    flat = torch.tensor([n for cu in cus for n in (*cu, 0)]).to(device, non_blocking=True)
+    return tuple(cu[:-1] for cu in flat.split([len(cu) + 1 for cu in cus]))
 
 
 def _slopes(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:

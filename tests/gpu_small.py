@@ -4,6 +4,7 @@ For compute-sanitizer, under which a test suite would take hours; `tools/gpu_che
 Without a GPU it runs on the host, to rehearse.
 """
 
+import argparse
 import os
 
 import torch
@@ -28,6 +29,10 @@ def step(logits, labels, ref, backend, **options):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backend", choices=("triton", "cuda"), help="one of them; else both")
+    options = parser.parse_args()
+    backends = (options.backend,) if options.backend else ("triton", "cuda")
     device = "cuda" if GPU else "cpu"
     if not GPU:
         from cuda_on_host import build
@@ -37,7 +42,7 @@ def main() -> None:
         cuda.on_host = build.module()
     torch.manual_seed(0)
     cases = 0
-    for backend in ("triton", "cuda"):
+    for backend in backends:
         for R, T, V in SHAPES if GPU else SHAPES[:1]:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 wide = torch.randn(R, T, V + 3, device=device).mul_(3).to(dtype)
@@ -52,10 +57,21 @@ def main() -> None:
                         error = (got - exact).abs() - exact.abs() * torch.finfo(dtype).eps
                         assert error.max() < 1e-4, (backend, V, dtype, transform, loss, error.max())
                         cases += 1
-                options = {"backend": backend, "stats": ("entropy", "is_top1")}
-                _, stats = dk.sequence_logps(logits, labels, reduction="none", **options)
+                if backend == "triton":  # the KL of reference and policy
+                    other = {"ref_logits": logits.flip(0), "loss_type": "tdpo2"}
+                    x, wide_x = logits.detach().requires_grad_(), logits.double().requires_grad_()
+                    dk.fused_dpo_loss(x, labels, backend=backend, **other).loss.backward()
+                    other["ref_logits"] = other["ref_logits"].double()
+                    dk.fused_dpo_loss(wide_x, labels, backend="torch", **other).loss.backward()
+                    error = (x.grad - wide_x.grad).abs() - wide_x.grad.abs() * torch.finfo(
+                        dtype
+                    ).eps
+                    assert error.max() < 1e-4, (V, dtype, error.max())
+                    cases += 1
+                call = {"backend": backend, "stats": ("entropy", "is_top1"), "reduction": "none"}
+                _, stats = dk.sequence_logps(logits, labels, **call)
                 assert stats["entropy"].isfinite().all()
-    kernels = ", ".join(verification.KERNELS)
+    kernels = ", ".join(k for k in verification.KERNELS if k.split("/")[0] in backends)
     print(f"{cases} cases of {kernels}: right")
 
 

@@ -15,8 +15,9 @@ N_W, N_L = torch.tensor([3, 7, 1, 4]), torch.tensor([5, 2, 6, 4])
 
 
 def logps(seed=0, scale=3.0):
-    g = torch.Generator().manual_seed(seed)
-    return [-20 + scale * torch.randn(4, dtype=torch.float64, generator=g) for _ in range(4)]
+    g, device = torch.Generator().manual_seed(seed), torch.get_default_device()
+    drawn = torch.randn(4, 4, dtype=torch.float64, generator=g, device="cpu")
+    return [-20 + scale * x for x in drawn.to(device)]
 
 
 def sig(x):
@@ -30,8 +31,9 @@ def cdpo(h, e):
 def literal(name, w, l, rw, rl, b=BETA, e=E, off=None):
     """Per-pair losses as the papers write them, without the terms and scores of the table."""
     u, v = w - rw, l - rl
-    D, h, m_w, m_l = u - v, b * (u - v), w / N_W, l / N_L
-    nll = -w * 4 / N_W.sum().double()  # spread over the pairs: its mean is the token mean
+    n_w, n_l = N_W.to(w.device), N_L.to(w.device)
+    D, h, m_w, m_l = u - v, b * (u - v), w / n_w, l / n_l
+    nll = -w * 4 / n_w.sum().double()  # spread over the pairs: its mean is the token mean
     smooth = {
         "sigmoid": lambda: cdpo(h, e),
         "robust": lambda: (-(1 - e) * logsigmoid(h) + e * logsigmoid(-h)) / (1 - 2 * e),
@@ -40,7 +42,7 @@ def literal(name, w, l, rw, rl, b=BETA, e=E, off=None):
         ),
         "aot": lambda: cdpo(b * ((w - l).sort()[0] - (rw - rl).sort()[0]), e),
         "aot_unpaired": lambda: cdpo(b * (u.sort()[0] - v.sort()[0]), e),
-        "sigmoid_norm": lambda: cdpo(b * (u / N_W - v / N_L), e),
+        "sigmoid_norm": lambda: cdpo(b * (u / n_w - v / n_l), e),
         "simpo": lambda: cdpo(b * (m_w - m_l) - 0.5, e),
         "cpo": lambda: cdpo(b * (w - l), e) + nll,
     }
@@ -51,7 +53,7 @@ def literal(name, w, l, rw, rl, b=BETA, e=E, off=None):
     p_w, p_l = m_w.exp(), m_l.exp()
     return {
         "hinge": lambda: torch.relu(1 - h),
-        "ipo": lambda: (u / N_W - v / N_L - 1 / (2 * b)) ** 2,
+        "ipo": lambda: (u / n_w - v / n_l - 1 / (2 * b)) ** 2,
         "ipo_sum": lambda: (D - 1 / (2 * b)) ** 2,
         "nca_pair": lambda: -logsigmoid(b * u) - 0.5 * logsigmoid(-b * u)
         - 0.5 * logsigmoid(-b * v),
@@ -63,7 +65,7 @@ def literal(name, w, l, rw, rl, b=BETA, e=E, off=None):
         "sft": lambda: nll,
         "dpop": lambda: -logsigmoid(b * (D - 50.0 * torch.relu(-u))),
         "odpo": lambda: -logsigmoid(h - off),
-        "rdpo": lambda: -logsigmoid(h + 0.01 * (N_W - N_L).double()),
+        "rdpo": lambda: -logsigmoid(h + 0.01 * (n_w - n_l).double()),
         "cal_dpo": lambda: -logsigmoid(D)
         + 0.5 * ((u - 1 / (2 * b)) ** 2 + (v + 1 / (2 * b)) ** 2),
         "alphapo": lambda: -logsigmoid(
@@ -89,7 +91,8 @@ def run(name, values, backend=None, **extra):
     w, l, rw, rl = values
     references = (rw, rl) if TABLE[ALIASES.get(name, name)].reference or name == "sft" else ()
     return dk.preference_loss(
-        w, l, *references, chosen_lengths=N_W, rejected_lengths=N_L, backend=backend,
+        w, l, *references, chosen_lengths=N_W.to(w.device),
+        rejected_lengths=N_L.to(w.device), backend=backend,
         **{**options_for(ALIASES.get(name, name)), **extra},
     )  # fmt: skip
 

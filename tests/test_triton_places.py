@@ -89,13 +89,12 @@ def test_kl_of_misaligned_logits(skip, ref_skip, backend, pointers):
     assert pointers and not [address for address in pointers if address % 16]
 
 
-def test_places():
+def test_memory_begins_at_the_boundary_before():
     x = torch.zeros(200)
-    view = x[37:].view(163, 1, 1)
-    base, place = launch.placed(view)
-    assert base.data_ptr() == x.data_ptr() + 4 * 32 and place == (5, 1, 1)
-    assert launch.placed(x[32:].view(168, 1, 1))[1] == (0, 1, 1)
-    assert launch.same_phase(place, (21, 17, 33)) and not launch.same_phase(place, (4, 1, 1))
+    base, shift = launch.aligned(x[37:].view(163, 1, 1))
+    assert base.data_ptr() == x.data_ptr() + 4 * 32 and shift == 5
+    assert launch.aligned(x[32:].view(168, 1, 1))[1] == 0
+    assert kl._same_phase((5, 1, 1), (21, 17, 33)) and not kl._same_phase((5, 1, 1), (4, 1, 1))
 
 
 def test_memory_that_begins_with_the_logits_stays():
@@ -103,5 +102,5 @@ def test_memory_that_begins_with_the_logits_stays():
     memory = np.zeros(80, dtype=np.float32)
     first = 1 + (-memory.ctypes.data // 4) % 16
     foreign = torch.from_numpy(memory[first : first + 16]).view(1, 1, 16)
-    base, place = launch.placed(foreign)
-    assert base is foreign and place == (0, *foreign.stride()[:2])
+    base, shift = launch.aligned(foreign)
+    assert base is foreign and shift == 0

@@ -15,16 +15,18 @@ import subprocess
 import sys
 import tempfile
 
+import torch
 import triton
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # The package's attributes of these names are the functions; the modules are asked for by name.
-pair_loss, sequence_sum, token_kl, token_logps = (
+launch, pair_loss, sequence_sum, token_kl, token_logps = (
     importlib.import_module(f"dpo_kernels.backends.triton.{name}")
-    for name in ("pair_loss", "sequence_sum", "token_kl", "token_logps")
+    for name in ("launch", "pair_loss", "sequence_sum", "token_kl", "token_logps")
 )
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 VERSION = tuple(int(n) for n in triton.__version__.split(".")[:2])
 TARGETS = {
@@ -37,32 +39,39 @@ TARGETS = {
 
 def kernels():
     """name -> (function, {argument: type}, {constexpr: value}, warps)."""
-    row = {"skip": "i32", "stride_r": "i64", "stride_t": "i64", "T": "i32", "V": "i32",
-           "ignore_index": "i32", "inner": "fp32", "outer": "fp32", "k": "fp32", "unit_hi": "fp32",
+    row = {"stride_r": "i64", "stride_t": "i64", "T": "i32", "V": "i32", "ignore_index": "i32",
+           "shift": "i32", "inner": "fp32", "outer": "fp32", "k": "fp32", "unit_hi": "fp32",
            "unit_lo": "fp32"}  # fmt: skip
-    out = {"out_skip": "i32", "out_stride_r": "i64", "out_stride_t": "i64"}
-    backward = dict(token_logps.BACKWARD)
-    backward_warps = backward.pop("num_warps")
     for dtype in ("fp32", "bf16", "fp16"):
+        like = torch.empty(0, dtype=DTYPES[dtype])
+        vector = launch.vector(like)
         types = {"logits": f"*{dtype}", "targets": "*i64", "logps": "*fp32", "lse": "*fp64",
                  "stats": "*fp32", **row, "rows": "i32"}  # fmt: skip
         for softcap, stats in ((False, False), (True, False), (False, True), (True, True)):
-            forward = dict(token_logps.FORWARD_STATS if stats else token_logps.FORWARD)
+            forward = token_logps.FORWARD_STATS if stats else token_logps.FORWARD
+            forward = launch.lanes(like, forward)
             forward_warps = forward.pop("num_warps")
-            constants = {"SOFTCAP": softcap, "STATS": stats, **forward}
+            constants = {"SOFTCAP": softcap, "STATS": stats, "VEC": vector, **forward}
             name = f"forward_{dtype}{'_softcap' * softcap}{'_stats' * stats}"
             yield name, token_logps._forward, types, constants, forward_warps
         types = {"grad": "*fp32", "logits": f"*{dtype}", "targets": "*i64", "lse": "*fp64",
-                 "out": f"*{dtype}", **row, **out, "chain": "fp32"}  # fmt: skip
+                 "out": f"*{dtype}", **row, "out_stride_r": "i64", "out_stride_t": "i64",
+                 "out_shift": "i32", "rows": "i32", "tiles": "i32", "inv_hi": "fp32",
+                 "inv_lo": "fp32", "chain": "fp32"}  # fmt: skip
+        backward = dict(token_logps.BACKWARD)
+        backward_warps = backward.pop("num_warps")
+        backward["VEC"] = vector
         for softcap in (False, True):
             name = f"backward_{dtype}{'_softcap' * softcap}"
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
             yield name, token_logps._backward, types, constants, backward_warps
-    forward, backward = dict(token_kl.FORWARD), dict(token_kl.BACKWARD)
-    forward_warps, backward_warps = forward.pop("num_warps"), backward.pop("num_warps")
-    row |= {"ref_skip": "i32", "ref_stride_r": "i64", "ref_stride_t": "i64"}
+    backward = dict(token_kl.BACKWARD)
+    backward_warps = backward.pop("num_warps")
+    row |= {"ref_shift": "i32", "ref_stride_r": "i64", "ref_stride_t": "i64"}
     for dtype, ref_dtype in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"),
                              ("bf16", "fp32")):  # fmt: skip
+        forward = launch.lanes(torch.empty(0, dtype=DTYPES[dtype]), token_kl.FORWARD)
+        forward_warps = forward.pop("num_warps")
         pointers = {"logits": f"*{dtype}", "ref_logits": f"*{ref_dtype}", "targets": "*i64",
                     "lse": "*fp64", "ref_lse": "*fp64"}  # fmt: skip
         for softcap in (False, True):
@@ -71,7 +80,8 @@ def kernels():
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **forward}
             yield name.format("forward"), token_kl._forward, types, constants, forward_warps
             types = {**pointers, "grad_logps": "*fp32", "grad_kl": "*fp32", "out": f"*{dtype}",
-                     **row, **out, "chain": "fp32"}  # fmt: skip
+                     **row, "out_shift": "i32", "out_stride_r": "i64", "out_stride_t": "i64",
+                     "chain": "fp32"}  # fmt: skip
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
             yield name.format("backward"), token_kl._backward, types, constants, backward_warps
     for tail in (False, True):

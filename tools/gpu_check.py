@@ -1,11 +1,17 @@
 """What only a GPU can show, in one run and one results file: `make gpu-check`.
 
-Builds the CUDA kernels for the GPU at hand, runs every test marked `gpu`, compute-sanitizer on a
-few small cases of each kernel, and the figures of `benchmarks/gpu_figures.py`; then writes
-`benchmarks/results/gpu-<device>-<commit>.json` (device, driver, versions, commit, sha256 of each
-kernel source, passes and failures of each kernel, figures) and draws
-`dpo_kernels/gpu_verified.json` from all results files. Needs no network; every step has a time
-limit, ten minutes in all. A step that could not run is recorded as not run, with the reason.
+    preflight   what the run needs and this machine lacks, named at once; nothing is downloaded
+    build       the CUDA kernels for the GPU at hand
+    smoke       a few small cases of every kernel against float64
+    figures     `benchmarks/gpu_figures.py`, a section a process, each figure with its target
+    tests       the tests marked `gpu`, a group a process: an illegal address costs one group
+    sanitizers  compute-sanitizer over the small cases of each backend
+
+writes `benchmarks/results/gpu-<device>-<commit>.json` (device, driver, versions, commit, sha256 of
+each kernel source, passes and failures of each kernel, figures) after every step, and draws
+`dpo_kernels/gpu_verified.json` from all results files. Every process has a time limit, ten minutes
+in all; what was done before a limit stays. What could not run is recorded as not run, with the
+reason.
 
     python tools/gpu_check.py [--commit SHA] [--out FOLDER]
     python tools/gpu_check.py --rehearse     # no GPU: the same steps on the host, nothing recorded
@@ -16,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -23,53 +30,101 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import threading
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-TOTAL = 570  # seconds; the limits of the steps, in order, are cut to what is left of it
-LIMITS = {"build": 240, "tests": 300, "sanitizer": 40, "figures": 200}
+TOTAL = 570  # seconds; the limit of a process is cut to what is left of it
+BUILD, SMOKE, TESTS, SANITIZER = 200, 60, 120, 60  # seconds
+SECTIONS = {"kernels": 60, "rows": 30, "host": 30, "head": 60, "step": 60, "peers": 90}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+NEEDED = ("pybind11", "cmake", "ninja", "pytest", "triton", "transformers")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tests that run in one process, and the kernels that it counts against if it dies."""
+
+    name: str
+    files: tuple[str, ...]
+    select: str  # pytest -k
+    kernels: tuple[str, ...]
+
+
+def groups() -> list[Group]:
+    found = []
+    parts = {
+        "token_logps": (("test_token_logps.py",), ("token_logps", "token_logps_backward")),
+        "token_kl": (("test_token_kl.py", "test_tdpo.py"), ("token_kl",)),
+        "pair_loss": (("test_losses.py",), ("pair_loss",)),
+        "composed": (
+            ("test_dpo.py", "test_linear.py", "test_gpu.py"),
+            ("token_logps", "token_logps_backward", "sequence_sum", "pair_loss"),
+        ),
+    }
+    for backend in ("cuda", "triton"):
+        for name, (files, kernels) in parts.items():
+            own = tuple(f"{backend}/{k}" for k in kernels)
+            found.append(Group(f"{backend} {name}", files, backend, own))
+    rest = ("test_products.py", "test_gpu.py", "integrations/test_two_processes.py")
+    return [*found, Group("the rest", rest, "not triton and not cuda", ())]
 
 
 class Run:
-    """Steps against one clock; each leaves its outcome in `steps`."""
+    """Processes against one clock; each leaves its outcome in `steps`, and all in the file."""
 
-    def __init__(self, folder: Path):
-        self.began, self.folder = time.monotonic(), folder
-        self.steps: dict[str, dict[str, Any]] = {}
+    def __init__(self, folder: Path, path: Path, result: dict[str, Any]):
+        self.began, self.logs, self.path, self.result = time.monotonic(), folder, path, result
+        self.steps: dict[str, dict[str, Any]] = result.setdefault("steps", {})
+        self.env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.lock = threading.Lock()
 
-    def step(self, name: str, limit: str, command: list[str], env: dict[str, str]) -> bool:
-        """Whether the command ran to its end in time; its output is under `folder`."""
-        left = min(LIMITS[limit], TOTAL - (time.monotonic() - self.began))
+    def step(self, name: str, limit: float, command: list[str], **env: str) -> bool:
+        """Whether the command ended well in time; its output is in a file of the logs' folder."""
+        left = min(limit, TOTAL - (time.monotonic() - self.began))
         if left < 5:
             return self.skip(name, "no time was left")
-        print(f"== {name}: at most {left:.0f} s", flush=True)
-        began, log = time.monotonic(), self.folder / f"{name}.log"
+        began, log = time.monotonic(), self.logs / f"{name.replace(' ', '-')}.log"
         with log.open("w") as out:
             try:
                 code: int | None = subprocess.run(
-                    command, cwd=ROOT, env={**os.environ, **env}, stdout=out,
-                    stderr=subprocess.STDOUT, timeout=left,
+                    command, cwd=ROOT, env=self.env | env, stdout=out, stderr=subprocess.STDOUT,
+                    timeout=left,
                 ).returncode  # fmt: skip
             except subprocess.TimeoutExpired:
                 code = None
         seconds = round(time.monotonic() - began, 1)
-        outcome = "passed" if code == 0 else "timed out" if code is None else f"failed ({code})"
-        tail = log.read_text(errors="replace")[-2000:]
-        self.steps[name] = {"outcome": outcome, "seconds": seconds}
+        died = f"died of signal {-code}" if code is not None and code < 0 else f"failed ({code})"
+        outcome = (
+            "passed" if code == 0 else f"timed out after {left:.0f} s" if code is None else died
+        )
+        found = {"outcome": outcome, "seconds": seconds}
         if code != 0:
-            self.steps[name]["output"] = tail
-            print(tail)
-        print(f"== {name}: {outcome}, {seconds} s", flush=True)
-        return code is not None
+            found["output"] = log.read_text(errors="replace")[-2000:]
+        self.keep(name, found)
+        return code == 0
 
     def skip(self, name: str, why: str) -> bool:
-        self.steps[name] = {"outcome": f"not run: {why}"}
-        print(f"== {name}: not run: {why}", flush=True)
+        self.keep(name, {"outcome": f"not run: {why}"})
         return False
+
+    def keep(self, name: str, found: dict[str, Any]) -> None:
+        with self.lock:
+            self.steps[name] = found
+            self.save()
+            last = found.get("output", "").rstrip().rpartition("\n")[2]
+            print(f"== {name}: {found['outcome']}{f': {last[:200]}' if last else ''}", flush=True)
+
+    def save(self) -> None:
+        self.result["seconds"] = round(time.monotonic() - self.began, 1)
+        self.path.write_text(json.dumps(self.result, indent=1) + "\n")
 
 
 def main() -> int:
@@ -77,54 +132,36 @@ def main() -> int:
     if options.draw_record:
         draw_record()
         return 0
-    import torch
-
-    if not options.rehearse and not torch.cuda.is_available():
-        print("no GPU is visible to torch; --rehearse runs the same steps on the host")
+    lacks = missing(options.rehearse)
+    if lacks and not options.rehearse:
+        print("this machine lacks, for make gpu-check:")
+        print("\n".join(f"  {line}" for line in lacks))
         return 2
-    folder = options.out
-    folder.mkdir(parents=True, exist_ok=True)
-    work = folder / "logs"
-    work.mkdir(exist_ok=True)
-    run = Run(work)
-    env = {"PYTHONPATH": str(ROOT)}
     machine = describe(options)
     print(json.dumps(machine, indent=1), flush=True)
-    if options.rehearse:
-        run.skip("build", "a rehearsal takes what is installed")
-    else:
-        arch = machine["capability"].replace(".", "")
-        build = {"DPO_KERNELS_CUDA": "1", "DPO_KERNELS_ARCHS": arch}
-        run.step(
-            "build", "build", [sys.executable, "setup.py", "build_ext", "--inplace"], env | build
-        )
-    lines = work / "tests.jsonl"
-    lines.unlink(missing_ok=True)
-    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
-             f"--kernel-report={lines}", "-k", options.select or ""]  # fmt: skip
-    ended = run.step("tests", "tests", tests, env)
-    sanitize(run, options.rehearse, env)
-    figures = work / "figures.json"
-    figures.unlink(missing_ok=True)
-    command = [sys.executable, str(ROOT / "benchmarks/gpu_figures.py"), "--json", str(figures)]
-    run.step("figures", "figures", command + ["--rehearse"] * options.rehearse, env)
-    kernels, outcomes = of_kernels(lines, env)
-    result = {
-        **machine, "rehearsal": options.rehearse,
-        "complete": ended and not options.select, "steps": run.steps, "tests": outcomes,
-        "kernels": kernels,
-        "figures": json.loads(figures.read_text()) if figures.exists() else None,
-        "seconds": round(time.monotonic() - run.began, 1),
-    }  # fmt: skip
+    folder = options.out
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", machine["device"]).strip("-").lower()
     path = folder / f"gpu-{name}-{machine['commit'][:12]}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    for kernel, state in kernels.items():
-        print(f"{kernel:<27} {state['passed']:>5} passed {state['failed']:>4} failed")
-    print(f"wrote {path}")
+    result = {**machine, "rehearsal": options.rehearse, "complete": False, "lacks": lacks}
+    run = Run(logs, path, result)
+
+    built = build(run, machine, options.rehearse)
+    small = [sys.executable, str(ROOT / "tests/gpu_small.py")]
+    for backend in ("cuda", "triton"):
+        if built or backend == "triton":
+            run.step(f"smoke {backend}", SMOKE, [*small, "--backend", backend])
+    result["figures"] = figures(run, options.rehearse)
+    ended = tests(run, built, options.select or "", options.rehearse)
+    sanitize(run, small, built, options.rehearse)
+    result["complete"] = ended and not options.select
+    run.save()
+    print_summary(result)
+    print(f"wrote {path}, {run.result['seconds']:.0f} s")
     if folder.resolve() == RESULTS and not options.rehearse:
         draw_record()
-    good = all(not k["failed"] for k in kernels.values()) and result["complete"]
+    good = result["complete"] and all(not k["failed"] for k in result["kernels"].values())
     return 0 if good or options.rehearse else 1
 
 
@@ -143,6 +180,36 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def missing(rehearse: bool) -> list[str]:
+    """What the run needs and does not find here, a line each."""
+    lacks = []
+    if importlib.util.find_spec("torch") is None:
+        return ["torch"]
+    import torch
+
+    if not torch.cuda.is_available():
+        lacks.append("a GPU that torch sees (--rehearse runs the same steps on the host)")
+    nvcc = _tool("nvcc")
+    if nvcc is None:
+        lacks.append("nvcc, on PATH or under CUDA_HOME")
+    elif torch.version.cuda and not (nvcc.parent.parent / "include" / "cuda_runtime.h").exists():
+        lacks.append(f"cuda_runtime.h beside {nvcc}")
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        lacks.append("a C++ compiler (c++, g++ or clang++, or CXX)")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        lacks.append(f"{header} (python3-dev)")
+    lacks += [f"the Python package {n}" for n in NEEDED if importlib.util.find_spec(n) is None]
+    return lacks
+
+
+def _tool(name: str) -> Path | None:
+    """A program of the CUDA toolkit."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which(name) or shutil.which(name, path=f"{home}/bin")
+    return Path(found).resolve() if found else None
+
+
 def describe(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
@@ -152,49 +219,117 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "absent"
+    spec = importlib.util.find_spec("triton")
     gpu = torch.cuda.is_available()
-    nvcc = re.search(r"release (\S+),", say("nvcc", "--version"))
+    nvcc = re.search(r"release (\S+),", say(str(_tool("nvcc") or "nvcc"), "--version"))
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "device": torch.cuda.get_device_name() if gpu else "host",
         "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if gpu else "",
         "driver": say("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "cuda": torch.version.cuda, "triton": triton_version,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": importlib.import_module("triton").__version__ if spec else "absent",
             "nvcc": nvcc[1] if nvcc else "absent",
         },
         "commit": options.commit or say("git", "rev-parse", "HEAD") or "unknown",
         "changed files": say("git", "status", "--porcelain").splitlines(),
         "date": now.isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }
 
 
-def sanitize(run: Run, rehearse: bool, env: dict[str, str]) -> None:
-    program = [sys.executable, str(ROOT / "tests/gpu_small.py")]
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
+def build(run: Run, machine: dict[str, Any], rehearse: bool) -> bool:
+    """Whether there are CUDA kernels to run."""
     if rehearse:
-        run.step("sanitizer-none", "sanitizer", program, env)
-    # Every allocation apart, so that a read past one is seen.
-    env = env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for name in SANITIZERS:
-        if tool is None:
-            run.skip(f"sanitizer-{name}", "compute-sanitizer was not found")
+        run.skip("build", "a rehearsal takes what is installed")
+        return True
+    arch = machine["capability"].replace(".", "")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    if run.step("build", BUILD, command, DPO_KERNELS_CUDA="1", DPO_KERNELS_ARCHS=arch):
+        return True
+    output = run.steps["build"].get("output", "")
+    errors = [line.strip() for line in output.splitlines() if "error" in line.lower()]
+    print(f"the build failed, backend cuda is left out: {(errors or ['no error line'])[0][:300]}")
+    return False
+
+
+def figures(run: Run, rehearse: bool) -> dict[str, Any]:
+    """The sections' figures; of a section that was cut off, none."""
+    found: dict[str, Any] = {}
+    for section, limit in SECTIONS.items():
+        path = run.logs / f"figures-{section}.json"
+        path.unlink(missing_ok=True)
+        command = [sys.executable, str(ROOT / "benchmarks/gpu_figures.py"), "--json", str(path),
+                   "--section", section]  # fmt: skip
+        run.step(f"figures {section}", limit, command + ["--rehearse"] * rehearse)
+        if path.exists():
+            found |= json.loads(path.read_text())
+            run.result["figures"] = found
+            run.save()
+    return found
+
+
+def tests(run: Run, built: bool, select: str, rehearse: bool) -> bool:
+    """Runs all groups (in a rehearsal the first of each backend), several at once; whether every
+    one ran to its end."""
+    todo = [g for g in groups() if built or not g.name.startswith("cuda")]
+    if rehearse:
+        todo = [g for g in todo if g.name.endswith("token_logps")]
+    lines = {g.name: run.logs / f"tests-{g.name.replace(' ', '-')}.jsonl" for g in groups()}
+    for path in lines.values():
+        path.unlink(missing_ok=True)
+
+    def one(group: Group) -> None:
+        expression = f"({group.select}) and ({select})" if select else group.select
+        files = [str(ROOT / "tests" / file) for file in group.files]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
+                   f"--kernel-report={lines[group.name]}", "-k", expression, *files]  # fmt: skip
+        run.step(f"tests {group.name}", TESTS, command)
+        found = run.steps[f"tests {group.name}"]
+        if found["outcome"] == "failed (5)":  # pytest: nothing was selected
+            run.keep(f"tests {group.name}", {"outcome": "not run: no such test"})
+
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+        list(pool.map(one, todo))
+    ran = {g: run.steps[f"tests {g.name}"]["outcome"] for g in todo}
+    # 1: tests failed, and all ran. Any other end leaves tests that did not.
+    cut = [g for g, outcome in ran.items() if outcome not in ("passed", "failed (1)")
+           and not outcome.startswith("not run: no such")]  # fmt: skip
+    run.result["kernels"], run.result["tests"] = of_kernels(lines.values(), cut, run.env)
+    run.save()
+    return built and not cut and not rehearse
+
+
+def sanitize(run: Run, program: list[str], built: bool, rehearse: bool) -> None:
+    tool = _tool("compute-sanitizer")
+
+    def one(what: tuple[str, str]) -> None:
+        name, backend = what
+        step = f"{name} {backend}"
+        if backend == "cuda" and not built:
+            run.skip(step, "the build failed")
+        elif rehearse or tool is None:
+            run.skip(step, "no GPU" if rehearse else "compute-sanitizer was not found")
         else:
-            command = [tool, "--tool", name, "--error-exitcode", "9", *program]
-            run.step(f"sanitizer-{name}", "sanitizer", command, env)
+            # Every allocation apart, so that a read past one is seen.
+            command = [str(tool), "--tool", name, "--error-exitcode", "9", *program]
+            run.step(step, SANITIZER, [*command, "--backend", backend],
+                     PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # fmt: skip
+
+    todo = [(name, backend) for name in SANITIZERS for backend in ("cuda", "triton")]
+    with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 1) // 2))) as pool:
+        list(pool.map(one, todo))
 
 
-def of_kernels(lines: Path, env: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Passes and failures by kernel, with its sources; and the tests' outcomes."""
+def of_kernels(
+    files: Iterable[Path], cut: Iterable[Group], env: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Passes and failures by kernel, with its sources; and the tests' outcomes.
+
+    A group that was cut off counts as a failure of its kernels.
+    """
     # In a process of its own: the build may have replaced the compiled module.
     code = ("import json; from dpo_kernels import verification as v;"
             "print(json.dumps({k: v.sources(k) for k in v.KERNELS}))")  # fmt: skip
@@ -204,7 +339,7 @@ def of_kernels(lines: Path, env: dict[str, str]) -> tuple[dict[str, Any], dict[s
         kernel: {"passed": 0, "failed": 0, "sources": hashes}
         for kernel, hashes in json.loads(done.stdout).items()
     }
-    tests = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    tests = [json.loads(line) for f in files if f.exists() for line in f.read_text().splitlines()]
     counts: dict[str, int] = {}
     failures = []
     for test in tests:
@@ -218,7 +353,21 @@ def of_kernels(lines: Path, env: dict[str, str]) -> tuple[dict[str, Any], dict[s
         if outcome != "skipped":
             for kernel in launched:
                 kernels[kernel][outcome] += 1
+    for group in cut:
+        failures.append({"test": group.name, "why": "the process did not end by itself"})
+        for kernel in group.kernels:
+            kernels[kernel]["failed"] += 1
     return kernels, {"counts": counts, "failures": failures}
+
+
+def print_summary(result: dict[str, Any]) -> None:
+    missed = [f"{section} {case}: {row}" for section, rows in result["figures"].items()
+              for case, row in rows.items() if row.get("met") is False]  # fmt: skip
+    print("\n".join(["targets missed:", *missed] if missed else ["every target was met"]))
+    for failure in result["tests"]["failures"][:20]:
+        print(f"FAILED {failure['test']}: {failure['why'].strip().splitlines()[-1][:200]}")
+    for kernel, state in result["kernels"].items():
+        print(f"{kernel:<27} {state['passed']:>5} passed {state['failed']:>4} failed")
 
 
 def draw_record() -> None:

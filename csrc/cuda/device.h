@@ -320,17 +320,43 @@ DPO_DEVICE float exp2_fast(float x) {  // 2 ulp; below 2^-126: 0
 #endif
 }
 
-// A polynomial near 0 (no cancellation), 1 - 2 / (exp(2a) + 1) elsewhere. After Cephes.
-DPO_DEVICE float tanh_exact(float a) {
-  const float size = fabsf(a), q = a * a;
-  float p = -5.70498872745e-3f;
-  p = p * q + 2.06390887954e-2f;
-  p = p * q - 5.37397155531e-2f;
-  p = p * q + 1.33314422036e-1f;
-  p = p * q - 3.33332819422e-1f;
-  const float near = a + a * q * p;
-  const float far = 1.0f - 2.0f / (exp2_fast(2.8853900817779268f * size) + 1.0f);
-  return size < 0.625f ? near : a < 0 ? -far : a >= 0 ? far : a;
+DPO_DEVICE float reciprocal(float x) {  // 1 ulp; of inf: 0
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// tanh of each: a polynomial near 0 (no cancellation), 1 - 2 / (exp(2a) + 1) elsewhere. After
+// Cephes. Most groups lie near 0 (softcaps are wide): they pay for no special function.
+template <int N>
+DPO_DEVICE void tanh_exact(float (&a)[N]) {
+  float near[N];
+  bool wide = false;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float q = a[i] * a[i];
+    float p = -5.70498872745e-3f;
+    p = p * q + 2.06390887954e-2f;
+    p = p * q - 5.37397155531e-2f;
+    p = p * q + 1.33314422036e-1f;
+    p = p * q - 3.33332819422e-1f;
+    near[i] = a[i] + a[i] * q * p;
+    wide = wide || fabsf(a[i]) >= 0.625f;
+  }
+  if (wide) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float size = fabsf(a[i]);
+      const float far = 1.0f - 2.0f * reciprocal(exp2_fast(2.8853900817779268f * size) + 1.0f);
+      near[i] = size >= 0.625f ? copysignf(far, a[i]) : near[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) a[i] = near[i];
 }
 
 // zz, what is summed: softcap's output, or the logit with the sign of its factor, so that
@@ -353,9 +379,22 @@ struct Scaling {
   }
 };
 
+template <bool SOFTCAP, int N>
+DPO_DEVICE void scaled(const Scaling& s, const float (&x)[N], float (&zz)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) zz[i] = SOFTCAP ? s.inner * x[i] : s.outer * x[i];
+  if constexpr (SOFTCAP) {
+    tanh_exact(zz);
+#pragma unroll
+    for (int i = 0; i < N; ++i) zz[i] *= s.outer;
+  }
+}
+
 template <bool SOFTCAP>
 DPO_DEVICE float scaled(const Scaling& s, float x) {
-  return SOFTCAP ? s.outer * tanh_exact(s.inner * x) : s.outer * x;
+  float zz[1] = {x};
+  scaled<SOFTCAP>(s, zz, zz);
+  return zz[0];
 }
 
 // ---- reductions over a warp, in a fixed order ---------------------------------------------------

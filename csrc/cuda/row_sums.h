@@ -17,7 +17,7 @@ struct Sums {
 template <>
 struct Sums<true> : Sums<false> {
   double weighted = 0, squares = 0, total = 0;  // of e (zz - m), of e^2, of zz
-  float beaten = 0;                             // 1: a column comes before the target in argmax
+  float beaten = 0;                             // 1: a column before the target ties with it
 };
 
 struct Partial {
@@ -69,17 +69,25 @@ DPO_DEVICE void raise_max(Sums<STATS>& s, float top, float k) {
   s.m = top;
 }
 
-// Adds n logits; `column` is the first one's.
-template <bool SOFTCAP, bool STATS, int N>
+// Adds n logits; `column(i)` is that of the i-th.
+template <bool SOFTCAP, bool STATS, int N, class Column>
 DPO_DEVICE void add(Sums<STATS>& s, const float (&x)[N], const Scaling& c, float zy, int y,
-                    int column) {
-  float z[N], top = s.m;
+                    Column column) {
+  float z[N];
+  scaled<SOFTCAP>(c, x, z);
+  float top = z[0];
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    z[i] = scaled<SOFTCAP>(c, x[i]);
-    top = fmaxf(top, z[i]);  // fmaxf passes over NaN; exp2 below does not
-  }
+  for (int i = 1; i < N; ++i) top = fmaxf(top, z[i]);  // passes over NaN; exp2 below does not
   if (top > s.m) raise_max(s, top, c.k);
+  if constexpr (STATS) {
+    // A tie with the target matters only while nothing was larger, and then it is the group's
+    // maximum: few groups look at their columns.
+    if (top == zy && s.m == zy) {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (z[i] == zy && column(i) < y) s.beaten = 1.0f;
+    }
+  }
   float sum[2] = {0, 0};
   float weighted = 0, squares = 0, total = 0;
 #pragma unroll
@@ -87,11 +95,9 @@ DPO_DEVICE void add(Sums<STATS>& s, const float (&x)[N], const Scaling& c, float
     const float d = z[i] - s.m, e = exp2_fast(d * c.k);
     sum[i % 2] += e;
     if constexpr (STATS) {
-      weighted += e == 0 ? 0.0f : e * fmaxf(d, -1e30f);  // -inf times a weight of 0 is 0
+      weighted += e * fmaxf(d, -1e30f);  // -inf times a weight of 0 would be NaN
       squares += e * e;
       total += z[i];
-      const bool ahead = z[i] > zy || ((z[i] == zy || c.k == 0) && column + i < y);
-      s.beaten = ahead ? 1.0f : s.beaten;
     }
   }
   s.l += (double)(sum[0] + sum[1]);

@@ -174,14 +174,18 @@ DPO_DEVICE void store_row(const Arguments& a, int row, const Sums<STATS>& s) {
   const T* x = row_at((const T*)p.logits, p.stride_r, p.stride_t, p.T, row);
   const float zy = scaled<SOFTCAP>(a.scaling, Elements<T>::widen(x[p.targets[row]]));
   const double unit = a.scaling.unit, l = s.l == 0 ? (double)NAN : s.l, log_l = log(l);
-  const double logp = (double)(zy - s.m) * unit - log_l;
+  const double logp = ((double)zy - (double)s.m) * unit - log_l;
   p.logps[row] = (float)logp;
   p.lse[row] = (double)s.m * unit + log_l;
   if constexpr (STATS) {
     const double nan = logp != logp ? logp : 0.0;
     if (p.entropy) p.entropy[row] = (float)(log_l - s.weighted / l * unit + nan);
     if (p.mean_logits) p.mean_logits[row] = (float)(s.total * unit / (double)p.V + nan);
-    if (p.is_top1) p.is_top1[row] = (float)(1.0 - s.beaten + nan);
+    if (p.is_top1) {
+      // With unit = 0 (logit_scale = 0) all are the maximum.
+      const bool first = unit == 0 ? p.targets[row] == 0 : zy >= s.m && s.beaten == 0;
+      p.is_top1[row] = (float)((first ? 1.0 : 0.0) + nan);
+    }
     if (p.log_sum_sq_probs) p.log_sum_sq_probs[row] = (float)(log(s.squares) - 2 * log_l + nan);
   }
 }
@@ -283,35 +287,30 @@ __global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS) forward(const __
       --ahead;
       // The slot that is filled now was used one stage ago: this thread has read it.
       copy_stage();
+      // Vectors of a stage lie THREADS apart.
+      const int column = span.head + use.next * N;
       if (use.next + (C::VECTORS - 1) * C::THREADS < use.end) {
         float values[C::VECTORS * N];
 #pragma unroll
         for (int v = 0; v < C::VECTORS; ++v) Elements<T>::unpack(slot[v * C::THREADS], values + v * N);
-        if constexpr (STATS) {  // vectors lie THREADS apart: their columns do not follow
-#pragma unroll
-          for (int v = 0; v < C::VECTORS; ++v) {
-            float part[N];
-#pragma unroll
-            for (int e = 0; e < N; ++e) part[e] = values[v * N + e];
-            add<SOFTCAP, STATS>(sums, part, a.scaling, zy, y,
-                                span.head + (use.next + v * C::THREADS) * N);
-          }
-        } else {
-          add<SOFTCAP, STATS>(sums, values, a.scaling, zy, y, 0);
-        }
+        add<SOFTCAP, STATS>(sums, values, a.scaling, zy, y, [column](int i) {
+          return column + i / N * C::THREADS * N + i % N;
+        });
       } else {
 #pragma unroll
         for (int v = 0; v < C::VECTORS; ++v) {
-          const int index = use.next + v * C::THREADS;
-          if (index >= use.end) break;
+          if (use.next + v * C::THREADS >= use.end) break;
           float values[N];
           Elements<T>::unpack(slot[v * C::THREADS], values);
-          add<SOFTCAP, STATS>(sums, values, a.scaling, zy, y, span.head + index * N);
+          add<SOFTCAP, STATS>(sums, values, a.scaling, zy, y, [column, v](int i) {
+            return column + v * C::THREADS * N + i;
+          });
         }
       }
       use.next += C::VECTORS * C::THREADS;
     }
-    if (edge_column >= 0) add<SOFTCAP, STATS>(sums, edge, a.scaling, zy, y, edge_column);
+    if (edge_column >= 0)
+      add<SOFTCAP, STATS>(sums, edge, a.scaling, zy, y, [edge_column](int) { return edge_column; });
     merge_warp(sums, a.scaling.k);
     if (lane == 0) shared.warps[i % 2][warp] = as_partial(sums);
     block_barrier();

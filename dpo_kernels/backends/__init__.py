@@ -115,11 +115,10 @@ class Preference:
     measured: str  # where this comes from
 
 
-# The first row that fits decides. Until the CUDA C++ kernels are measured against the Triton
-# kernels on a GPU, they are taken by themselves only where Triton is absent.
+# The first row that fits decides.
 PREFERENCES = (
     Preference("cuda", "token_kl", None, ("triton", "torch"), "cuda has no kernel for it"),
-    Preference("cuda", "*", None, ("triton", "cuda", "torch"), "not measured on a GPU yet"),
+    Preference("cuda", "*", None, ("cuda", "triton", "torch"), "make gpu-check: forward, backward"),
     Preference("cpu", "*", None, ("cpu",), "benchmarks: the suites from logits, every case"),
 )
 # Ops that a backend has no kernel for, and what they are: asked for there they are refused.

@@ -10,6 +10,7 @@ from ..transform import LogitTransform
 from . import native
 
 name = "cpu"
+ROUNDS = False  # whether a backward may write a gradient narrower than its logits
 
 
 def token_logps(

@@ -16,6 +16,7 @@ from ..transform import LogitTransform
 from . import native
 
 name = "cuda"
+ROUNDS = True  # whether a backward may write a gradient narrower than its logits
 # Plays the GPU on CPU tensors, for the tests: the same kernels compiled for the host.
 on_host: ModuleType | None = None
 _counters: dict[tuple[int, int], Tensor] = {}

@@ -62,7 +62,7 @@ def token_logps_backward(
     R, T, V = logits.shape
     return module.TokenLogpsBackward(
         pointer(grad), *_strided(logits), targets.data_ptr(), lse.data_ptr(), R, T, V,
-        ignore_index, DTYPES[logits.dtype], _numbers(transform), *_strided(out),
+        ignore_index, DTYPES[logits.dtype], _numbers(transform), *_strided(out), DTYPES[out.dtype],
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from ..losses import DISCOPOP, EXO, IDENTITY, RELU, SIGMOID, SOFTPLUS, SQUARE, T
 from ..transform import LogitTransform
 
 name = "torch"
+ROUNDS = False  # whether a backward may write a gradient narrower than its logits
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

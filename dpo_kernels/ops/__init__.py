@@ -1,9 +1,10 @@
 """The ops: schema, checks, fake implementation and backward of each, in one file an op."""
 
-from .linear_head import LinearInputs, Plan, chunks_of_pairs
+from .linear_head import LinearInputs
 from .linear_kl import linear_kl
-from .linear_logps import budget_of, check_head, choose_strategy, linear_logps, plan_of
+from .linear_logps import budget_of, check_head, choose_strategy, linear_logps
 from .pair_loss import pair_loss
+from .plan import Plan, chunks_of_pairs, plan_of
 from .sequence_sum import sequence_sum
 from .small_batch import COLUMNS, small_batch
 from .token_kl import TokenKL, token_kl

@@ -4,112 +4,34 @@
 
 `low @ up.T` is the low-rank part of a LoRA head (`low = scaling * h @ A.T`, `up = B`): the sum
 `weight + scaling * B @ A` is never formed. Logits and accumulators are fp32 whatever the input.
-Narrow weights are widened a tile of the vocabulary at a time, which is exact; on a CUDA device
-with torch >= 2.8 bf16 operands go to the product as they are, which writes fp32, and the gradient
-of the logits is rounded to bf16 once (not yet run on a GPU).
+Narrow weights are widened a tile of the vocabulary at a time, which is exact; where the device has
+products that write fp32 (`products.py`) narrow operands go there as they are, the gradient of the
+logits is rounded to their dtype once, and what is fp32 in a low-rank part is split, not rounded.
 
-How many rows and how large a tile a memory budget allows is decided here too (`Plan`), so that
-what is allocated and what `dpo_kernels.memory` predicts are the same numbers. Letters: `N` scored
-rows, `C` rows of a chunk, `H` hidden size, `V` vocabulary, `r` rank.
+How many rows a memory budget allows: `plan.py`. Letters: `N` scored rows, `C` rows of a chunk, `H`
+hidden size, `V` vocabulary, `r` rank.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-DEFAULT_BUDGET = 256 << 20
-TILE = 2048  # rows of the vocabulary widened at once; larger tiles leave the cache
-# A BLAS chooses its kernel by the shape of the product: the last rows of a product whose number of
-# rows is not a multiple of the kernel's may be summed in another order. Whole blocks of 16 are not
-# (MKL, measured), so the same row has the same logits whatever chunk it comes in. `INVARIANT` is
-# the one height of all products where that must not rest on a measurement.
-BLOCK = 16
-INVARIANT = 64
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes that keep the op within its budget."""
-
-    chunk: int  # rows of logits projected at once
-    keep: int  # rows whose logits are kept from the forward to the backward
-    tile: int  # rows of the vocabulary widened at once; V where nothing is
-    pitch: int  # elements from a row of logits to the next
-    block: int  # rows of a product are a multiple of it
-
-    @staticmethod
-    def of(
-        budget: int,
-        rows: int,
-        V: int,
-        H: int,
-        dtype: torch.dtype,
-        *,
-        widen: bool = True,
-        low_rank: int = 0,
-        keep: bool = False,
-        stash: int = 0,
-        ref_H: int = 0,
-        joint: bool = False,
-        invariant: bool = False,
-    ) -> Plan:
-        """Within `budget` bytes for `rows` scored rows at most.
-
-        `keep`: logits may be kept for the backward. `stash`: so many fp32 gradients of the hidden
-        states live until the backward. `ref_H`: hidden size of a reference scored in the same pass,
-        `joint` if its logits are needed beside the policy's. At least one block of rows is
-        projected however small the budget.
-        """
-        block = INVARIANT if invariant else BLOCK
-        pitch = max(1, ceil(V, 64) if V > 64 else V)
-        widest = max(H, ref_H)
-        tile = V
-        fixed = 4 * stash * rows * (H + low_rank)
-        if widen and dtype != torch.float32:
-            tile = min(V, TILE, max(BLOCK, budget // (32 * max(widest, 1))))
-            fixed += 4 * tile * (H + ref_H)
-        row = row_bytes(pitch, H, dtype, low_rank, ref_H, joint)
-        total = max(0, budget - fixed) // row // block * block
-        need = ceil(rows, block)
-        kept = 0
-        if keep:
-            # All kept if a quarter is left to work in, else half and half: the more is kept the
-            # less is projected again, but the larger the chunks the fewer passes over dweight.
-            kept = min(need if need <= total * 3 // 4 else total // 2 // block * block, rows)
-        chunk = max(block, min(total - ceil(kept, block), need))
-        return Plan(chunk, kept, tile, pitch, block)
-
-
-def row_bytes(
-    pitch: int, H: int, dtype: torch.dtype, low_rank: int, ref_H: int, joint: bool
-) -> int:
-    """Bytes a row of a chunk takes: its logits, its hidden state in fp32, its gradient."""
-    gathered = dtype.itemsize * max(H, ref_H)
-    return 4 * pitch * (2 if joint else 1) + 8 * (H + low_rank) + 4 * ref_H + gathered
-
-
-def ceil(n: int, block: int) -> int:
-    return (n + block - 1) // block * block
-
-
-def narrow_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether bf16 operands go to a product that writes fp32.
-
-    fp16 is widened instead: the gradient of a logit is often below its smallest number.
-    """
-    return device.type == "cuda" and dtype == torch.bfloat16 and _version() >= (2, 8)
-
-
-@functools.cache
-def _version() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
+from .plan import INVARIANT, Plan
+from .products import (
+    Slopes,
+    ceil,
+    low_rank_operand,
+    multiply,
+    products_of,
+    scaled_pieces,
+    side_by_side,
+    tell,
+)
 
 
 def count_scored(targets: Tensor, ignore_index: int) -> int:
@@ -122,29 +44,18 @@ def count_scored(targets: Tensor, ignore_index: int) -> int:
     return int((targets != ignore_index).sum())
 
 
-def scored_rows(targets: Tensor, ignore_index: int, count: int) -> Tensor:
-    """Flat indices [N] of the scored rows, of which there are `count` at most."""
+def scored_rows(targets: Tensor, ignore_index: int, count: int, *, exact: bool = False) -> Tensor:
+    """Flat indices [N] of the scored rows, of which there are `count` at most.
+
+    `exact`: there are as many, though it may be all rows. Then the host need not wait.
+    """
+    if exact and count == targets.numel():
+        return torch.arange(count, device=targets.device)
     ignored = targets.reshape(-1) == ignore_index
     if targets.device.type != "cpu" and count < targets.numel():
         # The count is exact (`count_scored`): no second wait for the device.
         return ignored.to(torch.uint8).argsort(stable=True)[:count]
     return (~ignored).nonzero().squeeze(1)
-
-
-def chunks_of_pairs(lengths: list[int], limit: int) -> list[tuple[int, int]]:
-    """First and last + 1 pair of each chunk of whole pairs, of `limit` rows at most.
-
-    `lengths` [2B] scored rows of each sequence. A pair of more rows has a chunk to itself.
-    """
-    B = len(lengths) // 2
-    chunks, first, rows = [], 0, 0
-    for i in range(B):
-        pair = lengths[i] + lengths[B + i]
-        if i > first and rows + pair > limit:
-            chunks.append((first, i))
-            first, rows = i, 0
-        rows += pair
-    return [*chunks, (first, B)]
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
@@ -174,20 +85,29 @@ class Head:
     ) -> None:
         self.plan, self.weight, self.bias, self.up = plan, weight, bias, up
         self.V, self.H = weight.shape
-        self.narrow = narrow_products(weight.device, weight.dtype)
-        self.dtype = torch.bfloat16 if self.narrow else torch.float32
+        products = products_of(weight.device, weight.dtype)
+        tell(weight, products)
+        self.narrow = products.narrow
+        self.dtype = weight.dtype if self.narrow else torch.float32
+        self._rows = 0
         self._tile: Tensor | None = None
+        self._slopes: Tensor | None = None
+        self._up: Tensor | None = None
 
     def logits_buffer(self, rows: int) -> Tensor:
         """[rows (whole blocks), V] fp32, unwritten, rows `pitch` apart."""
-        whole = ceil(rows, self.plan.block)
-        buffer = torch.empty(whole, self.plan.pitch, device=self.weight.device, dtype=torch.float32)
+        self._rows = max(self._rows, ceil(rows, self.plan.block))
+        return self._buffer(ceil(rows, self.plan.block), torch.float32)
+
+    def _buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
+        buffer = torch.empty(rows, self.plan.pitch, device=self.weight.device, dtype=dtype)
         return buffer[:, : self.V]
 
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
-        """Rows of hidden states (or of `low`) as the products take them: whole blocks."""
+        """Rows of hidden states as the products take them, of `low` in fp32: whole blocks."""
         n = index.shape[0]
-        taken = x.new_zeros((ceil(n, self.plan.block), x.shape[-1]), dtype=self.dtype)
+        dtype = self.dtype if x.dtype == self.weight.dtype else torch.float32
+        taken = x.new_zeros((ceil(n, self.plan.block), x.shape[-1]), dtype=dtype)
         taken[:n] = rows_of(x, index)
         return taken
 
@@ -199,30 +119,56 @@ class Head:
             for i in range(0, C, step):
                 multiply(h[i : i + step], w.T, z[i : i + step, part])
         if low is not None:
-            assert self.up is not None
-            up = self.up.to(self.dtype)
+            low, up = self._low_rank(low)
             for i in range(0, C, step):
-                multiply(low[i : i + step], up.T, z[i : i + step], add=True)
+                multiply(low[i : i + step], up.T, z[i : i + step], add=True,
+                         scratch=self.plan.scratch)  # fmt: skip
         if self.bias is not None:
             z += self.bias
         return z
 
-    def operand(self, dz: Tensor) -> Tensor:
+    def _low_rank(self, low: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of `low` and `up` whose product is exact to fp32."""
+        assert self.up is not None
+        if not self.narrow:
+            return low.float(), self.up.float()
+        if self._up is None:
+            self._up = low_rank_operand(self.up, self.up.dtype, up=True)
+        return low_rank_operand(low, self.up.dtype, up=False), self._up
+
+    def gradient(self, z: Tensor, impl: ModuleType) -> Tensor:
+        """Where backend `impl` writes the gradient of logits z [n, V]: over them, or rounded."""
+        direct = self.dtype == torch.bfloat16 and impl.ROUNDS
+        return self._narrow(z) if direct else z
+
+    def _narrow(self, z: Tensor) -> Tensor:
+        n = z.shape[0]
+        if self._slopes is None or self._slopes.shape[0] < n:
+            self._slopes = self._buffer(max(self._rows, n), self.dtype)
+        return self._slopes[:n]
+
+    def operand(self, dz: Tensor) -> Slopes:
         """The gradient of logits dz [n, V] as the products below take it: rounded once, or not."""
-        return dz.to(self.dtype)
+        return Slopes.of(dz, dz if dz.dtype == self.dtype else self._narrow(dz))
 
-    def d_hidden(self, dz: Tensor) -> Tensor:
+    def d_hidden(self, dz: Slopes) -> Tensor:
         """dz @ weight, fp32 [n, H]."""
-        out = dz.new_empty((dz.shape[0], self.H), dtype=torch.float32)
+        n = dz.rows.shape[0]
+        out = torch.empty((n, self.H), device=self.weight.device, dtype=torch.float32)
         for part, w in self._tiles():
-            multiply(dz[:, part], w, out, add=part.start > 0)
-        return out if self.V else out.zero_()
+            multiply(dz.rows[:, part], w, out, add=part.start > 0)
+        return dz.finish(out) if self.V else out.zero_()
 
-    def d_low(self, dz: Tensor) -> Tensor:
+    def d_low(self, dz: Slopes) -> Tensor:
         """dz @ up, fp32 [n, r]."""
         assert self.up is not None
-        out = dz.new_empty((dz.shape[0], self.up.shape[1]), dtype=torch.float32)
-        return multiply(dz, self.up.to(self.dtype), out)
+        if not self.narrow:
+            n, r = dz.rows.shape[0], self.up.shape[1]
+            return multiply(
+                dz.rows, self.up.float(), self.up.new_empty((n, r), dtype=dz.rows.dtype)
+            )
+        parts, unit = scaled_pieces(self.up, self.dtype)
+        return dz.finish(_summed(dz.rows, parts, unit))
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight as the products take it: whole, or widened a tile at a time."""
@@ -238,6 +184,15 @@ class Head:
             yield part, tile
 
 
+def _summed(a: Tensor, parts: list[Tensor], unit: Tensor | None) -> Tensor:
+    """a @ (sum of parts [k, r]), times unit: one product, its columns added up; fp32."""
+    wide = torch.empty((a.shape[0], ceil(parts[0].shape[1] * len(parts), 8)), device=a.device)
+    multiply(a, side_by_side(parts), wide)
+    r = parts[0].shape[1]
+    out = sum((wide[:, i * r : (i + 1) * r] for i in range(1, len(parts))), wide[:, :r].clone())
+    return out if unit is None else out.mul_(unit)
+
+
 class HeadGradient:
     """fp32 gradients of a head's parameters, one addition a chunk in the order of the chunks."""
 
@@ -249,16 +204,23 @@ class HeadGradient:
         if up:
             assert head.up is not None
             self.up = torch.empty(V, head.up.shape[1], device=device, dtype=torch.float32)
-        self._first = True
+        self._first, self._scratch = True, head.plan.scratch
 
-    def add(self, dz: Tensor, h: Tensor, low: Tensor | None) -> None:
+    def add(self, dz: Slopes, h: Tensor, low: Tensor | None) -> None:
         """The share of rows h [n, H], low [n, r] whose logits have the gradient dz [n, V]."""
-        for total, rows in ((self.weight, h), (self.up, low)):
-            if total is not None:
-                assert rows is not None
-                multiply(dz.T, rows, total, add=not self._first)
+        if self.weight is not None:
+            (rows,), unit = dz.meet(h)
+            multiply(dz.rows.T, rows, self.weight, add=not self._first, unit=unit,
+                     scratch=self._scratch)  # fmt: skip
+        if self.up is not None:
+            assert low is not None
+            if dz.rows.dtype == torch.float32:
+                multiply(dz.rows.T, low, self.up, add=not self._first)
+            else:
+                share = _summed(dz.rows.T, *dz.meet(low, 2))
+                self.up.copy_(share) if self._first else self.up.add_(share)
         if self.bias is not None:
-            self.bias += dz.sum(0, dtype=torch.float32)
+            self.bias += dz.wide.sum(0, dtype=torch.float32)
         self._first = False
 
     def finish(self) -> HeadGradient:
@@ -284,7 +246,10 @@ class InputGradients:
         self._total = HeadGradient(head, want_weight, want_bias, want_up)
 
     def add(self, d: Tensor, h: Tensor, low: Tensor | None, index: Tensor) -> None:
-        """The share of the rows at `index`: h [n, H], low [n, r], gradient of logits d [n, V]."""
+        """The share of the rows at `index`: h [n, H], low [n, r], gradient of logits d [n, V].
+
+        `d` as the products take it, or in fp32.
+        """
         dz = self.head.operand(d)
         for out, product in ((self._hidden, self.head.d_hidden), (self._low, self.head.d_low)):
             if out is not None:
@@ -299,14 +264,3 @@ class InputGradients:
             x.hidden.new_empty(0) if d is None or like is None else d.to(like.dtype)
             for d, like in zip(grads, x, strict=True)
         )
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b; `out` is fp32 whatever the operands."""
-    if a.dtype != out.dtype:
-        if add:
-            return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
-    if add:
-        return out.addmm_(a, b)
-    return torch.mm(a, b, out=out)

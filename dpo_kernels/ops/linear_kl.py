@@ -27,23 +27,16 @@ from torch import Tensor
 from .. import backends
 from ..backends import torch as reference_backend
 from ..transform import LogitTransform
-from .linear_head import (
-    Head,
-    InputGradients,
-    LinearInputs,
-    Plan,
-    ceil,
-    count_scored,
-    scored_rows,
-)
+from .linear_head import Head, InputGradients, LinearInputs, count_scored, scored_rows
 from .linear_logps import (
     budget_of,
     choose_strategy,
     fake_gradients,
     plain_logits,
-    plan_of,
     scaled_rows,
 )
+from .plan import Plan, plan_of
+from .products import ceil
 from .token_kl import TokenKL
 from .token_logps import TokenLogps, _names, check_stats
 
@@ -90,9 +83,9 @@ def linear_kl(
     return TokenKL(tokens, ref_logps, kl)
 
 
-def _plan(strategy, budget, count, weight, low, ref_weight, invariant) -> Plan:
+def _plan(strategy, budget, count, weight, low, up, ref_weight, invariant) -> Plan:
     ref_H = ref_weight.shape[1]
-    return plan_of(strategy, budget, count, weight, low, invariant, ref_H, joint=True)
+    return plan_of(strategy, budget, count, weight, low, up, invariant, ref_H, joint=True)
 
 
 class _Heads:
@@ -143,7 +136,7 @@ def _linear_kl(
     impl = backends.load(backend)
     transform, names = LogitTransform(scale, softcap, inv_temperature), _names(stats)
     labels = targets.reshape(-1)
-    plan = _plan(strategy, memory_budget, count, weight, low, ref_weight, invariant)
+    plan = _plan(strategy, memory_budget, count, weight, low, up, ref_weight, invariant)
     index = scored_rows(targets, ignore_index, count)
     heads = _Heads(
         plan, LinearInputs(hidden, weight, bias, low, up),
@@ -169,12 +162,15 @@ def _linear_kl(
         if strategy == "frozen":
             g = ones[None, :n]
             # Over the reference's logits, then over the policy's: neither is needed any more.
-            impl.token_kl_backward(
-                torch.zeros_like(g), g, z[None], r[None], y, lse, ref_lse, ignore_index, transform,
-                r[None],
-            )  # fmt: skip
-            impl.token_logps_backward(g, z[None], y, lse, ignore_index, transform, z[None])
-            for i, d in enumerate((z, r)):
+            for i in (1, 0):
+                d = heads.head.gradient(r if i else z, impl)
+                if i:
+                    impl.token_kl_backward(
+                        torch.zeros_like(g), g, z[None], r[None], y, lse, ref_lse, ignore_index,
+                        transform, d[None],
+                    )  # fmt: skip
+                else:
+                    impl.token_logps_backward(g, z[None], y, lse, ignore_index, transform, d[None])
                 dz = heads.head.operand(d)
                 if stashes[0].numel():
                     stashes[0][i, done : done + n] = heads.head.d_hidden(dz)
@@ -271,7 +267,7 @@ def _linear_kl_backward(
     impl = backends.load(backend)
     transform = LogitTransform(scale, softcap, inv_temperature)
     rows = [x.reshape(-1) for x in (grad_logps, grad_kl, targets, lse, ref_lse)]
-    plan = _plan("recompute", memory_budget, count, weight, low, ref_weight, invariant)
+    plan = _plan("recompute", memory_budget, count, weight, low, up, ref_weight, invariant)
     index = scored_rows(targets, ignore_index, count)
     policy = LinearInputs(hidden, weight, bias, low, up)
     heads = _Heads(plan, policy, LinearInputs(ref_hidden, ref_weight, ref_bias), index.shape[0])
@@ -279,11 +275,12 @@ def _linear_kl_backward(
     for part in index.split(plan.chunk):
         z, r, h, x = heads.project(part)
         g_logps, g_kl, y, row_lse, row_ref_lse = (v[part][None] for v in rows)
+        d = heads.head.gradient(z, impl)
         impl.token_kl_backward(
             g_logps, g_kl, z[None], r[None], y, row_lse, row_ref_lse, ignore_index, transform,
-            z[None],
+            d[None],
         )  # fmt: skip
-        gradients.add(z, h, x, part)
+        gradients.add(d, h, x, part)
     return gradients.finish()
 
 

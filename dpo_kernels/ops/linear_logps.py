@@ -27,17 +27,9 @@ from .. import backends
 from ..backends import torch as reference
 from ..transform import LogitTransform
 from . import checks
-from .linear_head import (
-    DEFAULT_BUDGET,
-    Head,
-    InputGradients,
-    LinearInputs,
-    Plan,
-    ceil,
-    count_scored,
-    narrow_products,
-    scored_rows,
-)
+from .linear_head import Head, InputGradients, LinearInputs, count_scored, scored_rows
+from .plan import DEFAULT, Plan, plan_of
+from .products import ceil
 from .token_logps import TokenLogps, _names, check_stats
 
 STRATEGIES = ("score", "frozen", "recompute")
@@ -145,7 +137,7 @@ def check_head(
 
 def budget_of(memory_budget: int | None) -> int:
     if memory_budget is None:
-        return DEFAULT_BUDGET
+        return DEFAULT
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
         raise TypeError(
             f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}"
@@ -187,27 +179,6 @@ def choose_strategy(
     return wish
 
 
-def plan_of(
-    strategy: str,
-    budget: int,
-    rows: int,
-    weight: Tensor,
-    low: Tensor | None,
-    invariant: bool,
-    ref_H: int = 0,
-    joint: bool = False,
-) -> Plan:
-    """The plan of a strategy; `rows` bounds the scored rows and must not depend on values."""
-    V, H = weight.shape
-    return Plan.of(
-        budget, rows, V, H, weight.dtype,
-        widen=not narrow_products(weight.device, weight.dtype),
-        low_rank=0 if low is None else low.shape[-1], keep=strategy == "recompute" and not joint,
-        stash={"streaming": 1, "frozen": 1 + joint}.get(strategy, 0), ref_H=ref_H, joint=joint,
-        invariant=invariant,
-    )  # fmt: skip
-
-
 @torch.library.custom_op("dpo_kernels::linear_logps", mutates_args=())
 def _linear_logps(
     hidden: Tensor,
@@ -232,7 +203,7 @@ def _linear_logps(
     transform, names = LogitTransform(scale, softcap, inv_temperature), _names(stats)
     labels = targets.reshape(-1)
     rows = labels.shape[0]
-    plan = plan_of(chunks_of, memory_budget, count, weight, low, invariant)
+    plan = plan_of(chunks_of, memory_budget, count, weight, low, up, invariant)
     head = Head(plan, weight, bias, up)
     logps = hidden.new_zeros(rows, dtype=torch.float32)
     lse = hidden.new_zeros(rows, dtype=torch.float64)
@@ -260,10 +231,11 @@ def _linear_logps(
         done += n
         if strategy != "frozen":
             continue
+        d = head.gradient(z, impl)
         impl.token_logps_backward(
-            ones[None, :n], z[None], y, result[1], ignore_index, transform, z[None]
+            ones[None, :n], z[None], y, result[1], ignore_index, transform, d[None]
         )
-        dz = head.operand(z)
+        dz = head.operand(d)
         if d_hidden.numel():
             d_hidden[done - n : done] = head.d_hidden(dz)
         if d_low.numel():
@@ -299,7 +271,7 @@ def _(
     logps = hidden.new_empty(targets.shape, dtype=torch.float32)
     lse = hidden.new_empty(targets.shape, dtype=torch.float64)
     table = hidden.new_empty((len(_names(stats)), *targets.shape), dtype=torch.float32)
-    plan = plan_of(chunks_of, budget, count, weight, low, invariant)
+    plan = plan_of(chunks_of, budget, count, weight, low, up, invariant)
     return logps, lse, table, *_new_saved(strategy, plan, count, hidden, low)
 
 
@@ -397,7 +369,7 @@ def _linear_logps_backward(
     impl = backends.load(backend)
     transform = LogitTransform(scale, softcap, inv_temperature)
     labels, grad, lse = targets.reshape(-1), grad.reshape(-1), lse.reshape(-1)
-    plan = plan_of(chunks_of, memory_budget, count, weight, low, invariant)
+    plan = plan_of(chunks_of, memory_budget, count, weight, low, up, invariant)
     head = Head(plan, weight, bias, up)
     gradients = InputGradients(head, LinearInputs(hidden, weight, bias, low, up), wanted)
     index = scored_rows(targets, ignore_index, count)
@@ -413,7 +385,7 @@ def _linear_logps_backward(
         else:
             head.project(h, x, z)
         done += n
-        z, out = z[:n], out[:n]
+        z, out = z[:n], head.gradient(out[:n], impl)
         impl.token_logps_backward(
             grad[part][None], z[None], labels[part][None], lse[part][None], ignore_index,
             transform, out[None],

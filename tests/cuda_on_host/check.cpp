@@ -157,23 +157,27 @@ void check_rows(const Case& c, std::mt19937& random) {
     expect(close(squares[row], t.squares, 2e-5), c, "squares", squares[row], t.squares);
   }
 
-  // Backward, out of place (another alignment too) and in place.
+  // Backward, out of place (another alignment too), in place, and of fp32 logits into a narrower
+  // gradient.
   std::vector<float> grad(rows);
   for (float& g : grad) g = normal(random);
   grad[0] = 0;
   kept.memory = x.memory;
-  for (int place = 0; place < 3; ++place) {
+  for (int place = 0; place < (c.dtype == DType::f32 ? 5 : 3); ++place) {
     Case other = c;
     other.shift = place == 1 ? c.shift + 1 : 0;
     other.gap = place == 1 ? c.gap + 3 : c.gap;
-    Logits fresh(place < 2 ? other : c);
-    Logits& out = place < 2 ? fresh : x;
-    TokenLogpsBackward b{grad.data(), x.data(), x.stride_r, x.stride_t, targets.data(), lse.data(),
-                         c.R, c.T, c.V, IGNORE, c.dtype, c.transform, out.data(), out.stride_r,
-                         out.stride_t};
+    if (place >= 3) other.dtype = place == 3 ? DType::bf16 : DType::f16;
+    Logits fresh(other);
+    Logits& in = place < 3 ? x : kept;
+    Logits& out = place == 2 ? x : fresh;
+    TokenLogpsBackward b{grad.data(), in.data(), in.stride_r, in.stride_t, targets.data(),
+                         lse.data(), c.R, c.T, c.V, IGNORE, c.dtype, c.transform, out.data(),
+                         out.stride_r, out.stride_t, other.dtype};
     const char* error = cuda::token_logps_backward(b, nullptr, stream);
     expect(!error, c, error ? error : "", 0, 0);
-    const double unit = c.dtype == DType::bf16 ? 1.0 / 256 : c.dtype == DType::f16 ? 1.0 / 2048 : 0;
+    const double unit =
+        other.dtype == DType::bf16 ? 1.0 / 256 : other.dtype == DType::f16 ? 1.0 / 2048 : 0;
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t v = 0; v < c.V; ++v) {
         const int64_t y = targets[row];
@@ -253,7 +257,7 @@ void check_batch(const Case& c, std::mt19937& random) {
     Logits out(flat);
     TokenLogpsBackward b{nullptr, x.data(), x.stride_r, x.stride_t, targets.data(), lse.data(),
                          flat.R, flat.T, c.V, IGNORE, c.dtype, c.transform, out.data(),
-                         out.stride_r, out.stride_t};
+                         out.stride_r, out.stride_t, c.dtype};
     const char* error = cuda::token_logps_backward(b, &g, stream);
     expect(!error, c, error ? error : "", 0, 0);
     for (int64_t s = 0; s < 2 * B; ++s)

@@ -6,8 +6,10 @@ from .token_kl import token_kl, token_kl_backward
 from .token_logps import token_logps, token_logps_backward
 
 name = "triton"
+ROUNDS = True  # whether a backward may write a gradient narrower than its logits
 
 __all__ = [
+    "ROUNDS",
     "name",
     "pair_loss_forward",
     "sequence_sum",

@@ -142,8 +142,12 @@ def _kernel(
 
 @functools.lru_cache(maxsize=256)
 def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """The terms as fp64 on the device, copied once: a launch's scalars are fp32."""
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+    """The terms as fp64 on the device, copied once: a launch's scalars are fp32.
+
+    From pinned memory, which torch keeps until the copy is done: the host does not wait.
+    """
+    host = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def pair_loss_forward(
