@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,43 @@ def readme_tables(folder: Path) -> str:
         parts.append(_readme_table(run["rows"]))
     parts += [_script_table(file) for file in sorted(folder.glob("*-trl-script.json"))]
     return "\n\n".join(parts)
+
+
+BF16_HEAD = "cpu-linear-head-bf16.json"
+BF16_HEAD_COMMAND = (
+    'dpo-kernels bench --set full --case "SmolLM2-135M bf16 1024 tokens in 2 pairs, 50% scored" '
+    f"--json benchmarks/results/{BF16_HEAD}"
+)
+
+
+def bf16_head(folder: Path) -> str:
+    """For "Where peers win": ours and who is faster on a bf16 head, with both errors, from the
+    results file; how to record it where there is none."""
+    file = folder / BF16_HEAD
+    if not file.is_file():
+        return f"- Linear head in bf16: no results file yet. `{BF16_HEAD_COMMAND}` records it."
+    run = results.read(file)
+    lines = [
+        f"- Linear head in bf16 ({run['device']}, {run['threads']} threads, {run['date'][:10]}, "
+        f"`results/{BF16_HEAD}`): we widen the weight to fp32, whatever the processor has; torch "
+        "and the peers multiply in bf16, with AVX512-BF16 or AMX where it has them, and their "
+        "log-probs carry its rounding. Ours, and what is faster:",
+        "",
+        "  | case | provider | time | error of the loss or log-prob | of the gradient |",
+        "  |---|---|---|---|---|",
+    ]
+    for case, group in results.by_case(run["rows"]).items():
+        ours = results.best_of_ours(group)
+        if ours is None:
+            continue
+        ahead = [r for r in group if not r["ours"] and r.get("seconds", math.inf) < ours["seconds"]]
+        for row in [ours, *sorted(ahead, key=lambda r: r["seconds"])]:
+            gradient = row["gradient error"]
+            lines.append(
+                f"  | {case} | {row['provider']} | {row['seconds'] * 1e3:.3g} ms | "
+                f"{row['error']:.0e} | {'-' if gradient is None else f'{gradient:.0e}'} |"
+            )
+    return "\n".join(lines)
 
 
 def _script_table(file: Path) -> str:
