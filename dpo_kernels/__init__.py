@@ -6,24 +6,25 @@ The log-probs come straight from logits (`fused_dpo_loss`) or from hidden states
 weight (`fused_linear_dpo_loss`); the softmax is never materialised. See README.md.
 """
 
-from .requirements import torch_problem as _torch_problem
+import contextlib as _contextlib
+import importlib as _importlib
+import sys as _sys
+from typing import TYPE_CHECKING
+
 from .version import __version__
 
-if (_problem := _torch_problem()) is None:
+if TYPE_CHECKING:
     from . import backends, losses, memory
-    from .dpo import fused_dpo_loss, preference_loss, sequence_logps
-    from .linear import fused_linear_dpo_loss, linear_sequence_logps
-    from .modules import FusedDPOLoss, FusedLinearDPOLoss
-    from .pairs import DPOOutput
-else:
-    # Without torch only the version and `dpo-kernels doctor` are of use: any other name raises.
-    # Not a plain `def`: for type checkers it would make every name of the package exist.
-    def _raise(name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ImportError(f"dpo_kernels.{name} needs torch; {_problem}") from _problem
-
-    globals()["__getattr__"] = _raise
+    from .front import (
+        DPOOutput,
+        FusedDPOLoss,
+        FusedLinearDPOLoss,
+        fused_dpo_loss,
+        fused_linear_dpo_loss,
+        linear_sequence_logps,
+        preference_loss,
+        sequence_logps,
+    )
 
 __all__ = [
     "DPOOutput",
@@ -39,3 +40,35 @@ __all__ = [
     "preference_loss",
     "sequence_logps",
 ]
+_MODULES = ("backends", "losses", "memory")
+
+
+def _load(name: str) -> object:
+    """A public name or a module of the package, when it is first asked for."""
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in __all__:
+        from .requirements import torch_problem
+
+        if problem := torch_problem():
+            raise ImportError(f"dpo_kernels.{name} needs torch; {problem}") from problem
+        if name not in _MODULES:
+            front = _importlib.import_module(".front", __name__)
+            globals().update({public: getattr(front, public) for public in front.__all__})
+            return globals()[name]
+    try:
+        return _importlib.import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+# `dpo-kernels --version`, or a mistake in its options, must not wait for torch: where the process
+# has not imported it, the names come when they are asked for. Not a plain `def __getattr__`: for
+# type checkers it would make every name of the package exist.
+globals()["__getattr__"] = _load
+if "torch" in _sys.modules:
+    with _contextlib.suppress(ImportError):  # of a torch that cannot be used: each name says so
+        for _name in (*_MODULES, "DPOOutput"):
+            _load(_name)

@@ -1,52 +1,121 @@
 """The command line: `dpo-kernels train | data check | bench | report | doctor`.
 
 Options carry TRL's names and may be written with underscores or dashes. A mistake of the user's
-ends with one line and exit code 2; training that breaks off (a loss that is not finite) with 1.
+ends with one line and exit code 2; training that breaks off (a loss that is not finite) with 1;
+a signal with 130 or 143. What was trained by then is saved.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from .requirements import torch_problem
-from .train.config import ALIASES, DPOTrainConfig, UserError, read_config_file
+from .train import trl_options
+from .train.config import (
+    ALIASES,
+    DPOTrainConfig,
+    UserError,
+    load_config,
+    nearest,
+    read_config_file,
+)
+from .train.console import silence
 from .version import __version__
 
 USER_ERROR = 2
+READER_GONE = 141  # what a shell shows for a program whose output nobody reads any more
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    parser = _parser()
-    args = parser.parse_args(_underscored(sys.argv[1:] if argv is None else argv))
-    if not hasattr(args, "run"):
-        parser.print_help()
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except SystemExit:  # of --help and --version
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            raise
+    except UserError as error:
+        print(f"dpo-kernels: error: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt as error:
+        print("dpo-kernels: interrupted", file=sys.stderr)
+        return getattr(error, "code", 130)
+    except BrokenPipeError:  # whoever read the output has left
+        pass
+    silence(sys.stdout)
+    return READER_GONE
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser = _parser()
+    args, rest = parser.parse_known_args(_underscored(argv))
+    if not hasattr(args, "run"):
+        if rest:
+            raise UserError(f"unrecognized arguments: {' '.join(rest)}")
+        parser.print_help(sys.stderr)
+        return USER_ERROR
+    command = vars(args).pop("command", parser)
+    for name, value in _others(rest, command, args.run is _train).items():
+        setattr(args, name, value)
     if args.run is _doctor:  # works without torch: that is when it is needed most
         return _doctor(args)
     if problem := torch_problem():
-        print(f"dpo-kernels: error: {problem}", file=sys.stderr)
-        return USER_ERROR
+        raise UserError(str(problem))
     from .data import DataError
     from .train.optim import TrainingError
 
     try:
         return args.run(args)
-    except (UserError, DataError) as error:
-        print(f"dpo-kernels: error: {error}", file=sys.stderr)
-        return USER_ERROR
+    except DataError as error:
+        raise UserError(str(error)) from None
     except TrainingError as error:
         print(f"dpo-kernels: training stopped: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("dpo-kernels: interrupted", file=sys.stderr)
-        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, but a mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
+def _others(rest: list[str], command: argparse.ArgumentParser, train: bool) -> dict[str, Any]:
+    """Options of TRL's among the arguments that argparse does not know; the rest is a mistake."""
+    found: dict[str, Any] = {}
+    values: list[str] | None = None
+    for arg in rest:
+        name, equals, value = arg[2:].partition("=")
+        if not arg.startswith("--"):
+            if values is None:
+                raise UserError(f"unrecognized arguments: {arg}")
+            values.append(arg)
+        elif train and name in trl_options.NAMES:
+            found[name] = values = [value] if equals else []
+        else:
+            known = [o[2:] for o in command._option_string_actions if o.startswith("--")]
+            raise UserError(f"unknown option --{name}{nearest(name, known, '--')}")
+    return {name: _literal(values) for name, values in found.items()}
+
+
+def _literal(texts: list[str]) -> Any:
+    """The value of an option whose type argparse is not told: JSON where it reads as such."""
+    values: list[Any] = []
+    for text in texts:
+        try:
+            values.append(json.loads(text.lower() if text in ("True", "False") else text))
+        except ValueError:
+            values.append(None if text in ("None", "none", "null") else text)
+    return True if not values else values[0] if len(values) == 1 else values
 
 
 def _underscored(argv: Sequence[str]) -> list[str]:
@@ -61,7 +130,7 @@ def _underscored(argv: Sequence[str]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dpo-kernels",
         description="Train language models on preference pairs with fused DPO kernels.",
     )
@@ -80,22 +149,33 @@ def _parser() -> argparse.ArgumentParser:
                        help="JSON or YAML file of these options; the command line overrides it"
                        )  # fmt: skip
     _add_options(train)
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, command=train)
 
     data = commands.add_parser("data", help="look at preference data")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     check = actions.add_parser(
-        "check", help="report the bad rows of a JSONL file",
-        description="Read a JSONL file of preference pairs; report each row that training would "
-        "leave out, and a summary. Exit code 1 if there is any.",
+        "check", help="report the bad rows of a file",
+        description="Read a file of preference pairs (JSONL, a JSON list or CSV, also packed; - is "
+        "standard input); report the rows that training would leave out, and a summary. Exit code "
+        "1 if there is any.",
     )  # fmt: skip
     check.add_argument("file", metavar="FILE")
     check.add_argument("--model_name_or_path", metavar="MODEL", help="tokenise as well, with this "
                        "model's tokenizer: finds pairs that max_length makes useless")  # fmt: skip
     check.add_argument("--gguf_file", metavar="FILE", help="GGUF file with the tokenizer")
     check.add_argument("--chat_template", metavar="FILE", help="Jinja chat template")
-    check.add_argument("--max_length", type=int, default=1024, help="default: %(default)s")
-    check.set_defaults(run=_data_check)
+    check.add_argument(
+        "--max_length",
+        default=1024,
+        help="default: %(default)s",
+        **_argument(get_type_hints(DPOTrainConfig)["max_length"], None),
+    )
+    check.add_argument(
+        "--left_out",
+        metavar="FILE",
+        help="write every row that is left out there, as JSONL (of each kind 20 are printed)",
+    )
+    check.set_defaults(run=_data_check, command=check)
 
     bench = commands.add_parser(
         "bench", help="throughput and memory beside the peers that are installed",
@@ -109,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="providers with this in their name")  # fmt: skip
     bench.add_argument("--json", metavar="FILE", help="write the results file")
     bench.add_argument("--commit", help="of the sources, where this is no git checkout")
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(run=_bench, command=bench)
 
     report = commands.add_parser(
         "report", help="a page and charts of benchmark results",
@@ -117,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     report.add_argument("path", metavar="PATH", help="a results file or a folder of them")
     report.add_argument("--output_dir", metavar="FOLDER", help="default: report/ beside PATH")
-    report.set_defaults(run=_report)
+    report.set_defaults(run=_report, command=report)
 
     doctor = commands.add_parser(
         "doctor", help="what is installed, which backends run here, and a self-test",
@@ -126,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         "default backend against float64. Exit code 0 only if that passes.",
     )  # fmt: skip
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_doctor, command=doctor)
     return parser
 
 
@@ -185,46 +265,80 @@ def _train(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if k not in ("run", "config")}
     from_file = read_config_file(args.config) if hasattr(args, "config") else {}
     from_file = {ALIASES.get(key, key): value for key, value in from_file.items()}
-    run_job({**from_file, **given}, Console())
+    console = Console()
+    with console.signals():
+        run_job({**from_file, **given}, console)
     return 0
 
 
 def _data_check(args: argparse.Namespace) -> int:
-    from .data import LeftOut, read_pairs, tokenize_pairs
+    from .data import LeftOut, NoUsableRow, read_pairs, tokenize_pairs
+    from .train.console import Console
     from .train.model import load_tokenizer
+    from .train.start import find_model, model_limits
 
-    left_out = LeftOut(report=print)
-    pairs = read_pairs(args.file, left_out)
-    usable = len(pairs)
+    load_config({"max_length": args.max_length})
+    console = Console()
+    say = console.say
+    left_out = LeftOut(report=say)
+    tokenizer = limits = None
     if args.model_name_or_path:
-        tokenizer = load_tokenizer(args.model_name_or_path, args.gguf_file, args.chat_template)
-        tokens = tokenize_pairs(pairs, tokenizer, args.max_length, left_out)
-        usable = len(tokens)
-        lengths = sorted(len(s.ids) for p in tokens for s in p.sequences)
-        if lengths:
-            print(f"tokens of a sequence: median {lengths[len(lengths) // 2]}, "
-                  f"longest {lengths[-1]}")  # fmt: skip
-    chats = sum(p.conversational for p in pairs)
-    print(f"{usable} usable pairs ({chats} of {len(pairs)} read are conversational)")
-    print(left_out.summary())
-    return 1 if left_out.problems else 0
+        name = find_model(args.model_name_or_path)
+        tokenizer = load_tokenizer(name, args.gguf_file, args.chat_template)
+        limits = model_limits(name, args.gguf_file, say)
+    usable = chats = read = 0
+    with contextlib.suppress(NoUsableRow):
+        pairs = read_pairs(args.file, left_out)
+        usable, read, chats = len(pairs), len(pairs), sum(p.conversational for p in pairs)
+        if tokenizer is not None:
+            tokens = tokenize_pairs(
+                pairs, tokenizer, args.max_length, left_out, say, limits, console.progress
+            )
+            usable = len(tokens)
+            lengths = sorted(len(s.ids) for p in tokens for s in p.sequences)
+            if lengths:
+                say(
+                    f"tokens of a sequence: median {lengths[len(lengths) // 2]}, "
+                    f"longest {lengths[-1]}"
+                )
+    say(f"{usable} usable pairs ({chats} of {read} read are conversational)")
+    for remark in left_out.remarks():
+        say(remark)
+    say(left_out.summary())
+    if len(left_out.problems) > len(left_out.shown()) and not args.left_out:
+        say("--left_out FILE writes each of them")
+    if args.left_out:
+        try:
+            left_out.write(Path(args.left_out))
+        except OSError as error:
+            raise UserError(f"--left_out: {args.left_out}: {error.strerror}") from None
+    return 1 if left_out.problems or not usable else 0
 
 
 def _bench(args: argparse.Namespace) -> int:
     from .bench import results
+    from .bench.cases import SUITES
     from .bench.run import run_set
 
     meta = results.describe(args.commit)
     rows: list[dict[str, Any]] = []
-    chosen = run_set(args.set, args.case, args.provider,
-                     report=lambda line: print(f"  measuring {line}", file=sys.stderr, flush=True)
-                     )  # fmt: skip
-    for row in chosen:
+    begun: list[str] = []
+
+    def report(line: str) -> None:
+        begun.append(line)
+        print(f"  measuring {line}", file=sys.stderr, flush=True)
+
+    for row in run_set(args.set, args.case, args.provider, report=report):
         rows.append(row)
         if args.json:  # after every row: an interrupted run keeps what it has
             results.write(Path(args.json), meta, rows)
+    if not begun:
+        raise UserError(
+            f"set {args.set}: no case has {args.case!r} in its name; names begin with "
+            f"one of: {', '.join(SUITES)}"
+        )
     if not rows:
-        raise UserError(f"no case has {args.case!r} and {args.provider!r} in its names")
+        raise UserError(f"no provider of these cases has {args.provider!r} in its name")
     print(results.text(meta, rows))
     wrong = [row for row in rows if row["ours"] and row["note"].startswith("wrong")]
     return 1 if wrong else 0

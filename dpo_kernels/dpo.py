@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import arguments, checks, ops
 from . import losses as _losses
-from . import ops
 from .backends import choose
-from .layout import Layout
-from .ops import TokenLogps, checks
+from .layout import Layout, Scored
+from .ops import TokenLogps
 from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
 from .tokens import TokenLoss, last_size, op_of, reduce, wide_dtype
 from .transform import LogitTransform
@@ -30,6 +30,7 @@ def fused_dpo_loss(
     ref_logits: Tensor | None = None,
     *,
     ref_logps: Tensor | None = None,
+    ref_logps_per_token: bool | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = True,
     ignore_index: int = -100,
@@ -57,13 +58,16 @@ def fused_dpo_loss(
             `reference_free=True`; losses without a reference (`simpo`, `orpo`, `cpo`, `alphapo`,
             `slic`) ignore it. `tdpo1` and `tdpo2` compare whole distributions: they need
             `ref_logits`, which are read beside `logits` in one pass.
+        ref_logps_per_token: which of the two `ref_logps` is; None: its shape says. It does not for
+            packed input of as many rows as sequences, which is refused with None.
         cu_seqlens: [2B + 1] int32 or int64 boundaries, for packed input.
         shift: `logits[:, t]` scores `labels[:, t + 1]` (True, Hugging Face) or `labels[:, t]`.
         drop_common_prefix: leave out the tokens that the two completions of a pair share at their
-            start (same prompt, same tokens: the same distribution twice). Loss, gradients and
-            margins stay as they are, since those tokens cancel in the difference of the
-            log-ratios; the log-probs and rewards returned are without them. `ValueError` for a
-            loss or option in which they do not cancel.
+            start (same prompt, same tokens: the same distribution twice; a pair whose first logits
+            or states show that the prompts differ stays whole). Loss, gradients and margins stay
+            as they are, since those tokens cancel in the difference of the log-ratios; the
+            log-probs and rewards returned are without them. `ValueError` for a loss or option in
+            which they do not cancel.
         inplace: the backward writes the gradient over `logits` (no [2B, T, V] allocation). Another
             consumer of `logits` that runs its backward later raises. Under torch.compile, which
             owns the buffers, it is ignored.
@@ -78,10 +82,18 @@ def fused_dpo_loss(
     Raises:
         ValueError, TypeError: a wrong argument, named, before any kernel runs.
     """
+    arguments.check(
+        shift=shift,
+        ignore_index=ignore_index,
+        drop_common_prefix=drop_common_prefix,
+        inplace=inplace,
+        ref_logps_per_token=ref_logps_per_token,
+        backend=backend,
+    )
     options, rows = _losses.resolve(loss_options)
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = last_size("logits", logits)
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    V, of = last_size("logits", logits), Scored("logits", logits, "V")
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
 
     def score(x: Tensor, name: str, stats: tuple[str, ...], inplace: bool) -> TokenLogps:
         return ops.token_logps(
@@ -90,13 +102,13 @@ def fused_dpo_loss(
         )  # fmt: skip
 
     name = choose(backend, logits.device, checks.floating("logits", logits).dtype, op_of(rows))
-    run = TokenLoss(layout, options, rows, name, wide_dtype(logits))
+    run = TokenLoss(layout, options, rows, name, wide_dtype(logits), ref_logps_per_token)
     if ref_logits is not None:
         layout.rows("ref_logits", ref_logits, "V")
         checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
     run.check(ref_logits is not None, "ref_logits", ref_logps)
     if drop_common_prefix:
-        run = run.without_common_prefix(ref_logps)
+        run = run.without_common_prefix(ref_logps, layout.rows("logits", logits, "V"))
         layout = run.layout
     if run.needs_kl:
         assert ref_logits is not None
@@ -146,9 +158,17 @@ def sequence_logps(
         The log-probs (fp32; fp64 for fp64 logits), or with stats (log-probs, {name: tensor}), each
         in the shape of reduction="none".
     """
+    arguments.check(
+        shift=shift,
+        ignore_index=ignore_index,
+        inplace=inplace,
+        reduction=reduction,
+        stats=stats,
+        backend=backend,
+    )
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = last_size("logits", logits)
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    V, of = last_size("logits", logits), Scored("logits", logits, "V")
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
     tokens = ops.token_logps(
         layout.rows("logits", logits, "V"), layout.targets, ignore_index=ignore_index,
         transform=transform, stats=ops.check_stats(stats), inplace=inplace, backend=backend,
@@ -180,6 +200,7 @@ def preference_loss(
     Raises:
         ValueError, TypeError: a wrong argument, named.
     """
+    arguments.check(backend=backend)
     options, rows = _losses.resolve(loss_options)
     by_token = {"ld_alpha": options.ld_alpha is not None, "use_weighting": options.use_weighting}
     for option, wanted in by_token.items():
@@ -203,7 +224,9 @@ def preference_loss(
         if value is None and name not in ("chosen_logps", "rejected_logps"):
             continue
         tensor = checks.is_tensor(name, value)
-        if "lengths" not in name:
+        if "lengths" in name:
+            checks.counts(name, tensor)
+        else:
             checks.floating(name, tensor)
         checks.shape(name, tensor, shape, "that of chosen_logps")
         checks.same_device(name, tensor, "chosen_logps", chosen_logps)

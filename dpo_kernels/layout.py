@@ -8,11 +8,31 @@ row t scores the label of position t + 1 of the same sequence; a sequence's last
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .ops import checks
+from . import checks
+
+# How far two states of one context may be apart, of their largest element.
+SAME_CONTEXT = 0.25
+
+
+class Scored(NamedTuple):
+    """What labels are of: an argument [S, T, last], or packed [N, last]."""
+
+    name: str
+    rows: Tensor
+    last: str
+
+
+def _check_rows(name: str, tensor: Tensor, lead: torch.Size, last: str) -> None:
+    if tensor.dim() != len(lead) + 1 or tensor.shape[:-1] != lead:
+        raise ValueError(
+            f"{name} must have shape [{', '.join(map(str, lead))}, {last}] "
+            f"(labels give the leading sizes), got {list(tensor.shape)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,7 @@ class Layout:
         shift: bool,
         ignore_index: int,
         V: int,
+        scored: Scored | None = None,
     ) -> Layout:
         """From the public arguments, checked: labels [S, T], or [N] with cu_seqlens [S + 1]."""
         labels = checks.integer("labels", labels)
@@ -41,6 +62,9 @@ class Layout:
         if labels.dim() != (1 if packed else 2):
             wanted = "[N] with cu_seqlens" if packed else "[rows, T] (or [N] with cu_seqlens=)"
             raise ValueError(f"labels must have shape {wanted}, got {list(labels.shape)}")
+        # Shapes before values: labels of other logits are often out of their range too.
+        if scored is not None:
+            _check_rows(scored.name, scored.rows, labels.shape, scored.last)
         checks.labels_in_range(labels, V, ignore_index)
         if not packed:
             targets = labels
@@ -67,13 +91,9 @@ class Layout:
     def rows(self, name: str, value: object, last: str) -> Tensor:
         """`value` [S, T, last] or packed [N, last] as [R, T, last], without a copy."""
         tensor = checks.floating(name, value)
-        lead = self.targets.shape[1:] if self.packed else self.targets.shape
-        if tensor.dim() != len(lead) + 1 or tensor.shape[:-1] != lead:
-            raise ValueError(
-                f"{name} must have shape [{', '.join(map(str, lead))}, {last}] "
-                "(labels give the leading sizes), "
-                f"got {list(tensor.shape)}"
-            )
+        _check_rows(
+            name, tensor, self.targets.shape[1:] if self.packed else self.targets.shape, last
+        )
         checks.same_device(name, tensor, "labels", self.targets)
         return tensor.unsqueeze(0) if self.packed else tensor
 
@@ -122,11 +142,14 @@ class Layout:
         before = torch.nn.functional.pad(scored[0].cumsum(0), (1, 0))
         return before[self.cu_seqlens.to(torch.int64)].diff()
 
-    def without_common_prefix(self) -> Layout:
+    def without_common_prefix(self, states: Tensor | None = None) -> Layout:
         """Pairs (sequences i and i + S/2) without the targets that both start with.
 
         Two rows see the same context only while every row before them was scored and alike: a hole
-        between scored rows (a tool's output, say) ends the common start.
+        between scored rows (a tool's output, say) ends the common start. What is not scored, the
+        prompt, cannot be seen in labels: `states` [R, T, D], hidden states or logits, tell whether
+        the first row of both saw the same. Rounding moves a state by a few per cent at most (a
+        batch's shape, bf16), another prompt by its own size.
         """
         flat = self.targets.reshape(-1)
         scored = flat != self.ignore_index
@@ -142,6 +165,13 @@ class Layout:
         gap = order - order[before[sequence].clamp(max=max(flat.shape[0] - 1, 0))] != rank
         # A gap in the partner ends the run as well: seen from its own side, at the same rank.
         gap = gap | gap[(before[other] + rank).clamp(max=max(flat.shape[0] - 1, 0))]
+        if states is not None and flat.shape[0]:
+            first = order[before.clamp(max=flat.shape[0] - 1)]  # [S] its first scored row
+            T = self.targets.shape[1]
+            mine = states.detach()[first // T, first % T].float()
+            theirs = mine.roll(S // 2, 0)
+            size = torch.maximum(mine.abs(), theirs.abs()).amax(-1)
+            gap = gap | ((mine - theirs).abs().amax(-1) > SAME_CONTEXT * size)[sequence]
         differs = gap | (rank >= counts[other]) | (flat[order] != flat[partner])
         seen = differs.to(torch.int64).cumsum(0)
         start = torch.nn.functional.pad(seen, (1, 0))[before[sequence]]
@@ -160,7 +190,7 @@ class Layout:
     def from_per_token(self, name: str, values: Tensor) -> Tensor:
         """The inverse of `per_token`: [R, T]."""
         expected = tuple(self.per_token(self.targets).shape)
-        checks.shape(name, values, expected, "sequence sums or one value per token")
+        checks.shape(name, values, expected, "one value a token")
         if self.packed:
             return values.unsqueeze(0)
         return torch.nn.functional.pad(values, (0, 1)) if self.shift else values

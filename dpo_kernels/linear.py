@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import arguments, checks, ops
 from . import losses as _losses
-from . import ops
 from .backends import choose
-from .layout import Layout
-from .ops import LinearInputs, TokenLogps, checks
+from .layout import Layout, Scored
+from .ops import LinearInputs, TokenLogps
 from .pairs import DPOOutput
 from .stream import Streaming, stream
 from .tokens import TokenLoss, head_size, op_of, reduce, wide_dtype
@@ -52,6 +52,7 @@ def fused_linear_dpo_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    ref_logps_per_token: bool | None = None,
     memory_budget: int | None = None,
     batch_invariant: bool = False,
     strategy: str | None = None,
@@ -85,7 +86,7 @@ def fused_linear_dpo_loss(
             drop_common_prefix they say nothing of the tokens that are left.
         ref_hidden: [2B, T, H'] reference hidden states, scored without gradient with `ref_weight`
             [V, H'] and `ref_bias`, or with `weight` and `bias` detached (and without `lora`); or
-        ref_logps: as `fused_dpo_loss`.
+        ref_logps, ref_logps_per_token: as `fused_dpo_loss`.
         memory_budget: bytes that may be held beside inputs and gradients (one fp32 [V, H]
             accumulator besides where a weight that is not fp32 wants a gradient). At least 16 rows
             of logits (of both models for `tdpo1` and `tdpo2`), and the fp32 gradient of the scored
@@ -107,29 +108,46 @@ def fused_linear_dpo_loss(
         ValueError, TypeError: a wrong argument, named, before any kernel runs.
         RuntimeError: a second backward through a result of "streaming".
     """
+    arguments.check(
+        shift=shift,
+        ignore_index=ignore_index,
+        drop_common_prefix=drop_common_prefix,
+        ref_logps_per_token=ref_logps_per_token,
+        memory_budget=memory_budget,
+        batch_invariant=batch_invariant,
+        strategy=strategy,
+        backend=backend,
+    )
     options, rows = _losses.resolve(loss_options)
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = head_size(weight)
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    V, of = head_size(hidden, weight), Scored("hidden", hidden, "H")
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
     layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
+    if ref_bias is not None and ref_weight is None:
+        raise ValueError("ref_bias needs ref_weight, got None")
     name = choose(backend, hidden.device, hidden.dtype, op_of(rows))
-    run = TokenLoss(layout, options, rows, name, wide_dtype(hidden))
+    run = TokenLoss(layout, options, rows, name, wide_dtype(hidden), ref_logps_per_token)
     run.check(ref_hidden is not None, "ref_hidden", ref_logps)
     if drop_common_prefix:
-        run = run.without_common_prefix(ref_logps)
+        run = run.without_common_prefix(ref_logps, layout.rows("hidden", hidden, "H"))
         layout = run.layout
     policy = _inputs("hidden", layout, hidden, weight, bias, lora)
     reference = None
     if ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias
+        rows_of_head = checks.floating("ref_weight", ref_weight).shape[:1]
+        if tuple(rows_of_head) != (V,):
+            raise ValueError(
+                f"ref_weight must have shape [V={V}, H'] (the policy's vocabulary), got "
+                f"{list(ref_weight.shape)}"
+            )
         reference = _inputs("ref_hidden", layout, ref_hidden, ref_weight, ref_bias).detached()
         ops.check_head(
             "ref_hidden", reference.hidden, reference.weight, reference.bias, layout.targets
         )
-        checks.shape("ref_weight", ref_weight[:, :0], (V, 0), "the policy's vocabulary")
     ops.check_head("hidden", policy.hidden, policy.weight, policy.bias, layout.targets)
     ops.budget_of(memory_budget)  # refused here, before any work
     if not run.uses_reference:
@@ -189,9 +207,18 @@ def linear_sequence_logps(
     `hidden` [sequences, T, H] or packed [N, H], `weight` [V, H], `bias` [V]; the rest as
     `sequence_logps` and `fused_linear_dpo_loss` (without "streaming", which needs a loss).
     """
+    arguments.check(
+        shift=shift,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        stats=stats,
+        memory_budget=memory_budget,
+        batch_invariant=batch_invariant,
+        backend=backend,
+    )
     transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
-    V = head_size(weight)
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V)
+    V, of = head_size(hidden, weight), Scored("hidden", hidden, "H")
+    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
     layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
     inputs = _inputs("hidden", layout, hidden, weight, bias, lora)
     tokens = ops.linear_logps(
@@ -213,12 +240,14 @@ def _inputs(
 ) -> LinearInputs:
     """The head's tensors as the ops take them, cast under autocast, the adapter's A scaled."""
     rows = layout.rows(name, hidden, "H")
+    checks.floating(name.replace("hidden", "weight"), weight)
+    if bias is not None:
+        checks.floating(name.replace("hidden", "bias"), bias)
     up = down = None
     if lora is not None:
         down, up, scaling = _check_lora(lora, weight, hidden)
-    device = rows.device.type
-    if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = ops.autocast_dtype(rows.device)
+    if dtype is not None and rows.dtype != torch.float64:
         cast = [None if x is None else x.to(dtype) for x in (rows, weight, bias, down, up)]
         rows, weight, bias, down, up = cast  # type: ignore[assignment]
     if down is not None:
@@ -237,9 +266,7 @@ def _check_lora(lora: object, weight: Tensor, hidden: Tensor) -> tuple[Tensor, T
     checks.shape("lora[1]", up, (V, r), "B, [V, r]")
     for i in (0, 1):
         checks.same_device(f"lora[{i}]", lora[i], "hidden", hidden)
-    if isinstance(lora[2], bool) or not isinstance(lora[2], (int, float)):
-        raise TypeError(f"lora[2] (scaling) must be a number, got {type(lora[2]).__name__}")
-    return down, up, float(lora[2])
+    return down, up, checks.number("lora[2] (scaling)", lora[2])
 
 
 def _streamable(
@@ -310,7 +337,7 @@ def _streamed(
         ref_logps = ref_logps.detach()
         if not run.uses_reference:
             ref_logps = None
-        elif tuple(ref_logps.shape) != (len(lengths),):
+        elif not run.is_sums(ref_logps):
             ref_logps = run.layout.from_per_token("ref_logps", ref_logps)
     plan = _stream_plan(run, lengths, policy, reference, budget, invariant)
     return stream(Streaming(run, reference, ref_logps, lengths, plan, transform), policy)

@@ -17,8 +17,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from . import checks
 
 # The scalar functions phi; the numbers are shared with csrc/phi.h.
 SOFTPLUS, SIGMOID, SQUARE, RELU, EXO, DISCOPOP, IDENTITY = range(7)
@@ -81,6 +85,10 @@ class LossOptions:
     rpo_alpha: float = 1.0
     tdpo_alpha: float = 0.5
 
+    def but(self, **changes: Any) -> LossOptions:
+        """These options with some changed. Not `replace`: dynamo of torch 2.6 cannot trace it."""
+        return LossOptions(**{name: getattr(self, name) for name in _DEFAULTS} | changes)
+
 
 Terms = tuple[Term, ...]
 
@@ -113,6 +121,15 @@ class Loss:
     kl_weight: str | float = 1.0
     kl_stops_chosen: bool = False
     options: tuple[str, ...] = ()
+
+    def own(self, o: LossOptions) -> LossOptions:
+        """The options as this loss alone takes them: in a list the others' mean nothing to it.
+
+        An f-divergence or an offset is refused for a list in which one loss does not take it, and
+        the other options are read by the loss alone whose they are.
+        """
+        foreign = self.smoothing is None and o.label_smoothing != 0
+        return o.but(label_smoothing=0.0) if foreign else o
 
     @property
     def needs_kl(self) -> bool:
@@ -294,6 +311,9 @@ ALIASES = {"dpo": "sigmoid", "cdpo": "sigmoid", "dpo_norm": "sigmoid_norm",
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _OWN_OPTIONS = sorted({name for loss in TABLE.values() for name in loss.options})
 _DEFAULTS = {f.name: f.default for f in fields(LossOptions)}
+# Options that may be tensors [B], and take gradients.
+PER_PAIR = ("beta", "offset", "weights")
+_TINY = 2.2250738585072014e-308  # the smallest fp64 with a finite inverse
 
 
 def available() -> list[str]:
@@ -329,16 +349,16 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
 
     Raises `TypeError` for an unknown or wrongly typed option, `ValueError` for a wrong value.
     """
-    for name in options:
-        if name not in _DEFAULTS:
-            near = difflib.get_close_matches(name, list(_DEFAULTS), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"unknown loss option {name!r}{hint}")
+    checks.names(options, _DEFAULTS, "loss option")
     o = LossOptions(**options)
     losses = [get(name) for name in names_of(o.loss_type)]
     if not losses:
         raise ValueError("loss_type must name at least one loss, got an empty list")
-    weights = [1.0] * len(losses) if o.loss_weights is None else list(o.loss_weights)
+    weights = [1.0] * len(losses) if o.loss_weights is None else o.loss_weights
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"loss_weights must be a list of numbers, got {type(weights).__name__}")
+    for i, w in enumerate(weights):
+        checks.number(f"loss_weights[{i}]", w)
     if len(weights) != len(losses):
         raise ValueError(
             f"loss_weights must have one weight for each of the {len(losses)} losses, "
@@ -346,7 +366,9 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
         )
     _check_numbers(o)
     _check_applies(o, losses)
-    resolved = [(row, float(w), row.terms(o)) for row, w in zip(losses, weights, strict=True)]
+    resolved = [
+        (row, float(w), row.terms(row.own(o))) for row, w in zip(losses, weights, strict=True)
+    ]
     for row, _, terms in resolved:
         if o.offset is not None and row.name != "sft" and not row.takes_offset(terms):
             raise ValueError(f"offset shifts beta * D; {row.name!r} is not a function of D alone")
@@ -358,24 +380,54 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
 def _check_numbers(o: LossOptions) -> None:
     def require(ok: bool, name: str, expected: str) -> None:
         if not ok:
-            raise ValueError(f"{name} must be {expected}, got {getattr(o, name)!r}")
+            raise ValueError(f"{name} must be {expected}, got {checks.shown(getattr(o, name))}")
 
     for name in [*_OWN_OPTIONS, "label_smoothing", "sft_weight", "f_alpha_divergence_coef"]:
-        if isinstance(getattr(o, name), bool) or not isinstance(getattr(o, name), (int, float)):
-            raise TypeError(f"{name} must be a number, got {type(getattr(o, name)).__name__}")
-        require(abs(getattr(o, name)) < float("inf"), name, "a finite number")
+        checks.number(name, getattr(o, name))
     if not isinstance(o.beta, Tensor):
-        if isinstance(o.beta, bool) or not isinstance(o.beta, (int, float)):
-            raise TypeError(f"beta must be a number or a tensor, got {type(o.beta).__name__}")
-        require(0 < o.beta < float("inf"), "beta", "a positive finite number")
-    require(o.discopop_tau > 0, "discopop_tau", "positive")
-    require(o.f_divergence_type in F_DIVERGENCES, "f_divergence_type", f"one of {F_DIVERGENCES}")
-    require(o.reduction in ("mean", "none"), "reduction", "'mean' or 'none'")
+        x = checks.positive("beta", o.beta, "a positive finite number, or a tensor of such")
+        require(x >= _TINY, "beta", "a positive number with a finite inverse")
+    for name in ("use_weighting", "reference_free"):
+        checks.flag(name, getattr(o, name))
+    for name in ("num_pairs", "num_chosen_tokens"):
+        if getattr(o, name) is not None:
+            _check_count(name, getattr(o, name))
+    _check_tensors(o)
+    require(o.discopop_tau >= _TINY, "discopop_tau", "positive")
+    checks.choice("f_divergence_type", o.f_divergence_type, F_DIVERGENCES)
+    checks.choice("reduction", o.reduction, ("mean", "none"))
     require(0 < o.beta_dpo_keep <= 1, "beta_dpo_keep", "in (0, 1]")
     require(0 <= o.beta_dpo_momentum <= 1, "beta_dpo_momentum", "in [0, 1]")
     require(o.alphapo_alpha != 0, "alphapo_alpha", "other than 0 (at 0 it is simpo)")
     if o.ld_alpha is not None:
-        require(abs(o.ld_alpha) < float("inf"), "ld_alpha", "None or a finite number")
+        checks.number("ld_alpha", o.ld_alpha, "None or a finite number")
+
+
+def _check_count(name: str, value: object) -> None:
+    """A normaliser: a positive number, or a tensor of one without dimensions."""
+    expected = "a positive finite number, or a tensor [] of one"
+    if not isinstance(value, Tensor):
+        checks.positive(name, value, expected)
+        return
+    if value.dtype.is_complex or value.dtype == torch.bool:
+        raise ValueError(f"{name} must be {expected}, got {value.dtype}")
+    checks.shape(name, checks.is_tensor(name, value), (), "one number")
+    checks.values(name, value, lambda x: (x > 0) & x.isfinite(), expected)
+
+
+def _check_tensors(o: LossOptions) -> None:
+    """Types and values of what may come a pair; shapes and devices are known with the batch."""
+    for name in PER_PAIR:
+        value = getattr(o, name)
+        if value is None or (name == "beta" and not isinstance(value, Tensor)):
+            continue
+        checks.floating(name, value)
+        checks.values(name, value, torch.isfinite, "finite")
+        if name == "beta":
+            checks.values(name, value, lambda x: x.double() >= _TINY, "positive")
+    if o.beta_dpo_state is not None:
+        checks.floating("beta_dpo_state", o.beta_dpo_state)
+        checks.shape("beta_dpo_state", o.beta_dpo_state, (2,), "mean and deviation")
 
 
 def _check_applies(o: LossOptions, losses: list[Loss]) -> None:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import checks
 from .backends import FUSED_DTYPES
 from .ops import Plan, budget_of, chunks_of_pairs, plan_of
 from .ops.products import low_rank_columns, products_of
@@ -26,6 +27,7 @@ FROM_LOGITS = ("in_place", "out_of_place")
 LINEAR = ("streaming", "frozen", "recompute", "score")
 # Targets, log-probs, log-sum-exp, indices and per-token gradients: int64, fp64 and fp32 a row.
 _ROW = 64
+_LARGEST_SIZE = 2**31 - 1
 
 
 class Estimate(NamedTuple):
@@ -91,13 +93,24 @@ def estimate(
     Raises:
         ValueError, TypeError: a wrong argument, named; a pair that "streaming" could not take.
     """
-    if strategy not in (*FROM_LOGITS, *LINEAR):
-        raise ValueError(f"strategy must be one of {(*FROM_LOGITS, *LINEAR)}, got {strategy!r}")
+    checks.choice("strategy", strategy, (*FROM_LOGITS, *LINEAR))
     if dtype not in FUSED_DTYPES:
         raise ValueError(f"dtype must be fp32, bf16 or fp16, got {dtype}: fp64 has no such plan")
-    lengths = list(lengths)
-    if len(lengths) % 2 or not lengths or not all(0 <= n <= T for n in lengths):
-        raise ValueError(f"lengths must be [2B] counts from 0 to T={T}, got {lengths!r}")
+    sizes = {"T": T, "V": V, "H": H, "low_rank": low_rank, "ref_H": ref_H}
+    for name, size in sizes.items():
+        checks.whole(name, size, 1 if name in ("T", "V") else 0, _LARGEST_SIZE)
+    for name, value in {"kl": kl, "batch_invariant": batch_invariant}.items():
+        checks.flag(name, value)
+    if trained is not None:
+        checks.flag("trained", trained)
+    budget = budget_of(memory_budget)
+    if not isinstance(lengths, Sequence) or isinstance(lengths, str):
+        raise TypeError(f"lengths must be a list of integers, got {type(lengths).__name__}")
+    lengths = [checks.whole(f"lengths[{i}]", n, 0) for i, n in enumerate(lengths)]
+    if len(lengths) % 2 or not lengths or max(lengths) > T:
+        raise ValueError(
+            f"lengths must be [2B] counts from 0 to T={T}, got {checks.shown(lengths)}"
+        )
     S, N, size = len(lengths), sum(lengths), dtype.itemsize
     rows = {"rows": _ROW * S * T}
     if strategy in FROM_LOGITS:
@@ -115,7 +128,7 @@ def estimate(
     down = torch.empty((low_rank, H), device="meta") if low_rank else None
     place, B = torch.device(device), S // 2
     plan = plan_of(
-        strategy, budget_of(memory_budget), N, weight, down, None, batch_invariant, joint_H, kl,
+        strategy, budget, N, weight, down, None, batch_invariant, joint_H, kl,
         largest=max(lengths[i] + lengths[B + i] for i in range(B)), device=place,
     )  # fmt: skip
     products = products_of(place, dtype)

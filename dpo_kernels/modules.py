@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import arguments, checks
 from . import losses as _losses
 from .dpo import fused_dpo_loss
 from .linear import fused_linear_dpo_loss
@@ -22,17 +24,43 @@ class _LossModule(torch.nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.options = options
         known = _losses.LossOptions.__dataclass_fields__
+        call = inspect.signature(type(self).function).parameters.values()
+        keywords = [p.name for p in call if p.kind == p.KEYWORD_ONLY]
+        checks.names(options, [*keywords, *known], "option")
+        arguments.check(**options)
         chosen = {k: v for k, v in options.items() if k in known}
         rows = [_losses.get(name) for name in _losses.names_of(chosen.get("loss_type", "sigmoid"))]
-        # odpo's offset comes with each batch: everything else is checked now, at construction.
-        if not any(row.name == "odpo" for row in rows):
-            _losses.resolve(chosen)
+        # odpo's offset may come with each batch: everything else is checked now.
+        late = any(row.name == "odpo" for row in rows) and chosen.get("offset") is None
+        _losses.resolve({**chosen, "offset": torch.zeros(1)} if late else chosen)
+        # What the loss is made of belongs to the module: it is trained with it, moves with it.
+        mine = [name for name, x in chosen.items() if isinstance(x, Tensor)]
+        for name in mine:
+            if isinstance(options[name], torch.nn.Parameter):
+                self.register_parameter(name, options[name])
+            else:
+                self.register_buffer(name, options[name], persistent=False)
+        self._given = tuple(options)
+        self._plain = {k: v for k, v in options.items() if k not in mine}
         beta_dpo = any(row.name == "beta_dpo" for row in rows)
         # Running mean and deviation of the margin: the state of beta-DPO, saved with the module.
         state = torch.zeros(2, dtype=torch.float64) if beta_dpo else None
         self.register_buffer("state", state)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {k: self._plain[k] if k in self._plain else getattr(self, k) for k in self._given}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _LossModule:
+        """`.half()` and the like are for parameters: buffers keep their dtype (beta-DPO's fp64)."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> DPOOutput:
         merged = {**self.options, **kwargs}

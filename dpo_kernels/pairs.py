@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import ops
-from .losses import Loss, LossOptions, Terms
-from .ops import checks
+from . import checks, ops
+from .losses import PER_PAIR, Loss, LossOptions, Terms
 
 # Past this argument exp is continued by its tangent: still rising, never inf - inf.
 _EXP_MAX = 600.0
@@ -68,10 +67,12 @@ def loss_of(
 ) -> DPOOutput:
     """Loss, rewards and metrics of the pairs; floating results in `dtype`."""
     B = p.chosen.shape[0]
+    options = _in_fp64(options)
     beta = options.beta
     per_pair = torch.zeros_like(p.chosen)
     nll_weight: float | Tensor = options.sft_weight
-    live = p if options.weights is None else _without(p, options.weights == 0)
+    live = p if options.weights is None else _without(p, _dropped(p, options, losses))
+    nothing = torch.ones_like(p.chosen, dtype=torch.bool)
     for row, weight, terms in losses:
         if row.sft is not None:
             scale = getattr(options, row.sft) if isinstance(row.sft, str) else row.sft
@@ -79,7 +80,8 @@ def loss_of(
             nll_weight = nll_weight + weight * scale * wpo
         if not terms:
             continue
-        u, v = _scores(row, p if row.batch_coupled else live, options)
+        scored = p if row.batch_coupled else live
+        u, v = _scores(row, scored if weight else _without(scored, nothing), options)
         beta_row, keep = beta, None
         if row.name == "beta_dpo":
             beta_row, keep = _beta_dpo(u - v, options)
@@ -90,7 +92,7 @@ def loss_of(
             loss = loss if factor is None else _weighted(factor, loss)
         per_pair = per_pair + (loss if weight == 1.0 else _weighted(weight, loss))
     if options.weights is not None:
-        per_pair = _weighted(options.weights.double(), per_pair)
+        per_pair = _weighted(options.weights, per_pair)
     nll = _nll_per_pair(p, options, nll_weight)
     if options.reduction == "none":
         loss = per_pair if nll is None else per_pair + nll
@@ -121,9 +123,37 @@ def _without(p: Pairs, dropped: Tensor) -> Pairs:
     return replace(p, **kept)
 
 
+def _in_fp64(o: LossOptions) -> LossOptions:
+    """The options of each pair in fp64, once: their gradients add up in fp64 too."""
+    given = {name: getattr(o, name) for name in PER_PAIR}
+    wide = {k: x.double() for k, x in given.items() if isinstance(x, Tensor)}
+    return o.but(**wide) if wide else o
+
+
+def _dropped(p: Pairs, o: LossOptions, losses: list[tuple[Loss, float, Terms]]) -> Tensor:
+    """[B] the pairs that count nothing, not even for a gradient of their weight.
+
+    That gradient is the pair's loss, at a weight of 0 as elsewhere, wherever it is a number.
+    """
+    assert o.weights is not None
+    dropped = o.weights == 0
+    if not (o.weights.requires_grad and torch.is_grad_enabled()):
+        return dropped
+    fine = torch.ones_like(dropped)
+    with torch.no_grad():
+        for row, _, terms in losses:
+            if terms and not row.batch_coupled:
+                u, v = _scores(row, p, o)
+                offset = _offset(row, p, o)
+                loss = ops.pair_loss(u, v, terms, beta=o.beta, offset=offset, backend="torch")
+                fine &= loss.isfinite()
+    return dropped & ~fine
+
+
 def _weighted(weight: Tensor | float, loss: Tensor) -> Tensor:
     """weight * loss, and 0 for a weight of 0 however bad the pair."""
-    return torch.where(torch.as_tensor(weight, device=loss.device) == 0, 0.0, weight * loss)
+    none = torch.as_tensor(weight, device=loss.device) == 0
+    return weight * torch.where(none & ~loss.isfinite(), 0.0, loss)
 
 
 def _ratios(p: Pairs, row: Loss) -> tuple[Tensor, Tensor]:
@@ -271,13 +301,14 @@ def check_pair_options(o: LossOptions, B: int, like: Tensor) -> None:
     """Shapes and devices of the per-pair options."""
     if B == 0:
         raise ValueError("the batch has no pairs (B = 0); expected at least one")
-    for name in ("beta", "offset", "weights"):
+    for name in PER_PAIR:
         value = getattr(o, name)
-        if value is None or isinstance(value, (int, float)):
+        if not isinstance(value, Tensor):
             continue
-        checks.floating(name, value)
         if value.dim() or name != "beta":
             checks.shape(name, value, (B,), "one value a pair")
         checks.same_device(name, value, "the log-probs", like)
-        if name == "beta" and checks.readable(value) and not bool((value > 0).all()):
-            raise ValueError(f"beta must be positive, got {value.min().item()}")
+    for name in ("num_pairs", "num_chosen_tokens", "beta_dpo_state"):
+        value = getattr(o, name)
+        if isinstance(value, Tensor) and value.dim():
+            checks.same_device(name, value, "the log-probs", like)

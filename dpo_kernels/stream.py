@@ -26,7 +26,8 @@ from torch import Tensor
 
 from . import backends
 from .layout import Layout
-from .ops import TokenLogps
+from .ops import TokenLogps, no_autocast
+from .ops.derivatives import check_mode, once
 from .ops.linear_head import Head, HeadGradient, LinearInputs, scored_rows
 from .ops.plan import Plan, chunks_of_pairs
 from .ops.products import ceil
@@ -50,7 +51,10 @@ class Streaming:
 def stream(batch: Streaming, policy: LinearInputs) -> DPOOutput:
     """Loss and rewards; the gradients of `policy` are formed on the way."""
     o = batch.run.options
-    return DPOOutput(*_Stream.apply(batch, *policy, o.beta, o.offset, o.weights))
+    tensors = (x if isinstance(x, Tensor) else None for x in (o.beta, o.offset, o.weights))
+    inputs = (*policy, *tensors)
+    check_mode(*inputs, *(batch.reference or ()))
+    return DPOOutput(*_Stream.apply(batch, *once(*inputs)))
 
 
 class _Stream(torch.autograd.Function):
@@ -58,8 +62,7 @@ class _Stream(torch.autograd.Function):
     def forward(ctx, batch: Streaming, hidden, weight, bias, down, up, *options):
         wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[1:6], strict=True))
         inputs = LinearInputs(hidden, weight, bias, down, up).detached()
-        device = hidden.device.type
-        with torch.autocast(device, enabled=False):
+        with no_autocast(hidden.device):
             out, grads, ctx.index = _run(batch, inputs, wanted)
         d_options = [grads.get(name) for name in ("beta", "offset", "weights")]
         ctx.grads = [*(grads.get(name) for name in LinearInputs._fields), *d_options]

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks, ops
 from . import losses as _losses
-from . import ops
 from .backends import SMALL_BATCH, choose
 from .layout import Layout
-from .ops import TokenLogps, checks
+from .ops import TokenLogps
 from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
 from .transform import LogitTransform
 
@@ -32,6 +32,7 @@ class TokenLoss:
     losses: list
     backend: str
     dtype: torch.dtype
+    per_token: bool | None = None  # what `ref_logps` is; None: its shape says
 
     @property
     def stats(self) -> tuple[str, ...]:
@@ -83,8 +84,30 @@ class TokenLoss:
         if ref_logps is not None:
             checks.floating("ref_logps", ref_logps)
             checks.same_device("ref_logps", ref_logps, "labels", self.layout.targets)
-            if tuple(ref_logps.shape) != (S,):
-                self.layout.from_per_token("ref_logps", ref_logps)
+            self._check_ref_shape(ref_logps)
+
+    def _check_ref_shape(self, ref_logps: Tensor) -> None:
+        sums = (self.layout.sequences,)
+        rows = tuple(self.layout.per_token(self.layout.targets).shape)
+        shape, per_token = tuple(ref_logps.shape), self.per_token
+        if (shape != sums or per_token) and (shape != rows or per_token is False):
+            kinds = {False: f"{list(sums)} (sequence sums)", True: f"{list(rows)} (one a token)"}
+            told = kinds.values() if per_token is None else [kinds[per_token]]
+            why = "" if per_token is None else f" with ref_logps_per_token={per_token}"
+            raise ValueError(
+                f"ref_logps must have shape {' or '.join(told)}{why}, got {list(shape)}"
+            )
+        if per_token is None and sums == rows:
+            raise ValueError(
+                f"ref_logps {list(sums)} may be sequence sums or one value a token, of which there "
+                "are as many here: say ref_logps_per_token=False or True"
+            )
+
+    def is_sums(self, ref_logps: Tensor) -> bool:
+        """Whether `ref_logps` holds sequence sums, not one value a token."""
+        if self.per_token is not None:
+            return not self.per_token
+        return tuple(ref_logps.shape) == (self.layout.sequences,)
 
     def sums(self, values: Tensor, tail_weight: float = 1.0) -> tuple[Tensor, Tensor]:
         return ops.sequence_sum(
@@ -92,7 +115,7 @@ class TokenLoss:
             ignore_index=self.layout.ignore_index, tail_weight=tail_weight, backend=self.backend,
         )  # fmt: skip
 
-    def without_common_prefix(self, ref_logps: Tensor | None) -> TokenLoss:
+    def without_common_prefix(self, ref_logps: Tensor | None, states: Tensor) -> TokenLoss:
         """The same loss where the tokens that both completions start with are not scored."""
         o = self.options
         for row, _, terms in self.losses:
@@ -113,12 +136,12 @@ class TokenLoss:
                     f"drop_common_prefix: with {name}={getattr(o, name)!r} common tokens do not "
                     "cancel"
                 )
-        if ref_logps is not None and tuple(ref_logps.shape) == (self.layout.sequences,):
+        if ref_logps is not None and self.is_sums(ref_logps):
             raise ValueError(
                 "drop_common_prefix needs ref_logps per token (the shape of reduction='none'), got "
                 "sums, which contain the tokens that are dropped"
             )
-        return replace(self, layout=self.layout.without_common_prefix())
+        return replace(self, layout=self.layout.without_common_prefix(states))
 
     def of_pairs(
         self, first: int, last: int, layout: Layout, num_chosen_tokens: float
@@ -136,17 +159,19 @@ class TokenLoss:
             ),
         }
         leaves = []
-        for name in ("beta", "offset", "weights"):
+        for name in _losses.PER_PAIR:
             value = getattr(o, name)
             if not isinstance(value, Tensor):
                 continue
             part = value.detach() if value.dim() == 0 else value.detach()[first:last]
             if value.requires_grad:
-                part = part.clone().requires_grad_()
+                # In fp64: the shares of the chunks, and of a list of losses, add up in it.
+                part = part.double().clone().requires_grad_()
                 leaves.append(name)
             changes[name] = part
         options = replace(o, **changes)
-        return replace(self, layout=layout, options=options, dtype=torch.float64), leaves
+        share = replace(self, layout=layout, options=options, dtype=torch.float64, per_token=False)
+        return share, leaves
 
     def is_small(self, logits: Tensor, ref_logps: Tensor | None) -> bool:
         """Whether one launch from logits to loss can do it, and pays (`ops/small_batch.py`)."""
@@ -161,7 +186,7 @@ class TokenLoss:
             for x in (o.beta, o.offset)
         )
         # One value a token would have to be summed first: the composition does that.
-        sums = ref_logps is None or tuple(ref_logps.shape) == (self.layout.sequences,)
+        sums = ref_logps is None or self.is_sums(ref_logps)
         return (
             plain
             and fixed
@@ -220,7 +245,7 @@ class TokenLoss:
         if ref_tokens is not None:
             reference = self.sums(ref_tokens, tail)[0]
         elif ref_logps is not None and self.uses_reference:
-            if tuple(ref_logps.shape) == (2 * B,):
+            if self.is_sums(ref_logps):
                 reference = ref_logps.detach().double()
             else:
                 tokens = self.layout.from_per_token("ref_logps", ref_logps.detach())
@@ -252,8 +277,6 @@ def op_of(losses: list) -> str:
 
 
 def reduce(layout: Layout, tokens: TokenLogps, reduction: str, backend: str | None) -> Any:
-    if reduction not in ("sum", "mean", "none"):
-        raise ValueError(f"reduction must be 'sum', 'mean' or 'none', got {reduction!r}")
     if reduction == "none":
         logps = layout.per_token(tokens.logps)
     else:
@@ -276,11 +299,17 @@ def last_size(name: str, value: object) -> int:
     return tensor.shape[-1]
 
 
-def head_size(weight: object) -> int:
-    tensor = checks.floating("weight", weight)
-    if tensor.dim() != 2:
-        raise ValueError(f"weight must have shape [V, H], got {list(tensor.shape)}")
-    return tensor.shape[0]
+def head_size(hidden: object, weight: object) -> int:
+    """V, of a head that fits the hidden states: before labels are held against it."""
+    states, head = checks.floating("hidden", hidden), checks.floating("weight", weight)
+    if head.dim() != 2:
+        raise ValueError(f"weight must have shape [V, H], got {list(head.shape)}")
+    if states.dim() and head.shape[1] != states.shape[-1]:
+        raise ValueError(
+            f"weight must have shape [V, H={states.shape[-1]}] (H as hidden has), got "
+            f"{list(head.shape)}"
+        )
+    return head.shape[0]
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import checks
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -26,15 +28,25 @@ class LogitTransform:
         temperature: float = 1.0, logit_softcap: float | None = None, logit_scale: float = 1.0
     ) -> LogitTransform:
         """From the public arguments, checked."""
-        if not temperature > 0 or temperature == float("inf"):
-            raise ValueError(f"temperature must be a positive finite number, got {temperature!r}")
-        if logit_softcap is not None and not 0 < logit_softcap < float("inf"):
-            raise ValueError(
-                f"logit_softcap must be None or a positive finite number, got {logit_softcap!r}"
+        t = checks.positive("temperature", temperature)
+        scale = checks.number("logit_scale", logit_scale)
+        cap = 0.0
+        if logit_softcap is not None:
+            cap = checks.positive(
+                "logit_softcap", logit_softcap, "None or a positive finite number"
             )
-        if not abs(logit_scale) < float("inf"):
-            raise ValueError(f"logit_scale must be a finite number, got {logit_scale!r}")
-        return LogitTransform(float(logit_scale), float(logit_softcap or 0.0), 1.0 / temperature)
+        given = {"temperature": t, "logit_softcap": cap, "logit_scale": abs(scale)}
+        for name, x in given.items():
+            if x and not checks.FP32.tiny <= x <= 1 / checks.FP32.tiny:
+                raise ValueError(
+                    f"{name} must be within the range of fp32, in which it is computed, got {x!r}"
+                )
+        if max(abs(scale) / t, cap / t, abs(scale) / cap if cap else 0.0) > checks.FP32.max:
+            raise ValueError(
+                "temperature, logit_softcap and logit_scale must have quotients within the range "
+                f"of fp32, got {t!r}, {logit_softcap!r} and {scale!r}"
+            )
+        return LogitTransform(scale, cap, 1.0 / t)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.scale != 1.0:

@@ -144,6 +144,20 @@ def test_results_tables_and_page(tmp_path, capsys):
     assert len(list((tmp_path / "report").glob("run-*.png"))) == 5
 
 
+def test_page_on_a_phone_without_empty_columns(tmp_path):
+    """Numbers do not wrap, wide tables scroll by themselves, charts are vectors."""
+    pair = Measurement(case("pair loss", "-", pairs=256, tokens=0), "dpo-kernels cpu", True, [0.1])
+    results.write(tmp_path / "run.json", results.describe(commit="abc"), [results.as_row(pair)])
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert 'name="viewport"' in page and "white-space: nowrap" in page and "<div><table>" in page
+    assert "<th>median" in page and "<th>peak memory" not in page and "<th>note" not in page
+    assert "<h4>pair loss fp32 256 pairs</h4>" in page and "0 tokens" not in page
+    assert page.count("data:image/svg+xml;base64,") == page.count("data:image/png;base64,") == 1
+    assert "pair loss fp32 256 pairs" in (tmp_path / "report" / "run-0.svg").read_text()
+    assert results.shown(case("logits forward").name) == case("logits forward").name
+
+
 def test_memory_is_compared_with_what_leaves_the_logits(tmp_path):
     c = case("logits fwd+bwd")
     found = {"dpo-kernels cpu": 2 << 20, "dpo-kernels cpu in place": 0, "torch eager": 3 << 20}
@@ -151,6 +165,35 @@ def test_memory_is_compared_with_what_leaves_the_logits(tmp_path):
                for name, size in found.items()]  # fmt: skip
     results.write(tmp_path / "run.json", results.describe(commit="abc"), weighed)
     assert "| 2 MiB | - | 1.5x |" in report.readme_tables(tmp_path)
+
+
+def test_who_is_faster_in_bf16_stands_with_both_errors(tmp_path):
+    """Recorded by the command that the page names, which measures the three passes of the head."""
+    assert report.BF16_HEAD_COMMAND in report.bf16_head(tmp_path)
+    select = report.BF16_HEAD_COMMAND.split('"')[1]
+    chosen = [c for c in cases.full("cpu") if select in c.name]
+    assert [c.suite for c in chosen] == ["linear trained", "linear frozen", "linear reference"]
+    assert {c.dtype for c in chosen} == {"bf16"} and {c.scored for c in chosen} == {512}
+    found = (("dpo-kernels cpu", True, 0.58, 4e-5, 2e-6), ("torch eager", False, 0.43, 2e-2, 3e-3),
+             ("slower", False, 0.9, 1e-7, 1e-7))  # fmt: skip
+    timed = [results.as_row(Measurement(chosen[0], name, ours, [seconds], 0.1, error, gradient))
+             for name, ours, seconds, error, gradient in found]  # fmt: skip
+    gone = results.as_row(Measurement(chosen[0], "gone", note="absent: pip install 'gone'"))
+    results.write(tmp_path / report.BF16_HEAD, results.describe(commit="abc"), [*timed, gone])
+    text = report.bf16_head(tmp_path)
+    assert "| dpo-kernels cpu | 580 ms | 4e-05 | 2e-06 |" in text
+    assert "| torch eager | 430 ms | 2e-02 | 3e-03 |" in text
+    assert "slower" not in text and "gone" not in text
+
+
+def test_liger_has_a_frozen_head(monkeypatch):
+    pytest.importorskip("liger_kernel")
+    for suite, there in (("linear frozen", True), ("linear reference", False)):
+        found = {m.provider: m for m in measure.measure(case(suite), "cpu", 1, "Liger DPO")}
+        assert set(found) == {"Liger DPO", "Liger DPO without reference"}
+        for m in found.values():
+            assert (m.note == "" and m.error < 1e-3 and m.gradient_error < 1e-4) if there else (
+                m.note == "absent: has no reference pass of its own")  # fmt: skip
 
 
 def test_memory_set_has_series(monkeypatch):

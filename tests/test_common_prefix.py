@@ -50,6 +50,28 @@ class TestCommonPrefix:
         layout = Layout.of(labels, None, shift=False, ignore_index=IGNORE, V=V)
         assert layout.without_common_prefix().scored_counts().tolist() == [5, 4]
 
+    @pytest.mark.parametrize("packed", (False, True))
+    def test_another_context_is_not_dropped(self, packed):
+        """C10: equal first tokens after prompts that differ do not cancel."""
+        hidden, weight, ref, labels, _ = self.batch()
+        hidden[B] = torch.randn(T, hidden.shape[-1])  # the rejected of pair 0 had another prompt
+        given = {"ref_hidden": ref[0], "ref_weight": ref[1]}
+        logits = {"logits": hidden @ weight.T, "ref_logits": ref[0] @ ref[1].T}
+        if packed:
+            given["ref_hidden"], hidden = (x.flatten(0, 1) for x in (ref[0], hidden))
+            logits = {k: x.flatten(0, 1) for k, x in logits.items()}
+            labels = labels.flatten()
+        how = {"cu_seqlens": torch.arange(2 * B + 1) * T} if packed else {}
+        full, less = (
+            dk.fused_linear_dpo_loss(hidden, weight, labels, drop_common_prefix=d, **given, **how)
+            for d in (False, True)
+        )
+        torch.testing.assert_close(full.loss, less.loss)
+        torch.testing.assert_close(full.chosen_logps[0], less.chosen_logps[0])
+        assert full.chosen_logps[1] < less.chosen_logps[1]
+        again = dk.fused_dpo_loss(labels=labels, drop_common_prefix=True, **logits, **how)
+        torch.testing.assert_close(again.loss, less.loss)
+
     @pytest.mark.parametrize("options", [{}, {"loss_type": "ipo_sum"}, {"loss_type": "rdpo"},
                                          {"loss_type": "aot"}, {"loss_type": ["robust", "hinge"]}],
                              ids=str)  # fmt: skip

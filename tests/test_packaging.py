@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,90 @@ def test_compatibility_is_what_was_tested() -> None:
     assert block.split("\n<!-- /compatibility -->")[0] == compat.table(), (
         "regenerate it: python tools/readme_tables.py"
     )
+
+
+def test_what_old_systems_lack_is_written_anew(tmp_path: Path) -> None:
+    """Exceptions copied, kept and thrown again through the wheel's own runtime, and counted."""
+    if not (compiler := shutil.which("c++")):
+        pytest.skip("no C++ compiler")
+    import glibc
+
+    program, source = tmp_path / "program", tmp_path / "program.cpp"
+    source.write_text("""
+#include <cassert>
+#include <exception>
+#include <new>
+#include <vector>
+int alive = 0;
+struct Thing {
+  Thing() { ++alive; }
+  Thing(const Thing&) { ++alive; }
+  ~Thing() { --alive; }
+};
+int main(int argc, char**) {
+  std::exception_ptr kept;
+  try { throw Thing(); } catch (...) { kept = std::current_exception(); }
+  { std::vector<std::exception_ptr> copies(5, kept); assert(alive == 1); }
+  try { std::rethrow_exception(kept); } catch (const Thing&) { assert(alive == 1); }
+  kept = nullptr;
+  assert(alive == 0);
+  bool refused = false;
+  try { std::allocator<Thing>().allocate(~0ul / argc); } catch (const std::bad_alloc&) {
+    refused = true;
+  }
+  assert(refused);
+}
+""")
+    command = [compiler, "-std=c++17", "-O1", source, glibc.RUNTIME, "-o", program]
+    subprocess.run(command, check=True)
+    subprocess.run([program], check=True)
+    mine = subprocess.run(["nm", program], capture_output=True, text=True, check=True).stdout
+    for name in ("exception_ptr9_M_addref", "exception_ptr10_M_release", "bad_array_new_length"):
+        assert re.search(rf" [Tt] _Z\S*{name}", mine), name
+    assert not [s for s in glibc.too_new(program) if re.search("exception_ptr|bad_array", s)]
+
+
+def test_symbols_newer_than_the_wheels_glibc_are_seen(tmp_path: Path) -> None:
+    """Those of a newer version, and those of none, which auditwheel does not see."""
+    if not (compiler := shutil.which("cc")):
+        pytest.skip("no C compiler")
+    import glibc
+
+    source, library = tmp_path / "x.c", tmp_path / "x.so"
+    source.write_text("""
+double log2(double);
+extern int nowhere(void), PyNone(void), GOMP_x(void), memcpy(void);
+__asm__(".symver later,later@GLIBC_2.99"); extern int later(void);
+int all(void) { return nowhere() + PyNone() + GOMP_x() + later() + memcpy(); }
+""")
+    versions = tmp_path / "later.map"
+    versions.write_text("GLIBC_2.99 { later; };")
+    other = tmp_path / "later.c"
+    other.write_text("int later(void) { return 0; }")
+    script_ = f"-Wl,--version-script={versions}"
+    for command in ([other, script_, "-o", tmp_path / "liblater.so"],
+                    [source, f"-L{tmp_path}", "-llater", "-o", library]):  # fmt: skip
+        subprocess.run([compiler, "-w", "-shared", "-fPIC", *command], check=True)
+    assert glibc.too_new(library) == ["later@GLIBC_2.99", "nowhere (of no version)"]
+
+
+def test_built_wheels_fit_old_systems(tmp_path: Path) -> None:
+    """The wheels in dist/, and the module under test where it was installed from one."""
+    import glibc
+
+    binaries = []
+    for wheel in (ROOT / "dist").glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (n for n in archive.namelist() if re.search(r"/_C\..*\.so$", n))
+            binaries.append(Path(archive.extract(name, tmp_path / wheel.stem)))
+        oldest = re.search(r"manylinux_(\d+)_(\d+)_", wheel.name)
+        assert oldest and tuple(map(int, oldest.groups())) <= glibc.GLIBC, wheel.name
+    if "site-packages" in (installed := Path(dpo_kernels.__file__).with_name("_C")).parts:
+        binaries += installed.parent.glob("_C.*.so")
+    if not binaries:
+        pytest.skip("no wheel here: make wheel")
+    for binary in binaries:
+        assert glibc.too_new(binary) == [], binary
 
 
 def test_one_version() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_kernels.bench.report import readme_tables
+from dpo_kernels.bench.report import bf16_head, readme_tables
 from dpo_kernels.losses import table_markdown
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +39,12 @@ def test_losses_table_is_generated():
 def test_benchmark_tables_are_generated():
     block = README.split("benchmarks/results -->\n")[1].split("\n<!-- /benchmarks -->")[0]
     assert block == readme_tables(ROOT / "benchmarks/results"), "run tools/readme_tables.py"
+
+
+def test_where_peers_win_in_bf16_is_generated():
+    page = (ROOT / "benchmarks/README.md").read_text()
+    block = page.split("benchmarks/results -->\n")[1].split("\n<!-- /bf16 -->")[0]
+    assert block == bf16_head(ROOT / "benchmarks/results"), "run tools/readme_tables.py"
 
 
 def test_the_file_tree_exists():

@@ -17,6 +17,7 @@ import tempfile
 
 import torch
 import triton
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -27,6 +28,7 @@ launch, pair_loss, sequence_sum, token_kl, token_logps = (
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+VERSION = tuple(int(n) for n in triton.__version__.split(".")[:2])
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -72,7 +74,7 @@ def kernels():
                 yield name, token_logps._backward, outs, constants, backward_warps
     backward = dict(token_kl.BACKWARD)
     backward_warps = backward.pop("num_warps")
-    row |= {"ref_stride_r": "i64", "ref_stride_t": "i64"}
+    row |= {"ref_shift": "i32", "ref_stride_r": "i64", "ref_stride_t": "i64"}
     for dtype, ref_dtype in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"),
                              ("bf16", "fp32")):  # fmt: skip
         forward = launch.lanes(torch.empty(0, dtype=DTYPES[dtype]), token_kl.FORWARD)
@@ -85,7 +87,8 @@ def kernels():
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **forward}
             yield name.format("forward"), token_kl._forward, types, constants, forward_warps
             types = {**pointers, "grad_logps": "*fp32", "grad_kl": "*fp32", **row,
-                     "out_stride_r": "i64", "out_stride_t": "i64", "chain": "fp32"}  # fmt: skip
+                     "out_shift": "i32", "out_stride_r": "i64", "out_stride_t": "i64",
+                     "chain": "fp32"}  # fmt: skip
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
             for out in _gradients(dtype):
                 into = f"backward_{out}" if out != dtype else "backward"
@@ -110,6 +113,21 @@ def kernels():
         yield f"pair_loss_phi{kind}", pair_loss._kernel, {**types, "B": "i32"}, constants, 4
 
 
+def source_of(fn, types: dict, constants: dict, aligned: list[str]) -> ASTSource:
+    """What `triton.compile` takes, in the words of this release."""
+    names = list(fn.arg_names)
+    if VERSION < (3, 3):  # constants are no arguments, alignment is an object of the backend
+        from triton.backends.compiler import AttrsDescriptor
+
+        places = {"tt.divisibility": [names.index(a) for a in aligned], "tt.equal_to": []}
+        attrs = AttrsDescriptor.from_dict({"arg_properties": places, "cls": "AttrsDescriptor"})
+        signature = {a: types[a] for a in names if a not in constants}
+        return ASTSource(fn, signature, constants=constants, attrs=attrs)
+    attrs = {(names.index(a),): [["tt.divisibility", 16]] for a in aligned}
+    signature = {a: "constexpr" if a in constants else types[a] for a in names}
+    return ASTSource(fn, signature, constexprs=constants, attrs=attrs)
+
+
 def resources(compiled) -> dict:
     """Registers a thread and bytes of local memory (spills) that ptxas settled on."""
     cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
@@ -128,14 +146,22 @@ def resources(compiled) -> dict:
     }
 
 
+def without_amd_linker() -> None:
+    """Triton 3.2 to 3.4 link AMD's code with ROCm's lld; where there is none, assembly is all."""
+    amd = backends["amd"].compiler
+    try:
+        getattr(amd, "path_to_rocm_lld", lambda: "built in")()
+    except Exception:
+        amd.make_hsaco = staticmethod(lambda assembly, metadata, options: b"")
+        amd.hash = lambda self: f"not linked, {self.target}"  # asks for lld's version
+
+
 def main(targets: list[str]) -> None:
+    without_amd_linker()
     for name, fn, types, constants, warps in kernels():
         # Pointers and row strides as torch gives them: 16-byte aligned, not multiples of 16.
-        signature = {a: "constexpr" if a in constants else types[a] for a in fn.arg_names}
-        names = list(fn.arg_names)
-        aligned = {(names.index(a),): [["tt.divisibility", 16]] for a, t in types.items()
-                   if t.startswith("*") and a not in constants}  # fmt: skip
-        source = ASTSource(fn, signature, constexprs=constants, attrs=aligned)
+        aligned = [a for a, t in types.items() if t.startswith("*") and a not in constants]
+        source = source_of(fn, types, constants, aligned)
         for target in targets:
             compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
             result = resources(compiled) if "cubin" in compiled.asm else {"compiled": True}

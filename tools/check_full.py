@@ -1,5 +1,6 @@
-"""What the test suite has no time for: the CUDA kernels under the sanitizers at length, and kernels
-edited on purpose (tests/mutants.py), every one of which must be noticed: `make check-full`.
+"""What the test suite has no time for: the CUDA kernels under the sanitizers at length, kernels
+edited on purpose (tests/mutants.py), every one of which must be noticed, and the functions against
+an oracle of their own (tests/fuzz.py) for 30,000 calls: `make check-full`.
 
 Leaves its result in `tests/check_full.json` with the sha256 of every source it depends on; the test
 suite says which of them have changed since. Takes an hour on two cores; what has passed with the
@@ -12,6 +13,7 @@ import datetime
 import functools
 import hashlib
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,15 +26,31 @@ UNFINISHED = ROOT / "build" / "check_full.json"
 CASES = {"": 300, "address": 30, "thread": 4}
 SEEDS = (1,)
 GOOD = ("right", "noticed")
+CALLS, CALL_SEED = 30_000, 1
 
 
 def sources() -> dict[str, str]:
     """sha256 by file of what the result depends on."""
     files = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").iterdir(),
              *(ROOT / "tests/cuda_on_host").glob("*.[chp]*"),
-             *(ROOT / "dpo_kernels/backends/triton").glob("*.py")]  # fmt: skip
+             *(ROOT / "dpo_kernels/backends/triton").glob("*.py"), *functions()]  # fmt: skip
     return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest()
             for f in sorted(files)}  # fmt: skip
+
+
+def functions() -> list[Path]:
+    """What the calls against the oracle depend on, besides the headers of the kernels."""
+    package = ROOT / "dpo_kernels"
+    ours = [*package.glob("*.py"), *(package / "ops").glob("*.py"), *package.glob("backends/*.py")]
+    command_line = {"__main__", "cli", "doctor", "verification", "causal_lm"}
+    kept = [f for f in ours if f.stem not in command_line]
+    return [
+        *kept,
+        ROOT / "csrc/bindings.cpp",
+        *(ROOT / "csrc/cpu").iterdir(),
+        ROOT / "tests/fuzz.py",
+        ROOT / "tests/oracle.py",
+    ]
 
 
 def changed() -> list[str]:
@@ -47,7 +65,8 @@ def last_result() -> str:
         return "never run"
     record, stale = json.loads(RECORD.read_text()), changed()
     outcome = "all good" if record["passed"] else "FAILED"
-    since = f"; STALE, changed since: {', '.join(stale)}" if stale else ""
+    more = f" and {len(stale) - 9} more" if len(stale) > 9 else ""
+    since = f"; STALE, changed since: {', '.join(stale[:9])}{more}" if stale else ""
     return f"{outcome}, {len(record['checks'])} checks on {record['date']}{since}"
 
 
@@ -66,7 +85,13 @@ def passed_before(now: dict[str, str]) -> dict[str, str]:
 
 def _of(check: str, files: dict[str, str]) -> dict[str, str]:
     """Those of the files that a check depends on."""
-    return {f: h for f, h in files.items() if ("triton" in f) == check.startswith("triton/")}
+    if check.startswith("triton/"):
+        return {f: h for f, h in files.items() if "backends/triton" in f}
+    mine = {str(f.relative_to(ROOT)) for f in functions()}
+    fuzz = check.startswith("fuzz/")
+    return {
+        f: h for f, h in files.items() if "backends/triton" not in f and (fuzz or f not in mine)
+    }
 
 
 def main() -> int:
@@ -88,9 +113,15 @@ def main() -> int:
         end = build.execute(build.program(sanitizer), count, seed, timeout=3600)
         return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
 
+    def calls() -> str:
+        call = [sys.executable, "tests/fuzz.py", f"--calls={CALLS}", f"--seed={CALL_SEED}"]
+        end = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+        return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
+
     def noticed(caught: bool) -> str:
         return "noticed" if caught else "NOT NOTICED"
 
+    check(f"fuzz/{CALLS} calls, torch and cpu, seed {CALL_SEED}", calls)
     for sanitizer, count in CASES.items():
         for seed in SEEDS:
             name = f"{count} cases, {sanitizer or 'no'} sanitizer, seed {seed}"

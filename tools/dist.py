@@ -26,6 +26,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import glibc
+
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 MAX_BYTES = 25_000_000
@@ -80,12 +82,15 @@ def repack(made: Path, out: Path, epoch: int) -> Path:
 
 
 def build_wheel(sdist: Path, out: Path) -> Path:
-    """The wheel of an sdist, unpacked apart: what the sdist lacks, the build lacks."""
+    """The wheel of an sdist, unpacked apart: what the sdist lacks, the build lacks. Linked for an
+    older glibc than this machine's."""
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(sdist) as archive:
             archive.extractall(folder)
         source = Path(folder, sdist.name.removesuffix(".tar.gz"))
-        env, raw = environment(), Path(folder, "raw")
+        env, raw, old = environment(), Path(folder, "raw"), Path(folder, "glibc")
+        old.mkdir()
+        env["LDFLAGS"] = f"{glibc.link_flags(old)} {env.get('LDFLAGS', '')}".strip()
         run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", raw, source, env=env)
         (wheel,) = raw.glob("*.whl")
         excluded = [word for name in EXCLUDED for word in ("--exclude", name)]
@@ -119,6 +124,9 @@ def inspect(wheel: Path) -> None:
     tag = re.search(r"platform tag: \"(manylinux_\w+)\"", shown)
     if not tag or tag[1] not in wheel.name:
         sys.exit(f"the wheel is not what its name says: {shown}")
+    oldest = f"glibc {'.'.join(map(str, glibc.GLIBC))}"
+    if tuple(map(int, re.findall(r"\d+", tag[1])[:2])) > glibc.GLIBC:
+        sys.exit(f"{tag[1]} is newer than {oldest}")
     needs = [max(re.findall(rf"{name}_[\d.]+", shown), key=version_key, default="no " + name)
              for name in ("GLIBC", "GLIBCXX")]  # fmt: skip
     print(f"auditwheel: {tag[1]}, needs at most {' and '.join(needs)}")
@@ -132,6 +140,8 @@ def inspect(wheel: Path) -> None:
                 sys.exit(f"the wheel has no {wanted}")
         (module,) = (name for name in names if re.search(r"/_C\..*\.so$", name))
         binary = archive.extract(module, folder)
+        if newer := glibc.too_new(Path(binary)):
+            sys.exit(f"newer than {oldest}: {', '.join(newer)}")
         found = [
             sorted(set(re.findall(r"sm_\d+", run(cuobjdump(), option, binary))), key=version_key)
             for option in ("--list-elf", "--list-ptx")

@@ -83,7 +83,8 @@ class Run:
     def __init__(self, folder: Path, path: Path, result: dict[str, Any]):
         self.began, self.logs, self.path, self.result = time.monotonic(), folder, path, result
         self.steps: dict[str, dict[str, Any]] = result.setdefault("steps", {})
-        self.env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self.env = {**os.environ, "PYTHONPATH": path}
         self.lock = threading.Lock()
 
     def step(self, name: str, limit: float, command: list[str], **env: str) -> bool:

@@ -1,4 +1,4 @@
-"""Write the README's generated tables: losses, committed results, versions tested together."""
+"""Write the READMEs' generated parts: losses, committed results, versions tested together."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ sys.path.insert(0, str(ROOT))
 
 import compat  # noqa: E402
 
-from dpo_kernels.bench.report import readme_tables  # noqa: E402
+from dpo_kernels.bench.report import bf16_head, readme_tables  # noqa: E402
 from dpo_kernels.losses import table_markdown  # noqa: E402
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    blocks = (
-        ("dpo_kernels/losses.py -->\n", "\n<!-- /losses -->", table_markdown()),
-        ("benchmarks/results -->\n", "\n<!-- /benchmarks -->",
-         readme_tables(ROOT / "benchmarks/results")),
-        ("docs/compatibility.json -->\n", "\n<!-- /compatibility -->", compat.table()),
-    )  # fmt: skip
-    for start, end, table in blocks:
-        before, _, rest = text.partition(start)
-        assert end in rest, f"README.md has no block {start!r}"
-        text = before + start + table + end + rest.partition(end)[2]
-    path.write_text(text)
+    results = ROOT / "benchmarks/results"
+    write(ROOT / "README.md", "dpo_kernels/losses.py", "losses", table_markdown())
+    write(ROOT / "README.md", "benchmarks/results", "benchmarks", readme_tables(results))
+    write(ROOT / "README.md", "docs/compatibility.json", "compatibility", compat.table())
+    write(ROOT / "benchmarks/README.md", "benchmarks/results", "bf16", bf16_head(results))
+
+
+def write(page: Path, source: str, name: str, text: str) -> None:
+    """`text` between `<!-- ... source -->` and `<!-- /name -->`."""
+    start, end = f"{source} -->\n", f"\n<!-- /{name} -->"
+    before, _, rest = page.read_text().partition(start)
+    assert end in rest, f"{page} has no block {start!r}"
+    page.write_text(before + start + text + end + rest.partition(end)[2])
 
 
 if __name__ == "__main__":

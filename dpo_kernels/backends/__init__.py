@@ -187,6 +187,8 @@ def _on_host(backend: str) -> bool:
 @functools.cache
 def load(name: str) -> ModuleType:
     """The module of a backend; `RuntimeError` with the reason if it cannot run here."""
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {NAMES}, got {name!r}")
     reason = _why_not(name)
     if reason:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")

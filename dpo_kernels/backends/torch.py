@@ -32,17 +32,14 @@ def token_logps(
     stats: tuple[str, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logps [R, T], log-sum-exp [R, T] fp64, statistics [len(stats), R, T]; 0 where ignored."""
-    z = transform(logits.to(accumulate_dtype(logits.dtype)))
-    V = z.shape[-1]
+    V = logits.shape[-1]
     scored = targets != ignore_index
     legal = (targets >= 0) & (targets < V)
+    z = transform(scored_only(logits, scored).to(accumulate_dtype(logits.dtype)))
     if V == 0:
         zero = z.new_zeros(targets.shape)
         return zero, zero.double(), z.new_zeros((len(stats), *targets.shape))
-    # Ignored rows may hold anything, NaN included: they are cut off before the softmax so that
-    # neither a value nor a gradient comes from them.
-    z = torch.where(scored.unsqueeze(-1), z, 0.0)
-    lse = torch.logsumexp(z, dim=-1)
+    lse = _log_sum_exp(z.detach())
     index = torch.where(legal, targets, 0).unsqueeze(-1)
     x = z.gather(-1, index).squeeze(-1)
     logp_all = torch.log_softmax(z, dim=-1)
@@ -54,8 +51,24 @@ def token_logps(
     ]
     table = [torch.where(scored, column, 0.0) for column in columns]
     empty = logps.new_zeros((0, *targets.shape))
-    lse = torch.where(scored, lse, 0.0).detach().double()
+    lse = torch.where(scored, lse, 0.0)
     return logps, lse, torch.stack(table) if table else empty
+
+
+def scored_only(rows: Tensor, scored: Tensor) -> Tensor:
+    """Rows [R, T, ...], 0 where not scored [R, T].
+
+    Those may hold anything, NaN included: cut off before anything is done with them, neither a
+    value nor a gradient comes from them (0 * NaN is none).
+    """
+    return torch.where(scored.unsqueeze(-1), rows, 0.0)
+
+
+def _log_sum_exp(z: Tensor) -> Tensor:
+    """[..., V] -> [...] fp64: of logits of size 1e4 fp32 keeps three digits of what it adds."""
+    top = z.amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)
+    return (z - top).exp().sum(-1).double().log() + top.squeeze(-1).double()
 
 
 def _statistic(stat: str, z: Tensor, logp: Tensor, targets: Tensor, logps: Tensor) -> Tensor:
@@ -115,10 +128,8 @@ def token_kl(
     logits, ref_logits = logits.to(wide), ref_logits.detach().to(wide)
     logps, lse, _ = token_logps(logits, targets, ignore_index, transform, ())
     ref_logps, ref_lse, _ = token_logps(ref_logits, targets, ignore_index, transform, ())
-    scored = (targets != ignore_index).unsqueeze(-1)
-    log_p, log_q = (
-        torch.where(scored, transform(x), 0.0).log_softmax(-1) for x in (logits, ref_logits)
-    )
+    scored = targets != ignore_index
+    log_p, log_q = (transform(scored_only(x, scored)).log_softmax(-1) for x in (logits, ref_logits))
     never = log_q == -float("inf")
     # Masked before the product: 0 * inf has no gradient that is a number.
     terms = log_q.exp() * torch.where(never, 0.0, log_q - log_p)
@@ -126,7 +137,7 @@ def token_kl(
     terms = torch.where((log_p == -float("inf")) & ~never, float("inf"), terms)
     # A row whose target is out of range is NaN throughout, as its log-prob is.
     kl = terms.sum(-1) + torch.where(logps.isnan(), logps.detach(), 0.0)
-    return logps, lse, ref_logps, ref_lse, torch.where(scored.squeeze(-1), kl, 0.0)
+    return logps, lse, ref_logps, ref_lse, torch.where(scored, kl, 0.0)
 
 
 def token_kl_backward(

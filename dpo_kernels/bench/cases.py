@@ -110,7 +110,8 @@ def full(device: str) -> list[Case]:
         for fraction in (0.5, *FRACTIONS):
             for suite in ("linear trained", "linear frozen", "linear reference"):
                 cases.append(Case(suite, model, "fp32", 1024, fraction))
-    cases.append(Case("linear trained", "SmolLM2-135M", "bf16", 1024, 0.5))
+    for suite in ("linear trained", "linear frozen", "linear reference"):
+        cases.append(Case(suite, "SmolLM2-135M", "bf16", 1024, 0.5))
     return list(dict.fromkeys(cases))
 
 

@@ -270,8 +270,8 @@ def _linear(case: Case, device: str) -> dict[str, Callable[[], Provider]]:
 
     def liger(with_reference: bool) -> Provider:
         make = _import("liger_kernel.chunked_loss", "LigerFusedLinearDPOLoss", "liger-kernel")
-        if case.suite != "linear trained":
-            raise Absent("has neither a reference pass nor a frozen head of its own")
+        if forward:
+            raise Absent("has no reference pass of its own")
         if case.shape.softcap is not None:
             raise Absent("has no softcap")
         loss = make(use_ref_model=with_reference, compiled=device == "cuda", beta=BETA)

@@ -1,6 +1,7 @@
 """Results files as one page and its charts: `dpo-kernels report PATH`.
 
-The page is one HTML file with its pictures inside; the charts are PNG files beside it too.
+The page is one HTML file with its pictures inside (SVG, and PNG for readers that show none); the
+charts are files beside it too.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,21 @@ from .cases import grown_in
 
 COLOURS = {True: "#c44e52", False: "#4c72b0"}  # ours, others
 OTHERS = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9")  # lines of several others
+
+
+_COLUMNS = (
+    "provider",
+    "median",
+    "20-80 %",
+    "x ours",
+    "of floor",
+    "peak memory",
+    "error",
+    "note",
+)
+
+
+_NOTE = _COLUMNS.index("note")
 
 
 def write_report(files: Sequence[Path], folder: Path) -> Path:
@@ -29,6 +46,7 @@ def write_report(files: Sequence[Path], folder: Path) -> Path:
         for number, (title, draw) in enumerate(_charts(run["rows"])):
             chart = folder / f"{path.stem}-{number}.png"
             draw(chart)
+            draw(chart.with_suffix(".svg"))
             charts.append((title, chart))
         parts.append(_section(path.name, run, charts))
     page = folder / "report.html"
@@ -57,21 +75,32 @@ def _section(name: str, run: dict[str, Any], charts: list[tuple[str, Path]]) -> 
              f"{run['load']} before the run, commit {run['commit'][:12]}; "
              f"{html.escape(versions)}</p>"]  # fmt: skip
     for title, chart in charts:
-        picture = base64.b64encode(chart.read_bytes()).decode()
+        png, svg = (
+            base64.b64encode(chart.with_suffix(kind).read_bytes()).decode()
+            for kind in (".png", ".svg")
+        )
         lines.append(
             f"<h3>{html.escape(title)}</h3>"
-            f'<img alt="{html.escape(title)}" src="data:image/png;base64,{picture}">'
+            f'<picture><source type="image/svg+xml" srcset="data:image/svg+xml;base64,{svg}">'
+            f'<img alt="{html.escape(title)}" src="data:image/png;base64,{png}"></picture>'
         )
     lines.append("<h3>All figures</h3>")
     for case, rows in results.by_case(run["rows"]).items():
-        lines.append(f"<h4>{html.escape(case)}</h4><table><tr><th>provider<th>median<th>20-80 %"
-                     "<th>x ours<th>of floor<th>peak memory<th>error<th></tr>")  # fmt: skip
         ours = results.best_of_ours(rows)
-        for row in rows:
-            cells = [row["provider"], *cells_of(row, ours), row["note"]]
+        table = [[row["provider"], *cells_of(row, ours), row["note"]] for row in rows]
+        filled = [i for i, name in enumerate(_COLUMNS) if any(cells[i] for cells in table)]
+        lines.append(
+            f"<h4>{html.escape(results.shown(case))}</h4><div><table><tr>"
+            + "".join(f"<th>{_COLUMNS[i]}" for i in filled)
+            + "</tr>"
+        )
+        for row, cells in zip(rows, table, strict=True):
             mark = ' class="ours"' if row["ours"] else ""
-            lines.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(c)}" for c in cells) + "</tr>")
-        lines.append("</table>")
+            text = "".join(
+                f"<td{' class=note' * (i == _NOTE)}>{html.escape(cells[i])}" for i in filled
+            )
+            lines.append(f"<tr{mark}>{text}</tr>")
+        lines.append("</table></div>")
     return "\n".join(lines)
 
 
@@ -122,6 +151,13 @@ def _figure(width: float, height: float):
     return figure
 
 
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
+        figure.savefig(path, dpi=110)
+
+
 def _bars(path: Path, rows: list[dict[str, Any]], key: str, factor: float, unit: str) -> None:
     cases = results.by_case(rows)
     count = sum(len(group) + 1.4 for group in cases.values())
@@ -129,7 +165,7 @@ def _bars(path: Path, rows: list[dict[str, Any]], key: str, factor: float, unit:
     axis = figure.subplots()
     at, ticks, labels = 0.0, [], []
     for case, group in cases.items():
-        axis.text(0.0, at, case, fontsize=8, weight="bold", va="center",
+        axis.text(0.0, at, results.shown(case), fontsize=8, weight="bold", va="center",
                   transform=axis.get_yaxis_transform())  # fmt: skip
         for row in group:
             at += 1
@@ -150,7 +186,7 @@ def _bars(path: Path, rows: list[dict[str, Any]], key: str, factor: float, unit:
     axis.set_xlim(0, 1.12 * largest)
     axis.set_xlabel(unit)
     axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _floor(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -161,13 +197,13 @@ def _floor(path: Path, rows: list[dict[str, Any]]) -> None:
         percent = 100 * row["floor"] / row["seconds"]
         axis.barh(at, percent, color=COLOURS[True], height=0.7)
         axis.text(percent, at, f"  {percent:.0f}", fontsize=7, va="center")
-    names = [f"{r['case']}\n{r['provider']}" for r in mine]
+    names = [f"{results.shown(r['case'])}\n{r['provider']}" for r in mine]
     axis.set_yticks(range(len(mine)), names, fontsize=6)
     axis.invert_yaxis()
     axis.axvline(100, color="black", lw=1)
     axis.set_xlabel("percent of the floor (a copy's bandwidth, or the bare products)")
     axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _lines(
@@ -187,9 +223,10 @@ def _lines(
         ours = mine[0]["ours"]
         colour = COLOURS[True] if ours else OTHERS[others % len(OTHERS)]
         others += not ours
+        # Ours is the wide line below: a thin one of the same values stays visible on it.
         axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=provider, color=colour,
-                  lw=2.2 if ours else 1.2, ls="--" if "in place" in provider else "-",
-                  zorder=3 if ours else 2)  # fmt: skip
+                  lw=4.0 if ours else 1.2, ls="--" if "in place" in provider else "-",
+                  zorder=2 if ours else 3)  # fmt: skip
     floors = {(r["x"], r["floor"] * factor) for r in rows if r["ours"] and r.get("floor")}
     if floors:
         axis.plot(*zip(*sorted(floors), strict=True), color="black", ls=":", label="floor")
@@ -205,15 +242,17 @@ def _lines(
     axis.set_title(series, fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 _HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>dpo-kernels benchmarks</title><style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin-bottom: 1rem }
+div { overflow-x: auto } table { border-collapse: collapse; margin-bottom: 1rem }
 td, th { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #ddd }
-.ours { background: #fbeceb } img { max-width: 100% } h4 { margin-bottom: .3rem }
+td, th { white-space: nowrap } td.note { white-space: normal; min-width: 14rem }
+.ours { background: #fbeceb } img { max-width: 100%; height: auto } h4 { margin-bottom: .3rem }
 </style></head><body><h1>dpo-kernels benchmarks</h1>
 <p>Red is dpo-kernels. Times are medians of rounds that the providers take in turns, with the 20th
 and 80th percentile; the floor is a copy's bandwidth, or the bare matrix products, measured in the
@@ -245,6 +284,43 @@ def readme_tables(folder: Path) -> str:
         parts.append(_readme_table(run["rows"]))
     parts += [_script_table(file) for file in sorted(folder.glob("*-trl-script.json"))]
     return "\n\n".join(parts)
+
+
+BF16_HEAD = "cpu-linear-head-bf16.json"
+BF16_HEAD_COMMAND = (
+    'dpo-kernels bench --set full --case "SmolLM2-135M bf16 1024 tokens in 2 pairs, 50% scored" '
+    f"--json benchmarks/results/{BF16_HEAD}"
+)
+
+
+def bf16_head(folder: Path) -> str:
+    """For "Where peers win": ours and who is faster on a bf16 head, with both errors, from the
+    results file; how to record it where there is none."""
+    file = folder / BF16_HEAD
+    if not file.is_file():
+        return f"- Linear head in bf16: no results file yet. `{BF16_HEAD_COMMAND}` records it."
+    run = results.read(file)
+    lines = [
+        f"- Linear head in bf16 ({run['device']}, {run['threads']} threads, {run['date'][:10]}, "
+        f"`results/{BF16_HEAD}`): we widen the weight to fp32, whatever the processor has; torch "
+        "and the peers multiply in bf16, with AVX512-BF16 or AMX where it has them, and their "
+        "log-probs carry its rounding. Ours, and what is faster:",
+        "",
+        "  | case | provider | time | error of the loss or log-prob | of the gradient |",
+        "  |---|---|---|---|---|",
+    ]
+    for case, group in results.by_case(run["rows"]).items():
+        ours = results.best_of_ours(group)
+        if ours is None:
+            continue
+        ahead = [r for r in group if not r["ours"] and r.get("seconds", math.inf) < ours["seconds"]]
+        for row in [ours, *sorted(ahead, key=lambda r: r["seconds"])]:
+            gradient = row["gradient error"]
+            lines.append(
+                f"  | {case} | {row['provider']} | {row['seconds'] * 1e3:.3g} ms | "
+                f"{row['error']:.0e} | {'-' if gradient is None else f'{gradient:.0e}'} |"
+            )
+    return "\n".join(lines)
 
 
 def _script_table(file: Path) -> str:

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -85,6 +86,11 @@ def by_case(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return cases
 
 
+def shown(case: str) -> str:
+    """A case's name for people: without the parts that say nothing where there are no tokens."""
+    return re.sub(r" - (.*) 0 tokens in (\d+ pairs).*", r" \1 \2", case)
+
+
 def best_of_ours(rows: Iterable[dict[str, Any]], by: str = "seconds") -> dict[str, Any] | None:
     """Our least, by `by`, that does not overwrite its input: what others are compared with."""
     mine = [r for r in rows if r["ours"] and r.get(by) and "in place" not in r["provider"]]
@@ -100,7 +106,7 @@ def text(meta: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
              "against float64"]  # fmt: skip
     for case, group in by_case(rows).items():
         ours = best_of_ours(group)
-        lines += ["", f"{case}  [{SUITES.get(group[0]['suite'], group[0]['suite'])}]"]
+        lines += ["", f"{shown(case)}  [{SUITES.get(group[0]['suite'], group[0]['suite'])}]"]
         for row in group:
             lines.append(f"  {row['provider']:<36}{_figures(row, ours)}")
     return "\n".join(lines)

@@ -1,24 +1,20 @@
 """Preference data: readers that name every bad row, tokenisation, and batches without waste.
 
-read_pairs (JSONL) -> tokenize_pairs (ids, TRL's rule) -> make_batch (trunk calls + scored rows)
+read_pairs (files) -> tokenize_pairs (ids, TRL's rule) -> make_batch (trunk calls + scored rows)
 """
 
 from .batches import ScoredBatch, Sharing, TrunkCall, make_batch, make_sequence_batch
-from .pairs import (
-    DataError,
-    LeftOut,
-    Message,
-    PreferencePair,
-    Problem,
-    read_conversations,
-    read_pairs,
-)
-from .tokenize import TokenPair, TokenSequence, tokenize_conversations, tokenize_pairs
+from .left_out import DataError, LeftOut, NoUsableRow, Problem
+from .pairs import Message, PreferencePair, read_conversations, read_pairs
+from .sequences import Limits, TokenPair, TokenSequence
+from .tokenize import tokenize_conversations, tokenize_pairs
 
 __all__ = [
     "DataError",
     "LeftOut",
+    "Limits",
     "Message",
+    "NoUsableRow",
     "PreferencePair",
     "Problem",
     "ScoredBatch",

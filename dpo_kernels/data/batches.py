@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tokenize import Ids, TokenPair, TokenSequence
+from .sequences import Ids, TokenPair, TokenSequence
 
 # What one more trunk call costs, in tokens: rows are padded into a common call as long as the
 # padding costs less than that. Only a throughput choice; results do not depend on it.
@@ -148,7 +148,7 @@ def _assemble(
     sources: list[str], first_half: int,
 ) -> ScoredBatch:  # fmt: skip
     counts = [s.num_scored for s in sequences]
-    labels = [i for s in sequences for i in s.ids[s.first_scored :]]
+    labels = [s.ids[t] for s in sequences for t in s.scored]
     return ScoredBatch(
         calls=calls,
         rows=torch.cat(indices),
@@ -171,7 +171,7 @@ def _shared_length(a: Ids, b: Ids) -> int:
 
 def _predictors(row: _Row, sequence: TokenSequence, rejected: bool) -> Tensor:
     """Flat index of the state that predicts each scored token: that of the position before it."""
-    positions = torch.arange(sequence.first_scored - 1, len(sequence.ids) - 1)
+    positions = torch.tensor(sequence.scored, dtype=torch.int64) - 1
     if rejected and row.branch is not None:
         L, end = row.branch
         positions = torch.where(positions < L, positions, positions + (end - L))

@@ -1,4 +1,4 @@
-"""Reading preference pairs from JSONL, one JSON object a line.
+"""Preference pairs from the rows of a file.
 
 Accepted forms, as TRL's:
 
@@ -11,69 +11,63 @@ where a message is {"role": "...", "content": "..."}. An implicit prompt is what
 share at their start. UltraFeedback's rows (a text `prompt` repeated as the first user message of
 both lists) are read as implicit ones.
 
-A row that cannot be used is never dropped in silence: it becomes a `Problem` that says where, which
-field, what came and what was expected. `LeftOut` reports each once, counts them by reason, or
-refuses the first one (`strict`).
+Beside them: `margin` (odpo), `weight` and `beta` of the pair, and of conversations `system`,
+`tools` and `chat_template_kwargs`. A column that means nothing here is named once; one that changes
+what the model would see (pictures) is refused.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, str]
+from .files import kind_of, read_rows
+from .left_out import BadField, DataError, LeftOut, Problem
+
+__all__ = [
+    "DataError",
+    "LeftOut",
+    "Message",
+    "PreferencePair",
+    "Problem",
+    "Turn",
+    "read_conversations",
+    "read_pairs",
+]
+
+Message = dict[str, Any]
 Turn = str | list[Message]
 
-
-class DataError(ValueError):
-    """The data cannot be used as asked; the message names file, line and field."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why one row was left out."""
-
-    where: str  # "file:line"
-    field: str
-    got: str
-    expected: str
-    reason: str  # the heading it is counted under
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.field}: {self.got}, expected {self.expected}"
-
-
-@dataclass
-class LeftOut:
-    """Collects problems: reports each once, counts them by reason, refuses the first if strict."""
-
-    strict: bool = False
-    report: Callable[[str], None] | None = None
-    problems: list[Problem] = field(default_factory=list)
-
-    def add(self, problem: Problem) -> None:
-        """Record one row as left out; raises `DataError` if strict."""
-        if self.strict:
-            raise DataError(f"{problem} (--strict refuses bad rows)")
-        self.problems.append(problem)
-        if self.report is not None:
-            self.report(f"left out: {problem}")
-
-    def counts(self) -> dict[str, int]:
-        """Rows left out by reason, most frequent first."""
-        return dict(Counter(p.reason for p in self.problems).most_common())
-
-    def summary(self) -> str:
-        """One line for the end of a run."""
-        if not self.problems:
-            return "left out: nothing"
-        parts = ", ".join(f"{n} {reason}" for reason, n in self.counts().items())
-        return f"left out: {len(self.problems)} ({parts})"
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+_MEDIA = ("images", "image", "videos", "video", "audio", "audios")
+_NUMBERS = ("margin", "weight", "beta")
+_KNOWN = {
+    "prompt",
+    "chosen",
+    "rejected",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+    *_MEDIA,
+    *_NUMBERS,
+}
+# What `apply_chat_template` is given by us: a row cannot say it otherwise.
+_OURS = (
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_dict",
+)
 
 
 @dataclass(frozen=True)
@@ -85,29 +79,36 @@ class PreferencePair:
     rejected: Turn
     source: str  # "file:line"
     offset: float | None = None  # the row's `margin`, for ODPO
+    weight: float | None = None  # of the pair in the loss
+    beta: float | None = None  # of the pair, in place of the run's
+    tools: list[dict[str, Any]] | None = None  # handed to the chat template
+    template_kwargs: dict[str, Any] | None = None
 
     @property
     def conversational(self) -> bool:
         return isinstance(self.chosen, list)
 
 
-class _BadField(Exception):
-    """Raised while reading one row; turned into a `Problem` with file and line."""
-
-    def __init__(self, name: str, got: str, expected: str, reason: str) -> None:
-        super().__init__(name)
-        self.name, self.got, self.expected, self.reason = name, got, expected, reason
-
-
 def read_pairs(path: str | os.PathLike[str], left_out: LeftOut) -> list[PreferencePair]:
-    """All usable pairs of a JSONL file; the rest goes to `left_out`.
+    """All usable pairs of a file; the rest goes to `left_out`.
 
-    Raises `DataError` if the file cannot be opened, holds no usable pair, or if a row is bad and
+    Raises `DataError` if the file cannot be read, holds no usable pair, or if a row is bad and
     `left_out.strict`.
     """
-    pairs = list(_read(path, left_out, _pair))
+    since = len(left_out.problems)
+    unused: Counter[str] = Counter()
+
+    def parse(row: dict[str, Any], where: str) -> PreferencePair:
+        unknown = [name for name in row if name not in _KNOWN and row[name] not in (None, "", [])]
+        unused.update(unknown)
+        return _pair(row, where, unknown, left_out)
+
+    pairs = list(_read(path, left_out, parse))
+    if unused:
+        names = ", ".join(f"{name} ({n} rows)" for name, n in unused.most_common())
+        left_out.once(f"{path}: columns that are not used: {names}")
     if not pairs:
-        raise DataError(f"{path}: no usable preference pair; {left_out.summary()}")
+        raise left_out.nothing(path, "no usable preference pair", since)
     return pairs
 
 
@@ -115,74 +116,78 @@ def read_conversations(
     path: str | os.PathLike[str], left_out: LeftOut
 ) -> list[tuple[str, list[Message]]]:
     """(source, messages) of each row {"messages": [...]} that ends with the assistant (for SFT)."""
+    since = len(left_out.problems)
     rows = list(_read(path, left_out, _conversation))
     if not rows:
-        raise DataError(f"{path}: no usable conversation; {left_out.summary()}")
+        raise left_out.nothing(path, "no usable conversation", since)
     return rows
 
 
 def _read(
     path: str | os.PathLike[str], left_out: LeftOut, parse: Callable[[dict[str, Any], str], Any]
 ) -> Iterator[Any]:
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {what}, expected a JSONL file (one JSON object a line)")
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                yield parse(_json_object(raw), where)
-            except _BadField as bad:
-                left_out.add(Problem(where, bad.name, bad.got, bad.expected, bad.reason))
+    for where, row in read_rows(path):
+        try:
+            if isinstance(row, BadField):
+                raise row
+            yield parse(row, where)
+        except BadField as bad:
+            left_out.add(bad.at(where))
 
 
-def _json_object(raw: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        detail = (
-            f"invalid JSON ({error})"
-            if isinstance(error, json.JSONDecodeError)
-            else (f"undecodable line ({error})")
-        )
-        raise _BadField("line", detail, "one JSON object", "broken JSON") from None
-    if not isinstance(row, dict):
-        raise _BadField("line", _kind(row), "one JSON object", "broken JSON")
-    return row
-
-
-def _pair(row: dict[str, Any], where: str) -> PreferencePair:
+def _pair(row: dict[str, Any], where: str, unknown: list[str], left_out: LeftOut) -> PreferencePair:
+    for name in _MEDIA:
+        if row.get(name) not in (None, "", []):
+            raise BadField(
+                name,
+                kind_of(row[name]),
+                "text alone: pictures, films and sounds are not supported",
+                "not supported",
+            )
     chosen, rejected = _turn(row, "chosen"), _turn(row, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise _BadField("rejected", _kind(rejected), f"{_kind(chosen)} as chosen is",
-                        "mis-typed field")  # fmt: skip
+        raise BadField(
+            "rejected", kind_of(rejected), f"{kind_of(chosen)} as chosen is", "mis-typed field"
+        )
     if chosen == rejected:
-        raise _BadField("rejected", "the same as chosen", "a different completion",
-                        "chosen equals rejected")  # fmt: skip
+        raise BadField(
+            "rejected", "the same as chosen", "a different completion", "chosen equals rejected"
+        )
     prompt: Turn | None = None
     if row.get("prompt") is not None:
         prompt = _turn(row, "prompt")
         if isinstance(prompt, str) and isinstance(chosen, list) and isinstance(rejected, list):
-            if not all(side[0]["content"] == prompt for side in (chosen, rejected)):
-                raise _BadField("prompt", "a text", "a message list as chosen is",
-                                "mis-typed field")  # fmt: skip
+            if not all(_first_asked(side) == prompt for side in (chosen, rejected)):
+                raise BadField("prompt", "a text", "a message list as chosen is", "mis-typed field")
             prompt = None  # UltraFeedback: the lists repeat the prompt, so it is implicit
         elif isinstance(prompt, list) and isinstance(chosen, str):
-            raise _BadField("prompt", "a message list", "a text as chosen is", "mis-typed field")
+            raise BadField("prompt", "a message list", "a text as chosen is", "mis-typed field")
     if prompt is None:
-        prompt, chosen, rejected = _split_implicit(chosen, rejected)
+        prompt, chosen, rejected = _split_implicit(chosen, rejected, row, unknown)
+    elif isinstance(prompt, list):
+        chosen, rejected = (_unrepeated(prompt, side, left_out) for side in (chosen, rejected))
+    elif prompt and str(chosen).startswith(prompt) and str(rejected).startswith(prompt):
+        left_out.notes[
+            "rows in which both completions begin with the prompt's text again "
+            "(trained as they stand)"
+        ] += 1
+    prompt = _with_system(row, prompt)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         _check_completion(name, side)
-    return PreferencePair(prompt, chosen, rejected, where, _margin(row))
+    margin, weight, beta = (_number(row, name) for name in _NUMBERS)
+    return PreferencePair(
+        prompt, chosen, rejected, where, margin, weight, beta, *_for_template(row, prompt)
+    )
+
+
+def _first_asked(side: list[Message]) -> str | None:
+    return next((m["content"] for m in side if m["role"] == "user"), None)
 
 
 def _conversation(row: dict[str, Any], where: str) -> tuple[str, list[Message]]:
     messages = _turn(row, "messages")
     if isinstance(messages, str):
-        raise _BadField("messages", "a text", "a message list", "mis-typed field")
+        raise BadField("messages", "a text", "a message list", "mis-typed field")
     _check_completion("messages", messages)
     return where, messages
 
@@ -190,26 +195,63 @@ def _conversation(row: dict[str, Any], where: str) -> tuple[str, list[Message]]:
 def _turn(row: dict[str, Any], name: str) -> Turn:
     """A field that is a text or a list of messages."""
     if name not in row or row[name] is None:
-        raise _BadField(name, "missing", "a text or a list of messages", "missing field")
+        raise BadField(name, "missing", "a text or a list of messages", "missing field")
     value = row[name]
     if isinstance(value, str):
-        return value
+        return _text(name, value)
     if not isinstance(value, list):
-        raise _BadField(name, _kind(value), "a text or a list of messages", "mis-typed field")
+        raise BadField(name, kind_of(value), "a text or a list of messages", "mis-typed field")
     if not value:
         what = "empty prompt" if name == "prompt" else "empty completion"
-        raise _BadField(name, "an empty list", "at least one message", what)
-    for i, message in enumerate(value):
-        for key in ("role", "content"):
-            if not isinstance(message, dict):
-                raise _BadField(f"{name}[{i}]", _kind(message), "a message", "mis-typed field")
-            if not isinstance(message.get(key), str):
-                got = _kind(message[key]) if key in message else "missing"
-                raise _BadField(f"{name}[{i}].{key}", got, "a text", "mis-typed field")
-    return value
+        raise BadField(name, "an empty list", "at least one message", what)
+    return [_message(f"{name}[{i}]", message) for i, message in enumerate(value)]
 
 
-def _split_implicit(chosen: Turn, rejected: Turn) -> tuple[Turn, Turn, Turn]:
+def _message(name: str, message: Any) -> Message:
+    if not isinstance(message, dict):
+        raise BadField(name, kind_of(message), "a message", "mis-typed field")
+    calls = message.get("tool_calls")
+    if calls and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):
+        raise BadField(f"{name}.tool_calls", kind_of(calls), "a list of calls", "mis-typed field")
+    if calls and message.get("content") is None:
+        message = {**message, "content": ""}  # a call needs no words; templates print None as text
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            got = kind_of(message[key]) if key in message else "missing"
+            if key not in message and ("from" in message or "value" in message):
+                got = "missing (the message has 'from' and 'value')"
+            raise BadField(f"{name}.{key}", got, "a text", "mis-typed field")
+    if message["role"] not in ROLES:
+        raise BadField(
+            f"{name}.role", repr(message["role"]), f"one of {', '.join(ROLES)}", "unknown role"
+        )
+    _text(f"{name}.content", message["content"])
+    for key in message.keys() - {"role", "content"}:
+        _encodable(f"{name}.{key}", message[key])
+    return message
+
+
+def _text(name: str, text: str) -> str:
+    """The text, if it is one: half of a surrogate pair has no encoding, and no token."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"half a character ({text[error.start]!r} at {error.start})"
+        raise BadField(name, found, "text that UTF-8 can hold", "lone surrogate") from None
+    return text
+
+
+def _encodable(name: str, value: Any) -> None:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise BadField(name, "lists within lists without end", "less", "mis-typed field") from None
+    _text(name, text)
+
+
+def _split_implicit(
+    chosen: Turn, rejected: Turn, row: dict[str, Any], unknown: list[str]
+) -> tuple[Turn, Turn, Turn]:
     """Prompt, chosen, rejected: the common start is the prompt."""
     n = 0
     limit = min(len(chosen), len(rejected))
@@ -219,34 +261,147 @@ def _split_implicit(chosen: Turn, rejected: Turn) -> tuple[Turn, Turn, Turn]:
         n += 1
     if isinstance(chosen, str) and n and chosen[n - 1] == " ":
         n -= 1  # the space belongs to the first word of the completion, as in TRL
+    # Of texts, a letter in common would pass for the prompt that has another name.
+    suspects = [name for name in unknown if _may_be_a_prompt(name, row[name])]
+    if suspects and (n == 0 or isinstance(chosen, str)):
+        raise BadField(
+            "prompt",
+            f"missing, and the column {suspects[0]!r} is unknown",
+            "a prompt under the name 'prompt' (rename the column, or take it out if it is none)",
+            "missing field",
+        )
     if n == 0:
-        raise _BadField("prompt", "missing, and chosen and rejected share no start",
-                        "a prompt, or a shared start", "missing field")  # fmt: skip
+        raise BadField(
+            "prompt",
+            "missing, and chosen and rejected share no start",
+            "a prompt, or a shared start",
+            "missing field",
+        )
     return chosen[:n], chosen[n:], rejected[n:]
+
+
+def _may_be_a_prompt(name: str, value: Any) -> bool:
+    label = name in ("id", "source", "dataset", "model", "split") or name.endswith(
+        ("_id", "_model")
+    )
+    return isinstance(value, str | list | dict) and not label
+
+
+def _unrepeated(prompt: list[Message], side: Turn, left_out: LeftOut) -> Turn:
+    """A completion without the end of the prompt, where it begins with it."""
+    assert isinstance(side, list)
+    for k in range(min(len(prompt), len(side) - 1), 0, -1):
+        if prompt[-k:] == side[:k]:
+            left_out.notes["completions that repeated the prompt (it is taken once)"] += 1
+            return side[k:]
+    return side
+
+
+def _with_system(row: dict[str, Any], prompt: Turn) -> Turn:
+    """The prompt with the column `system` as its first message."""
+    system = row.get("system")
+    if system in (None, ""):
+        return prompt
+    if not isinstance(system, str):
+        raise BadField("system", kind_of(system), "a text", "mis-typed field")
+    if isinstance(prompt, str):
+        raise BadField(
+            "system",
+            "a text beside plain texts",
+            "message lists, or the system's text in the prompt",
+            "not supported",
+        )
+    message = {"role": "system", "content": _text("system", system)}
+    if prompt and prompt[0]["role"] in ("system", "developer"):
+        if prompt[0]["content"] == system:
+            return prompt
+        raise BadField(
+            "system",
+            "another text than the prompt's own system message",
+            "one system message",
+            "two system messages",
+        )
+    return [message, *prompt]
+
+
+def _for_template(
+    row: dict[str, Any], prompt: Turn
+) -> tuple[list[dict[str, Any]] | None, dict[str, Any] | None]:
+    """(tools, chat_template_kwargs) of a row; either may be written as JSON, as TRL has them."""
+    found: list[Any] = []
+    for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        value = row.get(name)
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise BadField(
+                    name, "a text that is no JSON", f"{kind_of(kind())}", "mis-typed field"
+                ) from None
+        if not value:
+            found.append(None)
+            continue
+        if not isinstance(value, kind) or (
+            kind is list and any(type(t) is not dict for t in value)
+        ):
+            wanted = "a list of objects" if kind is list else "an object"
+            raise BadField(name, kind_of(value), wanted, "mis-typed field")
+        if isinstance(prompt, str):
+            raise BadField(
+                name,
+                "given beside plain texts",
+                "message lists: only a chat template can use it",
+                "not supported",
+            )
+        if kind is dict and (taken := [key for key in value if key in _OURS]):
+            raise BadField(
+                f"{name}.{taken[0]}",
+                "set by the row",
+                "a variable of the template",
+                "not supported",
+            )
+        _encodable(name, value)
+        found.append(value)
+    return found[0], found[1]
 
 
 def _check_completion(name: str, side: Turn) -> None:
     if isinstance(side, str):
         if not side.strip():
-            raise _BadField(name, "empty", "a completion", "empty completion")
+            raise BadField(name, "empty", "a completion", "empty completion")
         return
-    if not side[-1]["content"].strip():
-        raise _BadField(name, "empty", "a completion", "empty completion")
     if side[-1]["role"] != "assistant":
-        raise _BadField(f"{name}[-1].role", repr(side[-1]["role"]), "'assistant'",
-                        "last role not assistant")  # fmt: skip
+        raise BadField(
+            f"{name}[-1].role", repr(side[-1]["role"]), "'assistant'", "last role not assistant"
+        )
+    if not side[-1]["content"].strip() and not side[-1].get("tool_calls"):
+        raise BadField(name, "empty", "a completion", "empty completion")
+    for message in side if name != "messages" else []:
+        if message["role"] in ("system", "developer"):
+            raise BadField(
+                name,
+                f"a {message['role']} message",
+                "it in the prompt",
+                "system message in a completion",
+            )
 
 
-def _margin(row: dict[str, Any]) -> float | None:
-    value = row.get("margin")
+def _number(row: dict[str, Any], name: str) -> float | None:
+    value = row.get(name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _BadField("margin", _kind(value), "a number", "mis-typed field")
-    return float(value)
-
-
-def _kind(value: object) -> str:
-    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number",
-             str: "a text", list: "a list", dict: "an object"}  # fmt: skip
-    return names.get(type(value), type(value).__name__)
+        raise BadField(name, kind_of(value), "a number", "mis-typed field")
+    least = {"margin": -math.inf, "weight": 0.0, "beta": 0.0}[name]
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < least or (name == "beta" and number == 0):
+        wanted = {
+            "margin": "a finite number",
+            "weight": "a number of at least 0",
+            "beta": "a number above 0",
+        }[name]
+        raise BadField(name, str(value)[:40], wanted, "number out of range")
+    return number

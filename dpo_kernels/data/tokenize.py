@@ -4,53 +4,25 @@ The prompt (with the template's generation prompt) and prompt + completion are t
 the completion starts at the first divergence of the two, because a template may render a prompt
 alone differently, and a tokenizer may merge the last characters of the prompt with the first of the
 completion. Plain texts get one end-of-sequence token. Sequences keep their start (`max_length`).
+
+Beyond that rule: special tokens that a text carries already are not put in a second time, and of a
+completion of several turns the assistant's alone are scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from .pairs import DataError, LeftOut, Message, PreferencePair, Problem
+from .left_out import DataError, LeftOut, Problem
+from .pairs import Message, PreferencePair
+from .sequences import Ids, Limits, Spans, TokenPair, TokenSequence
 
-Ids = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TokenPair:
-    """The ids of one pair, truncated: each sequence is `prompt` ++ completion."""
-
-    prompt: Ids
-    chosen: Ids
-    rejected: Ids
-    source: str
-    offset: float | None = None
-
-    @property
-    def sequences(self) -> tuple[TokenSequence, TokenSequence]:
-        """(chosen, rejected) as whole sequences."""
-        return (
-            TokenSequence(self.prompt + self.chosen, len(self.prompt), self.source),
-            TokenSequence(self.prompt + self.rejected, len(self.prompt), self.source),
-        )
+LONG = 2000  # pairs; fewer are tokenised before a bar would be of use
 
 
-@dataclass(frozen=True)
-class TokenSequence:
-    """Ids of which those from `start` on are scored (never the first: nothing predicts it)."""
-
-    ids: Ids
-    start: int
-    source: str
-
-    @property
-    def first_scored(self) -> int:
-        return max(self.start, 1)
-
-    @property
-    def num_scored(self) -> int:
-        return max(len(self.ids) - self.first_scored, 0)
+Progress = Callable[[Iterable[Any], str, int, str], Iterator[Any]]
 
 
 def tokenize_pairs(
@@ -59,29 +31,26 @@ def tokenize_pairs(
     max_length: int | None,
     left_out: LeftOut,
     warn: Callable[[str], None] = print,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
 ) -> list[TokenPair]:
     """Token ids of each pair; pairs that `max_length` makes useless go to `left_out`.
 
-    Raises `DataError` for conversational pairs and a tokenizer without a chat template.
+    So do pairs that the model cannot be fed (`limits`) or the chat template cannot render.
+    `progress` wraps a long list. Raises `DataError` for conversational pairs and a tokenizer
+    without a chat template.
     """
     _require_template(tokenizer, any(pair.conversational for pair in pairs))
-    result, warned = [], False
-    for pair in pairs:
-        ids = _pair_ids(pair, tokenizer, left_out)
-        if ids is None:
-            continue
-        alone, chosen, rejected = ids
-        start = min(_common(alone, chosen), _common(alone, rejected))
-        if start < len(alone) and not warned:
-            warned = True
-            warn(
-                f"{pair.source}: the tokenised prompt is not a prefix of prompt + completion "
-                f"(its end {tokenizer.decode(list(alone[start:]))!r} tokenises differently there); "
-                "the completion starts where they diverge. Said once; other rows may be alike."
-            )
-        token_pair = _truncate(pair, chosen, rejected, start, max_length, left_out)
-        if token_pair is not None:
-            result.append(token_pair)
+    maker = _PairTokenizer(tokenizer, max_length, left_out, warn, limits or Limits())
+    wrapped: Iterable[PreferencePair] = pairs
+    if progress is not None and len(pairs) >= LONG:
+        wrapped = progress(pairs, "tokenising", len(pairs), "pairs")
+    result = []
+    for pair in wrapped:
+        try:
+            result.append(maker.tokenize(pair))
+        except _Refused as refused:
+            left_out.add(Problem(pair.source, *refused.args))
     return result
 
 
@@ -99,9 +68,15 @@ def tokenize_conversations(
         ids = _apply(tokenizer, messages, False)[:max_length]
         sequence = TokenSequence(ids, _common(alone, ids), source)
         if sequence.num_scored == 0:
-            left_out.add(Problem(source, "messages", f"a prompt of {len(alone)} tokens",
-                                 f"fewer than max_length={max_length}", "prompt too long")
-                         )  # fmt: skip
+            left_out.add(
+                Problem(
+                    source,
+                    "messages",
+                    f"a prompt of {len(alone)} tokens",
+                    f"fewer than max_length={max_length}",
+                    "prompt too long",
+                )
+            )
         else:
             result.append(sequence)
     return result
@@ -115,49 +90,399 @@ def _require_template(tokenizer: Any, conversational: bool) -> None:
         )
 
 
-def _pair_ids(
-    pair: PreferencePair, tokenizer: Any, left_out: LeftOut
-) -> tuple[Ids, Ids, Ids] | None:
-    if not pair.conversational:
-        return tuple(  # type: ignore[return-value]
-            _plain(tokenizer, text, completion)
-            for text, completion in (
-                (pair.prompt, ""), (pair.prompt, pair.chosen), (pair.prompt, pair.rejected)
+class _Refused(Exception):
+    """(field, got, expected, reason) of a pair that cannot be used."""
+
+
+class _PairTokenizer:
+    """One tokenizer at work on many pairs."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int | None,
+        left_out: LeftOut,
+        warn: Callable[[str], None],
+        limits: Limits,
+    ) -> None:
+        self.tokenizer, self.max_length, self.limits = tokenizer, max_length, limits
+        self.left_out, self.warn, self.warned = left_out, warn, False
+        self._marks: tuple[str, str] | None = None
+        self._templates: dict[bool, str] = {}
+        # Looked up once: each is a search in the tokenizer.
+        self.bos, self.bos_id = tokenizer.bos_token or "", tokenizer.bos_token_id
+        self.eos, self.eos_id = tokenizer.eos_token or "", tokenizer.eos_token_id
+
+    def tokenize(self, pair: PreferencePair) -> TokenPair:
+        """The pair's ids; `_Refused` where there are none to train on."""
+        if pair.conversational:
+            alone, sides, spans = self._chat(pair)
+        else:
+            alone, sides = self._texts(pair)
+            spans = [None, None]
+        start = min(_common(alone, ids) for ids in sides)
+        if start < len(alone) and not self.warned and spans == [None, None]:
+            self.warned = True
+            self.warn(
+                f"{pair.source}: the tokenised prompt is not a prefix of prompt + completion "
+                f"(its end {self.tokenizer.decode(list(alone[start:]))!r} tokenises differently "
+                "there); the completion starts where they diverge. Said once; other rows may be "
+                "alike."
             )
-        )  # fmt: skip
-    import jinja2
+        return self._cut(pair, sides, start, spans)
 
-    prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
-    assert isinstance(prompt, list) and isinstance(chosen, list) and isinstance(rejected, list)
-    try:
-        return (
-            _apply(tokenizer, prompt, True),
-            _apply(tokenizer, prompt + chosen, False),
-            _apply(tokenizer, prompt + rejected, False),
+    # --- plain texts ---
+
+    def _texts(self, pair: PreferencePair) -> tuple[Ids, list[Ids]]:
+        prompt, chosen, rejected = str(pair.prompt), str(pair.chosen), str(pair.rejected)
+        return self._plain(prompt, ""), [self._plain(prompt, c) for c in (chosen, rejected)]
+
+    def _plain(self, prompt: str, completion: str) -> Ids:
+        """Ids of prompt ++ completion, one BOS if the tokenizer adds any, one EOS at the end."""
+        eos, bos, notes = self.eos, self.bos, self.left_out.notes
+        if prompt and bos and completion.startswith(bos):
+            completion = completion[len(bos) :]
+            notes["plain completions with a begin token (BOS) in their text, taken out"] += 1
+        text = prompt + completion
+        carried = bool(eos and eos.strip() and text.rstrip().endswith(eos))
+        if completion and carried:
+            text = text.rstrip()
+            notes["plain completions with the end token (EOS) in their text"] += 1
+        elif completion and eos:
+            text += eos
+            notes["plain completions given an end token (EOS)"] += 1
+        elif completion:
+            notes["plain completions without an end token (the tokenizer has none)"] += 1
+        ids = self._begun_once(tuple(self.tokenizer(text)["input_ids"]))
+        end = self.eos_id
+        if end is None:
+            return ids
+        while completion and ids[-2:] == (end, end):
+            ids = ids[:-1]  # the tokenizer appended its own
+        if not completion and ids[-1:] == (end,) and not carried:
+            ids = ids[:-1]  # the same, behind a prompt: nothing ends there
+        return ids
+
+    def _begun_once(self, ids: Ids) -> Ids:
+        """The ids with one BOS at most: a text may carry the one that the tokenizer adds."""
+        bos = self.bos_id
+        if bos is not None and ids[:2] == (bos, bos):
+            self.left_out.notes["sequences with a second begin token (BOS), taken out"] += 1
+            while ids[:2] == (bos, bos):
+                ids = ids[1:]
+        return ids
+
+    # --- conversations ---
+
+    def _chat(self, pair: PreferencePair) -> tuple[Ids, list[Ids], list[Spans | None]]:
+        """(prompt, [chosen, rejected], their scored spans where others speak in them)."""
+        template = self._template(pair)
+        self._check_read(pair, template)
+        prompt, *completions = (
+            self._marked_once(list(messages), i == 0)  # type: ignore[arg-type]
+            for i, messages in enumerate((pair.prompt, pair.chosen, pair.rejected))
         )
-    except jinja2.TemplateError as error:
-        left_out.add(Problem(pair.source, "messages", f"refused by the chat template ({error})",
-                             "messages it can render", "chat template refuses"))  # fmt: skip
-        return None
+
+        def render(messages: list[Message], generation_prompt: bool) -> Ids:
+            return self._render(messages, generation_prompt, pair)
+
+        alone = render(prompt, True) if prompt else ()
+        sides, spans = [], []
+        for name, completion in zip(("chosen", "rejected"), completions, strict=True):
+            ids = render(prompt + completion, False)
+            sides.append(ids)
+            others = any(m["role"] != "assistant" for m in completion)
+            spans.append(
+                self._spans(name, prompt, completion, ids, render, template, pair)
+                if others
+                else None
+            )
+        if sides[0][:1] == (self.bos_id,):
+            self.left_out.notes["conversations that begin with the begin token (BOS)"] += 1
+        # Templates end a turn with it, or with it and a line break.
+        if self.eos_id not in sides[0][-2:]:
+            self.left_out.notes["conversations that do not end with the end token (EOS)"] += 1
+        return alone, sides, spans
+
+    def _template(self, pair: PreferencePair) -> str:
+        """The text of the chat template that this pair is rendered with."""
+        tools = pair.tools is not None
+        if tools not in self._templates:
+            choose = getattr(self.tokenizer, "get_chat_template", None)
+            try:
+                chosen = choose(None, tools=pair.tools) if choose else self.tokenizer.chat_template
+            except Exception as error:  # several templates, and none that fits
+                raise _template_refuses(error) from None
+            self._templates[tools] = str(chosen)
+        return self._templates[tools]
+
+    def _check_read(self, pair: PreferencePair, template: str) -> None:
+        """What a row hands to the template must be read there, or it would be dropped unseen."""
+
+        def reads(name: str) -> bool:
+            return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+        for name, values in (
+            ("tools", ["tools"] if pair.tools else []),
+            ("chat_template_kwargs", pair.template_kwargs or {}),
+        ):
+            for value in values:
+                if not reads(value):
+                    raise _Refused(
+                        name,
+                        f"{value!r}, which the chat template does not read",
+                        "a variable that it reads (--chat_template FILE gives another)",
+                        "not read by the chat template",
+                    )
+        for messages in (pair.prompt, pair.chosen, pair.rejected):
+            for message in messages:
+                assert isinstance(message, dict)
+                for key in message.keys() - {"role", "content"}:
+                    if message[key] in (None, "", [], {}) or reads(key):
+                        continue
+                    if key == "tool_calls":
+                        raise _Refused(
+                            key,
+                            "calls, which the chat template does not read",
+                            "a chat template for tools (--chat_template FILE)",
+                            "not read by the chat template",
+                        )
+                    self.left_out.once(
+                        f"the chat template does not read {key!r} of a message; it is not used"
+                    )
+
+    def _render(
+        self, messages: list[Message], generation_prompt: bool, pair: PreferencePair
+    ) -> Ids:
+        try:
+            ids = _apply(
+                self.tokenizer,
+                messages,
+                generation_prompt,
+                tools=pair.tools,
+                **(pair.template_kwargs or {}),
+            )
+        except Exception as error:  # jinja2's, and whatever an expression of the template raises
+            raise _template_refuses(error) from None
+        return self._begun_once(ids)
+
+    def _marked_once(self, messages: list[Message], first: bool) -> list[Message]:
+        """The messages without the special tokens that the template puts around them anyway."""
+        begin, end = self._turn_marks()
+        result = []
+        for i, message in enumerate(messages):
+            if i == 0 and first and begin and message["content"].startswith(begin):
+                self.left_out.notes[
+                    "conversations with a begin token (BOS) in their text, which "
+                    "the chat template adds (kept once)"
+                ] += 1
+                message = {**message, "content": message["content"][len(begin) :]}
+            text = message["content"].rstrip()
+            if end and text.endswith(end):
+                self.left_out.notes[
+                    f"messages that end with {end}, which the chat template adds (kept once)"
+                ] += 1
+                while text.endswith(end):
+                    text = text[: -len(end)].rstrip()
+                message = {**message, "content": text}
+            result.append(message)
+        return result
+
+    def _turn_marks(self) -> tuple[str, str]:
+        """What the chat template puts: BOS at the start, a special token behind a turn (or "")."""
+        if self._marks is None:
+            self._marks, words = ("", ""), "Zq7words"
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}],
+                    tokenize=False,
+                )
+            except Exception:  # said for each row that is rendered
+                return self._marks
+            bos = self.bos
+            after = text.rpartition(words)[2].split()
+            special = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
+            ends = bool(after) and after[0] in special
+            self._marks = bos if text.startswith(bos) else "", after[0] if ends else ""
+        return self._marks
+
+    def _spans(
+        self,
+        name: str,
+        prompt: list[Message],
+        completion: list[Message],
+        ids: Ids,
+        render: Callable[[list[Message], bool], Ids],
+        template: str,
+        pair: PreferencePair,
+    ) -> Spans:
+        """(begin, end) of the assistant's turns in a completion where others speak as well.
+
+        A turn lies between the conversation cut short before it and behind it, if both are what
+        the whole begins with. Templates that rewrite earlier turns fail that; some mark the
+        assistant's words themselves (`{% generation %}`).
+        """
+        found = []
+        for j, message in enumerate(completion):
+            if message["role"] != "assistant":
+                continue
+            before = render(prompt + completion[:j], True)
+            behind = ids
+            if j + 1 < len(completion):
+                behind = render(prompt + completion[: j + 1], False)
+            if ids[: len(before)] != before or ids[: len(behind)] != behind:
+                return self._marked(name, prompt, completion, ids, template, pair)
+            found.append((len(before), len(behind)))
+        self.left_out.notes["completions of several turns, the assistant's alone scored"] += 1
+        return tuple(found)
+
+    def _marked(
+        self,
+        name: str,
+        prompt: list[Message],
+        completion: list[Message],
+        ids: Ids,
+        template: str,
+        pair: PreferencePair,
+    ) -> Spans:
+        mask: list[int] = []
+        if re.search(r"\{%-?\s*generation\b", template) and self.tokenizer.is_fast:
+            out = self.tokenizer.apply_chat_template(
+                prompt + completion,
+                tokenize=True,
+                return_dict=True,
+                tools=pair.tools,
+                return_assistant_tokens_mask=True,
+                **(pair.template_kwargs or {}),
+            )
+            mask = out["assistant_masks"] if tuple(out["input_ids"]) == ids else []
+        if not any(mask):
+            raise _Refused(
+                name,
+                "turns of several speakers that this chat template does not keep apart",
+                "one turn of the assistant (or a template with "
+                "{% generation %} around the assistant's words)",
+                "turns cannot be told apart",
+            )
+        turns = sum(m["role"] == "assistant" for m in completion)
+        spans = [(m.start(), m.end()) for m in re.finditer("1+", "".join(map(str, mask)))]
+        self.left_out.notes["completions of several turns, the assistant's alone scored"] += 1
+        return tuple(spans[-turns:])  # the prompt's own turns come first
+
+    # --- both ---
+
+    def _cut(
+        self,
+        pair: PreferencePair,
+        sides: Sequence[Ids],
+        start: int,
+        spans: Sequence[Spans | None],
+    ) -> TokenPair:
+        limit, cut = self.max_length, 0
+        if limit is not None and start >= limit:
+            raise _Refused(
+                "prompt", f"{start} tokens", f"fewer than max_length={limit}", "prompt too long"
+            )
+        kept = [ids[:limit] for ids in sides]
+        unscored = tuple(
+            () if found is None else _between(start, found, len(ids))
+            for found, ids in zip(spans, kept, strict=True)
+        )
+        for name, ids, skip, whole in zip(
+            ("chosen", "rejected"), kept, unscored, sides, strict=True
+        ):
+            if TokenSequence(ids, start, "", skip).num_scored == 0:
+                raise _Refused(
+                    name,
+                    "no token left to score",
+                    "at least one token of completion",
+                    "completion too short",
+                )
+            self._check_limits(name, ids)
+            cut += len(ids) < len(whole)
+        if kept[0] == kept[1]:
+            raise _Refused(
+                "rejected",
+                f"the same as chosen within max_length={limit}",
+                "a difference within the limit",
+                "same after truncation",
+            )
+        if cut:
+            self.left_out.notes[f"completions cut at max_length={limit}"] += cut
+        return TokenPair(
+            kept[0][:start],
+            kept[0][start:],
+            kept[1][start:],
+            pair.source,
+            pair.offset,
+            pair.weight,
+            pair.beta,
+            (unscored[0], unscored[1]),
+        )
+
+    def _check_limits(self, name: str, ids: Ids) -> None:
+        V, S, trained = (
+            self.limits.vocabulary,
+            self.limits.positions,
+            self.limits.trained_positions,
+        )
+        largest = max(ids)
+        if V is not None and largest >= V:
+            raise _Refused(
+                name,
+                f"token id {largest} ({self.tokenizer.decode([largest])!r})",
+                f"ids below {V}, the rows of the model's embedding (it was not resized "
+                "for added tokens)",
+                "token id beyond the embedding",
+            )
+        if S is not None and len(ids) > S:
+            raise _Refused(
+                name,
+                f"{len(ids)} tokens with the prompt",
+                f"at most {S}, the positions of the model (--max_length {S})",
+                "longer than the model's positions",
+            )
+        if trained is not None and len(ids) > trained:
+            self.left_out.notes[
+                f"sequences longer than the {trained} positions that the model's "
+                "configuration names"
+            ] += 1
 
 
-def _apply(tokenizer: Any, messages: list[Message], generation_prompt: bool) -> Ids:
+def _template_refuses(error: Exception) -> _Refused:
+    said = str(error).strip() or type(error).__name__
+    return _Refused(
+        "messages",
+        f"refused by the chat template ({said})",
+        "messages it can render",
+        "chat template refuses",
+    )
+
+
+def _apply(
+    tokenizer: Any, messages: list[Message], generation_prompt: bool, **variables: Any
+) -> Ids:
     return tuple(
         tokenizer.apply_chat_template(
-            messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=False
+            messages,
+            add_generation_prompt=generation_prompt,
+            tokenize=True,
+            return_dict=False,
+            **variables,
         )
     )
 
 
-def _plain(tokenizer: Any, prompt: Any, completion: Any) -> Ids:
-    text, eos = prompt + completion, tokenizer.eos_token
-    if completion and eos and not text.endswith(eos):
-        text += eos
-    ids = tuple(tokenizer(text)["input_ids"])
-    end = tokenizer.eos_token_id
-    if completion and end is not None and ids[-2:] == (end, end):
-        ids = ids[:-1]  # the tokenizer appended its own
-    return ids
+def _between(start: int, spans: Spans, length: int) -> Spans:
+    """What lies from `start` to `length` outside of `spans`."""
+    gaps, at = [], start
+    for begin, end in spans:
+        if begin > at:
+            gaps.append((at, min(begin, length)))
+        at = max(at, end)
+    if at < length:
+        gaps.append((at, length))
+    return tuple(gap for gap in gaps if gap[0] < gap[1])
 
 
 def _common(a: Ids, b: Ids) -> int:
@@ -167,30 +492,3 @@ def _common(a: Ids, b: Ids) -> int:
             break
         n += 1
     return n
-
-
-def _truncate(
-    pair: PreferencePair, chosen: Ids, rejected: Ids, start: int, max_length: int | None,
-    left_out: LeftOut,
-) -> TokenPair | None:  # fmt: skip
-    if max_length is not None and start >= max_length:
-        left_out.add(Problem(pair.source, "prompt", f"{start} tokens",
-                             f"fewer than max_length={max_length}", "prompt too long"))  # fmt: skip
-        return None
-    prompt = chosen[:start]
-    sides = []
-    for name, ids in (("chosen", chosen), ("rejected", rejected)):
-        completion = ids[start:max_length]
-        if len(completion) - (start == 0) <= 0:
-            left_out.add(Problem(pair.source, name, "no token left to score",
-                                 "at least one token of completion", "completion too short")
-                         )  # fmt: skip
-            return None
-        sides.append(completion)
-    if sides[0] == sides[1]:
-        left_out.add(Problem(pair.source, "rejected",
-                             f"the same as chosen within max_length={max_length}",
-                             "a difference within the limit", "same after truncation")
-                     )  # fmt: skip
-        return None
-    return TokenPair(prompt, sides[0], sides[1], pair.source, pair.offset)

@@ -12,11 +12,12 @@ Letters: `B` pairs, `T` positions, `H` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
+import copyreg
 import functools
-import types
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +26,18 @@ from transformers.utils import ModelOutput
 
 import dpo_kernels as dk
 
-from ..causal_lm import HeadParts, head_parts, head_scaling, text_config
+from ..causal_lm import (
+    HeadParts,
+    base_model_of,
+    check_causal,
+    check_decoder_only,
+    check_head_kind,
+    deterministic,
+    head_parts,
+    head_scaling,
+    router_loss,
+    text_config,
+)
 from .prefix import shared_states
 
 # Nats a token by which two ways to the same log-prob may differ.
@@ -57,17 +69,14 @@ class HeadCall:
     share_prefix: bool = False
 
 
-def base_model_of(model: nn.Module) -> Any:
-    """The causal LM below PEFT."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
 def trunk_of(model: Any) -> nn.Module:
-    """The model without its head."""
-    trunk = model.base_model
-    if text_config(model.config) is not model.config and _before_transformers_5():
+    """The model without its head; `ValueError` for what is no causal LM."""
+    config = getattr(model, "config", None)
+    check_decoder_only(config, type(model).__name__)
+    trunk = getattr(model, "base_model", model)
+    if config is not None and text_config(config) is not config and _before_transformers_5():
         trunk = model.model  # vision-language models named their trunk so
-    if trunk is model or model.get_output_embeddings() is None:
+    if config is None or trunk is model or model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no trunk and lm_head; expected a causal language model"
         )
@@ -82,28 +91,103 @@ def _before_transformers_5() -> bool:
 
 
 def attach_head(model: nn.Module) -> Any:
-    """Let the causal LM below `model` take `dpo_head=`; returns it. Once is enough."""
+    """Let the causal LM below `model` take `dpo_head=`; returns it. Once is enough.
+
+    Its class becomes a subclass of the same name, signature and module, which copies and pickles
+    as such. A `forward` that was set on the model itself (a wrapper's, a patch's) stays the one
+    that answers without `dpo_head`.
+    """
     base = base_model_of(model)
-    if "_dpo_plain_forward" not in vars(base):
+    if not _takes_head(base):
         trunk_of(base)
-        base._dpo_plain_forward = base.forward
-        # The signature stays: generate() and Trainer read it.
-        forward = functools.wraps(type(base).forward)(_forward)
-        base.forward = types.MethodType(forward, base)
+        check_head_kind(base.get_output_embeddings())
+        plain = vars(base).pop("forward", None)
+        if plain is not None:
+            vars(base)[_PLAIN_FORWARD] = plain
+        if not hasattr(type(base), _PLAIN_CLASS):
+            kind: Any = type(base)
+            base.__class__ = _attached(kind)
     return base
 
 
 def detach_head(model: nn.Module) -> None:
     """Undo `attach_head`."""
     base = base_model_of(model)
-    plain = vars(base).pop("_dpo_plain_forward", None)
+    plain = vars(base).pop(_PLAIN_FORWARD, None)
     if plain is not None:
         base.forward = plain
+    if _PLAIN_CLASS in vars(type(base)):
+        base.__class__ = getattr(type(base), _PLAIN_CLASS)
 
 
-def _forward(self: Any, *args: Any, dpo_head: HeadCall | None = None, **kwargs: Any) -> Any:
-    if dpo_head is None:
-        return self._dpo_plain_forward(*args, **kwargs)
+_PLAIN_FORWARD, _PLAIN_CLASS = "_dpo_plain_forward", "_dpo_plain_class"
+_PROBE: Any = object()
+
+
+class _Reached(Exception):
+    """The forward of an attached class answers so to `_PROBE`."""
+
+
+def _takes_head(base: Any) -> bool:
+    """Whether `dpo_head` gets through to the attached class, whatever wraps its forward."""
+    if not hasattr(type(base), _PLAIN_CLASS):
+        return False
+    if "forward" not in vars(base):
+        return True
+    try:
+        base.forward(dpo_head=_PROBE)
+    except _Reached:
+        return True
+    except Exception:  # a forward that does not know the argument, in its own way
+        return False
+    return False
+
+
+@functools.cache
+def _attached(plain: type) -> type:
+    """The subclass of a model's class whose forward takes `dpo_head`."""
+
+    def forward(self: Any, *args: Any, dpo_head: Any = None, **kwargs: Any) -> Any:
+        if args and args[0] is self:  # accelerate binds a bound method again when it unwraps
+            args = args[1:]
+        if dpo_head is not None:
+            return _forward(self, dpo_head, args, kwargs)
+        own = vars(self).pop(_PLAIN_FORWARD, None)
+        if own is None:
+            return plain.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        try:  # away while it runs: it may end in this very method
+            return own(*args, **kwargs)
+        finally:
+            vars(self)[_PLAIN_FORWARD] = own
+
+    # No __wrapped__: whoever unwraps a forward (accelerate) must end here. The signature is what
+    # generate() and Trainer read.
+    forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = plain.forward.__doc__  # type: ignore[attr-defined]
+    forward.__qualname__ = f"{plain.__qualname__}.forward"
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        made: Any = plain.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
+        if made[0] is copyreg.__newobj__ and made[1] == (attached,):  # type: ignore[attr-defined]
+            return _new, (plain,), *made[2:]
+        return made
+
+    names = ("__module__", "__qualname__", "__doc__")
+    body = {name: getattr(plain, name) for name in names}
+    body |= {"forward": forward, "__reduce_ex__": __reduce_ex__, _PLAIN_CLASS: plain}
+    attached = type(plain)(plain.__name__, (plain,), body)
+    return attached
+
+
+def _new(plain: type) -> Any:
+    """An empty model of an attached class, for copy and pickle."""
+    attached: Any = _attached(plain)
+    return attached.__new__(attached)
+
+
+def _forward(self: Any, dpo_head: HeadCall, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if dpo_head is _PROBE:
+        raise _Reached
     kwargs["use_cache"] = False
     trunk = trunk_of(self)
     router = kwargs.get("output_router_logits")
@@ -120,30 +204,24 @@ def _forward(self: Any, *args: Any, dpo_head: HeadCall | None = None, **kwargs: 
     else:
         states = trunk(*args, **kwargs)
         hidden = states.last_hidden_state[:, -dpo_head.length :]
-        aux = _aux_loss(self, states, kwargs.get("attention_mask")) if router else None
+        aux = None
+        if router:
+            mask = kwargs.get("attention_mask")
+            aux = router_loss(self, getattr(states, "router_logits", None), mask)
     head = self.get_output_embeddings()
     with gathered_head(head_parts(head)) as parts:
         hidden = hidden.to(parts.weight.device)
         if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != parts.weight.dtype:
             hidden = hidden.to(parts.weight.dtype)  # a norm kept in fp32 below a bf16 head
         arguments = {**parts._asdict(), **head_scaling(self.config)}
-        out = dpo_head.function(hidden, arguments)
-    if aux is not None:
-        out.aux_loss = aux
-    return out
+        out = _run_head(dpo_head.function, hidden, arguments)
+    return out if aux is None else replace(out, aux_loss=aux)
 
 
-def _aux_loss(model: Any, states: Any, attention_mask: Tensor | None) -> Tensor:
-    """The load-balancing loss as the model's own forward adds it."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    text = text_config(model.config)
-    experts = getattr(model, "num_experts", None)
-    if experts is None:
-        experts = getattr(text, "num_experts", None) or text.num_local_experts
-    top_k = getattr(model, "num_experts_per_tok", None) or text.num_experts_per_tok
-    loss: Any = load_balancing_loss_func(states.router_logits, experts, top_k, attention_mask)
-    return loss
+@torch.compiler.disable
+def _run_head(function: Any, hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
+    """Outside of what torch.compile traces: the ops choose their chunks by numbers."""
+    return function(hidden, head)
 
 
 @contextmanager
@@ -184,11 +262,19 @@ def _whole(x: Tensor) -> Tensor:
 @contextmanager
 def reference_adapter(model: Any) -> Iterator[None]:
     """The reference below a PEFT model: its adapter called `ref` if it has one, else no adapter."""
+    own = not hasattr(model, "disable_adapter")  # adapters that transformers itself has loaded
     if "ref" not in model.peft_config:
+        if own:
+            model.disable_adapters()
+            try:
+                yield
+            finally:
+                model.enable_adapters()
+            return
         with model.disable_adapter():
             yield
         return
-    active = model.active_adapter
+    active = model.active_adapters() if own else model.active_adapter
     model.set_adapter("ref")
     try:
         yield
@@ -200,31 +286,52 @@ def reference_adapter(model: Any) -> Iterator[None]:
 def check_head(model: nn.Module, backend: str | None = None) -> None:
     """Our log-probs against the model's own logits on twelve tokens; `ValueError` if they differ.
 
-    It finds an architecture that does something to its logits which is not known here.
+    It finds an architecture that does something to its logits which is not known here, and one
+    whose tokens see those behind them.
     """
     base = attach_head(model)
-    training = [m for m in base.modules() if m.training]
-    base.eval()
-    try:
-        parts = head_parts(base.get_output_embeddings())
-        ids = torch.arange(7, 7 + 131 * 12, 131, device=parts.weight.device)[None]
-        ids = ids % parts.weight.shape[0]
-        logits = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    name = type(base).__name__
+    head = base.get_output_embeddings()
+    parts = head_parts(head)
+    ids = torch.arange(7, 7 + 131 * 12, 131, device=parts.weight.device)[None]
+    ids = ids % parts.weight.shape[0]
+    mask = torch.ones_like(ids)
+
+    known = inspect.signature(base.forward).parameters
+    no_cache = {"use_cache": False} if {"use_cache", "kwargs"} & known.keys() else {}
+
+    def logits_of(ids: Tensor) -> Tensor:
+        return base(input_ids=ids, attention_mask=mask, **no_cache).logits
+
+    autocast = []  # whether the model's forward, which may be wrapped, computes in half
+
+    def look(*_: Any) -> None:
+        autocast.append(torch.is_autocast_enabled(ids.device.type))
+
+    with deterministic(base):
+        with head.register_forward_pre_hook(look):
+            logits = logits_of(ids)
         own = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         call = HeadCall(functools.partial(_token_logps, labels=ids, backend=backend), ids.shape[1])
-        ours = base(input_ids=ids, attention_mask=torch.ones_like(ids), dpo_head=call).logps
-    finally:
-        for module in training:
-            module.training = True
+        ours = base(input_ids=ids, attention_mask=mask, dpo_head=call).logps
+        again = logits_of(ids)
+        if bool(torch.equal(again, logits)):
+            check_causal(logits_of, ids, name)
     worst = float((own - ours).abs().max())
     allowed = _LOGP_TOLERANCE.get(logits.dtype, _HALF_LOGP_TOLERANCE)
-    if torch.is_autocast_enabled(ids.device.type):  # a wrapper may have widened the logits again
+    if any(autocast):  # a wrapper may have widened the logits again
         allowed = _HALF_LOGP_TOLERANCE
     if not worst <= allowed:
+        noise = float((again - logits).abs().max())
+        why = (
+            f"the model draws noise in eval mode too (logits differ by {noise:.3g} from call to "
+            "call)"
+            if noise
+            else "this architecture does something to its logits that is not known here "
+            "(soft-capping and logit scales are)"
+        )
         raise ValueError(
-            f"{type(base).__name__}: lm_head(trunk) and the model's own logits differ by "
-            f"{worst:.3g} nats: this architecture does something to its logits that is not known "
-            "here (soft-capping and logit scales are)"
+            f"{name}: lm_head(trunk) and the model's own logits differ by {worst:.3g} nats: {why}"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from .frameworks import check_version, require
 from .head import attach_head, check_head, reference_adapter
@@ -62,6 +63,7 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         # In a list: not a submodule, so neither trained, nor moved, nor saved with the policy.
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
         self._reference_seen = False
+        self._evaluated, self._loader = 0, None
         state = torch.zeros(2, dtype=torch.float64)
         beta_dpo = "beta_dpo" in str(self.loss_options.get("loss_type", ""))
         self.register_buffer("beta_dpo_state", state if beta_dpo else None)
@@ -95,6 +97,8 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
     def _step(self, batch: Mapping[str, Any], prefix: str) -> Tensor:
         ref = self._reference(batch)
         options = dict(self.loss_options)
+        if not self.training:
+            options["reduction"] = "none"  # pairs are counted one by one
         if self.beta_dpo_state is not None:
             state = self.beta_dpo_state
             options["beta_dpo_state"] = state if self.training else state.clone()
@@ -104,19 +108,30 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
             self._reference_seen = True
             if ref is not None and self.fused.check_reference and not self.global_step:
                 opt_out = "DPOModule(..., fused={'check_reference': False})"
-                check_reference(self.model, out, batch, opt_out=opt_out, **options)
-        chosen, rejected = out.rewards
+                # What is logged of the first step is the policy as it was checked: rewards of 0.
+                seen = check_reference(
+                    self.model, out, batch, opt_out=opt_out, fused=self.fused, **options
+                )
+                out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
+                assert out.rewards is not None and out.pair_logps is not None
+        real = len(out.rewards[0]) if self.training else self._real_pairs(len(out.rewards[0]))
+        if not self.training:
+            out.loss = out.loss[: real or None].mean()
+        some = slice(real or None)  # with a weight of 0 where none is real
+        chosen, rejected = out.rewards[:, some]
         values = {
             "loss": out.loss.detach(),
             "rewards/chosen": chosen.mean(),
             "rewards/rejected": rejected.mean(),
             "rewards/margins": (chosen - rejected).mean(),
             "rewards/accuracies": (chosen > rejected).float().mean(),
-            "logps/chosen": out.pair_logps[0].mean(),
-            "logps/rejected": out.pair_logps[1].mean(),
+            "logps/chosen": out.pair_logps[0, some].mean(),
+            "logps/rejected": out.pair_logps[1, some].mean(),
         }
+        if out.aux_loss is not None:
+            values["aux_loss"] = out.aux_loss.detach()
         self.log_dict(
-            {f"{prefix}{k}": v for k, v in values.items()}, batch_size=len(chosen),
+            {f"{prefix}{k}": v for k, v in values.items()}, batch_size=real,
             sync_dist=not self.training,
         )  # fmt: skip
         return out.loss
@@ -124,7 +139,37 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         return self._step(batch, "")
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+    def _real_pairs(self, B: int) -> int:
+        """How many of an evaluation's next B pairs are none that a DistributedSampler repeats.
+
+        It fills the ranks' shares up with the first indices; a rank's i-th pair is number
+        rank + i * ranks of all.
+        """
+        loader = self._loader
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler):
+            return B
+        places = range(self._evaluated, self._evaluated + B)
+        self._evaluated += B
+        total = len(sampler.dataset)  # type: ignore[arg-type]
+        return sum(sampler.rank + i * sampler.num_replicas < total for i in places)
+
+    def _evaluate(
+        self, batch: Mapping[str, Any], batch_idx: int, loaders: Any, index: int
+    ) -> Tensor:
+        if batch_idx == 0:
+            self._evaluated = 0
+        if isinstance(loaders, dict):
+            loaders = list(loaders.values())
+        self._loader = loaders[index] if isinstance(loaders, (list, tuple)) else loaders
         return self._step(batch, "eval_")
 
-    test_step = validation_step
+    def validation_step(
+        self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
+        return self._evaluate(batch, batch_idx, self.trainer.val_dataloaders, dataloader_idx)
+
+    def test_step(
+        self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> Tensor:
+        return self._evaluate(batch, batch_idx, self.trainer.test_dataloaders, dataloader_idx)

@@ -16,6 +16,7 @@ four log-probs in, losses and rewards out) and `LogitsLoss` (torchtitan's: predi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 
 import dpo_kernels as dk
 
+from ..causal_lm import deterministic
 from .head import HeadOutput, attach_head, check_head
 from .options import FusedOptions
-from .rows import ROW_OPTIONS, take_row_options
-from .step import pair_step, scored_tokens
-from .step0 import WrongReference, check_step0, is_random
+from .rows import ROW_OPTIONS, row_numbers, take_row_options
+from .step import noiseless, pair_step, scored_tokens
+from .step0 import WrongReference, check_step0
 
 __all__ = [
     "FusedOptions", "LogitsLoss", "PreferenceCollator", "PreferenceLoss", "WrongReference",
@@ -43,14 +45,38 @@ class PreferenceCollator:
 
     An example has `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of ids), and may have
     `ref_chosen_logps`, `ref_rejected_logps` and the columns `beta`, `weight`, `margin`. Sequences
-    keep their first `max_length` tokens.
+    keep their first `max_length` tokens. A pair that has no signal then (a completion is empty, or
+    both are equal) is left out with a warning; `ValueError` if none of the batch remains.
     """
 
     def __init__(self, pad_token_id: int, max_length: int | None = None) -> None:
         self.pad_token_id = pad_token_id
         self.max_length = max_length
 
+    def _with_signal(self, examples: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        kept, reasons = [], []
+        for i, example in enumerate(examples):
+            room = None
+            if self.max_length is not None:
+                room = max(self.max_length - len(example["prompt_ids"]), 0)
+            chosen, rejected = (list(example[f"{s}_ids"])[:room] for s in ("chosen", "rejected"))
+            empty = [n for n, ids in (("chosen", chosen), ("rejected", rejected)) if not ids]
+            reason = f"{empty[0]} is empty" if empty else "chosen and rejected are equal"
+            if empty or chosen == rejected:
+                start = list(example["prompt_ids"])[:8]
+                reasons.append(f"example {i} of the batch (prompt_ids {start}...): {reason}")
+            else:
+                kept.append(example)
+        if reasons:
+            cut = f" after max_length={self.max_length}" if self.max_length is not None else ""
+            text = f"pairs without signal{cut}: {'; '.join(reasons)}"
+            if not kept:
+                raise ValueError(f"{text}; none of the batch remains: take them out of the data")
+            warnings.warn(f"left out {text}", stacklevel=3)
+        return kept
+
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        examples = self._with_signal(examples)
         rows = [
             (list(e["prompt_ids"]), list(e[f"{side}_ids"]))
             for side in ("chosen", "rejected")
@@ -72,7 +98,7 @@ class PreferenceCollator:
             )
         for name in ROW_OPTIONS:
             if name in examples[0]:
-                batch[name] = torch.tensor([float(e[name]) for e in examples])
+                batch[name] = row_numbers(examples, name)
         return batch
 
 
@@ -117,10 +143,14 @@ def dpo_step(
 def reference_logps(
     model: nn.Module, batch: Mapping[str, Any], *, fused: FusedOptions | dict | None = None
 ) -> Tensor:
-    """[2B, T - 1] log-probs of the scored tokens under a reference model, without gradient."""
+    """[2B, T - 1] log-probs of the scored tokens under a reference model, without gradient.
+
+    The model is taken in eval mode, whatever mode it is in, and left as it was.
+    """
     inputs, _, labels = _split(batch)
     attach_head(model)
-    out = scored_tokens(model, inputs, labels, FusedOptions.of(fused, FusedOptions()))
+    with deterministic(model):
+        out = scored_tokens(model, inputs, labels, FusedOptions.of(fused, FusedOptions()))
     assert out.logps is not None
     return out.logps
 
@@ -131,27 +161,29 @@ def check_reference(
     batch: Mapping[str, Any],
     *,
     opt_out: str = "leave check_reference out",
+    fused: FusedOptions | dict[str, Any] | None = None,
     **loss_options: Any,
-) -> None:
+) -> HeadOutput:
     """`WrongReference` unless `out`, of the first step, shows a policy equal to its reference.
 
-    Nothing is checked where dropout makes two forwards of `model` differ. `opt_out` ends the
-    message: what to write where they differ on purpose.
+    A model in training mode runs once more without its noise (dropout, NEFTune, jitter, ...); that
+    step, or `out`, is returned.
+    `opt_out` ends the message: what to write where they differ on purpose.
     """
-    if is_random(model):
-        return
+    inputs, row_options, labels = _split(batch)
+    chosen = FusedOptions.of(fused, FusedOptions())
+    loss_options = {**loss_options, **row_options, **chosen.loss_options}
+    if any(module.training for module in model.modules()):
+        out = noiseless(model, inputs, labels, out, loss_options, chosen)
     assert out.rewards is not None and out.pair_logps is not None
-    _, row_options, labels = _split(batch)
     lengths = torch.stack((labels[:, 1:] != -100).sum(1).chunk(2))
     dtype = out.rewards.dtype
     if dtype != torch.float64:
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         if torch.is_autocast_enabled(labels.device.type):
             dtype = torch.get_autocast_dtype(labels.device.type)
-    check_step0(
-        out.rewards, out.pair_logps, lengths, out.loss, {**loss_options, **row_options}, dtype,
-        opt_out,
-    )  # fmt: skip
+    check_step0(out.rewards, out.pair_logps, lengths, out.loss, loss_options, dtype, opt_out)
+    return out
 
 
 class PreferenceLoss(nn.Module):

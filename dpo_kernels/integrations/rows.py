@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,44 @@ from torch import Tensor
 
 # column -> option of the loss
 ROW_OPTIONS = {"beta": "beta", "weight": "weights", "margin": "offset"}
+
+
+def number_of(column: str, value: Any, where: str) -> float:
+    """The value of a row column; `ValueError` that names the row where it is no number."""
+    try:
+        number = float(value)
+        if not isinstance(value, (str, bool)) and math.isfinite(number):
+            return number
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"column {column!r} of {where} must be a finite number, got {value!r}")
+
+
+def row_numbers(examples: Sequence[Mapping[str, Any]], column: str) -> Tensor:
+    """[B] the column's numbers; an example is named by its place and its prompt."""
+    numbers = []
+    for i, example in enumerate(examples):
+        prompt = example.get("prompt", example.get("prompt_ids"))
+        where = f"example {i} of the batch (prompt {str(prompt)[:60]})"
+        numbers.append(number_of(column, example.get(column), where))
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def check_row_columns(given: Mapping[str, Any]) -> None:
+    """The row columns of a trainer's data sets, before training, where they have columns to read.
+
+    `given`: the trainer's arguments by name.
+    """
+    for name in ("train_dataset", "eval_dataset"):
+        sets = given.get(name)
+        for key, dataset in (sets if isinstance(sets, dict) else {name: sets}).items():
+            columns = getattr(dataset, "column_names", None)
+            if dataset is None or not isinstance(columns, list) or not hasattr(dataset, "__len__"):
+                continue
+            for column in ROW_OPTIONS:
+                values: Iterable[Any] = dataset[column] if column in columns else ()
+                for i, value in enumerate(values):
+                    number_of(column, value, f"{key} row {i}")
 
 
 class WithRowColumns:
@@ -20,12 +59,10 @@ class WithRowColumns:
 
     def __call__(self, examples: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         # Taken out first: a collator that pads whatever it is given would trip over them.
-        columns = {k: [e[k] for e in examples] for k in ROW_OPTIONS if k in examples[0]}
+        columns = {k: row_numbers(examples, k) for k in ROW_OPTIONS if k in examples[0]}
         plain = [{k: v for k, v in e.items() if k not in columns} for e in examples]
         batch = dict(self.collator(plain, *args, **kwargs))
-        for name, values in columns.items():
-            batch[name] = torch.tensor([float(v) for v in values], dtype=torch.float32)
-        return batch
+        return batch | columns
 
     def __getattr__(self, name: str) -> Any:
         if name == "collator":  # asked for before __init__, when a worker unpickles it

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 import dpo_kernels as dk
 
-from .head import HeadCall, HeadOutput
+from ..causal_lm import deterministic, router_loss_weight, text_config
+from .head import HeadCall, HeadOutput, base_model_of
 from .options import HEAD_STATS, FusedOptions
 
 
@@ -35,17 +37,47 @@ def pair_step(
     ref_logps: Tensor | None,
     loss_options: dict[str, Any],
     fused: FusedOptions,
+    router_weight: float | None = None,
 ) -> HeadOutput:
     """Loss of a batch [chosen; rejected] through `model`, with log-probs, rewards, statistics.
 
     `inputs` are the model's own; `labels` [2B, T]; `ref_logps` [2B] (LD-weighted if `ld_alpha`),
-    [2B, T - 1] per token, or None where the loss has no reference.
+    [2B, T - 1] per token, or None where the loss has no reference. `router_weight`: of a mixture of
+    experts' load-balancing loss, which is added; None: as the model's configuration has it.
     """
     function = functools.partial(
         _loss, labels=labels, ref_logps=ref_logps, options=loss_options, fused=fused
     )
+    if router_weight is None:
+        router_weight = router_loss_weight(base_model_of(model))
     call = HeadCall(function, labels.shape[1], fused.share_prefix)
-    return model(**inputs, dpo_head=call)
+    out = run_head(model, inputs, call, bool(router_weight))
+    if out.loss is None:
+        raise RuntimeError(f"{type(model).__name__} answered without a loss: a wrapper dropped it")
+    if router_weight:
+        assert out.aux_loss is not None
+        out.loss = out.loss + router_weight * out.aux_loss
+    return out
+
+
+def run_head(
+    model: nn.Module, inputs: Mapping[str, Any], call: HeadCall, router: bool = False
+) -> HeadOutput:
+    """`model(**inputs)` with the head, whose answer must have come.
+
+    `router`: whether the load-balancing loss of a mixture of experts is wanted.
+    """
+    base = base_model_of(model)
+    if hasattr(text_config(base.config), "output_router_logits"):
+        inputs = {**inputs, "output_router_logits": router}
+    out = model(**inputs, dpo_head=call)
+    if getattr(out, "loss", None) is None and getattr(out, "logps", None) is None:
+        raise RuntimeError(
+            f"{type(base).__name__} answered without a loss: no head was attached to it, or its "
+            "forward was replaced since by one that drops dpo_head. Call attach(model) after "
+            "whatever replaces the forward, before DDP, FSDP or Accelerator.prepare"
+        )
+    return out
 
 
 def scored_tokens(
@@ -57,7 +89,8 @@ def scored_tokens(
 ) -> HeadOutput:
     """`logps` [2B, T - 1] of the scored tokens and the statistics asked for."""
     function = functools.partial(_tokens, labels=labels, fused=fused, stats=stats)
-    return model(**inputs, dpo_head=HeadCall(function, labels.shape[1], fused.share_prefix))
+    call = HeadCall(function, labels.shape[1], fused.share_prefix)
+    return run_head(model, inputs, call)
 
 
 @torch.no_grad()
@@ -74,9 +107,35 @@ def pair_logps(
         share_prefix=fused.share_prefix, head_stats=False, backend=fused.backend,
         memory_budget=fused.memory_budget,
     )  # fmt: skip
-    out = pair_step(model, inputs, labels, None, options, plain)
+    out = pair_step(model, inputs, labels, None, options, plain, 0.0)
     assert out.pair_logps is not None
     return out.pair_logps
+
+
+@torch.no_grad()
+def noiseless(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    out: HeadOutput,
+    loss_options: dict[str, Any],
+    fused: FusedOptions,
+) -> HeadOutput:
+    """The step that gave `out` again, against the same reference, without the model's noise.
+
+    What the step-0 check looks at: with dropout, NEFTune, jitter or layerdrop a policy in training
+    is not its reference. The router's loss, which is 0 at no log-ratio, is left out too.
+    """
+    assert out.pair_logps is not None and out.rewards is not None
+    beta = torch.as_tensor(loss_options.get("beta", 0.1)).to(out.rewards)
+    ref = (out.pair_logps - out.rewards / beta).flatten()
+    options = {**loss_options, "beta_dpo_state": None}
+    fused = replace(fused, head_stats=False)
+    # DDP must not run between the forward of a step and its backward.
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    with deterministic(model):
+        return pair_step(model, inputs, labels, ref, options, fused, 0.0)
 
 
 def _arguments(head: dict[str, Any], fused: FusedOptions) -> dict[str, Any]:
@@ -120,11 +179,14 @@ def _loss(
         result = _tokens(hidden, head, labels, fused, HEAD_STATS)
         assert result.logps is not None
         out = _from_tokens(result.logps, labels, ref_logps, options)
-    result.loss = out.loss
-    result.logps = None if result.logps is None else result.logps.detach()
-    result.pair_logps = torch.stack([out.chosen_logps, out.rejected_logps])
-    result.rewards = torch.stack([out.chosen_rewards, out.rejected_rewards])
-    return result
+    # Made anew: a field set later is no key, and wrappers that rebuild outputs by key drop it.
+    return replace(
+        result,
+        loss=out.loss,
+        logps=None if result.logps is None else result.logps.detach(),
+        pair_logps=torch.stack([out.chosen_logps, out.rejected_logps]),
+        rewards=torch.stack([out.chosen_rewards, out.rejected_rewards]),
+    )
 
 
 def _from_tokens(

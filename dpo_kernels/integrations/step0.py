@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dpo_kernels as dk
 
@@ -21,20 +21,6 @@ _HALF_TOLERANCE = (0.1, 2e-2)
 
 class WrongReference(ValueError):
     """Policy and reference differ before the first step."""
-
-
-def is_random(model: nn.Module) -> bool:
-    """Whether dropout or router noise makes two forwards of the model differ."""
-    for module in model.modules():
-        if not module.training:
-            continue
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            return True
-        for name, value in vars(module).items():
-            # attention and mixture-of-experts modules keep their rates as plain attributes
-            if ("dropout" in name or "jitter" in name) and isinstance(value, float) and value > 0:
-                return True
-    return False
 
 
 def check_step0(
@@ -76,5 +62,5 @@ def check_step0(
             "before the first step the policy must equal the reference, but log-probs of a "
             f"completion differ by up to {float(ratios.max()):.4g} nats{got}: another reference "
             "model, stale reference log-probs, an adapter that is not a no-op when training "
-            f"starts, or active dropout. If they differ on purpose: {opt_out}"
+            f"starts. If they differ on purpose: {opt_out}"
         )

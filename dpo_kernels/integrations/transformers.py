@@ -8,8 +8,9 @@
     )
 
 or `class Mine(FusedDPOMixin, MyTrainer)` over a Trainer of one's own. The reference is `ref_model`,
-the batch's `ref_logps`, or below PEFT the adapter called `ref` or no adapter at all. Metrics have
-TRL's names; they are reduced over ranks once a logging step.
+the batch's `ref_logps`, or below PEFT the adapter called `ref` or no adapter at all; always in eval
+mode. Metrics have TRL's names; they are reduced over ranks once a logging step, and those of an
+evaluation are means over its pairs, whatever batches they came in.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from transformers import Trainer
 
 from .frameworks import check_version
 from .head import attach_head, base_model_of, check_head, reference_adapter
-from .metrics import PackedMetrics
+from .metrics import PackedMetrics, evaluation_metrics, real_pairs
 from .options import FusedOptions, needs_reference
 from .plain import PreferenceCollator, check_reference, dpo_step, reference_logps
+from .state import load_state, save_state
 from .step0 import WrongReference
 
 __all__ = ["FusedDPOMixin", "FusedDPOTrainer", "FusedOptions", "PreferenceCollator",
@@ -60,6 +62,7 @@ class FusedDPOMixin:
         self.model: Any
         self.args: Any
         self.accelerator: Any
+        self._refuse()
         # The dataset has columns that are no inputs of the model, and the loss is scaled here.
         self.args.remove_unused_columns = False
         self.model_accepts_loss_kwargs = False
@@ -71,11 +74,30 @@ class FusedDPOMixin:
             self.ref_model.eval()
         attach_head(self.model)
 
+    def _refuse(self) -> None:
+        """What a Trainer takes and this one could only leave out."""
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if getattr(self, name, None) is not None:
+                raise ValueError(
+                    f"{name} works on the model's logits, which are never made here; the metrics "
+                    "that are logged are rewards, logps, logits and mean_token_accuracy"
+                )
+        if getattr(self, "compute_loss_func", None) is not None:
+            raise ValueError("compute_loss_func: the loss is chosen by loss_options here")
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor smooths a cross-entropy; for conservative DPO give "
+                "loss_options={'label_smoothing': ...}"
+            )
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Any:
         mode = "train" if self.model.training else "eval"
         options = dict(self.loss_options)
+        attach_head(self.accelerator.unwrap_model(self.model))  # model_init makes a new one
+        if mode == "eval":
+            options["reduction"] = "none"  # pairs are counted one by one
         if "beta_dpo" in str(options.get("loss_type", "")):
             self._beta_dpo_state = self._beta_dpo_state.to(inputs["input_ids"].device)
             state = self._beta_dpo_state
@@ -90,11 +112,17 @@ class FusedDPOMixin:
         started = self.state.global_step  # type: ignore[attr-defined]
         if first and ref is not None and self.fused.check_reference and not started:
             opt_out = "FusedDPOTrainer(..., fused={'check_reference': False})"
-            check_reference(model, out, inputs, opt_out=opt_out, **options)
+            # What is logged of the first step is the policy as it was checked: rewards of 0.
+            seen = check_reference(model, out, inputs, opt_out=opt_out, fused=self.fused, **options)
+            out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
         self._reference_seen |= mode == "train"
         mask = inputs.get("attention_mask")
         tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
-        self._packed[mode].add(out, inputs["labels"], tokens)
+        assert out.loss is not None
+        real = None if mode == "train" else real_pairs(self, len(out.loss))
+        self._packed[mode].add(out, inputs["labels"], tokens, real)
+        if mode == "eval":
+            out.loss = out.loss[: real or None].mean()
         return (out.loss, out) if return_outputs else out.loss
 
     def _reference(self, inputs: dict[str, Any]) -> Tensor:
@@ -119,17 +147,41 @@ class FusedDPOMixin:
         with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
             return self.compute_loss(model, inputs).detach(), None, None
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        mode = "train" if self.model.training else "eval"
-        values, tokens = self._packed[mode].take(
-            self.accelerator.device, lambda x: self.accelerator.reduce(x, "sum")
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The Trainer's, for `evaluate` and `predict`, with our metrics under the same prefix."""
+        self._refuse()  # compute_metrics may have been set since
+        self._packed["eval"] = PackedMetrics()
+        output = super().evaluation_loop(  # type: ignore[misc]
+            dataloader, description, True, ignore_keys, metric_key_prefix
         )
-        prefix = "" if mode == "train" else "eval_"
-        logs |= {f"{prefix}{name}": sum(v) / len(v) for name, v in values.items()}
-        if values:
-            self._tokens += tokens if mode == "train" else 0
-            logs[f"{prefix}num_tokens"] = self._tokens
+        values = {**evaluation_metrics(self), "num_tokens": self._tokens}
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in values.items()})
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.model.training:
+            values, tokens = self._packed["train"].take(
+                self.accelerator.device, lambda x: self.accelerator.reduce(x, "sum")
+            )
+            if values:
+                self._tokens += tokens
+                logs |= {**values, "num_tokens": self._tokens}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str, *args: Any) -> None:
+        super()._save_optimizer_and_scheduler(output_dir, *args)  # type: ignore[misc]
+        save_state(self, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None, *args: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint, *args)  # type: ignore[misc]
+        load_state(self, checkpoint)
 
 
 class FusedDPOTrainer(FusedDPOMixin, Trainer):  # type: ignore[misc]

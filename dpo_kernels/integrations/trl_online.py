@@ -6,6 +6,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 import dpo_kernels as dk
 
+from ..causal_lm import deterministic
 from .head import HeadCall, HeadOutput, attach_head
 from .options import FusedOptions
+from .step import run_head
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
 
@@ -69,8 +72,12 @@ def _forward(original: Callable) -> Callable:
             return HeadOutput(logps=logps)
 
         call = HeadCall(score, labels.shape[1])
-        with self.accelerator.autocast():
-            out = model(input_ids=ids, attention_mask=mask, **images, dpo_head=call)
-        return out.logps[:, -completion_ids.shape[1] :]
+        # Without gradient it is the reference's turn.
+        mode = nullcontext() if torch.is_grad_enabled() else deterministic(model)
+        with self.accelerator.autocast(), mode:
+            inputs = {"input_ids": ids, "attention_mask": mask, **images}
+            logps = run_head(model, inputs, call).logps
+        assert logps is not None
+        return logps[:, -completion_ids.shape[1] :]
 
     return forward

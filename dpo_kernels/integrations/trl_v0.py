@@ -3,7 +3,8 @@
 These versions keep prompt and completion apart and join them in `concatenated_forward`; their
 `dpo_loss` takes sequence log-probs. A loss that TRL has stays TRL's own (its running mean of
 `bco_pair`, its alpha-divergence, `rpo_alpha`), so that results are TRL's; the others are this
-package's. Metrics are reduced where TRL reduces them.
+package's. Metrics are reduced where TRL reduces them; those of an evaluation's batches are joined
+by how many pairs each has.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +21,13 @@ from torch import Tensor
 
 import dpo_kernels as dk
 
+from ..causal_lm import deterministic
+from . import state
 from .head import HeadOutput, attach_head, base_model_of, check_head
 from .options import FusedOptions
-from .rows import ROW_OPTIONS, WithRowColumns, take_row_options
+from .rows import ROW_OPTIONS, WithRowColumns, check_row_columns, take_row_options
 from .step import scored_tokens
-from .step0 import check_step0, is_random
+from .step0 import check_step0
 from .trl_v1 import OPT_OUT, model_dtype
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes")
@@ -42,7 +46,9 @@ def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:
             _concatenated_forward, module=sys.modules[trainer.__module__]
         ),
         "get_batch_loss_metrics": _get_batch_loss_metrics,
+        "evaluation_loop": _evaluation_loop,
         "dpo_loss": _dpo_loss,
+        **state.overrides(),
     }
 
 
@@ -53,6 +59,9 @@ def _init(original: Callable) -> Callable:
         self._reference_seen = False
         self._row_options = {}
         self._beta_dpo_state = torch.zeros(2, dtype=torch.float64)
+        self._noiseless = []
+        self._evaluated = []
+        check_row_columns(inspect.signature(original).bind(self, *args, **kwargs).arguments)
         original(self, *args, **kwargs)
         attach_head(self.model)  # now: below what accelerate will wrap it in
         self.data_collator = WithRowColumns(self.data_collator)
@@ -124,7 +133,9 @@ def _concatenated_forward(original: Callable, module: Any) -> Callable:
             inputs["output_router_logits"] = True
         attach_head(self.accelerator.unwrap_model(model))
         stats = ("mean_logits", *(("log_sum_sq_probs",) if self.use_weighting else ()))
-        with self.accelerator.autocast():  # TRL has wrapped the reference before the head came
+        mode = deterministic(model) if is_ref_model else nullcontext()
+        # autocast: TRL has wrapped the reference before the head came
+        with mode, self.accelerator.autocast():
             out = scored_tokens(model, inputs, labels, self.fused, () if is_ref_model else stats)
         return _summary(self, out, labels, row_options, is_ref_model)
 
@@ -178,11 +189,46 @@ def _get_batch_loss_metrics(original: Callable) -> Callable:
             policy = self.accelerator.unwrap_model(self.model)
             with self.accelerator.autocast():
                 check_head(base_model_of(policy), self.fused.backend)
+        if first and self.fused.check_reference and not self.state.global_step:
+            inner = model  # DDP's own forward belongs to the step
+            while isinstance(inner, (torch.nn.parallel.DistributedDataParallel,)):
+                inner = inner.module
+            with torch.no_grad(), deterministic(inner):
+                out = self.concatenated_forward(inner, batch)
+            self._noiseless = [out["chosen_logps"], out["rejected_logps"]]
         loss, metrics = original(self, model, batch, train_eval)
-        self._reference_seen |= train_eval == "train"
+        self._noiseless = []
+        if hasattr(self, "_reference_seen"):
+            self._reference_seen |= train_eval == "train"
+        if train_eval == "eval" and hasattr(self, "_lengths"):
+            pairs = torch.ones(self._lengths.shape[1], device=self.accelerator.device)
+            self._evaluated.append(float(self.accelerator.gather_for_metrics(pairs).sum()))
         return loss, metrics
 
     return get_batch_loss_metrics
+
+
+def _evaluation_loop(original: Callable) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        prefix = given.arguments["metric_key_prefix"]
+        self._evaluated = []
+        self._stored_metrics["eval"].clear()
+        output = original(self, *args, **kwargs)
+        weights = self._evaluated
+        for name, values in self._stored_metrics["eval"].items():
+            if len(values) == len(weights) and sum(weights):
+                mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+                output.metrics[f"{prefix}_{name.removeprefix('eval_')}"] = mean
+        if weights:
+            self._stored_metrics["eval"].clear()
+        return output
+
+    return evaluation_loop
 
 
 def _dpo_loss(original: Callable) -> Callable:
@@ -245,9 +291,9 @@ def _check_reference(trainer: Any, logps: list[Tensor], ref: list[Tensor], name:
         return
     if free or (name in dk.losses.available() and not dk.losses.get(name).reference):
         return
-    if not trainer.model.training or is_random(trainer.model):
+    if not trainer.model.training:
         return
-    policy = torch.stack([x.detach() for x in logps])
+    policy = torch.stack([x.detach() for x in trainer._noiseless or logps])
     dtype = policy.dtype if policy.dtype == torch.float64 else model_dtype(trainer)
     rewards = policy - torch.stack(ref)
     check_step0(rewards, policy, trainer._lengths, None, {"beta": 1.0}, dtype, OPT_OUT)

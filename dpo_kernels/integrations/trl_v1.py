@@ -7,6 +7,7 @@ batch holds besides (images, token types) goes to the model as TRL passes it.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..causal_lm import deterministic
+from . import state
 from .head import attach_head, base_model_of, check_head, reference_adapter
-from .metrics import PackedMetrics
+from .metrics import PackedMetrics, evaluation_metrics, real_pairs
 from .options import FusedOptions, needs_reference
-from .rows import ROW_OPTIONS, WithRowColumns, take_row_options
-from .step import labels_of, pair_logps, pair_step, scored_tokens
-from .step0 import check_step0, is_random
+from .rows import ROW_OPTIONS, WithRowColumns, check_row_columns, take_row_options
+from .step import labels_of, noiseless, pair_logps, pair_step, scored_tokens
+from .step0 import check_step0
 
 _NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 OPT_OUT = "DPOTrainer(..., fused={'check_reference': False}) or patch_trl(check_reference=False)"
@@ -34,7 +37,9 @@ def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:
         "_compute_loss": _compute_loss,
         "compute_ref_log_probs": _compute_ref_log_probs,
         "_precompute_ref_logps": _precompute,
+        "evaluation_loop": _evaluation_loop,
         "log": _log,
+        **state.overrides(),
     }
     if hasattr(trainer, "_compute_loss_liger"):  # TRL 1.0 to 1.9: the fused head is in its place
         names["_compute_loss_liger"] = _compute_loss
@@ -70,10 +75,12 @@ def _init(original: Callable, module: Any) -> Callable:
         self._packed = {"train": PackedMetrics(), "eval": PackedMetrics()}
         self._beta_dpo_state = torch.zeros(2, dtype=torch.float64)
         self._reference_seen = False
-        given = dict(zip(("model", "ref_model", "args"), args, strict=False)) | kwargs
+        names = list(inspect.signature(original).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
         named = isinstance(given.get("model"), str)
         config = given.get("args")
         free = config is not None and not needs_reference(_options(config, self.fused))
+        check_row_columns(given)
         with _adapter_on_head(module), _no_reference(module, named) if free else nullcontext():
             original(self, *args, **kwargs)
         attach_head(self.model)  # now: below what accelerate will wrap it in
@@ -131,11 +138,9 @@ def _precompute(original: Callable) -> Callable:
     return _precompute_ref_logps
 
 
-def _model_inputs(trainer: Any, inputs: dict[str, Any], router: bool) -> dict[str, Any]:
+def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL}
     kept["use_cache"] = False
-    if router and getattr(trainer, "aux_loss_enabled", False):
-        kept["output_router_logits"] = True
     return kept
 
 
@@ -157,6 +162,7 @@ def _reference(trainer: Any, model: Any = None) -> Iterator[Any]:
         torch.no_grad(),
         disable_gradient_checkpointing(trainer.model, checkpointing),
         adapter,
+        deterministic(model),
         trainer.accelerator.autocast(),  # TRL has wrapped the reference before the head came
     ):
         yield model
@@ -170,7 +176,7 @@ def _compute_ref_log_probs(original: Callable) -> Callable:
         labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
         with _reference(self, model) as reference:
             logps = pair_logps(
-                reference, _model_inputs(self, inputs, False), labels, self.fused,
+                reference, _model_inputs(inputs), labels, self.fused,
                 loss_options(self)["ld_alpha"],
             )  # fmt: skip
         return logps[0], logps[1]
@@ -185,6 +191,8 @@ def _compute_loss(original: Callable) -> Callable:
         inputs, row_options = take_row_options(inputs)
         labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
         options = {**loss_options(self), **row_options}
+        if not training:
+            options["reduction"] = "none"  # pairs are counted one by one
         if "beta_dpo" in options["loss_type"]:
             self._beta_dpo_state = self._beta_dpo_state.to(labels.device)
             state = self._beta_dpo_state
@@ -195,17 +203,25 @@ def _compute_loss(original: Callable) -> Callable:
         first = training and not self._reference_seen
         if first:
             _check_first(self)
-        model_inputs = _model_inputs(self, inputs, True)
+        model_inputs = _model_inputs(inputs)
+        enabled = getattr(self, "aux_loss_enabled", False)
+        router_weight = self.router_aux_loss_coef if enabled else 0.0
         with self.accelerator.autocast():
-            out = pair_step(model, model_inputs, labels, ref_logps, options, self.fused)
-        if first and ref_logps is not None:
-            _check_reference(self, model, out, labels, options)
+            out = pair_step(
+                model, model_inputs, labels, ref_logps, options, self.fused, router_weight
+            )
+            if first and ref_logps is not None:
+                _check_reference(self, model, model_inputs, out, labels, options)
         self._reference_seen |= training
-        loss = out.loss
-        if getattr(self, "aux_loss_enabled", False):
-            loss = loss + self.router_aux_loss_coef * out.aux_loss
         tokens = inputs["attention_mask"].sum()
-        self._packed["train" if training else "eval"].add(out, labels, tokens)
+        loss = out.loss
+        assert loss is not None
+        if training:
+            self._packed["train"].add(out, labels, tokens)
+        else:
+            real = real_pairs(self, len(loss))
+            self._packed["eval"].add(out, labels, tokens, real)
+            loss = loss[: real or None].mean()
         if return_outputs:
             with torch.no_grad():  # compute_metrics wants logits, which nothing here makes
                 return loss, model(**model_inputs)
@@ -219,8 +235,7 @@ def _reference_logps(trainer: Any, inputs: dict[str, Any], labels: Tensor) -> Te
     if trainer.precompute_ref_logps and "ref_chosen_logps" in inputs:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     with _reference(trainer) as reference:
-        model_inputs = _model_inputs(trainer, inputs, False)
-        logps = scored_tokens(reference, model_inputs, labels, trainer.fused).logps
+        logps = scored_tokens(reference, _model_inputs(inputs), labels, trainer.fused).logps
         assert logps is not None
         return logps
 
@@ -235,15 +250,22 @@ def _check_first(trainer: Any) -> None:
 
 
 def _check_reference(
-    trainer: Any, model: Any, out: Any, labels: Tensor, options: dict[str, Any]
+    trainer: Any,
+    model: Any,
+    model_inputs: dict[str, Any],
+    out: Any,
+    labels: Tensor,
+    options: dict[str, Any],
 ) -> None:
     if not trainer.fused.check_reference or trainer.state.global_step:
         return
-    if is_random(model) or getattr(trainer.args, "neftune_noise_alpha", None):
-        return
-    dtype = out.loss.dtype if out.loss.dtype == torch.float64 else model_dtype(trainer)
+    seen = noiseless(model, model_inputs, labels, out, options, trainer.fused)
+    assert seen.loss is not None and seen.rewards is not None and seen.pair_logps is not None
+    dtype = seen.loss.dtype if seen.loss.dtype == torch.float64 else model_dtype(trainer)
     lengths = torch.stack((labels[:, 1:] != -100).sum(1).chunk(2))
-    check_step0(out.rewards, out.pair_logps, lengths, out.loss, options, dtype, OPT_OUT)
+    check_step0(seen.rewards, seen.pair_logps, lengths, seen.loss, options, dtype, OPT_OUT)
+    # What is logged of the first step is the policy as it was checked: rewards of 0.
+    out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
 
 
 def model_dtype(trainer: Any) -> torch.dtype:
@@ -254,19 +276,39 @@ def model_dtype(trainer: Any) -> torch.dtype:
     return base_model_of(trainer.accelerator.unwrap_model(trainer.model)).dtype
 
 
+def _evaluation_loop(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def evaluation_loop(
+        self: Any,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        self._packed["eval"] = PackedMetrics()
+        output = original(
+            self, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        values = {**evaluation_metrics(self), "num_tokens": self._total_train_tokens}
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in values.items()})
+        return output
+
+    return evaluation_loop
+
+
 def _log(original: Callable) -> Callable:
     @functools.wraps(original)
     def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        values, tokens = self._packed[mode].take(
-            self.accelerator.device, lambda x: self.accelerator.reduce(x, "sum")
-        )
-        for name, steps in values.items():
-            self._metrics[mode][name] += steps
-        if values:
-            if mode == "train":
+        if self.model.training:
+            values, tokens = self._packed["train"].take_each(
+                self.accelerator.device, lambda x: self.accelerator.reduce(x, "sum")
+            )
+            for name, steps in values.items():
+                self._metrics["train"][name] += steps
+            if values:
                 self._total_train_tokens += tokens // getattr(self, "_tp_size", 1)
-            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         original(self, logs, start_time)
 
     return log

@@ -1,5 +1,7 @@
 """The ops: schema, checks, fake implementation and backward of each, in one file an op."""
 
+from .. import checks
+from .autocast import autocast_dtype, no_autocast
 from .linear_head import LinearInputs
 from .linear_kl import linear_kl
 from .linear_logps import budget_of, check_head, choose_strategy, linear_logps
@@ -17,13 +19,16 @@ __all__ = [
     "Plan",
     "TokenKL",
     "TokenLogps",
+    "autocast_dtype",
     "budget_of",
     "check_head",
     "check_stats",
+    "checks",
     "choose_strategy",
     "chunks_of_pairs",
     "linear_kl",
     "linear_logps",
+    "no_autocast",
     "pair_loss",
     "plan_of",
     "sequence_sum",

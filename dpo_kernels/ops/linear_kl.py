@@ -29,6 +29,7 @@ from torch import Tensor
 from .. import backends
 from ..backends import torch as reference_backend
 from ..transform import LogitTransform
+from .derivatives import check_mode, once, refuse_second
 from .linear_head import Head, InputGradients, LinearInputs, count_scored, scored_rows
 from .linear_logps import (
     budget_of,
@@ -68,17 +69,22 @@ def linear_kl(
     hidden = policy.hidden
     name = backends.choose(backend, hidden.device, hidden.dtype, "token_kl")
     if name == "torch":
-        logits, ref_logits = plain_logits(policy), plain_logits(reference)
+        scored = targets != ignore_index
+        logits, ref_logits = plain_logits(policy, scored), plain_logits(reference, scored)
         call = (ignore_index, transform)
         logps, lse, ref_logps, _, kl = reference_backend.token_kl(
             logits, ref_logits, targets, *call
         )
         table = reference_backend.token_logps(logits.detach(), targets, *call, stats)[2]
     else:
+        strategy = choose_strategy(strategy, *policy)
+        check_mode(*policy, *reference)
+        if strategy == "frozen":
+            policy = LinearInputs(*once(*policy))  # type: ignore[arg-type]
         logps, lse, table, ref_logps, _, kl = _linear_kl(
             *policy, reference.hidden, reference.weight, reference.bias, targets, ignore_index,
             transform.scale, transform.softcap, transform.inv_temperature, ",".join(stats),
-            choose_strategy(strategy, *policy),
+            strategy,
             count_scored(targets, ignore_index) if count is None else count,
             budget_of(memory_budget), batch_invariant, name,
         )[:6]  # fmt: skip
@@ -295,3 +301,6 @@ def _(
     lse, ref_lse, ignore_index, scale, softcap, inv_t, wanted, count, budget, invariant, backend,
 ):  # fmt: skip
     return fake_gradients(LinearInputs(hidden, weight, bias, down, up), wanted)
+
+
+refuse_second(_linear_kl_backward)

@@ -24,10 +24,11 @@ from typing import List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..backends import torch as reference
 from ..transform import LogitTransform
-from . import checks
+from .autocast import no_autocast
+from .derivatives import check_mode, once, refuse_second
 from .linear_head import Head, InputGradients, LinearInputs, count_scored, rows_of, scored_rows
 from .plan import DEFAULT, Plan, plan_of
 from .products import ceil
@@ -72,6 +73,9 @@ def linear_logps(
         inputs = LinearInputs(hidden, weight, bias, down, up)
         return _plain(inputs, targets, ignore_index, transform, stats)
     strategy = choose_strategy(strategy, hidden, weight, bias, down, up)
+    check_mode(hidden, weight, bias, down, up)
+    if strategy == "frozen":
+        hidden, down = once(hidden, down)  # type: ignore[assignment]
     result = _linear_logps(
         hidden,
         weight,
@@ -97,18 +101,21 @@ def linear_logps(
 
 def _plain(inputs, targets, ignore_index, transform, stats):
     """The meaning, in plain torch."""
-    x = plain_logits(inputs)
+    x = plain_logits(inputs, targets != ignore_index)
     logps, lse, table = reference.token_logps(x, targets, ignore_index, transform, stats)
     return TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))
 
 
-def plain_logits(inputs: LinearInputs) -> Tensor:
-    """All rows at once [R, T, V], fp32 (fp64 of fp64)."""
+def plain_logits(inputs: LinearInputs, scored: Tensor) -> Tensor:
+    """All rows at once [R, T, V], fp32 (fp64 of fp64), also under autocast; `scored` [R, T]."""
     wide = reference.accumulate_dtype(inputs.hidden.dtype)
-    hidden, weight, bias, down, up = inputs
-    hidden = hidden.to(wide)  # once: the gradients of both products are added before rounding
-    x = torch.nn.functional.linear(hidden, weight.to(wide), None if bias is None else bias.to(wide))
-    return x if down is None or up is None else x + (hidden @ down.to(wide).T) @ up.to(wide).T
+    # Widened once: the gradients of both products are added before they are rounded.
+    hidden, weight, bias, down, up = (None if x is None else x.to(wide) for x in inputs)
+    assert hidden is not None and weight is not None
+    hidden = reference.scored_only(hidden, scored)
+    with no_autocast(hidden.device):
+        x = torch.nn.functional.linear(hidden, weight, bias)
+        return x if down is None or up is None else x + (hidden @ down.T) @ up.T
 
 
 def check_head(
@@ -122,29 +129,24 @@ def check_head(
         raise ValueError(f"{name} must have 3 dimensions [R, T, H], got {list(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
         raise ValueError(
-            f"{weight_name} must have shape [V, H={hidden.shape[2]}], got {list(weight.shape)}"
+            f"{weight_name} must have shape [V, H={hidden.shape[2]}] (H as {name} has), got "
+            f"{list(weight.shape)}"
         )
     checks.shape("targets", targets, tuple(hidden.shape[:2]), f"that of {name} without H")
     checks.same_device(weight_name, weight, name, hidden)
     if bias is not None:
         checks.floating(bias_name, bias)
-        checks.shape(bias_name, bias, (weight.shape[0],), "one value a vocabulary entry")
+        checks.shape(bias_name, bias, (weight.shape[0],), f"one value a row of {weight_name}")
         checks.same_device(bias_name, bias, name, hidden)
     if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
         got = f"{hidden.dtype}, {weight.dtype}" + (f", {bias.dtype}" if bias is not None else "")
         raise ValueError(f"{name}, {weight_name} and {bias_name} must have one dtype, got {got}")
 
 
-def budget_of(memory_budget: int | None) -> int:
+def budget_of(memory_budget: object) -> int:
     if memory_budget is None:
         return DEFAULT
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-        raise TypeError(
-            f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}"
-        )
-    if memory_budget <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
-    return memory_budget
+    return checks.whole("memory_budget", memory_budget, 1)
 
 
 def choose_strategy(
@@ -169,8 +171,7 @@ def choose_strategy(
         able = ("score",)
     if wish is None:
         return able[0]
-    if wish not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {STRATEGIES} or None, got {wish!r}")
+    checks.choice("strategy", wish, STRATEGIES, " or None")
     if wish not in able:
         raise ValueError(
             f"strategy={wish!r} does not give the gradients that are wanted here; "
@@ -424,6 +425,9 @@ def _(
     wanted, chunks_of, count, budget, invariant, backend,
 ):  # fmt: skip
     return fake_gradients(LinearInputs(hidden, weight, bias, down, up), wanted)
+
+
+refuse_second(_linear_logps_backward)
 
 
 def fake_gradients(inputs: LinearInputs, wanted: list[bool]) -> tuple[Tensor, ...]:

@@ -2,7 +2,8 @@
 
 The op that knows the loss: it takes the terms of a row of `losses.TABLE` as data. The derivatives
 with respect to u, v, beta and the offset are computed with the loss, in the same launch, so the
-backward is one product. Letters: `B` pairs, `u` and `v` the chosen and rejected scores.
+backward is one product. Second derivatives, where they are wanted, come from the specification in
+plain torch: B numbers are no work. Letters: `B` pairs, `u` and `v` the chosen and rejected scores.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..backends import torch as reference
 from ..losses import Term
-from . import checks
+from .derivatives import check_mode
 
 _FIELDS = ("w", "a", "b", "c", "c_beta", "c_inv_beta", "c_offset", "p")
 STRIDE = len(_FIELDS) + 2  # numbers per term handed to a backend: the fields, scaled, w_beta
@@ -61,6 +62,7 @@ def pair_loss(
     offset = offset.double() if offset is not None else None
     if name == "torch":
         return reference.pair_loss(u, v, beta_tensor, offset, terms)
+    check_mode(u, v, beta_tensor, offset)
     loss, _ = _pair_loss(
         u.contiguous(),
         v.contiguous(),
@@ -93,16 +95,31 @@ def _(u, v, beta, offset, phis, numbers, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.has_offset = inputs[3] is not None
+    ctx.terms = inputs[4:6]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(*inputs[:4], output[1])
 
 
 def _backward(ctx, grad, _):
-    (slopes,) = ctx.saved_tensors  # [4, B]: d/du, d/dv, d/dbeta, d/doffset
+    *inputs, slopes = ctx.saved_tensors  # [4, B]: d/du, d/dv, d/dbeta, d/doffset
+    if torch.is_grad_enabled():  # create_graph=True: slopes that can be differentiated
+        slopes = _slopes(inputs, unflatten(*ctx.terms))
     # A pair of weight 0 gives 0 whatever its slope, an infinite one included.
-    d = torch.where(grad == 0, 0.0, grad * slopes)
-    return d[0], d[1], d[2], d[3] if ctx.has_offset else None, None, None, None
+    d = grad * torch.where((grad == 0) & ~slopes.isfinite(), 0.0, slopes)
+    return d[0], d[1], d[2], d[3] if inputs[3] is not None else None, None, None, None
+
+
+def _slopes(inputs: list[Tensor | None], terms: tuple[Term, ...]) -> Tensor:
+    """[4, B] the derivatives of the specification, themselves differentiable."""
+    # What wants no gradient would have no place in the graph.
+    leaves = [
+        x if x.requires_grad else x.detach().requires_grad_() for x in inputs if x is not None
+    ]
+    u, v, beta, *offset = leaves
+    loss = reference.pair_loss(u, v, beta, offset[0] if offset else None, terms)
+    found = torch.autograd.grad(loss.sum(), leaves, create_graph=True, allow_unused=True)
+    rows = [torch.zeros_like(u) if d is None else d for d in found]
+    return torch.stack(rows if offset else [*rows, torch.zeros_like(u)])
 
 
 _pair_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..backends import torch as reference
-from . import checks
+from .derivatives import check_mode
 
 
 def sequence_sum(
@@ -39,6 +39,7 @@ def sequence_sum(
     name = backends.choose(backend, values.device, torch.float32)
     if name == "torch" or dtype == torch.float64:
         return reference.sequence_sum(values, targets, cu_seqlens, ignore_index, tail_weight)
+    check_mode(values)
     return _sequence_sum(values.to(dtype), targets, cu_seqlens, ignore_index, tail_weight, name)
 
 
@@ -97,3 +98,16 @@ def _sequence_sum_backward(
 @_sequence_sum_backward.register_fake
 def _(grad, targets, cu_seqlens, ignore_index, tail_weight, backend):
     return grad.new_empty(targets.shape, dtype=torch.float32)
+
+
+def _setup_second(ctx, inputs, output):
+    _, targets, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(targets, cu_seqlens)
+
+
+def _second(ctx, grad):
+    """The sums are linear: the backward's own backward is the forward again."""
+    return _sequence_sum(grad, *ctx.saved_tensors, *ctx.options)[0], *[None] * 5
+
+
+_sequence_sum_backward.register_autograd(_second, setup_context=_setup_second)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import backends
 from ..losses import Term
 from ..transform import LogitTransform
+from .derivatives import check_mode, refuse_inplace, refuse_second
 from .pair_loss import flatten
 from .token_logps import check_writable
 
@@ -47,6 +48,7 @@ def small_batch(
     write = inplace and logits.requires_grad and torch.is_grad_enabled()
     if write:
         check_writable(logits)
+    check_mode(logits, offset, beta if isinstance(beta, Tensor) else None)
     per_pair = isinstance(beta, Tensor) and beta.dim() > 0
     loss, table, _, _ = _small_batch(
         logits,
@@ -121,8 +123,7 @@ def _backward(ctx, grad, *_):
     logits, targets, cu_seqlens, lse, slopes = ctx.saved_tensors
     arguments = (targets, cu_seqlens, lse, slopes, *ctx.options)
     if ctx.inplace:
-        if grad.requires_grad:
-            raise RuntimeError("inplace=True has no double backward: the logits are overwritten")
+        refuse_inplace()
         target = logits.detach()
         _small_batch_backward_(grad, target, *arguments)
         return target, *[None] * 15
@@ -158,6 +159,9 @@ def _small_batch_backward(
 @_small_batch_backward.register_fake
 def _(grad, logits, *_):
     return logits.new_empty(logits.shape)
+
+
+refuse_second(_small_batch_backward)
 
 
 @torch.library.custom_op("dpo_kernels::small_batch_backward_", mutates_args=("logits",))

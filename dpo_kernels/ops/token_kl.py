@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..backends import torch as reference
 from ..transform import LogitTransform
-from . import checks
+from .derivatives import check_mode, refuse_inplace, refuse_second
 from .token_logps import TokenLogps, check_writable, token_logps
 
 
@@ -74,6 +74,7 @@ def token_kl(
         for which, x in (("logits", logits), ("ref_logits", ref_logits)):
             if x.shape[-1] > 1 and x.stride(-1) != 1:
                 raise ValueError(f"{which} must have unit stride in V, got strides {x.stride()}")
+        check_mode(logits, ref_logits)
         result = _token_kl(
             logits, ref_logits.detach(), targets, ignore_index, transform.scale,
             transform.softcap, transform.inv_temperature, write, name,
@@ -142,8 +143,7 @@ def _backward(ctx, grad_logps, _lse, _ref_logps, _ref_lse, grad_kl):
     logits, ref_logits, targets, lse, ref_lse = ctx.saved_tensors
     arguments = (ref_logits, targets, lse, ref_lse, ctx.ignore_index, *ctx.transform, ctx.backend)
     if ctx.inplace:
-        if grad_logps.requires_grad or grad_kl.requires_grad:
-            raise RuntimeError("inplace=True has no double backward: the logits are overwritten")
+        refuse_inplace()
         target = logits.detach()
         _token_kl_backward_(grad_logps, grad_kl, target, *arguments)
         return target, *[None] * 8
@@ -183,6 +183,9 @@ def _(
     inv_t, backend,
 ):  # fmt: skip
     return logits.new_empty(logits.shape)
+
+
+refuse_second(_token_kl_backward)
 
 
 @torch.library.custom_op("dpo_kernels::token_kl_backward_", mutates_args=("logits",))

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, checks
 from ..backends import torch as reference
 from ..transform import LogitTransform
-from . import checks
+from .derivatives import check_mode, refuse_inplace, refuse_second
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -66,6 +66,7 @@ def token_logps(
     else:
         if logits.dim() and logits.shape[-1] > 1 and logits.stride(-1) != 1:
             raise ValueError(f"logits must have unit stride in V, got strides {logits.stride()}")
+        check_mode(logits)
         result = _token_logps(
             logits,
             targets,
@@ -81,12 +82,11 @@ def token_logps(
     return TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))
 
 
-def check_stats(stats: tuple[str, ...]) -> tuple[str, ...]:
-    stats = (stats,) if isinstance(stats, str) else tuple(stats)
-    for stat in stats:
-        if stat not in STATS:
-            raise ValueError(f"stats must be among {STATS}, got {stat!r}")
-    return stats
+def check_stats(stats: object) -> tuple[str, ...]:
+    stats = (stats,) if isinstance(stats, str) else stats
+    if not isinstance(stats, (list, tuple)):
+        raise TypeError(f"stats must be names among {STATS}, got {type(stats).__name__}")
+    return tuple(checks.choice("stats", stat, STATS) for stat in stats)
 
 
 def check_writable(logits: Tensor) -> None:
@@ -147,8 +147,7 @@ def _backward(ctx, grad, *_):
     logits, targets, lse = ctx.saved_tensors
     arguments = (targets, lse, ctx.ignore_index, *ctx.transform, ctx.backend)
     if ctx.inplace:
-        if grad.requires_grad:
-            raise RuntimeError("inplace=True has no double backward: the logits are overwritten")
+        refuse_inplace()
         target = logits.detach()
         _token_logps_backward_(grad, target, *arguments)
         return target, *[None] * 8
@@ -180,6 +179,9 @@ def _token_logps_backward(
 @_token_logps_backward.register_fake
 def _(grad, logits, targets, lse, ignore_index, scale, softcap, inv_temperature, backend):
     return logits.new_empty(logits.shape)
+
+
+refuse_second(_token_logps_backward)
 
 
 @torch.library.custom_op("dpo_kernels::token_logps_backward_", mutates_args=("logits",))

@@ -31,7 +31,7 @@ def plain_logps(model: Any, pairs: list[TokenPair], pad_id: int) -> Tensor:
     for i, s in enumerate(sequences):
         ids[i, : len(s.ids)] = torch.tensor(s.ids)
         mask[i, : len(s.ids)] = 1
-        scored[i, s.first_scored : len(s.ids)] = True
+        scored[i, list(s.scored)] = True
     ids, mask, scored = ids.to(device), mask.to(device), scored.to(device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     wide = torch.promote_types(logits.dtype, torch.float32)

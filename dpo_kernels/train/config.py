@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+
+from . import trl_options
 
 
 class UserError(ValueError):
@@ -45,6 +48,9 @@ class DPOTrainConfig:
         None, "model", "file with a Jinja chat template, for tokenizers that have none"
     )
     dtype: str = _option("float32", "model", "dtype of the policy's weights", DTYPES)
+    bf16: bool = _option(
+        False, "model", "compute in bfloat16 over float32 weights (autocast), as TRL's bf16"
+    )
     attn_implementation: str | None = _option(
         None, "model", "sdpa, eager, flash_attention_2, ...; None: the model's default"
     )
@@ -102,7 +108,7 @@ class DPOTrainConfig:
         1, "training", "batches of one optimizer step; the loss is the mean over all their pairs"
     )
     num_train_epochs: float = _option(3.0, "training", "passes over the training pairs")
-    max_steps: int = _option(-1, "training", "optimizer steps; above 0 it overrides epochs")
+    max_steps: int = _option(-1, "training", "optimizer steps in place of epochs; -1: epochs")
     optim: str = _option("adamw_torch", "training", "optimizer", ("adamw_torch", "sgd", "rmsprop"))
     learning_rate: float = _option(1e-6, "training", "peak learning rate")
     lr_scheduler_type: str = _option(
@@ -116,6 +122,12 @@ class DPOTrainConfig:
     max_grad_norm: float = _option(1.0, "training", "clip the gradient's norm; 0: do not")
     train_sampling_strategy: str = _option(
         "random", "training", "order of the pairs in each epoch (by seed)", ("random", "sequential")
+    )
+    sft_steps: int | None = _option(
+        None,
+        "training",
+        "supervised steps before, on the embedded default; 0: none; None: its recipe's, fewer as "
+        "max_steps is",
     )
     seed: int = _option(42, "training", "seed of the order of pairs, the split and the sampling")
 
@@ -171,11 +183,33 @@ class DPOTrainConfig:
             raise UserError(f"max_length must be at least 2 or null, got {self.max_length}")
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            raise UserError("max_steps or num_train_epochs must be above 0")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise UserError(f"max_steps must be at least 1, or -1 (epochs), got {self.max_steps}")
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
+            raise UserError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
+        if self.sft_steps is not None and self.sft_steps < 0:
+            raise UserError(f"sft_steps must be at least 0 or null, got {self.sft_steps}")
+        if self.dataset_name == self.eval_file == "-":
+            raise UserError("dataset_name and eval_file are both standard input (-)")
+        for name in (
+            "learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "sample_max_new_tokens",
+        ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "sft_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} must be finite, got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.adam_epsilon < 1:
+            raise UserError(f"adam_epsilon must be in (0, 1), got {self.adam_epsilon}")
+        if self.bf16 and self.dtype not in ("auto", "float32"):
+            raise UserError(f"bf16 keeps float32 weights; got dtype={self.dtype!r} beside it")
         self._check_loss()
 
     def _check_loss(self) -> None:
@@ -245,33 +279,50 @@ def _check_type(name: str, value: object, hint: Any) -> None:
 
 
 def known_keys() -> list[str]:
-    """Every key a configuration may have, aliases included."""
-    return [*_HINTS, *ALIASES]
+    """Every key a configuration may have, aliases and TRL's translated names included."""
+    return [*_HINTS, *ALIASES, *trl_options.TRANSLATED]
 
 
 def load_config(*layers: Mapping[str, Any]) -> DPOTrainConfig:
     """The configuration of these layers, later ones over earlier ones.
 
-    Raises `UserError` for an unknown key (with the nearest known), a wrong type or value.
+    Raises `UserError` for an unknown key (with the nearest known), an option of TRL's that is not
+    supported (with the reason), a wrong type or value.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
+        mine = {ALIASES.get(key, key): v for key, v in layer.items() if _is_ours(key)}
         for key, value in layer.items():
-            if key not in _HINTS and key not in ALIASES:
-                near = difflib.get_close_matches(key, known_keys(), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UserError(f"unknown option {key!r}{hint}")
-            merged[ALIASES.get(key, key)] = value
+            if _is_ours(key):
+                continue
+            if key not in trl_options.NAMES:
+                raise UserError(f"unknown option {key!r}{nearest(key, known_keys())}")
+            try:
+                mine |= trl_options.translate(key, value, mine)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        merged |= mine
     return DPOTrainConfig(**merged)
+
+
+def _is_ours(key: str) -> bool:
+    return key in _HINTS or key in ALIASES
+
+
+def nearest(name: str, known: Iterable[str], before: str = "") -> str:
+    """`; did you mean ...?` with the nearest of the known names, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {before + near[0]!r}?" if near else ""
 
 
 def read_config_file(path: str) -> dict[str, Any]:
     """The mapping in a JSON or YAML file."""
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"--config: {path} does not exist")
-    text = file.read_text(encoding="utf-8")
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise UserError(f"--config: {path} {what}")
     try:
+        text = file.read_text(encoding="utf-8-sig")
         if file.suffix in (".yaml", ".yml"):
             try:
                 import yaml
@@ -296,7 +347,9 @@ def _yaml_numbers(content: Any) -> Any:
     if not isinstance(content, dict):
         return content
     for key, value in content.items():
-        if isinstance(value, str) and _HINTS.get(key) in (float, float | None):
+        if isinstance(value, str) and (
+            _HINTS.get(key) in (float, float | None) or key == "warmup_ratio"
+        ):
             try:
                 content[key] = float(value)
             except ValueError:

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,9 @@ import dpo_kernels as dk
 from ..data import (
     DataError,
     LeftOut,
+    Limits,
     Message,
+    NoUsableRow,
     PreferencePair,
     TokenPair,
     embedded,
@@ -41,10 +42,11 @@ from .console import Console
 from .loop import TrainResult, evaluate, train, visited
 from .metrics import MetricsFile
 from .model import Policy, complete, dtype_option, load_policy, prepare_policy, save_policy
-from .optim import epoch_order
+from .optim import epoch_order, total_steps
 from .plots import plot_run
 from .reference import PairData, with_reference
 from .sft import train_sft
+from .start import RunFolder, check_device, find_model, refuse_many_processes
 
 
 def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -60,53 +62,78 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
 
     Raises `UserError`, `DataError` (both say what to change) or `TrainingError`.
     """
+    refuse_many_processes()
     own = any(options.get(k) for k in ("model_name_or_path", "dataset_name", "train_file"))
-    config = load_config({} if own else embedded_layers()[0], options)
+    recipe = {} if own else embedded_layers()[0]
+    if options.get("num_train_epochs") is not None:
+        recipe.pop("max_steps", None)  # else the recipe's steps would win over the user's epochs
+    config = load_config(recipe, options)
     if own and config.dataset_name is None:
         raise UserError("dataset_name is missing: pass a JSONL file of pairs (--dataset_name FILE)")
     if own and config.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: pass a model's name or folder")
+    if own and config.sft_steps:
+        raise UserError("sft_steps is of the embedded default: your own model is not fine-tuned")
+    check_device(config.device)
     if not console.is_terminal:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # a log file needs no bars of loading and saving
-    return _Job(config, own, _output_dir(config), console).run()
-
-
-def _output_dir(config: DPOTrainConfig) -> Path:
-    folder = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir: {folder} is a file")
-    if folder.is_dir() and any(folder.iterdir()) and not config.overwrite_output_dir:
-        raise UserError(
-            f"output_dir: {folder} is not empty; choose another or pass --overwrite_output_dir"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    config.output_dir = str(folder)
-    return folder
+    return _Job(config, own, RunFolder(config), console).run()
 
 
 class _Job:
     """One run, its folder and what was left out of its data."""
 
-    def __init__(self, config: DPOTrainConfig, own: bool, folder: Path, console: Console) -> None:
-        self.config, self.own, self.folder, self.console = config, own, folder, console
+    def __init__(
+        self, config: DPOTrainConfig, own: bool, run_folder: RunFolder, console: Console
+    ) -> None:
+        self.config, self.own, self.console = config, own, console
+        self.run_folder, self.folder = run_folder, run_folder.path
+        self.policy: Policy | None = None
+        self.saved = False
         self.left_out = LeftOut(config.strict, console.say)
         self.texts: dict[str, PreferencePair] = {}
 
     def run(self) -> dict[str, Any]:
+        """Run; whatever ends it early keeps the weights, or leaves nothing if there are none."""
+        try:
+            return self._run()
+        except BaseException:
+            self._keep()
+            raise
+
+    def _keep(self) -> None:
+        """Save a policy that has been trained; take a folder back in which nothing was trained."""
+        begun = self.console.begun & {"SFT", "training"}
+        if self.policy is None or not begun:
+            self.run_folder.drop()
+            return
+        if not self.saved:
+            with self.console.held():
+                save_policy(self.policy, self.folder / "model")
+        what = "" if "training" in begun else " (SFT alone: training on pairs had not begun)"
+        print(
+            f"dpo-kernels: the run did not end; its weights are in {self.folder / 'model'}{what}",
+            file=sys.stderr,
+        )
+
+    def _run(self) -> dict[str, Any]:
         config, say = self.config, self.console.say
         began = time.perf_counter()
-        config.save(self.folder / "config.json")
         torch.manual_seed(config.seed)
         if self.own:
-            policy = load_policy(config, say)
+            policy = self._users_model()
             train_pairs, eval_pairs = self._pairs(policy)
+            self._open_folder()
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
                 train_pairs, eval_pairs = self._pairs(policy, source)
-                self._sft(policy, source)
+                self._open_folder()
+                self.policy = policy
+                self._sft(policy, source, len(train_pairs))
+        self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
         used = visited(len(train_pairs), config)
@@ -121,13 +148,18 @@ class _Job:
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
         text_before = self._complete(policy, ids)
         result = train(policy, data, held_out, config, metrics, self.console)
+        with self.console.held():  # before anything that could still fail
+            save_policy(policy, self.folder / "model")
+        self.saved = True
         after: dict[str, float] = {}
         if held_out is not None:
             after = evaluate(policy, held_out, config, self.console, "after training")
-            metrics.write({"step": result.steps, **after})
+            metrics.write({"step": result.steps, "epoch": metrics.rows[-1]["epoch"], **after})
         text_after = self._complete(policy, ids)
-        plot_run(metrics.rows, self.folder / "training.png", f"DPO: {', '.join(config.loss_type)}")
-        save_policy(policy, self.folder / "model")
+        try:
+            plot_run(metrics.rows, self.folder / "training.png", loss_title(config))
+        except Exception as error:  # matplotlib is absent or broken: the run is none the worse
+            say(f"warning: training.png was not drawn: {error}")
         peak = _peak_memory(policy)
         timing = self._timing(policy, data)
         summary = {
@@ -138,16 +170,33 @@ class _Job:
             "sample": {"prompt": prompt, "before": text_before, "after": text_after},
             "median_step_time": result.median_step_time, "peak_memory_bytes": peak, **timing,
             "left_out": self.left_out.counts(),
-            "left_out_rows": [str(p) for p in self.left_out.problems],
+            "left_out_rows": self.left_out.shown(), "data": dict(self.left_out.notes),
             "seconds": time.perf_counter() - began, "version": dk.__version__,
             "torch": torch.__version__,
         }  # fmt: skip
         text = json.dumps(summary, indent=2, ensure_ascii=False)
-        (self.folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+        # Rows that were left out are quoted as they came, with what no encoding holds.
+        quoted = (text + "\n").encode("utf-8", "backslashreplace")
+        (self.folder / "summary.json").write_bytes(quoted)
         self._report(summary, result)
         return summary
 
     # --- parts ---
+
+    def _open_folder(self) -> None:
+        self.run_folder.open(self.console.say)
+        self.config.save(self.folder / "config.json")
+        every = self.folder / "left_out.jsonl"
+        self.left_out.write(every)
+        if len(self.left_out.problems) > len(self.left_out.shown()):
+            self.console.say(f"every row that is left out is in {every}")
+        for remark in self.left_out.remarks():
+            self.console.say(f"data: {remark}")
+
+    def _users_model(self) -> Policy:
+        name = str(self.config.model_name_or_path)
+        found = replace(self.config, model_name_or_path=find_model(name))
+        return load_policy(found, self.console.say)
 
     def _small_model(self, source: Path) -> Policy:
         """A fresh model of the embedded configuration."""
@@ -162,13 +211,28 @@ class _Job:
             model, AutoTokenizer.from_pretrained(source), self.config, self.console.say
         )
 
-    def _sft(self, policy: Policy, source: Path) -> None:
+    def _sft(self, policy: Policy, source: Path, num_pairs: int) -> None:
         """Teach the fresh model the language of the data before it learns preferences."""
         mine = ("dtype", "device", "max_length", "backend")
         shared = {k: getattr(self.config, k) for k in mine}
-        config = load_config(shared, embedded_layers()[1])
+        dpo, sft = embedded_layers()
+        config = load_config(shared, sft)
         rows = read_conversations(source / "sft.jsonl", self.left_out)
         sequences = tokenize_conversations(rows, policy.tokenizer, config.max_length, self.left_out)
+        whole = _steps(len(sequences), config)
+        steps = self.config.sft_steps
+        if steps is None:
+            # A run cut short is cut short here as well: the recipe's two parts keep their ratio.
+            share = _steps(num_pairs, self.config) / _steps(num_pairs, load_config(dpo))
+            steps = max(1, round(whole * min(share, 1.0)))
+        if steps < whole:
+            self.console.say(f"SFT: {steps} steps of the recipe's {whole} (--sft_steps sets them)")
+            warmup = min(config.warmup_steps, steps // 4)
+            config = replace(config, max_steps=max(steps, 1), warmup_steps=warmup)
+        elif steps > whole:
+            config = replace(config, max_steps=steps)
+        if steps == 0:
+            return
         metrics = MetricsFile(self.folder / "sft_metrics.jsonl")
         loss = train_sft(policy, sequences, config, metrics, self.console)
         self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
@@ -194,17 +258,43 @@ class _Job:
         )
 
     def _read(self, policy: Policy, file: str) -> list[TokenPair]:
+        since = len(self.left_out.problems)
         texts = read_pairs(file, self.left_out)
         if self.config.uses_offset and any(t.offset is None for t in texts):
             where = next(t.source for t in texts if t.offset is None)
             raise DataError(f"{where}: margin: missing, but odpo needs a margin in every row")
+        if not self.config.uses_offset and any(t.offset is not None for t in texts):
+            self.left_out.once(f"{file}: the column margin is not used: odpo alone reads it")
+        self._check_row_options(file, texts)
         self.texts.update({t.source: t for t in texts})
+        limits = Limits.of(policy.model.config)
         pairs = tokenize_pairs(
-            texts, policy.tokenizer, self.config.max_length, self.left_out, self.console.say
+            texts,
+            policy.tokenizer,
+            self.config.max_length,
+            self.left_out,
+            self.console.say,
+            limits,
+            self.console.progress,
         )
         if not pairs:
-            raise DataError(f"{file}: no pair fits max_length; {self.left_out.summary()}")
+            raise no_pair_left(file, self.left_out, since)
         return pairs
+
+    def _check_row_options(self, file: str, texts: list[PreferencePair]) -> None:
+        """The loss takes the columns of numbers that the rows bring."""
+        options = self.config.loss_options()
+        for column, option in (("weight", "weights"), ("beta", "beta")):
+            if any(getattr(t, column) is not None for t in texts):
+                options[option] = torch.ones(1)
+        if self.config.uses_offset:
+            options["offset"] = torch.zeros(1)
+        try:
+            dk.losses.resolve(options)
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{file}: the column weight or beta does not fit the loss: {error}"
+            ) from None
 
     def _sample_prompt(self, policy: Policy, pairs: list[TokenPair]) -> tuple[str, list[int]]:
         """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""
@@ -244,7 +334,8 @@ class _Job:
             say(f"{'held out':<34}{'before':>10}{'after':>10}")
             for name, key in (
                 ("loss", "eval_loss"),
-                ("reward accuracy (a tie is a half)", "eval_rewards/accuracies_ties_half"),
+                ("reward accuracy", "eval_rewards/accuracies"),
+                ("reward accuracy, a tie is a half", "eval_rewards/accuracies_ties_half"),
                 ("reward margin", "eval_rewards/margins"),
                 ("log-prob accuracy", "eval_logps/accuracies"),
             ):
@@ -264,8 +355,33 @@ class _Job:
             say(f"forward and backward of one batch: {ours:.3f} s; the same in plain torch (model "
                 f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x")  # fmt: skip
         say(self.left_out.summary())
-        say(f"saved in {summary['output_dir']}: model/, metrics.jsonl, training.png, config.json, "
-            "summary.json")  # fmt: skip
+        names = ["metrics.jsonl", "training.png", "config.json", "summary.json", "left_out.jsonl"]
+        there = [name for name in names if (self.folder / name).exists()]
+        say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
+
+
+_LENGTH_REASONS = {"prompt too long", "completion too short", "same after truncation"}
+
+
+def no_pair_left(file: str, left_out: LeftOut, since: int) -> NoUsableRow:
+    """The error of a file whose rows were all left out, the last of them by tokenisation."""
+    reasons = {p.reason for p in left_out.problems[since:]}
+    what = "no pair fits max_length" if reasons <= _LENGTH_REASONS else "no pair is left"
+    return left_out.nothing(file, what, since)
+
+
+def _steps(n: int, config: DPOTrainConfig) -> int:
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return total_steps(n, per_step, config)
+
+
+def loss_title(config: DPOTrainConfig) -> str:
+    """The loss in words: "DPO: 0.8 sigmoid + 0.2 ipo + 0.5 SFT"."""
+    weights = config.loss_weights or [1.0] * len(config.loss_type)
+    parts = [*zip(weights, config.loss_type, strict=True)]
+    if config.sft_weight:
+        parts.append((config.sft_weight, "SFT"))
+    return "DPO: " + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)
 
 
 def _peak_memory(policy: Policy) -> int:

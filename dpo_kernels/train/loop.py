@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dpo_kernels as dk
 
+from ..causal_lm import deterministic
 from ..data import ScoredBatch, TokenPair
 from .config import DPOTrainConfig
 from .console import Console
@@ -42,6 +43,7 @@ class PairLoss:
         # The module form, because beta-DPO keeps a running margin between batches.
         self.function = dk.FusedLinearDPOLoss(**config.loss_options())
         self.policy, self.uses_offset = policy, config.uses_offset
+        self.per_token = config.ld_alpha is not None  # what the reference keeps
 
     def __call__(
         self, data: PairData, indices: Sequence[int], num_pairs: int, num_chosen_tokens: int
@@ -49,21 +51,37 @@ class PairLoss:
         """Loss of the pairs `indices` as a share of `num_pairs`, and their batch."""
         pairs = [data.pairs[i] for i in indices]
         batch = self.policy.batch(pairs)
-        out = self.function(
-            self.policy.hidden(batch), labels=batch.labels, cu_seqlens=batch.cu_seqlens,
-            shift=False, ref_logps=self.reference(data, indices), num_pairs=num_pairs,
-            num_chosen_tokens=max(num_chosen_tokens, 1), **self.offset(pairs),
-            **self.policy.head_arguments(),
-        )  # fmt: skip
+        hidden, router_loss = self.policy.hidden_and_router_loss(batch)
+        with self.policy.autocast():
+            out = self.function(
+                hidden,
+                labels=batch.labels,
+                cu_seqlens=batch.cu_seqlens,
+                shift=False,
+                ref_logps=self.reference(data, indices),
+                ref_logps_per_token=self.per_token,
+                num_pairs=num_pairs,
+                num_chosen_tokens=max(num_chosen_tokens, 1),
+                **self.offset(pairs),
+                **self.policy.head_arguments(),
+            )
+        if router_loss is not None:
+            out = out._replace(loss=out.loss + router_loss * (len(pairs) / num_pairs))
         return out, batch
 
     def reference(self, data: PairData, indices: Sequence[int]) -> Tensor | None:
         return data.reference.of(indices, self.policy.device) if data.reference else None
 
     def offset(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
-        if not self.uses_offset:
-            return {}
-        return {"offset": torch.tensor([p.offset for p in pairs], device=self.policy.device)}
+        """The options that come with the rows: margins for ODPO, weights and betas of pairs."""
+        found: dict[str, list[float]] = {}
+        if self.uses_offset:
+            found["offset"] = [p.offset or 0.0 for p in pairs]
+        if any(p.weight is not None for p in pairs):
+            found["weights"] = [1.0 if p.weight is None else p.weight for p in pairs]
+        if any(p.beta is not None for p in pairs):
+            found["beta"] = [p.beta or self.function.options["beta"] for p in pairs]
+        return {k: torch.tensor(v, device=self.policy.device) for k, v in found.items()}
 
 
 def chosen_tokens(pairs: Sequence[TokenPair]) -> int:
@@ -82,9 +100,10 @@ def evaluate(
     tokens = chosen_tokens(data.pairs)
     starts = range(0, n, size)
     began = time.perf_counter()
-    for start in console.progress(starts, f"evaluation {what}", len(starts), "batches"):
-        out, _ = loss(data, range(start, min(start + size, n)), n, tokens)
-        meter.add(out, config.beta)
+    with deterministic(policy.model):
+        for start in console.progress(starts, f"evaluation {what}", len(starts), "batches"):
+            out, _ = loss(data, range(start, min(start + size, n)), n, tokens)
+            meter.add(out, config.beta)
     result = meter.result()
     result["runtime"] = time.perf_counter() - began
     return {f"eval_{name}": value for name, value in result.items()}
@@ -96,32 +115,44 @@ def check_step0(
 ) -> tuple[float, float]:
     """(loss, loss at zero log-ratios) of one batch before the first step; they must be equal.
 
-    The policy is the reference and dropout is off, so every log-ratio is zero: for `sigmoid` the
-    loss is log 2. Anything else means another reference, dropout, or kernels that disagree.
+    The policy is the reference and its noise is off, so every log-ratio is zero: for `sigmoid` the
+    loss is log 2. Anything else means another reference, or kernels that disagree.
     """
     loss = PairLoss(policy, config)
     loss.function.eval()
     pairs = [data.pairs[i] for i in indices]
     batch = policy.batch(pairs)
-    own = policy.logps(batch, "none")
-    hidden = policy.hidden(batch)
+    with deterministic(policy.model):
+        own = policy.logps(batch, "none")
+        hidden = policy.hidden(batch)
     losses = []
-    for ref in (loss.reference(data, indices), own if data.reference else None):
-        out = loss.function(
-            hidden, labels=batch.labels, cu_seqlens=batch.cu_seqlens, shift=False,
-            ref_logps=ref, **loss.offset(pairs), **policy.head_arguments(),
-        )  # fmt: skip
+    refs = (
+        (loss.reference(data, indices), loss.per_token),
+        (own if data.reference else None, True),
+    )
+    for ref, per_token in refs:
+        with policy.autocast():
+            out = loss.function(
+                hidden,
+                labels=batch.labels,
+                cu_seqlens=batch.cu_seqlens,
+                shift=False,
+                ref_logps=ref,
+                ref_logps_per_token=per_token,
+                **loss.offset(pairs),
+                **policy.head_arguments(),
+            )
         losses.append(float(out.loss))
         if data.reference and not losses[1:]:
             size = torch.cat([out.chosen_logps, out.rejected_logps]).abs()
             ratio = torch.cat([out.chosen_rewards, out.rejected_rewards]).abs() / config.beta
-            wide = hidden.dtype in (torch.float32, torch.float64)
+            wide = hidden.dtype in (torch.float32, torch.float64) and not policy.bf16
             allowed = 1e-3 + 1e-5 * size if wide else 0.05 + 1e-2 * size
             if not bool((ratio <= allowed).all()):
                 raise TrainingError(
                     "before the first step the policy must equal the reference, but log-probs "
                     f"differ by up to {float(ratio.max()):.4g} nats (loss {losses[0]:.6f}): "
-                    "another reference, active dropout, or kernels that disagree"
+                    "another reference, or kernels that disagree"
                 )
     return losses[0], losses[1]
 
@@ -148,14 +179,19 @@ CPU_PART_TOKENS = 1024
 
 
 def parts_of(
-    indices: list[int], pairs: Sequence[TokenPair], config: DPOTrainConfig, device: torch.device
+    indices: list[int],
+    pairs: Sequence[TokenPair],
+    config: DPOTrainConfig,
+    device: torch.device,
+    whole: bool = False,
 ) -> list[list[int]]:
     """One batch cut into the parts that run forward and backward on their own.
 
-    Losses that couple the pairs of a batch (AOT sorts over it) need it whole; so does a GPU.
+    Losses that couple the pairs of a batch (AOT sorts over it) need it whole, as a router's loss
+    does (`whole`); so does a GPU.
     """
     coupled = any(dk.losses.get(name).batch_coupled for name in config.loss_type)
-    if coupled or device.type != "cpu":
+    if whole or coupled or device.type != "cpu":
         return [indices]
     parts: list[list[int]] = []
     tokens = CPU_PART_TOKENS
@@ -179,7 +215,8 @@ def _gradients(
     total, tokens = torch.zeros((), device=loss.policy.device), 0
     for start in range(0, len(indices), micro):
         batch_indices = indices[start : start + micro]
-        for part in parts_of(batch_indices, data.pairs, config, loss.policy.device):
+        router = bool(loss.policy.router_weight)
+        for part in parts_of(batch_indices, data.pairs, config, loss.policy.device, router):
             out, batch = loss(data, part, len(indices), num_chosen)
             out.loss.backward()
             total = total + out.loss.detach()
@@ -228,6 +265,9 @@ def train(
         tokens_logged += tokens
         extra = stepper.step(total, f"step {step}", [data.pairs[i].source for i in indices])
         times.append(time.perf_counter() - began)
+        if stepper.warning:
+            console.say(stepper.warning)
+            stepper.warning = ""
         logged += 1
         if step % config.logging_steps == 0 or step == steps:
             took = sum(times[-logged:])

@@ -9,9 +9,13 @@ silently different model.
 
 from __future__ import annotations
 
+import json
+import pickle
 import shutil
 import tempfile
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +25,20 @@ from torch import Tensor, nn
 
 import dpo_kernels as dk
 
-from ..causal_lm import attention_ratio, head_scaling, no_sharing, text_config, trunk_states
+from ..causal_lm import (
+    attention_ratio,
+    base_model_of,
+    check_causal,
+    check_decoder_only,
+    deterministic,
+    head_parts,
+    head_scaling,
+    no_sharing,
+    router_loss_of_calls,
+    router_loss_weight,
+    text_config,
+    trunk_states,
+)
 from ..data import ScoredBatch, Sharing, TokenPair, make_batch
 from ..data.batches import CPU_CALL_TOKENS
 from .config import DPOTrainConfig, UserError
@@ -46,10 +63,16 @@ class Policy:
     scaling: dict[str, float] = field(default_factory=dict)  # logit_scale, logit_softcap
     sharing: Sharing = field(default_factory=Sharing)
     backend: str | None = None
+    router_weight: float = 0.0  # of a mixture of experts' load-balancing loss
+    bf16: bool = False  # compute in bfloat16 by autocast
 
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bf16 arithmetic over fp32 weights, where it was asked for."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @property
     def pad_id(self) -> int:
@@ -59,20 +82,37 @@ class Policy:
 
     def head_arguments(self) -> dict[str, Any]:
         """weight, bias, scales and backend, as the linear front functions take them."""
-        bias = getattr(self.head, "bias", None)
-        return {"weight": self.head.weight, "bias": bias, "backend": self.backend, **self.scaling}
+        return {**head_parts(self.head)._asdict(), "backend": self.backend, **self.scaling}
 
-    def hidden(self, batch: ScoredBatch) -> Tensor:
+    def hidden(self, batch: ScoredBatch, router: list[tuple[Tensor, ...]] | None = None) -> Tensor:
         """[N, H] hidden states that predict the scored tokens of `batch`."""
         attention = self.model.config._attn_implementation
-        return trunk_states(self.trunk, attention, self.head.weight.dtype, batch)
+        with self.autocast():
+            return trunk_states(self.trunk, attention, self.head.weight.dtype, batch, router)
+
+    def hidden_and_router_loss(self, batch: ScoredBatch) -> tuple[Tensor, Tensor | None]:
+        """`hidden`, and the load-balancing loss of a mixture of experts with its weight."""
+        if not self.router_weight:
+            return self.hidden(batch), None
+        router: list[tuple[Tensor, ...]] = []
+        hidden = self.hidden(batch, router)
+        if not router:
+            return hidden, None
+        loss = router_loss_of_calls(base_model_of(self.model), router, batch)
+        return hidden, self.router_weight * loss
 
     def logps(self, batch: ScoredBatch, reduction: str = "sum") -> Tensor:
         """Log-probs of the scored tokens: [sequences], or [N] with reduction="none"."""
-        return dk.linear_sequence_logps(
-            self.hidden(batch), labels=batch.labels, cu_seqlens=batch.cu_seqlens, shift=False,
-            reduction=reduction, **self.head_arguments(),
-        )  # fmt: skip
+        hidden = self.hidden(batch)
+        with self.autocast():
+            return dk.linear_sequence_logps(
+                hidden,
+                labels=batch.labels,
+                cu_seqlens=batch.cu_seqlens,
+                shift=False,
+                reduction=reduction,
+                **self.head_arguments(),
+            )
 
     def batch(self, pairs: list[TokenPair]) -> ScoredBatch:
         """The batch of these pairs on the policy's device."""
@@ -81,7 +121,7 @@ class Policy:
 
 def load_policy(config: DPOTrainConfig, say: Callable[[str], None] = print) -> Policy:
     """The model and tokenizer a configuration names, checked and ready to train."""
-    model, tokenizer = _load(config)
+    model, tokenizer = _load(config, say)
     return prepare_policy(model, tokenizer, config, say)
 
 
@@ -106,17 +146,26 @@ def prepare_policy(
         # transformers 5.20 and later call it activation checkpointing
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    trunk = model.base_model
-    head = model.get_output_embeddings()
-    if head is None or trunk is model or not hasattr(head, "weight"):
+    base = base_model_of(model)
+    trunk, head = base.base_model, base.get_output_embeddings()
+    if head is None or trunk is base:
         raise UserError(
-            f"{type(model).__name__}: no trunk and lm_head found; expected a causal language model"
+            f"{type(base).__name__}: no trunk and lm_head found; expected a causal language model"
         )
-    policy = Policy(
-        model, tokenizer, trunk, head, head_scaling(model.config), backend=config.backend
-    )
-    check_head(policy)
-    policy.sharing = _choose_sharing(policy, config.batch_layout, say)
+    try:
+        check_decoder_only(model.config, type(base).__name__)
+        head_parts(head)
+        policy = Policy(
+            model, tokenizer, trunk, head, head_scaling(model.config), backend=config.backend,
+            router_weight=router_loss_weight(base), bf16=config.bf16,
+        )  # fmt: skip
+        with deterministic(model):
+            check_head(policy)
+            policy.sharing = _choose_sharing(policy, config.batch_layout, say)
+    except UserError:
+        raise
+    except ValueError as error:  # what the model is
+        raise UserError(str(error)) from None
     return policy
 
 
@@ -125,6 +174,9 @@ def load_tokenizer(name: str, gguf_file: str | None, chat_template: str | None) 
     from transformers import AutoTokenizer
 
     name, source = _source(name, gguf_file)
+    adapter = _adapter_config(name)
+    if adapter and not any(Path(name).glob("tokenizer*")):
+        name = adapter["base_model_name_or_path"]
     tokenizer = _pretrained(AutoTokenizer, name, **source)
     if chat_template:
         file = Path(chat_template)
@@ -134,8 +186,8 @@ def load_tokenizer(name: str, gguf_file: str | None, chat_template: str | None) 
     return tokenizer
 
 
-def _load(config: DPOTrainConfig) -> tuple[PreTrainedModel, Any]:
-    from transformers import AutoModelForCausalLM
+def _load(config: DPOTrainConfig, say: Callable[[str], None]) -> tuple[PreTrainedModel, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if config.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: pass a model's name or folder")
@@ -143,12 +195,97 @@ def _load(config: DPOTrainConfig) -> tuple[PreTrainedModel, Any]:
     name, source = _source(config.model_name_or_path, config.gguf_file)
     if "gguf_file" in source:
         _require("accelerate")
+    adapter = _adapter_config(name)
+    folder, name = name, adapter["base_model_name_or_path"] if adapter else name
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    if config.bf16:
+        dtype = torch.float32
+    if not source:
+        read = _pretrained(AutoConfig, name, trust_remote_code=config.trust_remote_code)
+        _check_config(read, name)
     options = {**source, **dtype_option(dtype), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
-    model = _pretrained(AutoModelForCausalLM, name, **options)
-    return (without_quantization(model) if "gguf_file" in source else model), tokenizer
+    model, found = _pretrained(AutoModelForCausalLM, name, output_loading_info=True, **options)
+    _check_loaded(found, name, say)
+    if "gguf_file" in source:
+        model = without_quantization(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UserError(_QUANTISED.format(name=name, method="quantised weights"))
+    return (_with_adapter(model, folder) if adapter else model), tokenizer
+
+
+_QUANTISED = (
+    "model_name_or_path: {name} has {method}, which can neither be trained here nor be saved as a "
+    "trained model; expected one with float weights"
+)
+
+
+def _check_config(config: Any, name: str) -> None:
+    """What cannot be trained is known from its configuration, before gigabytes are read."""
+    try:
+        check_decoder_only(config, f"model_name_or_path: {name}")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        method = quantised.get("quant_method") or "quantised"
+        bits = next((f" {n}-bit" for n in (4, 8) if quantised.get(f"load_in_{n}bit")), "")
+        if method != "mxfp4":  # transformers widens it where it cannot run it
+            raise UserError(_QUANTISED.format(name=name, method=f"{method}{bits} weights"))
+
+
+def _check_loaded(found: dict[str, Any], name: str, say: Callable[[str], None]) -> None:
+    """`UserError` for weights that the checkpoint does not have: they would be random."""
+    missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing:
+        raise UserError(
+            f"model_name_or_path: {name} lacks weights of its model, which would be drawn at "
+            f"random: {_listed(missing)}"
+        )
+    if found.get("error_msgs"):
+        raise UserError(f"model_name_or_path: {name}: {'; '.join(found['error_msgs'])}")
+    if unused:
+        say(f"weights of the checkpoint that the model does not use: {_listed(unused)}")
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+def _adapter_config(name: str) -> dict[str, Any] | None:
+    """What the folder of an adapter says of itself; None for a model's."""
+    file = Path(name) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    adapter: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    base = adapter.get("base_model_name_or_path")
+    what = f"model_name_or_path: {name} is a {adapter.get('peft_type', 'PEFT')} adapter"
+    if not base:
+        raise UserError(f"{what} that does not name its base model (base_model_name_or_path)")
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"{what} of the base model {base}, which needs peft: pip install peft, or give a "
+            "model with the adapter merged into it"
+        ) from None
+    return adapter
+
+
+def _with_adapter(model: PreTrainedModel, folder: str) -> Any:
+    """The base model with the folder's adapter, which is what will be trained and saved."""
+    from peft import PeftModel
+
+    wrapped = _pretrained(PeftModel, model, folder, is_trainable=True)
+    if wrapped.active_peft_config.is_prompt_learning:
+        raise UserError(
+            f"model_name_or_path: {folder} is a {wrapped.active_peft_config.peft_type.value} "
+            "adapter, which works outside the model's layers; expected LoRA or one like it"
+        )
+    return wrapped
 
 
 def dtype_option(dtype: Any) -> dict[str, Any]:
@@ -181,12 +318,30 @@ def _require(package: str) -> None:
         raise UserError(f"reading GGUF needs {package}: pip install {package}") from None
 
 
-def _pretrained(kind: Any, name: str, **options: Any) -> Any:
+def _pretrained(kind: Any, *names: Any, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
+        return kind.from_pretrained(*names, **options)
+    except Exception as error:
+        name = names[-1]
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if _broken_weights(error):
+            raise UserError(
+                f"model_name_or_path: the weights of {name} cannot be read: "
+                f"{first.partition('. ')[0]} (nothing of them was run)"
+            ) from None
+        if not isinstance(error, (OSError, ValueError, ImportError, KeyError, RuntimeError)):
+            raise
         raise UserError(f"model_name_or_path: {name} cannot be loaded: {first}") from error
+
+
+def _broken_weights(error: Exception) -> bool:
+    """Whether reading a file of weights raised this: pickle's refusals, zip's, safetensors'."""
+    kinds = (pickle.UnpicklingError, EOFError, zipfile.BadZipFile)
+    return (
+        isinstance(error, kinds)
+        or type(error).__name__ == "SafetensorError"
+        or (isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error))
+    )
 
 
 def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
@@ -241,7 +396,12 @@ def _probe_ids(policy: Policy, n: int) -> list[int]:
 def check_head(policy: Policy) -> None:
     """Our log-probs against the model's own logits, on a short sequence; else `UserError`."""
     ids = torch.tensor([_probe_ids(policy, 16)], device=policy.device)
-    logits = policy.model(input_ids=ids, use_cache=False).logits
+
+    def logits_of(ids: Tensor) -> Tensor:
+        return policy.model(input_ids=ids, use_cache=False).logits
+
+    check_causal(logits_of, ids, type(base_model_of(policy.model)).__name__)
+    logits = logits_of(ids)
     own = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     hidden = policy.trunk(input_ids=ids, use_cache=False).last_hidden_state
     ours = dk.linear_sequence_logps(hidden, labels=ids, reduction="none", **policy.head_arguments())
@@ -261,7 +421,10 @@ def _choose_sharing(policy: Policy, layout: str, say: Callable[[str], None]) -> 
     if layout == "padded":
         return Sharing("padded", call_tokens=call_tokens)
     text = text_config(policy.model.config)
-    reason = no_sharing(text) or _sharing_differs(policy)
+    reason = no_sharing(text)
+    if policy.router_weight:
+        reason = "the router's load-balancing loss counts every token"
+    reason = reason or _sharing_differs(policy)
     if reason:
         if layout == "prefix":
             raise UserError(f"batch_layout=prefix: {reason}; use padded or auto")
@@ -313,13 +476,15 @@ def complete(policy: Policy, ids: list[int], max_new_tokens: int) -> str:
     """Greedy completion of these prompt ids, as text."""
     tokenizer = policy.tokenizer
     inputs = torch.tensor([ids], device=policy.device)
-    training = policy.model.training
-    policy.model.eval()
     generate: Any = policy.model.generate
-    out = generate(
-        inputs, attention_mask=torch.ones_like(inputs), do_sample=False, use_cache=True,
-        max_new_tokens=max_new_tokens, pad_token_id=policy.pad_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    policy.model.train(training)
+    with deterministic(policy.model):
+        out = generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=policy.pad_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
     return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+# (title, (key, what the legend says before "train" and "held out"))
 _PANELS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
-    ("loss", (("loss", "loss"),)),
-    ("reward margin", (("rewards/margins", "margin"),)),
-    ("reward accuracy", (("rewards/accuracies", "accuracy"),)),
-    ("log-prob of a completion", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
+    ("loss", (("loss", ""),)),
+    ("reward margin", (("rewards/margins", ""),)),
+    ("reward accuracy", (("rewards/accuracies", ""),)),
+    ("log-prob of a completion", (("logps/chosen", "chosen, "), ("logps/rejected", "rejected, "))),
 )
 
 
@@ -17,6 +18,7 @@ def plot_run(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw the rows of metrics.jsonl into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -29,12 +31,13 @@ def plot_run(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             eval_key = f"eval_{key}" + ("_ties_half" if key == "rewards/accuracies" else "")
             held = [(r["step"], r[eval_key]) for r in rows if eval_key in r]
             if train:
-                axis.plot(*zip(*train, strict=True), color=f"C{i}", lw=1.3, label=f"{label}, train")
+                axis.plot(*zip(*train, strict=True), color=f"C{i}", lw=1.3, label=f"{label}train")
             if held:
                 axis.plot(*zip(*held, strict=True), color=f"C{i}", lw=1.3, ls="--", marker="o",
-                          ms=5, label=f"{label}, held out")  # fmt: skip
+                          ms=5, label=f"{label}held out")  # fmt: skip
         axis.set_title(name)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(fontsize="small")

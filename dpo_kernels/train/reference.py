@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dpo_kernels as dk
 
+from ..causal_lm import deterministic
 from ..data import TokenPair
 from .config import DPOTrainConfig
 from .console import Console
@@ -73,11 +74,9 @@ def with_reference(
     for start in console.progress(starts, f"reference log-probs ({what})", len(starts), "batches"):
         group = used[start : start + size]
         batch = policy.batch([pairs[i] for i in group])
-        if per_token:
-            counts = batch.cu_seqlens.diff().tolist()
-            values = list(policy.logps(batch, "none").cpu().split(counts))
-        else:
-            values = list(policy.logps(batch).cpu().unbind(0))
+        with deterministic(policy.model):
+            logps = policy.logps(batch, "none" if per_token else "sum").cpu()
+        values = list(logps.split(batch.cu_seqlens.diff().tolist()) if per_token else logps)
         for i, chosen, rejected in zip(group, values, values[len(group) :], strict=False):
             reference.chosen[i], reference.rejected[i] = chosen.clone(), rejected.clone()
     return PairData(pairs, reference)

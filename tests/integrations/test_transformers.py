@@ -26,10 +26,10 @@ from dpo_kernels.integrations.transformers import (
 )
 
 
-def examples(n=8, **columns):
+def examples(n=8, seed=0, **columns):
     encode = tiny.tokenizer()
     rows = []
-    for row in tiny.rows(n, **columns):
+    for row in tiny.rows(n, seed, **columns):
         ids = {f"{k}_ids": encode(row[k])["input_ids"] for k in ("prompt", "chosen", "rejected")}
         rows.append(ids | {k: row[k] for k in columns})
     return rows

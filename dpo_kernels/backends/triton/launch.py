@@ -42,7 +42,7 @@ def lanes(x: Tensor, config: dict[str, int]) -> dict[str, int]:
 # one of them became 1 or a multiple of 16, in mid-training or inside a graph capture.
 VARYING = (
     *("T", "V", "N", "S", "B", "rows", "tiles", "ignore_index", "tail_weight"),
-    *("shift", "stride_r", "stride_t", "ref_stride_r", "ref_stride_t"),
+    *("shift", "stride_r", "stride_t", "ref_shift", "ref_stride_r", "ref_stride_t"),
     *("out_shift", "out_stride_r", "out_stride_t"),
     *("inner", "outer", "k", "unit_hi", "unit_lo", "inv_hi", "inv_lo", "chain"),
 )

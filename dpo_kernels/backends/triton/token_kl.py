@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...transform import LogitTransform
-from .launch import ALIGN, VARYING, lanes, on
+from .launch import ALIGN, VARYING, aligned, lanes, on
 from .token_logps import _ALIGN, _scalars, _value
 
 # As in token_logps.py.
@@ -95,10 +95,10 @@ def _meet(m, l, k):
 
 @triton.jit(do_not_specialize=VARYING)
 def _forward(
-    logits, ref_logits,  # [R, T, V], strides (stride_r, stride_t, 1)
+    logits, ref_logits,  # [R, T, V] at `shift` and `ref_shift`, strides (stride_r, stride_t, 1)
     targets,  # [R, T]
     logps, lse, ref_logps, ref_lse, kl,  # [R, T] fp32, fp64, fp32, fp64, fp32
-    stride_r, stride_t, ref_stride_r, ref_stride_t, T, V, ignore_index,
+    shift, stride_r, stride_t, ref_shift, ref_stride_r, ref_stride_t, T, V, ignore_index,
     inner, outer, k, unit_hi, unit_lo,
     SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -112,8 +112,8 @@ def _forward(
         tl.store(lse + index, nothing.to(tl.float64))
         tl.store(ref_lse + index, nothing.to(tl.float64))
     else:
-        start = (index // T) * stride_r + (index % T) * stride_t
-        ref_start = (index // T) * ref_stride_r + (index % T) * ref_stride_t
+        start = shift + (index // T) * stride_r + (index % T) * stride_t
+        ref_start = ref_shift + (index // T) * ref_stride_r + (index % T) * ref_stride_t
         x_y = _value(tl.load(logits + start + y).to(tl.float32), inner, outer, SOFTCAP)
         r_y = _value(tl.load(ref_logits + ref_start + y).to(tl.float32), inner, outer, SOFTCAP)
         head = start % _ALIGN
@@ -216,7 +216,8 @@ def _store_gradient(
 @triton.jit(do_not_specialize=VARYING)
 def _backward(
     grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, out,
-    stride_r, stride_t, ref_stride_r, ref_stride_t, out_stride_r, out_stride_t, T, V, ignore_index,
+    shift, stride_r, stride_t, ref_shift, ref_stride_r, ref_stride_t,
+    out_shift, out_stride_r, out_stride_t, T, V, ignore_index,
     inner, outer, k, unit_hi, unit_lo, chain,
     SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -226,9 +227,9 @@ def _backward(
     y = tl.load(targets + index)
     g_logp = tl.load(grad_logps + index)
     g_kl = tl.load(grad_kl + index)
-    start = (index // T) * stride_r + (index % T) * stride_t
-    ref_start = (index // T) * ref_stride_r + (index % T) * ref_stride_t
-    out_start = (index // T) * out_stride_r + (index % T) * out_stride_t
+    start = shift + (index // T) * stride_r + (index % T) * stride_t
+    ref_start = ref_shift + (index // T) * ref_stride_r + (index % T) * ref_stride_t
+    out_start = out_shift + (index // T) * out_stride_r + (index % T) * out_stride_t
     head = out_start % _ALIGN
     row_out = out + tl.multiple_of(out_start - head, _ALIGN)
     row = logits + (start - head)
@@ -262,11 +263,15 @@ def _backward(
             )  # fmt: skip
 
 
-def _same_phase(a: Tensor, *others: Tensor) -> bool:
-    """Whether the tensors' rows lie alike within `ALIGN` elements, wherever they start."""
-    return all(
-        (s - t) % ALIGN == 0 for b in others for s, t in zip(a.stride(), b.stride(), strict=True)
-    )
+def _placed(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """`aligned`, with the strides behind the shift: where rows lie."""
+    base, shift = aligned(x)
+    return base, (shift, *x.stride()[:2])
+
+
+def _same_phase(first: tuple[int, ...], *others: tuple[int, ...]) -> bool:
+    """Whether rows lie alike within `ALIGN` elements, wherever they start."""
+    return all((a - b) % ALIGN == 0 for x in others for a, b in zip(first, x, strict=True))
 
 
 def token_kl(
@@ -281,12 +286,13 @@ def token_kl(
     kinds = (torch.float32, torch.float64, torch.float32, torch.float64, torch.float32)
     logps, lse, ref_logps, ref_lse, kl = (logits.new_empty((R, T), dtype=kind) for kind in kinds)
     if R * T:
+        (base, place), (ref_base, ref_place) = _placed(logits), _placed(ref_logits)
         with on(logits):
             _forward[(R * T,)](
-                logits, ref_logits, targets.contiguous(), logps, lse, ref_logps, ref_lse, kl,
-                logits.stride(0), logits.stride(1), ref_logits.stride(0), ref_logits.stride(1),
+                base, ref_base, targets.contiguous(), logps, lse, ref_logps, ref_lse, kl,
+                *place, *ref_place,
                 T, V, ignore_index, **_scalars(transform), SOFTCAP=transform.softcap != 0,
-                SAME_PHASE=_same_phase(logits, ref_logits), **lanes(logits, FORWARD),
+                SAME_PHASE=_same_phase(place, ref_place), **lanes(logits, FORWARD),
             )  # fmt: skip
     return logps, lse, ref_logps, ref_lse, kl
 
@@ -309,12 +315,13 @@ def token_kl_backward(
         return
     # The first tile begins up to ALIGN - 1 elements before the row.
     tiles = triton.cdiv(V + ALIGN - 1, BACKWARD["TILE"])
+    (base, place), (ref_base, ref_place) = _placed(logits), _placed(ref_logits)
+    out_base, out_place = _placed(out)
     with on(logits):
         _backward[(R * T, tiles)](
-            grad_logps.float().contiguous(), grad_kl.float().contiguous(), logits, ref_logits,
-            targets.contiguous(), lse.contiguous(), ref_lse.contiguous(), out,
-            logits.stride(0), logits.stride(1), ref_logits.stride(0), ref_logits.stride(1),
-            out.stride(0), out.stride(1), T, V, ignore_index, **_scalars(transform),
+            grad_logps.float().contiguous(), grad_kl.float().contiguous(), base, ref_base,
+            targets.contiguous(), lse.contiguous(), ref_lse.contiguous(), out_base,
+            *place, *ref_place, *out_place, T, V, ignore_index, **_scalars(transform),
             chain=transform.scale * transform.inv_temperature, SOFTCAP=transform.softcap != 0,
-            SAME_PHASE=_same_phase(out, logits, ref_logits), **BACKWARD,
+            SAME_PHASE=_same_phase(out_place, place, ref_place), **BACKWARD,
         )  # fmt: skip

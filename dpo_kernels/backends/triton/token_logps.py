@@ -150,9 +150,10 @@ def _forward(
         total = tl.zeros([LANES], tl.float32)
         before = m  # maxima of the tiles before the target's
         target_tile = target // tile * tile
-        begin = 0
-        if (lo > 0) | (hi < tile):
-            begin = tile
+        # Counted, not chosen: an offset that is one of two constants crashes Triton 3.2's compiler.
+        cut = (lo > 0) | (hi < tile)
+        begin = cut.to(tl.int32) * tile
+        if cut:
             m, l, weighted, squares, total = _add_tile(
                 m, l, weighted, squares, total, row, cols, lo, hi, inner, outer, k,
                 SOFTCAP, STATS, True, VEC,

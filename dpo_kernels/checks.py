@@ -2,16 +2,103 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+LARGEST = 2**63 - 1  # what the schema of an op takes as an integer
+# Numbers reach the kernels as fp32: neither these nor their inverses may leave its range.
+FP32 = torch.finfo(torch.float32)
+
+
+def shown(value: object) -> str:
+    """`value` for a message: cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def is_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
     return value
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def number(name: str, value: object, expected: str = "a finite number") -> float:
+    """A finite number that is no boolean."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    assert isinstance(value, (int, float))
+    # An integer may be larger than any float: compared, not converted.
+    if not abs(value) <= 1.7976931348623157e308:
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}")
+    return float(value)
+
+
+def positive(name: str, value: object, expected: str = "a positive finite number") -> float:
+    x = number(name, value, expected)
+    if not x > 0:
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}")
+    return x
+
+
+def whole(name: str, value: object, least: int = 0, most: int = LARGEST) -> int:
+    """An integer within [least, most]."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be an integer in [{least}, {most}], got {shown(value)}")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
+def choice(name: str, value: object, known: tuple[str, ...], more: str = "") -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {known}{more}, got {type(value).__name__}")
+    if value not in known:
+        raise ValueError(f"{name} must be one of {known}{more}, got {shown(value)}")
+    return value
+
+
+def names(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """`TypeError` for a name that is not known, with the nearest that is."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"unknown {what} {name!r}{hint}")
+
+
+def values(name: str, value: Tensor, good: Callable[[Tensor], Tensor], expected: str) -> None:
+    """Where values may be looked at, all of them are `good`."""
+    if readable(value) and not bool((ok := good(value.detach())).all()):
+        raise ValueError(f"{name} must be {expected}, got {value[~ok].flatten()[0].item()}")
+
+
+def counts(name: str, value: Tensor) -> None:
+    """Counts of tokens: whole numbers >= 0 in an integer or a floating dtype."""
+    if value.dtype not in FLOATS:
+        integer(name, value, (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+    values(name, value, lambda x: x.isfinite() & (x >= 0) & (x == x.floor()), "counts of tokens")
 
 
 def floating(name: str, value: object) -> Tensor:
@@ -80,9 +167,9 @@ def lengths_of(name: str, value: object, S: int) -> tuple[int, ...] | None:
             return None
         value = value.tolist()
     if not isinstance(value, (list, tuple)) or not all(type(n) is int for n in value):
-        raise TypeError(f"{name} must be integers, a CPU tensor or a list, got {value!r}")
-    if len(value) != S or any(n < 0 for n in value):
-        raise ValueError(f"{name} must be {S} counts of scored tokens, got {value!r}")
+        raise TypeError(f"{name} must be integers, a CPU tensor or a list, got {shown(value)}")
+    if len(value) != S or any(not 0 <= n <= LARGEST for n in value):
+        raise ValueError(f"{name} must be {S} counts of scored tokens, got {shown(value)}")
     return tuple(value)
 
 
@@ -97,7 +184,7 @@ def cu_seqlens_of(value: object, N: int, labels: Tensor) -> Tensor:
     if cu.device.type != "cpu":
         same_device("cu_seqlens", cu, "labels", labels)
     if readable(cu):
-        steps = cu.diff()
+        steps = cu.to(torch.int64).diff()  # a difference of int32 may not be one
         if int(cu[0]) != 0 or int(cu[-1]) != N or bool((steps < 0).any()):
             raise ValueError(
                 f"cu_seqlens must rise from 0 to the number of rows {N}, got {cu.tolist()[:8]}"

@@ -1,0 +1,17 @@
+"""The functions and classes that the package offers, in one place; importing this needs torch."""
+
+from .dpo import fused_dpo_loss, preference_loss, sequence_logps
+from .linear import fused_linear_dpo_loss, linear_sequence_logps
+from .modules import FusedDPOLoss, FusedLinearDPOLoss
+from .pairs import DPOOutput
+
+__all__ = [
+    "DPOOutput",
+    "FusedDPOLoss",
+    "FusedLinearDPOLoss",
+    "fused_dpo_loss",
+    "fused_linear_dpo_loss",
+    "linear_sequence_logps",
+    "preference_loss",
+    "sequence_logps",
+]

@@ -1,0 +1,149 @@
+"""Options that TRL has and this trainer has not: what each is taken for, or why it is refused.
+
+A configuration of TRL's carries over. An option is taken where it says what happens here anyway
+(`report_to: none`, `precompute_ref_log_probs: true`), translated where ours has another name
+(`warmup_ratio`), and refused by name with the reason otherwise; none is dropped unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_OFF: tuple[Any, ...] = (None, False, "", [], {}, 0, "none", "no")
+
+_NO_CHECKPOINTS = "no checkpoints are written: the model is saved at the end, and when a run stops"
+_ONE_PROCESS = "training runs on one device in one process"
+_NO_ADAPTERS = "adapters and quantised weights are not trained here (TRL with our integration is)"
+_NO_WORKERS = "batches are made in the process itself, without a data loader"
+_LOCAL_FILE = "data comes from a file (dataset_name, eval_file)"
+_NO_HUB = "nothing is uploaded: the trained model is a folder"
+_LOGGED = "metrics are written to metrics.jsonl in the run's folder"
+_PLAIN_OPTIMIZER = "optimizers are set by learning_rate, weight_decay, adam_* and max_grad_norm"
+_REFERENCE_ONCE = "the reference is the starting policy, and its log-probs are computed once"
+_PRECISION = "the dtype of the weights is the option dtype"
+
+# reason -> names
+_REFUSED: dict[str, str] = {
+    _NO_CHECKPOINTS: "save_steps save_strategy save_total_limit save_only_model save_on_each_node "
+    "enable_jit_checkpoint resume_from_checkpoint load_best_model_at_end metric_for_best_model "
+    "greater_is_better ignore_data_skip restore_callback_states_from_checkpoint",
+    _ONE_PROCESS: "fsdp fsdp_config deepspeed ddp_find_unused_parameters ddp_bucket_cap_mb "
+    "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout accelerator_config "
+    "parallelism_config local_rank ignore_bias_buffers log_on_each_node log_level_replica "
+    "average_tokens_across_devices",
+    _NO_ADAPTERS: "use_peft lora_r lora_alpha lora_dropout lora_target_modules "
+    "lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora load_in_8bit "
+    "load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+    _NO_WORKERS: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
+    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
+    "dataloader_multiprocessing_context dataset_num_proc length_column_name group_by_length",
+    _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split dataset_streaming",
+    _NO_HUB: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
+    "hub_revision",
+    _LOGGED: "report_to run_name project logging_dir trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id logging_strategy logging_first_step logging_nan_inf_filter log_level "
+    "include_num_input_tokens_seen disable_tqdm",
+    _PRECISION: "bf16 fp16 bf16_full_eval fp16_full_eval tf32",
+    "the schedules here take no further arguments": "lr_scheduler_kwargs",
+    _PLAIN_OPTIMIZER: "optim_args optim_target_modules",
+    "the loss is smoothed by label_smoothing": "label_smoothing_factor",
+    "checkpointing is on or off (gradient_checkpointing)": "gradient_checkpointing_kwargs "
+    "activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps",
+    "the kernels of this package are the ones that run": "use_liger_kernel liger_kernel_config "
+    "torch_compile torch_compile_backend torch_compile_mode",
+    "training looks for no batch size": "auto_find_batch_size",
+    "noise on the embeddings would make policy and reference differ": "neftune_noise_alpha",
+    "evaluation is the mean over all held-out pairs, in steps of eval_steps": "eval_strategy "
+    "evaluation_strategy eval_delay prediction_loss_only eval_on_start eval_do_concat_batches "
+    "eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
+    "label_names generate_during_eval",
+    "order and sampling follow seed alone": "data_seed full_determinism",
+    "sequences keep their start": "truncation_mode",
+    "max_length cuts the whole sequence": "max_prompt_length max_completion_length",
+    "the layout is batch_layout": "padding_free pad_to_multiple_of use_logits_to_keep",
+    _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model "
+    "ref_model_mixup_alpha "
+    "ref_model_sync_steps ref_model_name_or_path ref_adapter_name model_adapter_name",
+    "dropout is always off: policy and reference are one function": "disable_dropout",
+    "a router's loss is not added here": "router_aux_loss_coef",
+    "model options are dtype, attn_implementation and trust_remote_code": "model_init_kwargs "
+    "model_revision use_cache pad_token",
+    "columns that are not used are named, and left": "remove_unused_columns",
+    "train does both, evaluation where there are held-out pairs": "do_train do_eval do_predict",
+    "there is no such report": "debug skip_memory_metrics",
+}
+
+# What happens here anyway, beside `_OFF`.
+_TAKEN: dict[str, tuple[Any, ...]] = {
+    "save_only_model": (True,),
+    "local_rank": (-1,),
+    "ddp_timeout": (1800,),
+    "logging_strategy": ("steps",),
+    "precompute_ref_log_probs": (True,),
+    "disable_dropout": (True,),
+    "remove_unused_columns": (True,),
+    "eval_on_start": (True,),
+    "truncation_mode": ("keep_start",),
+    "do_train": (True,),
+    "do_eval": (True,),
+    "skip_memory_metrics": (True,),
+    "average_tokens_across_devices": (True,),
+    "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
+    "dataset_train_split": ("train",),
+    "report_to": (["none"],),
+}
+# Off would change what happens here.
+_NOT_OFF = ("disable_dropout", "remove_unused_columns", "logging_strategy", "do_train")
+
+REASONS = {name: reason for reason, names in _REFUSED.items() for name in names.split()}
+TRANSLATED = ("warmup_ratio", "use_cpu", "activation_checkpointing")
+NAMES = (*REASONS, *TRANSLATED)
+
+
+def translate(name: str, value: Any, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Our options for one of TRL's (empty: nothing to set); `ValueError` with the reason if none.
+
+    `others` are the options given beside it.
+    """
+    if name in TRANSLATED:
+        return _translated(name, value, others)
+    if name in ("eval_strategy", "evaluation_strategy"):
+        # The strategy says again what eval_steps says; one without the other would not.
+        if value == "steps" and others.get("eval_steps") is not None:
+            return {}
+        if value == "no" and others.get("eval_steps") is not None:
+            raise ValueError(f"{name} 'no' contradicts eval_steps={others['eval_steps']}")
+    taken = any(_same(value, other) for other in _TAKEN.get(name, ()))
+    if name not in _NOT_OFF:
+        taken = taken or any(_same(value, other) for other in _OFF)
+    if not taken:
+        raise ValueError(
+            f"{name}={value!r} is an option of TRL's that is not supported here: {REASONS[name]}"
+        )
+    return {}
+
+
+def _translated(name: str, value: Any, others: Mapping[str, Any]) -> dict[str, Any]:
+    if name == "warmup_ratio":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"warmup_ratio must be in [0, 1), got {value!r}")
+        if value and others.get("warmup_steps"):
+            raise ValueError(
+                f"warmup_ratio={value} and warmup_steps={others['warmup_steps']}: give one of them "
+                "(warmup_steps below 1 is a share of all steps)"
+            )
+        return {"warmup_steps": float(value)} if value else {}
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    if name == "use_cpu":
+        if value and others.get("device", "cpu") not in ("cpu", "auto"):
+            raise ValueError(f"use_cpu contradicts device={others['device']!r}")
+        return {"device": "cpu"} if value else {}
+    return {"gradient_checkpointing": value}
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, str) and isinstance(other, str):
+        return value.lower() == other
+    return type(value) is type(other) and value == other
