@@ -212,9 +212,12 @@ def _boundaries(
     cus = []
     for i, j in chunks:
         cus.append([0, *itertools.accumulate([*lengths[i:j], *lengths[B + i : B + j]])])
-    # Small and pageable: staged at once, the host does not wait for the device. One number more a
-    # chunk, so that each begins at 16 bytes: a kernel is compiled for pointers that do.
-    flat = torch.tensor([n for cu in cus for n in (*cu, 0)]).to(device, non_blocking=True)
+    # From pinned memory: the host does not wait for the device. One number more a chunk, so that
+    # each begins at 16 bytes: a kernel is compiled for pointers that do.
+    flat = torch.tensor([n for cu in cus for n in (*cu, 0)], device="cpu")
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    flat = flat.to(device, non_blocking=True)
     return tuple(cu[:-1] for cu in flat.split([len(cu) + 1 for cu in cus]))
 
 

@@ -17,6 +17,7 @@ import dpo_kernels as dk  # noqa: E402
 from dpo_kernels import verification  # noqa: E402
 
 SHAPES = ((2, 5, 61), (4, 7, 1031), (6, 3, 4099))  # rows, positions, vocabulary
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRANSFORMS = ({}, {"logit_softcap": 20.0, "temperature": 1.2})
 LOSSES = ({}, {"loss_type": "ipo"}, {"ld_alpha": 0.5})  # the small batch, and the composition
 
@@ -31,6 +32,7 @@ def step(logits, labels, ref, backend, **options):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backend", choices=("triton", "cuda"), help="one of them; else both")
+    parser.add_argument("--few", action="store_true", help="one shape, two dtypes: for sanitizers")
     options = parser.parse_args()
     backends = (options.backend,) if options.backend else ("triton", "cuda")
     device = "cuda" if GPU else "cpu"
@@ -43,8 +45,8 @@ def main() -> None:
     torch.manual_seed(0)
     cases = 0
     for backend in backends:
-        for R, T, V in SHAPES if GPU else SHAPES[:1]:
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for R, T, V in SHAPES[1:2] if options.few else SHAPES if GPU else SHAPES[:1]:
+            for dtype in DTYPES[: 2 if options.few else 3]:
                 wide = torch.randn(R, T, V + 3, device=device).mul_(3).to(dtype)
                 logits = wide[..., :V]  # rows that are not aligned
                 labels = torch.randint(0, V, (R, T), device=device)

@@ -88,7 +88,7 @@ def kernels():
             yield name.format("forward"), token_kl._forward, types, constants, forward_warps
             types = {**pointers, "grad_logps": "*fp32", "grad_kl": "*fp32", **row,
                      "out_shift": "i32", "out_stride_r": "i64", "out_stride_t": "i64",
-                     "chain": "fp32"}  # fmt: skip
+                     "inv_hi": "fp32", "inv_lo": "fp32", "chain": "fp32"}  # fmt: skip
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
             for out in _gradients(dtype):
                 into = f"backward_{out}" if out != dtype else "backward"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...transform import LogitTransform
 from .launch import ALIGN, VARYING, aligned, lanes, on
-from .token_logps import _ALIGN, _scalars, _value
+from .token_logps import _ALIGN, _scalars, _scalars_backward, _value
 
 # As in token_logps.py.
 FORWARD = {"K": 1, "num_warps": 4}
@@ -167,12 +167,14 @@ def _softmax(value, hi, rounding, k):
 
 
 @triton.jit
-def _origin(row_lse, unit, k):
-    """lse / unit as fp32, and the factor that makes up for its rounding."""
-    exact = tl.where(unit == 0.0, 0.0, row_lse / tl.where(unit == 0.0, 1.0, unit))
+def _origin(row_lse, unit, inverse, k):
+    """lse / unit as fp32, 0 of unit 0, and the factor that makes up for its rounding."""
+    exact = row_lse * inverse
     hi = exact.to(tl.float32)
     rounding = tl.exp2((hi.to(tl.float64) - exact).to(tl.float32) * k)
-    return hi, tl.where(unit == 0.0, tl.exp(-row_lse).to(tl.float32), rounding)
+    if unit == 0.0:
+        rounding = tl.exp(-row_lse).to(tl.float32)
+    return hi, rounding
 
 
 @triton.jit
@@ -185,25 +187,30 @@ def _values(row, cols, inside, inner, outer, SOFTCAP: tl.constexpr, MASKED: tl.c
 
 @triton.jit
 def _store_gradient(
-    row, ref_row, row_out, cols, inside, y, g_logp, g_kl, lse, ref_lse,
-    inner, outer, k, chain, unit, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    row, ref_row, row_out, cols, inside, first, y, g_logp, g_kl, lse, ref_lse,
+    inner, outer, k, chain, unit, inverse,
+    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    hi, rounding = _origin(lse, unit, k)
+    hi, rounding = _origin(lse, unit, inverse, k)
     x = _values(row, cols, inside, inner, outer, SOFTCAP, MASKED)
     p = _softmax(x, hi, rounding, k)
     d = -g_logp * p
-    # 1 - p at the target without cancellation, from registers: another warp may already have
-    # overwritten the target's logit in place.
-    target = cols == y
-    p_y = tl.exp(tl.sum(tl.where(target, x, 0.0), 0).to(tl.float64) * unit - lse)
-    d_y = (1.0 - p_y) * g_logp.to(tl.float64)
+    r = tl.zeros([TILE], tl.float32)
     if g_kl != 0.0:
-        ref_hi, ref_rounding = _origin(ref_lse, unit, k)
+        ref_hi, ref_rounding = _origin(ref_lse, unit, inverse, k)
         r = _values(ref_row, cols, inside, inner, outer, SOFTCAP, MASKED)
         d += g_kl * (p - _softmax(r, ref_hi, ref_rounding, k))
-        r_y = tl.sum(tl.where(target, r, 0.0), 0).to(tl.float64)
-        d_y += g_kl.to(tl.float64) * (p_y - tl.exp(r_y * unit - ref_lse))
-    d = tl.where(target, d_y.to(tl.float32), d) * chain
+    if (y >= first) & (y < first + TILE):
+        # 1 - p at the target without cancellation, from registers: another warp may already have
+        # overwritten the target's logit in place.
+        target = cols == y
+        p_y = tl.exp(tl.sum(tl.where(target, x, 0.0), 0).to(tl.float64) * unit - lse)
+        d_y = (1.0 - p_y) * g_logp.to(tl.float64)
+        if g_kl != 0.0:
+            r_y = tl.sum(tl.where(target, r, 0.0), 0).to(tl.float64)
+            d_y += g_kl.to(tl.float64) * (p_y - tl.exp(r_y * unit - ref_lse))
+        d = tl.where(target, d_y.to(tl.float32), d)
+    d = d * chain
     if SOFTCAP:
         t = x / outer
         d = d * (1.0 - t) * (1.0 + t)
@@ -218,7 +225,7 @@ def _backward(
     grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, out,
     shift, stride_r, stride_t, ref_shift, ref_stride_r, ref_stride_t,
     out_shift, out_stride_r, out_stride_t, T, V, ignore_index,
-    inner, outer, k, unit_hi, unit_lo, chain,
+    inner, outer, k, unit_hi, unit_lo, inv_hi, inv_lo, chain,
     SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     # Rows backwards: the last rows the forward read may still lie in L2.
@@ -246,6 +253,7 @@ def _backward(
         tl.store(row_out + cols, fill.to(out.dtype.element_ty), mask=inside)
     else:
         unit = tl.zeros([], tl.float64) + unit_hi + unit_lo
+        inverse = tl.zeros([], tl.float64) + inv_hi + inv_lo
         row_lse = tl.load(lse + index)
         # A row whose KL is not wanted leaves the reference unread.
         row_ref_lse = tl.zeros([], tl.float64)
@@ -253,13 +261,13 @@ def _backward(
             row_ref_lse = tl.load(ref_lse + index)
         if (first >= head) & (first + TILE <= head + V):
             _store_gradient(
-                row, ref_row, row_out, cols, inside, y + head, g_logp, g_kl, row_lse, row_ref_lse,
-                inner, outer, k, chain, unit, SOFTCAP, False,
+                row, ref_row, row_out, cols, inside, first, y + head, g_logp, g_kl, row_lse,
+                row_ref_lse, inner, outer, k, chain, unit, inverse, SOFTCAP, False, TILE,
             )  # fmt: skip
         else:
             _store_gradient(
-                row, ref_row, row_out, cols, inside, y + head, g_logp, g_kl, row_lse, row_ref_lse,
-                inner, outer, k, chain, unit, SOFTCAP, True,
+                row, ref_row, row_out, cols, inside, first, y + head, g_logp, g_kl, row_lse,
+                row_ref_lse, inner, outer, k, chain, unit, inverse, SOFTCAP, True, TILE,
             )  # fmt: skip
 
 
@@ -321,7 +329,7 @@ def token_kl_backward(
         _backward[(R * T, tiles)](
             grad_logps.float().contiguous(), grad_kl.float().contiguous(), base, ref_base,
             targets.contiguous(), lse.contiguous(), ref_lse.contiguous(), out_base,
-            *place, *ref_place, *out_place, T, V, ignore_index, **_scalars(transform),
-            chain=transform.scale * transform.inv_temperature, SOFTCAP=transform.softcap != 0,
+            *place, *ref_place, *out_place, T, V, ignore_index, **_scalars_backward(transform),
+            SOFTCAP=transform.softcap != 0,
             SAME_PHASE=_same_phase(out_place, place, ref_place), **BACKWARD,
         )  # fmt: skip

@@ -301,7 +301,7 @@ def _backward(
 
 
 def _scalars(t: LogitTransform) -> dict[str, float]:
-    """inner, outer, k, unit (fp64 in two fp32 halves) and the slope dz/dx of `_value`."""
+    """inner, outer, k and unit (fp64 in two fp32 halves)."""
     if t.softcap:
         inner, outer, unit = t.scale / t.softcap, t.softcap, t.inv_temperature
     else:
@@ -310,6 +310,14 @@ def _scalars(t: LogitTransform) -> dict[str, float]:
     hi, lo = _halves(unit)
     return {"inner": inner, "outer": outer, "k": unit * math.log2(math.e), "unit_hi": hi,
             "unit_lo": lo}  # fmt: skip
+
+
+def _scalars_backward(t: LogitTransform) -> dict[str, float]:
+    """Those, 1 / unit in two halves (0 of 0), and what of dz/dx is the same for every logit."""
+    scalars = _scalars(t)
+    unit = scalars["unit_hi"] + scalars["unit_lo"]
+    inv_hi, inv_lo = _halves(1 / unit if unit else 0.0)
+    return {**scalars, "inv_hi": inv_hi, "inv_lo": inv_lo, "chain": t.scale * t.inv_temperature}
 
 
 def _halves(x: float) -> tuple[float, float]:
@@ -359,9 +367,6 @@ def token_logps_backward(
     R, T, V = logits.shape
     if logits.numel() == 0:
         return
-    scalars = _scalars(transform)
-    unit = scalars["unit_hi"] + scalars["unit_lo"]
-    inv_hi, inv_lo = _halves(1 / unit if unit else 0.0)
     base, shift = aligned(logits)
     base_out, out_shift = aligned(out)
     apart = [a - b for a, b in zip(logits.stride(), out.stride(), strict=True)]
@@ -371,8 +376,8 @@ def token_logps_backward(
         _backward[(R * T * tiles,)](
             grad.float().contiguous(), base, targets.contiguous(), lse.contiguous(), base_out,
             shift, logits.stride(0), logits.stride(1), out_shift, out.stride(0), out.stride(1),
-            T, V, R * T, tiles, ignore_index, **scalars, inv_hi=inv_hi, inv_lo=inv_lo,
-            chain=transform.scale * transform.inv_temperature, SOFTCAP=transform.softcap != 0,
+            T, V, R * T, tiles, ignore_index, **_scalars_backward(transform),
+            SOFTCAP=transform.softcap != 0,
             SAME_PHASE=not any(n % ALIGN for n in (shift - out_shift, *apart)),
             VEC=vector(out),
             **BACKWARD,
