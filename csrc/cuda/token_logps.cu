@@ -289,7 +289,9 @@ __global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS) forward(const __
       copy_stage();
       // Vectors of a stage lie THREADS apart.
       const int column = span.head + use.next * N;
-      if (use.next + (C::VECTORS - 1) * C::THREADS < use.end) {
+      // With both, a stage at once would take more registers than there are.
+      constexpr bool AT_ONCE = !(SOFTCAP && STATS);
+      if (AT_ONCE && use.next + (C::VECTORS - 1) * C::THREADS < use.end) {
         float values[C::VECTORS * N];
 #pragma unroll
         for (int v = 0; v < C::VECTORS; ++v) Elements<T>::unpack(slot[v * C::THREADS], values + v * N);
