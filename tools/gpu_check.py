@@ -157,7 +157,8 @@ def main() -> int:
     logs.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", machine["device"]).strip("-").lower()
     path = folder / f"gpu-{name}-{machine['commit'][:12]}.json"
-    result = {**machine, "rehearsal": options.rehearse, "complete": False, "lacks": lacks}
+    result = {**machine, "rehearsal": options.rehearse, "complete": False, "lacks": lacks,
+              "figures": {}}  # fmt: skip
     run = Run(logs, path, result)
 
     built = build(run, machine, options.rehearse)
@@ -165,10 +166,13 @@ def main() -> int:
     for backend in ("cuda", "triton"):
         if built or backend == "triton":
             run.step(f"smoke {backend}", SMOKE, [*small, "--backend", backend])
-    result["figures"] = figures(run, options.rehearse)
+    *sections, peers = SECTIONS
+    for section in sections:
+        figures(run, section, options.rehearse)
     ended = tests(run, built, options.select or "", options.rehearse)
-    sanitize(run, small, built, options.rehearse)
     result["complete"] = ended and not options.select
+    sanitize(run, small, built, options.rehearse)
+    figures(run, peers, options.rehearse)  # the longest, last
     run.save()
     print_summary(result)
     print(f"wrote {path}, {run.result['seconds']:.0f} s")
@@ -271,20 +275,16 @@ def build(run: Run, machine: dict[str, Any], rehearse: bool) -> bool:
     return False
 
 
-def figures(run: Run, rehearse: bool) -> dict[str, Any]:
-    """The sections' figures; of a section that was cut off, none."""
-    found: dict[str, Any] = {}
-    for section, limit in SECTIONS.items():
-        path = run.logs / f"figures-{section}.json"
-        path.unlink(missing_ok=True)
-        command = [sys.executable, str(ROOT / "benchmarks/gpu_figures.py"), "--json", str(path),
-                   "--section", section]  # fmt: skip
-        run.step(f"figures {section}", limit, command + ["--rehearse"] * rehearse)
-        if path.exists():
-            found |= json.loads(path.read_text())
-            run.result["figures"] = found
-            run.save()
-    return found
+def figures(run: Run, section: str, rehearse: bool) -> None:
+    """A section's figures; of one that was cut off, those it had by then."""
+    path = run.logs / f"figures-{section}.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_figures.py"), "--json", str(path),
+               "--section", section]  # fmt: skip
+    run.step(f"figures {section}", SECTIONS[section], command + ["--rehearse"] * rehearse)
+    if path.exists():
+        run.result["figures"] |= json.loads(path.read_text())
+        run.save()
 
 
 def tests(run: Run, built: bool, select: str, rehearse: bool) -> bool:
