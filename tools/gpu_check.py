@@ -64,7 +64,7 @@ def groups() -> list[Group]:
     parts = {
         "token_logps": (("test_token_logps.py",), ("token_logps", "token_logps_backward")),
         "token_kl": (("test_token_kl.py", "test_tdpo.py"), ("token_kl",)),
-        "pair_loss": (("test_losses.py",), ("pair_loss",)),
+        "pair_loss": (("test_losses.py", "test_scaled_copy.py"), ("pair_loss",)),
         "composed": (
             (
                 "test_dpo.py",
@@ -90,7 +90,8 @@ def groups() -> list[Group]:
 class Run:
     """Processes against one clock; each leaves its outcome in `steps`, and all in the file."""
 
-    def __init__(self, folder: Path, path: Path, result: dict[str, Any]):
+    def __init__(self, folder: Path, path: Path, result: dict[str, Any], total: float = TOTAL):
+        self.total = total
         self.began, self.logs, self.path, self.result = time.monotonic(), folder, path, result
         self.steps: dict[str, dict[str, Any]] = result.setdefault("steps", {})
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -99,7 +100,7 @@ class Run:
 
     def step(self, name: str, limit: float, command: list[str], **env: str) -> bool:
         """Whether the command ended well in time; its output is in a file of the logs' folder."""
-        left = min(limit, TOTAL - (time.monotonic() - self.began))
+        left = min(limit, self.total - (time.monotonic() - self.began))
         if left < 5:
             return self.skip(name, "no time was left")
         began, log = time.monotonic(), self.logs / f"{name.replace(' ', '-')}.log"
@@ -159,7 +160,7 @@ def main() -> int:
     path = folder / f"gpu-{name}-{machine['commit'][:12]}.json"
     result = {**machine, "rehearsal": options.rehearse, "complete": False, "lacks": lacks,
               "figures": {}}  # fmt: skip
-    run = Run(logs, path, result)
+    run = Run(logs, path, result, options.seconds)
 
     built = build(run, machine, options.rehearse)
     small = [sys.executable, str(ROOT / "tests/gpu_small.py")]
@@ -188,6 +189,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help=f"folder (default {RESULTS})")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on the host")
     parser.add_argument("--draw-record", action="store_true", help="only draw gpu_verified.json")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help="for all of it (%(default)s)")
     parser.add_argument(
         "--select", metavar="EXPRESSION", help="only these tests (pytest -k): verifies nothing"
     )
