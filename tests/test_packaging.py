@@ -44,7 +44,7 @@ def test_compatibility_is_what_was_tested() -> None:
         assert (result["triton"], result["transformers"]) == (cell.triton, cell.transformers)
         for counts in result["tests"].values():
             assert counts["passed"] > 0 and not {"failure", "error"} & set(counts)
-    block = (ROOT / "README.md").read_text().split("docs/compatibility.json -->\n")[1]
+    block = (ROOT / "docs/clusters.md").read_text().split("docs/compatibility.json -->\n")[1]
     assert block.split("\n<!-- /compatibility -->")[0] == compat.table(), (
         "regenerate it: python tools/readme_tables.py"
     )
