@@ -125,6 +125,7 @@ def test_headline(results):
     assert "| H100, Llama-3-8B bf16, trained | 25 | 57 | 34 | 50 | 65 |" in table
     assert "| H100, Llama-3-8B bf16, frozen | 21 | 48 | - | - | - |" in table
     assert "| H100, GPT-2 bf16, reference | 4.87 | 11.3 | - | - | 1.54 |" in table
+    assert "H100: 8192 tokens in 4 pairs, 60% scored. Of a copy's bandwidth: " in table
     assert "forward 97 %, backward in place 94 % (Llama-3 4096 x 128256, bf16)" in table
     assert "53792 tokens/s, peak 24175 MiB; plain torch 46565 and 32861." in table
 

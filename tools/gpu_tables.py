@@ -71,7 +71,8 @@ def headline(folder: Path) -> str:
     for run in runs:
         for row in _head_rows(_peers(run), (_default(run),)):
             lines.append(f"| {_short(run['device'])}, {row}")
-    lines += [sentence for run in runs for sentence in ("", _sentence(run))]
+    lines += ["", f"CPU: {cpu['device']}, {cpu['threads']} threads, {_size(cpu['rows'])}."]
+    lines += [_sentence(run) for run in runs]
     return "\n".join(lines)
 
 
@@ -158,6 +159,12 @@ def _targets(run: Run) -> str:
     return f"{sum(judged)} of {len(judged)} figures meet their target." if judged else ""
 
 
+def _size(rows: list[dict[str, Any]]) -> str:
+    """`1024 tokens in 2 pairs, 50% scored`, of the linear head's cases."""
+    cases = [r["case"] for r in rows if r["suite"] in HEADS and not r.get("series")]
+    return "; ".join(dict.fromkeys(re.sub(r"^.*?(\d+ tokens)", r"\1", case) for case in cases))
+
+
 def _default(run: Run) -> str:
     names = " ".join(run["figures"].get("kernels", {}))
     return next((b for b in DEFAULT if f" {b} " in names), DEFAULT[0])
@@ -186,9 +193,7 @@ def _timed(row: dict[str, Any]) -> str:
     return f"{_ms(row)} ms{error}"
 
 
-def _head_rows(
-    rows: list[dict[str, Any]], backends: tuple[str, ...]
-) -> Iterator[str]:
+def _head_rows(rows: list[dict[str, Any]], backends: tuple[str, ...]) -> Iterator[str]:
     """A line of the linear head's table for each case, after the device."""
     heads = [r for r in rows if r["suite"] in HEADS and not r.get("series")]
     for group in results.by_case(heads).values():
@@ -239,15 +244,15 @@ def _steps(steps: dict[str, dict[str, float]]) -> str:
 
 
 def _sentence(run: Run) -> str:
-    """The README's two sentences on kernels and the whole step."""
-    said, name = [], f" {_default(run)} "
+    """The README's sentences on the size of its cases, the kernels and the whole step."""
+    said, name = [f"{_short(run['device'])}: {_size(_peers(run))}."], f" {_default(run)} "
     shapes = [n.partition(name)[0] for n in run["figures"].get("kernels", {}) if name in n]
     shape = next((s for s in shapes if s.startswith("Llama-3")), next(iter(shapes), ""))
     kernels = {call: run["figures"].get("kernels", {}).get(f"{shape}{name}{call}")
                for call in ("forward", "backward in place")}  # fmt: skip
     if all(kernels.values()):
         found = ", ".join(f"{c} {r['percent of copy']:.0f} %" for c, r in kernels.items() if r)
-        said.append(f"{_short(run['device'])}, of a copy's bandwidth: {found} ({shape}, bf16).")
+        said.append(f"Of a copy's bandwidth: {found} ({shape}, bf16).")
     steps = run["figures"].get("step", {})
     if {"plain torch", "linear"} <= set(steps):
         ours, plain = steps["linear"], steps["plain torch"]

@@ -41,7 +41,9 @@ def main() -> None:
 
 def split(page: str, name: str) -> tuple[str, str, str]:
     """A page's text before, inside and after its part called `name`."""
-    found = re.search(rf"(<!-- {name}: generated [^\n]*-->\n)(.*?)(\n?<!-- /{name} -->)", page, re.S)
+    found = re.search(
+        rf"(<!-- {name}: generated [^\n]*-->\n)(.*?)(\n?<!-- /{name} -->)", page, re.S
+    )
     if found is None:
         raise ValueError(f"the page has no part {name!r}")
     end = f"\n{found[3].lstrip()}"

@@ -278,8 +278,8 @@ def readme_tables(folder: Path) -> str:
         versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
         parts.append(
             f"{run['device']}, {run['threads']} threads, {run['date'][:10]}, load {run['load']} "
-            f"before the run ([{file.name}](../benchmarks/results/{file.name})): {versions}, commit "
-            f"{run['commit'][:12]}."
+            f"before the run ([{file.name}](../benchmarks/results/{file.name})): {versions}, "
+            f"commit {run['commit'][:12]}."
         )
         parts.append(_readme_table(run["rows"]))
     parts += [_script_table(file) for file in sorted(folder.glob("*-trl-script.json"))]
