@@ -27,7 +27,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +56,7 @@ TARGETS = {"forward": 92, "backward in place": 92, "statistics": 70, "softcap": 
 HEAD_TARGET = 1.10  # times the bare products, at most
 HOST_TARGET = 1.25  # times plain torch, at most
 Row = dict[str, object]
+Figures = Iterator[tuple[str, Row]]
 
 
 def timed(call: Callable[[], object], repeats: int = 15) -> float:
@@ -82,13 +83,12 @@ def judged(value: float, target: float, *, least: bool) -> Row:
 # ---- from logits --------------------------------------------------------------------------------
 
 
-def kernels(tiny: bool) -> dict[str, Row]:
+def kernels(tiny: bool) -> Figures:
     large = 1e6 if tiny else 8e9
-    found: dict[str, Row] = {"copy of 8 GB": {"GB/s": copy_bandwidth(large)}}
+    yield "copy of 8 GB", {"GB/s": copy_bandwidth(large)}
     for model, V in list(VOCABULARIES.items())[: 1 if tiny else None]:
         rows, V = (3, V // 64) if tiny else (ROWS, V)
-        found |= _kernels_of(f"{model} {rows} x {V}", rows, V, tiny)
-    return found
+        yield from _kernels_of(f"{model} {rows} x {V}", rows, V, tiny)
 
 
 @dataclass
@@ -111,8 +111,7 @@ class Batch:
         )  # fmt: skip
 
 
-def _kernels_of(name: str, rows: int, V: int, tiny: bool) -> dict[str, Row]:
-    found: dict[str, Row] = {}
+def _kernels_of(name: str, rows: int, V: int, tiny: bool) -> Figures:
     bandwidth = functools.cache(copy_bandwidth)
     batch = Batch.of(rows, V)
     backends = [b for b in ("cuda", "triton") if b in available()]
@@ -124,8 +123,7 @@ def _kernels_of(name: str, rows: int, V: int, tiny: bool) -> dict[str, Row]:
             target = TARGETS.get(what.split(",")[0])
             if target and backend == backends[0]:
                 row |= judged(percent, target, least=True)
-            found[f"{name} {backend} {what}"] = row
-    return found
+            yield f"{name} {backend} {what}", row
 
 
 def _calls(k: ModuleType, b: Batch, tiny: bool) -> dict[str, tuple[float, Callable[[], object]]]:
@@ -167,9 +165,9 @@ def _calls(k: ModuleType, b: Batch, tiny: bool) -> dict[str, tuple[float, Callab
     return calls
 
 
-def rows(tiny: bool) -> dict[str, Row]:
+def rows(tiny: bool) -> Figures:
     """Few rows: the forward beside log_softmax and gather."""
-    V, found = 331 if tiny else 128256, {}
+    V = 331 if tiny else 128256
     for n in (1, 5) if tiny else (1, 8, 64, 131, 132, 263):
         logits = torch.randn(1, n, V, device=DEVICE, dtype=torch.bfloat16)
         targets = torch.randint(0, V, (1, n), device=DEVICE)
@@ -181,10 +179,9 @@ def rows(tiny: bool) -> dict[str, Row]:
         for backend in (b for b in ("cuda", "triton") if b in available()):
             k = load(backend)
             ms = timed(lambda k=k, x=logits, y=targets: k.token_logps(x, y, IGNORE, PLAIN, ()))
-            found[f"{backend} {n} rows"] = {
+            yield f"{backend} {n} rows", {
                 "ms": ms, "plain torch ms": plain, **judged(ms / plain, 1.0, least=False),
             }  # fmt: skip
-    return found
 
 
 # ---- the host -----------------------------------------------------------------------------------
@@ -206,7 +203,7 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def host(tiny: bool) -> dict[str, Row]:
+def host(tiny: bool) -> Figures:
     R, T, V, H = 4, 8, 64, 32
     labels = torch.randint(0, V, (R, T), device=DEVICE)
     ref = torch.randn(R, device=DEVICE)
@@ -249,13 +246,11 @@ def host(tiny: bool) -> dict[str, Row]:
         "from hidden states": lambda: both(plain(hidden @ weight.T)[0]),
         "from log-probs": lambda: both(of_sums(logps)[0]),
     }
-    found = {}
     for name, call in ours.items():
         us, eager = (host_time(c, 3 if tiny else 300) for c in (call, theirs[name]))
         target = 2.0 if name == "from log-probs" else HOST_TARGET
-        found[name] = {"us": us, "plain torch us": eager,
-                       **judged(us / eager, target, least=False)}  # fmt: skip
-    return found
+        yield name, {"us": us, "plain torch us": eager,
+                     **judged(us / eager, target, least=False)}  # fmt: skip
 
 
 # ---- the linear head ----------------------------------------------------------------------------
@@ -281,8 +276,7 @@ def device_time(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(values[2:])
 
 
-def head(tiny: bool) -> dict[str, Row]:
-    found: dict[str, Row] = {}
+def head(tiny: bool) -> Figures:
     dtypes = (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float16)
     pairs, T, H, V = (2, 9, 16, 211) if tiny else (8, 1024, 4096, 128256)
     for dtype in dtypes:
@@ -311,10 +305,8 @@ def head(tiny: bool) -> dict[str, Row]:
         del z, dh, dw
         short = str(dtype).removeprefix("torch.")
         for n, ms in floors.items():
-            found[f"{short} bare products {n}"] = {
-                "ms": ms,
-                "TFLOP/s": 2 * n * N * H * V / ms / 1e9,
-            }
+            rate = 2 * n * N * H * V / ms / 1e9
+            yield f"{short} bare products {n}", {"ms": ms, "TFLOP/s": rate}
 
         def call(trained, budget=None, hidden=hidden, weight=weight, labels=labels, ref=ref,
                  lengths=lengths):  # fmt: skip
@@ -336,16 +328,16 @@ def head(tiny: bool) -> dict[str, Row]:
                 name = f"{short} {'trained' if trained else 'frozen'}, " + (
                     "default budget" if budget is None else f"{budget >> 20} MiB"
                 )
-                found[name] = {"ms": ms, "of the products": ms / floors[count], "MiB": _peak_mib()}
+                row: Row = {"ms": ms, "of the products": ms / floors[count], "MiB": _peak_mib()}
                 if budget is None:
-                    found[name] |= judged(ms / floors[count], HEAD_TARGET, least=False)
+                    row |= judged(ms / floors[count], HEAD_TARGET, least=False)
+                yield name, row
         ms = device_time(reference, repeats)
-        found[f"{short} reference"] = {
+        yield f"{short} reference", {
             "ms": ms, "of the products": ms / floors[1],
             **judged(ms / floors[1], HEAD_TARGET, least=False),
         }  # fmt: skip
         del hidden, weight, rows
-    return found
 
 
 def _reset_peak() -> None:
@@ -361,7 +353,7 @@ def _peak_mib() -> float:
 # ---- a whole step -------------------------------------------------------------------------------
 
 
-def step(tiny: bool) -> dict[str, Row]:
+def step(tiny: bool) -> Figures:
     """Forward, loss, backward and AdamW of a random bf16 Llama; the reference is given."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -401,8 +393,7 @@ def step(tiny: bool) -> dict[str, Row]:
             hidden, model.lm_head.weight, labels, ref_logps=ref, scored_lengths=scored
         ).loss
 
-    found: dict[str, Row] = {}
-    tokens = R * T
+    tokens, eager = R * T, 0.0
     for name, loss in (("plain torch", plain), ("from logits", from_logits), ("linear", linear)):
         optimizer.zero_grad()
         _reset_peak()
@@ -413,23 +404,21 @@ def step(tiny: bool) -> dict[str, Row]:
             optimizer.step()
 
         ms = device_time(run, 1 if tiny else 6)
-        found[name] = {"ms": ms, "tokens/s": 1e3 * tokens / ms, "peak MiB": _peak_mib()}
+        row: Row = {"ms": ms, "tokens/s": 1e3 * tokens / ms, "peak MiB": _peak_mib()}
+        eager = eager or ms
         if name != "plain torch":
-            ratio = ms / found["plain torch"]["ms"]  # type: ignore[operator]
-            found[name] |= {"of plain torch": ratio} | judged(ratio, 1.0, least=False)
-    return found
+            row |= {"of plain torch": ms / eager} | judged(ms / eager, 1.0, least=False)
+        yield name, row
 
 
 # ---- peers --------------------------------------------------------------------------------------
 
 
-def peers(tiny: bool) -> dict[str, Row]:
-    found: dict[str, Row] = {}
+def peers(tiny: bool) -> Figures:
     for case in _tiny_cases() if tiny else cases.quick(DEVICE):
         # Without what compiles for half a minute: the time is short.
         for m in measure.measure(case, DEVICE, 8 if GPU else 1, without=("torch.compile",)):
-            found[f"{case.name}: {m.provider}"] = dict(results.as_row(m))
-    return found
+            yield f"{case.name}: {m.provider}", dict(results.as_row(m))
 
 
 def _tiny_cases() -> list[cases.Case]:
@@ -438,7 +427,7 @@ def _tiny_cases() -> list[cases.Case]:
     return [cases.Case(suite, "tiny", "bf16", 16, 0.6) for suite in suites]
 
 
-SECTIONS: dict[str, Callable[[bool], dict[str, Row]]] = {
+SECTIONS: dict[str, Callable[[bool], Figures]] = {
     "kernels": kernels, "rows": rows, "host": host, "head": head, "step": step, "peers": peers,
 }  # fmt: skip
 
@@ -457,10 +446,10 @@ def main() -> None:
     torch.manual_seed(0)
     figures: dict[str, dict[str, Row]] = {}
     for name in [options.section] if options.section else SECTIONS:
-        figures[name] = SECTIONS[name](options.rehearse)
-        # After every section: what a time limit cuts off does not take the rest with it.
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-        for case, row in figures[name].items():
+        for case, row in SECTIONS[name](options.rehearse):
+            figures.setdefault(name, {})[case] = row
+            # After every figure: what a time limit cuts off does not take the rest with it.
+            options.json.write_text(json.dumps(figures, indent=1) + "\n")
             print(name, case, json.dumps(row), flush=True)
 
 

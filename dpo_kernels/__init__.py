@@ -56,6 +56,8 @@ def _load(name: str) -> object:
             front = _importlib.import_module(".front", __name__)
             globals().update({public: getattr(front, public) for public in front.__all__})
             return globals()[name]
+    if name == "_C":  # it takes the OpenMP that torch has loaded
+        _load("backends")
     try:
         return _importlib.import_module(f".{name}", __name__)
     except ModuleNotFoundError as error:

@@ -73,7 +73,7 @@ def test_what_dies_costs_its_group_and_what_is_slow_is_cut(tmp_path):
     die = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     assert not run.step("dies", 60, [sys.executable, "-c", die])
     assert not run.step("hangs", 6, [sys.executable, "-c", "import time; time.sleep(60)"])
-    run.began -= tool.TOTAL
+    run.began -= run.total
     assert not run.step("late", 60, [sys.executable, "-c", ""])
     kept = json.loads((tmp_path / "run.json").read_text())["steps"]
     assert kept["dies"]["outcome"] == "died of signal 11"

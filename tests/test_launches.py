@@ -39,7 +39,7 @@ PLAIN, CAPPED = LogitTransform(), LogitTransform(softcap=30.0)
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 TRITON = {
     name: importlib.import_module(f"dpo_kernels.backends.triton.{name}")
-    for name in ("token_logps", "token_kl", "sequence_sum", "pair_loss")
+    for name in ("token_logps", "token_kl", "sequence_sum", "pair_loss", "scaled_copy")
 }
 
 
@@ -114,6 +114,12 @@ def calls(backend) -> Iterator[tuple[str, Callable[[], object]]]:
                     backend.pair_loss_forward, u, u, u, None, phis, [1.0] * 10 * len(phis)
                 ),
             )
+    if backend is not cuda:
+        wide, narrow = empty(128256, 4096), empty(128256, 4096, dtype=BF16)
+        yield (
+            "scaled copy 128256 x 4096",
+            functools.partial(backend.scaled_copy, wide, empty(), narrow),
+        )
 
 
 class _Kernel:

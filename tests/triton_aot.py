@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # The package's attributes of these names are the functions; the modules are asked for by name.
-launch, pair_loss, sequence_sum, token_kl, token_logps = (
+launch, pair_loss, scaled_copy, sequence_sum, token_kl, token_logps = (
     importlib.import_module(f"dpo_kernels.backends.triton.{name}")
-    for name in ("launch", "pair_loss", "sequence_sum", "token_kl", "token_logps")
+    for name in ("launch", "pair_loss", "scaled_copy", "sequence_sum", "token_kl", "token_logps")
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,6 +111,11 @@ def kernels():
         constants = {"PHI0": kind, "PHI1": 0, "PHI2": -1, "HAS_OFFSET": True,
                      "BLOCK": pair_loss.BLOCK}  # fmt: skip
         yield f"pair_loss_phi{kind}", pair_loss._kernel, {**types, "B": "i32"}, constants, 4
+    copy = dict(scaled_copy.CONFIG)
+    warps = copy.pop("num_warps")
+    for out in ("bf16", "fp16"):
+        types = {"x": "*fp32", "g": "*fp32", "out": f"*{out}", "N": "i64"}
+        yield f"scaled_copy_{out}", scaled_copy._kernel, types, copy, warps
 
 
 def source_of(fn, types: dict, constants: dict, aligned: list[str]) -> ASTSource:

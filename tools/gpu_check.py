@@ -64,7 +64,7 @@ def groups() -> list[Group]:
     parts = {
         "token_logps": (("test_token_logps.py",), ("token_logps", "token_logps_backward")),
         "token_kl": (("test_token_kl.py", "test_tdpo.py"), ("token_kl",)),
-        "pair_loss": (("test_losses.py",), ("pair_loss",)),
+        "pair_loss": (("test_losses.py", "test_scaled_copy.py"), ("pair_loss",)),
         "composed": (
             (
                 "test_dpo.py",
@@ -90,7 +90,8 @@ def groups() -> list[Group]:
 class Run:
     """Processes against one clock; each leaves its outcome in `steps`, and all in the file."""
 
-    def __init__(self, folder: Path, path: Path, result: dict[str, Any]):
+    def __init__(self, folder: Path, path: Path, result: dict[str, Any], total: float = TOTAL):
+        self.total = total
         self.began, self.logs, self.path, self.result = time.monotonic(), folder, path, result
         self.steps: dict[str, dict[str, Any]] = result.setdefault("steps", {})
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -99,7 +100,7 @@ class Run:
 
     def step(self, name: str, limit: float, command: list[str], **env: str) -> bool:
         """Whether the command ended well in time; its output is in a file of the logs' folder."""
-        left = min(limit, TOTAL - (time.monotonic() - self.began))
+        left = min(limit, self.total - (time.monotonic() - self.began))
         if left < 5:
             return self.skip(name, "no time was left")
         began, log = time.monotonic(), self.logs / f"{name.replace(' ', '-')}.log"
@@ -157,18 +158,22 @@ def main() -> int:
     logs.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", machine["device"]).strip("-").lower()
     path = folder / f"gpu-{name}-{machine['commit'][:12]}.json"
-    result = {**machine, "rehearsal": options.rehearse, "complete": False, "lacks": lacks}
-    run = Run(logs, path, result)
+    result = {**machine, "rehearsal": options.rehearse, "complete": False, "lacks": lacks,
+              "figures": {}}  # fmt: skip
+    run = Run(logs, path, result, options.seconds)
 
     built = build(run, machine, options.rehearse)
     small = [sys.executable, str(ROOT / "tests/gpu_small.py")]
     for backend in ("cuda", "triton"):
         if built or backend == "triton":
             run.step(f"smoke {backend}", SMOKE, [*small, "--backend", backend])
-    result["figures"] = figures(run, options.rehearse)
+    *sections, peers = SECTIONS
+    for section in sections:
+        figures(run, section, options.rehearse)
     ended = tests(run, built, options.select or "", options.rehearse)
-    sanitize(run, small, built, options.rehearse)
     result["complete"] = ended and not options.select
+    sanitize(run, small, built, options.rehearse)
+    figures(run, peers, options.rehearse)  # the longest, last
     run.save()
     print_summary(result)
     print(f"wrote {path}, {run.result['seconds']:.0f} s")
@@ -184,6 +189,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help=f"folder (default {RESULTS})")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on the host")
     parser.add_argument("--draw-record", action="store_true", help="only draw gpu_verified.json")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help="for all of it (%(default)s)")
     parser.add_argument(
         "--select", metavar="EXPRESSION", help="only these tests (pytest -k): verifies nothing"
     )
@@ -271,20 +277,16 @@ def build(run: Run, machine: dict[str, Any], rehearse: bool) -> bool:
     return False
 
 
-def figures(run: Run, rehearse: bool) -> dict[str, Any]:
-    """The sections' figures; of a section that was cut off, none."""
-    found: dict[str, Any] = {}
-    for section, limit in SECTIONS.items():
-        path = run.logs / f"figures-{section}.json"
-        path.unlink(missing_ok=True)
-        command = [sys.executable, str(ROOT / "benchmarks/gpu_figures.py"), "--json", str(path),
-                   "--section", section]  # fmt: skip
-        run.step(f"figures {section}", limit, command + ["--rehearse"] * rehearse)
-        if path.exists():
-            found |= json.loads(path.read_text())
-            run.result["figures"] = found
-            run.save()
-    return found
+def figures(run: Run, section: str, rehearse: bool) -> None:
+    """A section's figures; of one that was cut off, those it had by then."""
+    path = run.logs / f"figures-{section}.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_figures.py"), "--json", str(path),
+               "--section", section]  # fmt: skip
+    run.step(f"figures {section}", SECTIONS[section], command + ["--rehearse"] * rehearse)
+    if path.exists():
+        run.result["figures"] |= json.loads(path.read_text())
+        run.save()
 
 
 def tests(run: Run, built: bool, select: str, rehearse: bool) -> bool:
