@@ -67,6 +67,12 @@ RUN = {
         "rows": {"cuda 1 rows": {"ms": 0.01, "plain torch ms": 0.04, "met": True},
                  "cuda 8 rows": {"ms": 0.05, "plain torch ms": 0.04, "met": False}},
         "host": {"from logits": {"us": 796.0, "plain torch us": 553.0, "met": False}},
+        "head": {
+            "bfloat16 bare products 3": {"ms": 33.0, "TFLOP/s": 777.0},
+            "bfloat16 trained, default budget": {"ms": 40.8, "of the products": 1.229,
+                                                 "MiB": 8692.6, "met": False},
+            "bfloat16 reference": {"ms": 14.5, "of the products": 1.34, "met": False},
+        },
         "step": {
             "plain torch": {"ms": 176.0, "tokens/s": 46565.0, "peak MiB": 32861.0},
             "linear": {"ms": 152.0, "tokens/s": 53792.0, "peak MiB": 24175.0,
@@ -133,10 +139,26 @@ def test_headline(results):
 def test_page(results):
     save(results)
     page = gpu_tables.page(results)
-    assert "2 of 5 figures meet their target. The default backend is `cuda`." in page
+    assert "2 of 7 figures meet their target. The default backend is `cuda`." in page
     assert "| Llama-3 4096 x 128256 | 97 % | - | - | - | 62 % | 94 % | - |" in page
     assert f"| linear trained Llama-3-8B bf16 {CASE} | 25 | 80 % | 57 | 34 | 50 | 65 |" in page
+    assert "| bfloat16 trained, default budget | 40.8 | 1.23 | 8693 |" in page
+    assert "| bfloat16 reference | 14.5 | 1.34 | - |" in page
     assert "| linear | 152 | 53792 | 24175 |" in page
+    assert "cut short" not in page
+
+
+def test_a_run_that_was_cut_short(results):
+    """Figures are kept one by one: what is there is drawn, and the rest named."""
+    steps = RUN["steps"] | {"figures peers": {"outcome": "timed out after 90 s"}}
+    figures = {"kernels": {"copy of 8 GB": {"GB/s": 3027.0}},
+               "peers": {"a": PEERS[2], "b": PEERS[5]}}  # fmt: skip
+    save(results, steps=steps, figures=figures)
+    assert "figures cut short: peers" in gpu_tables.state(results)
+    assert "H100, Llama" not in gpu_tables.headline(results)
+    assert "- In no case of this run." in gpu_tables.page(results)
+    save(results, figures={})
+    assert gpu_tables.headline(results) and gpu_tables.page(results)
 
 
 def test_where_peers_win(results):

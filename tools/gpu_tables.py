@@ -47,7 +47,10 @@ def state(folder: Path) -> str:
     """For the README's first screen: where the GPU kernels ran, and where not."""
     runs = complete_runs(folder)
     if not runs:
-        return "- GPU: this tree holds no complete run. Take the GPU kernels as unproven."
+        return (
+            "- GPU: this tree holds no complete run. Take the GPU kernels as unproven, on one GPU "
+            "or several, NVIDIA or AMD."
+        )
     lines = [
         f"- GPU: run on one {run['device']} by `make gpu-check`, {run['date'][:10]} "
         f"([results](benchmarks/results/{run['file']})): {_tests(run)}."
@@ -97,6 +100,12 @@ def _page(run: Run) -> Iterator[str]:
     yield _kernels(run)
     yield "DPO loss of the linear head, in ms, and ours in percent of the bare products:"
     yield _heads(run)
+    if head := run["figures"].get("head"):
+        yield (
+            "The linear head of Llama-3 (hidden size 4096, vocabulary 128256, 16 sequences of 1024 "
+            "tokens, half scored) by memory budget; `reference` has no gradients:"
+        )
+        yield _budgets(head)
     if steps := run["figures"].get("step"):
         yield "A whole training step (forward, loss, backward, AdamW), reference log-probs given:"
         yield _steps(steps)
@@ -151,6 +160,13 @@ def _tests(run: Run) -> str:
     if ends:
         found = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(sorted(ends)))
         parts.append(f"compute-sanitizer runs: {found}")
+    cut = [
+        name.removeprefix("figures ")
+        for name, step in run["steps"].items()
+        if name.startswith("figures ") and step["outcome"] != "passed"
+    ]
+    if cut:
+        parts.append(f"figures cut short: {', '.join(cut)}")
     return "; ".join(parts)
 
 
@@ -216,6 +232,15 @@ def _heads(run: Run) -> str:
             floor = f"{100 * ours['floor'] / ours['seconds']:.0f} %" if ours["floor"] else "-"
             theirs = [_ms(_first(group, names)) for names in PEERS.values()]
             lines.append(f"| {case} | {_ms(ours)} | {floor} | {' | '.join(theirs)} |")
+    return "\n".join(lines)
+
+
+def _budgets(head: dict[str, dict[str, float]]) -> str:
+    lines = ["| | ms | times the bare products | peak MiB |", "|---|---|---|---|"]
+    for name, r in head.items():
+        if "of the products" in r:
+            peak = f"{r['MiB']:.0f}" if "MiB" in r else "-"
+            lines.append(f"| {name} | {r['ms']:.1f} | {r['of the products']:.2f} | {peak} |")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ A part stands between `<!-- NAME: generated ... -->` and `<!-- /NAME -->`.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -27,9 +28,23 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/losses.md", "losses"): table_markdown,
     ("docs/benchmarks.md", "gpu"): lambda: gpu_tables.page(RESULTS),
     ("docs/benchmarks.md", "cpu"): lambda: readme_tables(RESULTS),
+    ("docs/kernels.md", "budgets"): lambda: budgets(),
     ("docs/clusters.md", "compatibility"): compat.table,
     ("benchmarks/README.md", "bf16"): lambda: bf16_head(RESULTS),
 }
+
+
+def budgets() -> str:
+    """Registers a thread that each family of kernels may take, by backend."""
+    tests = ROOT / "tests"
+    cuda = json.loads((tests / "cuda_budget.json").read_text())["registers"]
+    found = json.loads((tests / "triton_budget.json").read_text())
+    triton = {name: row[0] for name, row in found.items() if name != "what"}
+    cuda = {name.replace(" ", "_"): registers for name, registers in cuda.items()}
+    lines = ["| kernel | CUDA | Triton |", "|---|---|---|"]
+    for name in dict.fromkeys([*cuda, *triton]):
+        lines.append(f"| {name} | {cuda.get(name, '-')} | {triton.get(name, '-')} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
