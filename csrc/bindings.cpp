@@ -40,37 +40,75 @@ void bind_parameters(py::module_& m) {
                        int64_t R, int64_t T, int64_t V, int64_t ignore_index, int dtype, Numbers t,
                        uintptr_t logps, uintptr_t lse, uintptr_t entropy, uintptr_t mean_logits,
                        uintptr_t is_top1, uintptr_t log_sum_sq_probs) {
-        return TokenLogps{at<const void>(logits), stride_r, stride_t, at<const int64_t>(targets), R,
-                          T, V, ignore_index, DType(dtype), {t[0], t[1], t[2]}, at<float>(logps),
-                          at<double>(lse), at<float>(entropy), at<float>(mean_logits),
-                          at<float>(is_top1), at<float>(log_sum_sq_probs)};
+        return TokenLogps{at<const void>(logits),
+                          stride_r,
+                          stride_t,
+                          at<const int64_t>(targets),
+                          R,
+                          T,
+                          V,
+                          ignore_index,
+                          DType(dtype),
+                          {t[0], t[1], t[2]},
+                          at<float>(logps),
+                          at<double>(lse),
+                          at<float>(entropy),
+                          at<float>(mean_logits),
+                          at<float>(is_top1),
+                          at<float>(log_sum_sq_probs)};
       }));
   py::class_<TokenLogpsBackward>(m, "TokenLogpsBackward", py::module_local())
       .def(py::init([](uintptr_t grad, uintptr_t logits, int64_t stride_r, int64_t stride_t,
                        uintptr_t targets, uintptr_t lse, int64_t R, int64_t T, int64_t V,
                        int64_t ignore_index, int dtype, Numbers t, uintptr_t out,
                        int64_t out_stride_r, int64_t out_stride_t, int out_dtype) {
-        return TokenLogpsBackward{at<const float>(grad), at<const void>(logits), stride_r, stride_t,
-                                  at<const int64_t>(targets), at<const double>(lse), R, T, V,
-                                  ignore_index, DType(dtype), {t[0], t[1], t[2]}, at<void>(out),
-                                  out_stride_r, out_stride_t, DType(out_dtype)};
+        return TokenLogpsBackward{at<const float>(grad),
+                                  at<const void>(logits),
+                                  stride_r,
+                                  stride_t,
+                                  at<const int64_t>(targets),
+                                  at<const double>(lse),
+                                  R,
+                                  T,
+                                  V,
+                                  ignore_index,
+                                  DType(dtype),
+                                  {t[0], t[1], t[2]},
+                                  at<void>(out),
+                                  out_stride_r,
+                                  out_stride_t,
+                                  DType(out_dtype)};
       }));
   py::class_<SequenceSum>(m, "SequenceSum", py::module_local())
       .def(py::init([](uintptr_t targets, uintptr_t starts, int64_t S, int64_t ignore_index,
                        double tail_weight, uintptr_t values, uintptr_t sums, uintptr_t counts,
                        uintptr_t grad, uintptr_t d_values) {
-        return SequenceSum{at<const int64_t>(targets), at<const int64_t>(starts), S, ignore_index,
-                           tail_weight, at<const float>(values), at<double>(sums),
-                           at<int64_t>(counts), at<const double>(grad), at<float>(d_values)};
+        return SequenceSum{at<const int64_t>(targets),
+                           at<const int64_t>(starts),
+                           S,
+                           ignore_index,
+                           tail_weight,
+                           at<const float>(values),
+                           at<double>(sums),
+                           at<int64_t>(counts),
+                           at<const double>(grad),
+                           at<float>(d_values)};
       }));
 }
 
 PairLoss pair_of(uintptr_t u, uintptr_t v, uintptr_t beta, uintptr_t offset,
                  const std::vector<int>& phis, const std::vector<double>& terms, int64_t B,
                  uintptr_t loss, uintptr_t slopes) {
-  return {at<const double>(u), at<const double>(v), at<const double>(beta),
-          at<const double>(offset), phis.data(), terms.data(), B, (int64_t)phis.size(),
-          at<double>(loss), at<double>(slopes)};
+  return {at<const double>(u),
+          at<const double>(v),
+          at<const double>(beta),
+          at<const double>(offset),
+          phis.data(),
+          terms.data(),
+          B,
+          (int64_t)phis.size(),
+          at<double>(loss),
+          at<double>(slopes)};
 }
 
 #ifndef CUDA_ON_HOST
@@ -81,11 +119,25 @@ void bind_cpu(py::module_& m) {
                        int64_t T, int64_t V, int64_t ignore_index, int dtype, int ref_dtype,
                        Numbers t, uintptr_t logps, uintptr_t lse, uintptr_t ref_logps,
                        uintptr_t ref_lse, uintptr_t kl) {
-        return TokenKl{at<const void>(logits), stride_r, stride_t, at<const void>(ref_logits),
-                       ref_stride_r, ref_stride_t, at<const int64_t>(targets), R, T, V,
-                       ignore_index, DType(dtype), DType(ref_dtype), {t[0], t[1], t[2]},
-                       at<float>(logps), at<double>(lse), at<float>(ref_logps),
-                       at<double>(ref_lse), at<float>(kl)};
+        return TokenKl{at<const void>(logits),
+                       stride_r,
+                       stride_t,
+                       at<const void>(ref_logits),
+                       ref_stride_r,
+                       ref_stride_t,
+                       at<const int64_t>(targets),
+                       R,
+                       T,
+                       V,
+                       ignore_index,
+                       DType(dtype),
+                       DType(ref_dtype),
+                       {t[0], t[1], t[2]},
+                       at<float>(logps),
+                       at<double>(lse),
+                       at<float>(ref_logps),
+                       at<double>(ref_lse),
+                       at<float>(kl)};
       }));
   py::class_<TokenKlBackward>(m, "TokenKlBackward", py::module_local())
       .def(py::init([](uintptr_t grad_logps, uintptr_t grad_kl, uintptr_t logits, int64_t stride_r,
@@ -94,19 +146,34 @@ void bind_cpu(py::module_& m) {
                        int64_t R, int64_t T, int64_t V, int64_t ignore_index, int dtype,
                        int ref_dtype, Numbers t, uintptr_t out, int64_t out_stride_r,
                        int64_t out_stride_t) {
-        return TokenKlBackward{at<const float>(grad_logps), at<const float>(grad_kl),
-                               at<const void>(logits), stride_r, stride_t,
-                               at<const void>(ref_logits), ref_stride_r, ref_stride_t,
-                               at<const int64_t>(targets), at<const double>(lse),
-                               at<const double>(ref_lse), R, T, V, ignore_index, DType(dtype),
-                               DType(ref_dtype), {t[0], t[1], t[2]}, at<void>(out), out_stride_r,
+        return TokenKlBackward{at<const float>(grad_logps),
+                               at<const float>(grad_kl),
+                               at<const void>(logits),
+                               stride_r,
+                               stride_t,
+                               at<const void>(ref_logits),
+                               ref_stride_r,
+                               ref_stride_t,
+                               at<const int64_t>(targets),
+                               at<const double>(lse),
+                               at<const double>(ref_lse),
+                               R,
+                               T,
+                               V,
+                               ignore_index,
+                               DType(dtype),
+                               DType(ref_dtype),
+                               {t[0], t[1], t[2]},
+                               at<void>(out),
+                               out_stride_r,
                                out_stride_t};
       }));
   m.def("token_kl", [](const TokenKl& p) { token_kl(p); }, release());
   m.def("token_kl_backward", [](const TokenKlBackward& p) { token_kl_backward(p); }, release());
   m.def("token_logps", [](const TokenLogps& p) { token_logps(p); }, release());
-  m.def("token_logps_backward", [](const TokenLogpsBackward& p) { token_logps_backward(p); },
-        release());
+  m.def(
+      "token_logps_backward", [](const TokenLogpsBackward& p) { token_logps_backward(p); },
+      release());
   m.def("sequence_sum", [](const SequenceSum& p) { sequence_sum(p); }, release());
   m.def("sequence_sum_backward", [](const SequenceSum& p) { sequence_sum_backward(p); }, release());
   m.def(
@@ -116,11 +183,11 @@ void bind_cpu(py::module_& m) {
         pair_loss(pair_of(u, v, beta, offset, phis, terms, B, loss, slopes));
       },
       release());
-  m.def("instruction_sets", [] { return std::string(instruction_sets()); },
-        "Instruction sets that run here, best (the default) first, comma-separated.");
-  m.def("use_instruction_set", [](const std::string& name) {
-    return use_instruction_set(name.c_str());
-  });
+  m.def(
+      "instruction_sets", [] { return std::string(instruction_sets()); },
+      "Instruction sets that run here, best (the default) first, comma-separated.");
+  m.def("use_instruction_set",
+        [](const std::string& name) { return use_instruction_set(name.c_str()); });
   m.def("num_threads", [] { return omp_get_max_threads(); });
 }
 #endif
@@ -133,27 +200,38 @@ void check(const char* error) {
 void bind_cuda(py::module_& m) {
   using namespace dpo::cuda;
   py::class_<SmallBatch>(m, "SmallBatch", py::module_local())
-      .def(py::init([](uintptr_t starts, uintptr_t reference, bool reference_is_fp32,
-                       uintptr_t beta, double beta_value, uintptr_t offset,
-                       const std::vector<int>& phis, const std::vector<double>& terms, int64_t B,
-                       double divisor, uintptr_t losses, uintptr_t slopes, uintptr_t loss,
-                       uintptr_t table) {
-        if (phis.size() > MAX_TERMS || terms.size() != TERM_NUMBERS * phis.size())
-          throw std::invalid_argument("a loss has at most 3 terms of 10 numbers each");
-        SmallBatch b{at<const int64_t>(starts), at<const void>(reference), reference_is_fp32,
-                     at<const double>(beta), beta_value, at<const double>(offset), {}, {}, B,
-                     (int64_t)phis.size(), divisor, at<double>(losses), at<double>(slopes),
-                     at<float>(loss), at<float>(table)};
-        std::copy(phis.begin(), phis.end(), b.phis);
-        std::copy(terms.begin(), terms.end(), b.terms);
-        return b;
-      }));
+      .def(
+          py::init([](uintptr_t starts, uintptr_t reference, bool reference_is_fp32, uintptr_t beta,
+                      double beta_value, uintptr_t offset, const std::vector<int>& phis,
+                      const std::vector<double>& terms, int64_t B, double divisor, uintptr_t losses,
+                      uintptr_t slopes, uintptr_t loss, uintptr_t table) {
+            if (phis.size() > MAX_TERMS || terms.size() != TERM_NUMBERS * phis.size())
+              throw std::invalid_argument("a loss has at most 3 terms of 10 numbers each");
+            SmallBatch b{at<const int64_t>(starts),
+                         at<const void>(reference),
+                         reference_is_fp32,
+                         at<const double>(beta),
+                         beta_value,
+                         at<const double>(offset),
+                         {},
+                         {},
+                         B,
+                         (int64_t)phis.size(),
+                         divisor,
+                         at<double>(losses),
+                         at<double>(slopes),
+                         at<float>(loss),
+                         at<float>(table)};
+            std::copy(phis.begin(), phis.end(), b.phis);
+            std::copy(terms.begin(), terms.end(), b.terms);
+            return b;
+          }));
   py::class_<SmallBatchGrad>(m, "SmallBatchGrad", py::module_local())
-      .def(py::init([](uintptr_t upstream, uintptr_t slopes, uintptr_t starts, int64_t B,
-                       double divisor) {
-        return SmallBatchGrad{at<const float>(upstream), at<const double>(slopes),
-                              at<const int64_t>(starts), B, divisor};
-      }));
+      .def(py::init(
+          [](uintptr_t upstream, uintptr_t slopes, uintptr_t starts, int64_t B, double divisor) {
+            return SmallBatchGrad{at<const float>(upstream), at<const double>(slopes),
+                                  at<const int64_t>(starts), B, divisor};
+          }));
   m.def("cuda_splits", [](int64_t rows, int64_t V, int dtype, int device) {
     return token_logps_splits(rows, V, DType(dtype), device);
   });

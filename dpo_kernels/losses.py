@@ -466,7 +466,7 @@ def _check_applies(o: LossOptions, losses: list[Loss]) -> None:
 
 
 def table_markdown() -> str:
-    """The losses as a Markdown table (the README's, generated from `TABLE`)."""
+    """The losses as a Markdown table: docs/losses.md, by tools/readme_tables.py."""
     names = {v: [k for k, t in ALIASES.items() if t == v] for v in TABLE}
     lines = ["| `loss_type` | loss | own options (default) | paper |", "|---|---|---|---|"]
     for row in TABLE.values():

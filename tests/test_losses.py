@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracle import pair_term
 from torch.nn.functional import logsigmoid, softplus
 
 import dpo_kernels as dk
@@ -51,7 +52,7 @@ def literal(name, w, l, rw, rl, b=BETA, e=E, off=None):
     m = sig(h / 0.05)
     odds = (m_w - torch.log1p(-m_w.exp())) - (m_l - torch.log1p(-m_l.exp()))
     p_w, p_l = m_w.exp(), m_l.exp()
-    return {
+    others = {
         "hinge": lambda: torch.relu(1 - h),
         "ipo": lambda: (u / n_w - v / n_l - 1 / (2 * b)) ** 2,
         "ipo_sum": lambda: (D - 1 / (2 * b)) ** 2,
@@ -74,7 +75,12 @@ def literal(name, w, l, rw, rl, b=BETA, e=E, off=None):
         "orpo": lambda: nll - b * logsigmoid(odds),
         "slic": lambda: torch.relu(b - w + l) - 0.1 * w,
         "rpo": lambda: -logsigmoid(h) + nll,
-    }[name]()  # fmt: skip
+    }  # fmt: skip
+    if name in others:
+        return others[name]()
+    o = {"beta": b, "label_smoothing": e, "f_divergence_type": "reverse_kl",
+         "offset": 0.0 if off is None else off, "counts": (n_w, n_l)}  # fmt: skip
+    return pair_term(name, o, w, l, rw, rl, n_w, n_l)
 
 
 def options_for(name):

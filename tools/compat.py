@@ -1,7 +1,7 @@
 """The compatibility matrix: the wheel with the oldest and the newest supported torch, tested.
 
     python tools/compat.py            run it (minutes and gigabytes), write docs/compatibility.json
-    python tools/compat.py --table    print the README's table from that file
+    python tools/compat.py --table    print the table of docs/clusters.md from that file
 
 Each cell is a fresh environment with one torch, its Triton and a transformers of its time, the
 wheel of `make wheel`, the smoke test and the tests of what depends on them. Tests of the CUDA
@@ -99,7 +99,7 @@ def counted(report: Path) -> dict[str, dict[str, int]]:
 
 
 def table() -> str:
-    """Markdown for README.md from the recorded results."""
+    """Markdown for docs/clusters.md from the recorded results."""
     lines = [f"| | Python | torch | Triton | transformers | {' | '.join(COLUMNS.values())} |"]
     lines.append("|---" * (5 + len(COLUMNS)) + "|")
     for r in json.loads(RESULTS.read_text())["cells"]:
@@ -113,7 +113,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="print the README's table")
+    parser.add_argument("--table", action="store_true", help="print the table of docs/clusters.md")
     parser.add_argument("--environments", type=Path, metavar="FOLDER",
                         help="keep the environments there, and use those that are")  # fmt: skip
     parser.add_argument("--wheel", type=Path, help="default: the newest in dist/")

@@ -1,33 +1,68 @@
-"""Write the READMEs' generated parts: losses, committed results, versions tested together."""
+"""Write the generated parts of README.md and docs/: losses, committed results, versions tested.
+
+A part stands between `<!-- NAME: generated ... -->` and `<!-- /NAME -->`.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import compat  # noqa: E402
+import gpu_tables  # noqa: E402
 
 from dpo_kernels.bench.report import bf16_head, readme_tables  # noqa: E402
 from dpo_kernels.losses import table_markdown  # noqa: E402
 
+RESULTS = ROOT / "benchmarks/results"
+# (page, name) -> what stands there
+PARTS: dict[tuple[str, str], Callable[[], str]] = {
+    ("README.md", "state"): lambda: gpu_tables.state(RESULTS),
+    ("README.md", "results"): lambda: gpu_tables.headline(RESULTS),
+    ("docs/losses.md", "losses"): table_markdown,
+    ("docs/benchmarks.md", "gpu"): lambda: gpu_tables.page(RESULTS),
+    ("docs/benchmarks.md", "cpu"): lambda: readme_tables(RESULTS),
+    ("docs/kernels.md", "budgets"): lambda: budgets(),
+    ("docs/clusters.md", "compatibility"): compat.table,
+    ("benchmarks/README.md", "bf16"): lambda: bf16_head(RESULTS),
+}
+
+
+def budgets() -> str:
+    """Registers a thread that each family of kernels may take, by backend."""
+    tests = ROOT / "tests"
+    cuda = json.loads((tests / "cuda_budget.json").read_text())["registers"]
+    found = json.loads((tests / "triton_budget.json").read_text())
+    triton = {name: row[0] for name, row in found.items() if name != "what"}
+    cuda = {name.replace(" ", "_"): registers for name, registers in cuda.items()}
+    lines = ["| kernel | CUDA | Triton |", "|---|---|---|"]
+    for name in dict.fromkeys([*cuda, *triton]):
+        lines.append(f"| {name} | {cuda.get(name, '-')} | {triton.get(name, '-')} |")
+    return "\n".join(lines)
+
 
 def main() -> None:
-    results = ROOT / "benchmarks/results"
-    write(ROOT / "README.md", "dpo_kernels/losses.py", "losses", table_markdown())
-    write(ROOT / "README.md", "benchmarks/results", "benchmarks", readme_tables(results))
-    write(ROOT / "README.md", "docs/compatibility.json", "compatibility", compat.table())
-    write(ROOT / "benchmarks/README.md", "benchmarks/results", "bf16", bf16_head(results))
+    for (page, name), text in PARTS.items():
+        path = ROOT / page
+        before, _, after = split(path.read_text(), name)
+        path.write_text(before + text() + after)
 
 
-def write(page: Path, source: str, name: str, text: str) -> None:
-    """`text` between `<!-- ... source -->` and `<!-- /name -->`."""
-    start, end = f"{source} -->\n", f"\n<!-- /{name} -->"
-    before, _, rest = page.read_text().partition(start)
-    assert end in rest, f"{page} has no block {start!r}"
-    page.write_text(before + start + text + end + rest.partition(end)[2])
+def split(page: str, name: str) -> tuple[str, str, str]:
+    """A page's text before, inside and after its part called `name`."""
+    found = re.search(
+        rf"(<!-- {name}: generated [^\n]*-->\n)(.*?)(\n?<!-- /{name} -->)", page, re.S
+    )
+    if found is None:
+        raise ValueError(f"the page has no part {name!r}")
+    end = f"\n{found[3].lstrip()}"
+    return page[: found.end(1)], found[2], end + page[found.end() :]
 
 
 if __name__ == "__main__":

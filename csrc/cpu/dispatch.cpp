@@ -6,12 +6,12 @@
 
 namespace dpo {
 
-#define DPO_DECLARE(isa)                                  \
-  namespace isa {                                         \
-  void token_logps(const TokenLogps&);                    \
-  void token_logps_backward(const TokenLogpsBackward&);   \
-  void token_kl(const TokenKl&);                          \
-  void token_kl_backward(const TokenKlBackward&);         \
+#define DPO_DECLARE(isa)                                \
+  namespace isa {                                       \
+  void token_logps(const TokenLogps&);                  \
+  void token_logps_backward(const TokenLogpsBackward&); \
+  void token_kl(const TokenKl&);                        \
+  void token_kl_backward(const TokenKlBackward&);       \
   }
 
 DPO_DECLARE(portable)
@@ -36,10 +36,10 @@ const Rows* table() {
   static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                          __builtin_cpu_supports("f16c");
   static const bool v4 = v3 && __builtin_cpu_supports("avx512f") &&
-                         __builtin_cpu_supports("avx512bw") &&
-                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                         __builtin_cpu_supports("avx512vl");
 #endif
-#define DPO_ROWS(isa, runs)                                                                     \
+#define DPO_ROWS(isa, runs) \
   {#isa, runs, isa::token_logps, isa::token_logps_backward, isa::token_kl, isa::token_kl_backward}
   static const Rows rows[] = {
 #ifdef DPO_X86

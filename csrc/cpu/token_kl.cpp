@@ -17,9 +17,9 @@ namespace dpo {
 namespace DPO_ISA {
 namespace {
 
-struct Gap {          // over some columns
+struct Gap {  // over some columns
   Sum policy, reference;
-  double gap = 0;     // of 2^((r - m) k) (r - x), m that of `reference`
+  double gap = 0;  // of 2^((r - m) k) (r - x), m that of `reference`
 };
 
 Gap combine(const Gap& a, const Gap& b, double k) {

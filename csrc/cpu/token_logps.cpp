@@ -20,8 +20,8 @@ namespace {
 struct Stats {
   Sum sum;
   double weighted = 0;  // of 2^((x - m) k) (x - m)
-  double squares = 0;   // of 4^((x - m) k)
-  double total = 0;     // of x
+  double squares = 0;  // of 4^((x - m) k)
+  double total = 0;  // of x
   bool beaten = false;  // a column comes before the target in the order of argmax
 };
 
@@ -73,8 +73,8 @@ struct Forward {
   const TokenLogps& p;
   const bool stats;
   const bool buffered;  // blocks are widened to fp32 first
-  const double unit;    // z per unit of what is summed
-  const float k;        // powers of two per unit
+  const double unit;  // z per unit of what is summed
+  const float k;  // powers of two per unit
 
   explicit Forward(const TokenLogps& params)
       : p(params),
@@ -113,7 +113,8 @@ struct Forward {
     if (p.entropy) p.entropy[row] = (float)(log_l - r.weighted * unit / r.sum.l + nan);
     if (p.mean_logits) p.mean_logits[row] = (float)(r.total * unit / (double)p.V + nan);
     if (p.is_top1) p.is_top1[row] = (float)((r.beaten ? 0.0 : 1.0) + nan);
-    if (p.log_sum_sq_probs) p.log_sum_sq_probs[row] = (float)(std::log(r.squares) - 2 * log_l + nan);
+    if (p.log_sum_sq_probs)
+      p.log_sum_sq_probs[row] = (float)(std::log(r.squares) - 2 * log_l + nan);
   }
 
   void blank(int64_t row, float value) const {

@@ -269,7 +269,7 @@ README_PEERS = {
 
 
 def readme_tables(folder: Path) -> str:
-    """The README's tables of the results files of a folder, in Markdown; series are for charts."""
+    """Tables of a folder's results files for docs/benchmarks.md; series are for charts."""
     parts = []
     for file in results_in(folder):
         run = results.read(file)
@@ -278,8 +278,8 @@ def readme_tables(folder: Path) -> str:
         versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
         parts.append(
             f"{run['device']}, {run['threads']} threads, {run['date'][:10]}, load {run['load']} "
-            f"before the run ([{file.name}](benchmarks/results/{file.name})): {versions}, commit "
-            f"{run['commit'][:12]}."
+            f"before the run ([{file.name}](../benchmarks/results/{file.name})): {versions}, "
+            f"commit {run['commit'][:12]}."
         )
         parts.append(_readme_table(run["rows"]))
     parts += [_script_table(file) for file in sorted(folder.glob("*-trl-script.json"))]
@@ -329,7 +329,7 @@ def _script_table(file: Path) -> str:
     lines = [
         f"One DPO script written for TRL {run['versions']['trl']}, as it is and patched, "
         f"{run['device']}, {run['threads']} threads, {run['date'][:10]} "
-        f"([{file.name}](benchmarks/results/{file.name})):",
+        f"([{file.name}](../benchmarks/results/{file.name})):",
         "",
         "| | s/step | of TRL's speed | peak MB | of it for training |",
         "|---|---|---|---|---|",
