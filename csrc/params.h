@@ -45,15 +45,15 @@ struct TokenLogpsBackward {
 // Log-probs of policy and reference, and KL(reference || policy), of each row. The reference may have
 // a dtype and strides of its own.
 struct TokenKl {
-  const void* logits;           // [R, T, V], unit stride in V
-  int64_t stride_r, stride_t;   // in elements
-  const void* ref_logits;       // [R, T, V], unit stride in V
+  const void* logits;  // [R, T, V], unit stride in V
+  int64_t stride_r, stride_t;  // in elements
+  const void* ref_logits;  // [R, T, V], unit stride in V
   int64_t ref_stride_r, ref_stride_t;
-  const int64_t* targets;       // [R, T] contiguous
+  const int64_t* targets;  // [R, T] contiguous
   int64_t R, T, V, ignore_index;
   DType dtype, ref_dtype;
   Transform transform;
-  float* logps;                 // [R, T], as the four below
+  float* logps;  // [R, T], as the four below
   double* lse;
   float* ref_logps;
   double* ref_lse;
@@ -61,45 +61,45 @@ struct TokenKl {
 };
 
 struct TokenKlBackward {
-  const float* grad_logps;      // [R, T]
-  const float* grad_kl;         // [R, T]
-  const void* logits;           // [R, T, V]
+  const float* grad_logps;  // [R, T]
+  const float* grad_kl;  // [R, T]
+  const void* logits;  // [R, T, V]
   int64_t stride_r, stride_t;
-  const void* ref_logits;       // [R, T, V]
+  const void* ref_logits;  // [R, T, V]
   int64_t ref_stride_r, ref_stride_t;
-  const int64_t* targets;       // [R, T] contiguous
-  const double* lse;            // [R, T]
-  const double* ref_lse;        // [R, T]
+  const int64_t* targets;  // [R, T] contiguous
+  const double* lse;  // [R, T]
+  const double* ref_lse;  // [R, T]
   int64_t R, T, V, ignore_index;
   DType dtype, ref_dtype;
   Transform transform;
-  void* out;                    // [R, T, V] of dtype, may be `logits`, or `ref_logits` if of dtype
+  void* out;  // [R, T, V] of dtype, may be `logits`, or `ref_logits` if of dtype
   int64_t out_stride_r, out_stride_t;
 };
 
 struct SequenceSum {
-  const int64_t* targets;       // [R, T] contiguous, flat positions 0 .. R*T
-  const int64_t* starts;        // [S + 1] first flat position of each sequence
+  const int64_t* targets;  // [R, T] contiguous, flat positions 0 .. R*T
+  const int64_t* starts;  // [S + 1] first flat position of each sequence
   int64_t S, ignore_index;
   double tail_weight;
-  const float* values;          // forward in: [R, T]
-  double* sums;                 // forward out: [S]
-  int64_t* counts;              // forward out: [S]
-  const double* grad;           // backward in: [S]
-  float* d_values;              // backward out: [R, T], zeroed by the caller
+  const float* values;  // forward in: [R, T]
+  double* sums;  // forward out: [S]
+  int64_t* counts;  // forward out: [S]
+  const double* grad;  // backward in: [S]
+  float* d_values;  // backward out: [R, T], zeroed by the caller
 };
 
 // A term: w a b c c_beta c_inv_beta c_offset p scaled w_beta.
 constexpr int TERM_NUMBERS = 10, MAX_TERMS = 3;
 
 struct PairLoss {
-  const double *u, *v, *beta;   // [B]
-  const double* offset;         // [B] or null
-  const int32_t* phis;          // [K]
-  const double* terms;          // [K, TERM_NUMBERS]
+  const double *u, *v, *beta;  // [B]
+  const double* offset;  // [B] or null
+  const int32_t* phis;  // [K]
+  const double* terms;  // [K, TERM_NUMBERS]
   int64_t B, K;
-  double* loss;                 // [B]
-  double* slopes;               // [4, B]: d/du d/dv d/dbeta d/doffset
+  double* loss;  // [B]
+  double* slopes;  // [4, B]: d/du d/dv d/dbeta d/doffset
 };
 
 void token_logps(const TokenLogps&);
@@ -120,26 +120,26 @@ namespace cuda {
 // Where a launch goes, and the memory that lives across launches on that stream.
 struct Stream {
   int device;
-  void* stream;                 // cudaStream_t
+  void* stream;  // cudaStream_t
 };
 
 // A batch of pairs finished in the launch that scores its rows: the last row of a pair to be scored
 // completes the pair, the last pair the batch. All [B] but where said; device memory.
 struct SmallBatch {
-  const int64_t* starts;        // [2B + 1] first row of each sequence; null: sequence s = row / T
-  const void* reference;        // [2B] log-probs, fp64 or fp32, or null
+  const int64_t* starts;  // [2B + 1] first row of each sequence; null: sequence s = row / T
+  const void* reference;  // [2B] log-probs, fp64 or fp32, or null
   bool reference_is_fp32;
-  const double* beta;           // null: beta_value for all
+  const double* beta;  // null: beta_value for all
   double beta_value;
-  const double* offset;         // or null
+  const double* offset;  // or null
   int32_t phis[MAX_TERMS];
   double terms[MAX_TERMS * TERM_NUMBERS];
   int64_t B, K;
-  double divisor;               // the loss is the sum over pairs divided by this
+  double divisor;  // the loss is the sum over pairs divided by this
   double* losses;
-  double* slopes;               // [4, B]
-  float* loss;                  // scalar
-  float* table;                 // [6, B]: the fields of DPOOutput after the loss
+  double* slopes;  // [4, B]
+  float* loss;  // scalar
+  float* table;  // [6, B]: the fields of DPOOutput after the loss
 };
 
 // How many blocks share a row, given how many rows there are.

@@ -42,7 +42,8 @@ DPO_HD inline Value phi(int kind, double z, double p) {
       const double s = sigmoid(z), r = sigmoid(-z);
       const double log_s = -softplus(-z), log_r = -softplus(z);
       const double logit = log1p(-p) - log(p);
-      return {s * (log_s - log1p(-p)) + r * (log_r - log(p)), s * r == 0 ? 0.0 : s * r * (z - logit)};
+      return {s * (log_s - log1p(-p)) + r * (log_r - log(p)),
+              s * r == 0 ? 0.0 : s * r * (z - logit)};
     }
     case DISCOPOP: {
       // m exp(-z) as one exponential: the product overflows (inf * 0) long before its value does.

@@ -363,8 +363,8 @@ DPO_DEVICE void tanh_exact(float (&a)[N]) {
 // z = zz * unit with unit >= 0.
 struct Scaling {
   float inner, outer;  // zz = outer tanh(inner x), or outer x with outer = +-1
-  float k;             // powers of two per zz
-  float chain;         // dz/dx apart from 1 - tanh^2
+  float k;  // powers of two per zz
+  float chain;  // dz/dx apart from 1 - tanh^2
   double unit;
 
   static Scaling of(const Transform& t) {

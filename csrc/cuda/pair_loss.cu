@@ -34,7 +34,8 @@ const char* pair_loss(const PairLoss& p, Stream to) {
   std::memcpy(a.phis, p.phis, sizeof(int32_t) * p.K);
   std::memcpy(a.terms, p.terms, sizeof(double) * TERM_NUMBERS * p.K);
   return on_device(to, [&] {
-    return launch(kernel, dim3((unsigned)((p.B + THREADS - 1) / THREADS)), THREADS, 0, to.stream, a);
+    return launch(kernel, dim3((unsigned)((p.B + THREADS - 1) / THREADS)), THREADS, 0, to.stream,
+                  a);
   });
 }
 

@@ -37,7 +37,7 @@ using SmallForward = Config<Forward::THREADS, Forward::VECTORS, Forward::STAGES,
 struct Counters {
   uint32_t ticket;
   uint32_t finished;  // blocks
-  uint32_t pairs;     // of a small batch
+  uint32_t pairs;  // of a small batch
   uint32_t unused;
   // then uint32_t [rows] parts done, uint32_t [B] rows done
 };
@@ -51,7 +51,7 @@ template <class C>
 struct Shared {
   Vec ring[C::STAGES][C::VECTORS][C::THREADS];
   Partial warps[2][C::WARPS];  // by parity of the item: one barrier an item is then enough
-  Item items[3];               // the one at work, the next (being copied) and the one looked for
+  Item items[3];  // the one at work, the next (being copied) and the one looked for
 };
 
 // Of 100 KB a multiprocessor of sm_86, 89 and 120; a block costs 1 KB besides its own.
@@ -64,9 +64,9 @@ struct Arguments {
   int rows, V, splits;
   Counters* counters;
   uint32_t* parts_done;  // [rows]
-  uint32_t* rows_done;   // [B]
-  Partial* partials;     // [rows, splits]
-  SmallBatch batch;      // B = 0: none
+  uint32_t* rows_done;  // [B]
+  Partial* partials;  // [rows, splits]
+  SmallBatch batch;  // B = 0: none
 };
 
 // The sum of sequence s by one warp, in a fixed order.
@@ -96,8 +96,8 @@ DPO_DEVICE void finish_pair(const Arguments& a, int64_t i) {
     const double beta = b.beta ? b.beta[i] : b.beta_value;
     store_pair(pair_terms(u, v, beta, b.offset ? b.offset[i] : 0, b.phis, b.terms, b.K), i, B,
                b.losses, b.slopes);
-    const double columns[6] = {chosen, rejected, beta * u, beta * v, beta * u - beta * v,
-                               beta * u > beta * v ? 1.0 : 0.0};
+    const double columns[6] = {
+        chosen, rejected, beta * u, beta * v, beta * u - beta * v, beta * u > beta * v ? 1.0 : 0.0};
     for (int c = 0; c < 6; ++c) b.table[c * B + i] = (float)columns[c];
     a.rows_done[i] = 0;
     before = add_acq_rel(&a.counters->pairs, 1);
@@ -200,7 +200,7 @@ template <class T, class C>
 struct Stream16 {
   const Vec* base = nullptr;
   int next = 0, end = 0;  // this thread's next vector, and the item's end
-  int stages = 0;         // still to copy
+  int stages = 0;  // still to copy
 
   static constexpr int STEP = C::THREADS * C::VECTORS;
 
@@ -216,7 +216,8 @@ struct Stream16 {
 };
 
 template <class T, bool SOFTCAP, bool STATS, bool BATCH, class C>
-__global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS) forward(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS)
+    forward(const __grid_constant__ Arguments a) {
   constexpr int N = Elements<T>::N;
   Shared<C>& shared = *(Shared<C>*)shared_memory();
   const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
@@ -234,9 +235,9 @@ __global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS) forward(const __
   }
   block_barrier();
   Stream16<T, C> copy, use;
-  int copied = -1;             // the item `copy` is in, counted as `i`
-  int issue = 0, take = 0;     // slots of the ring
-  int ahead = 0;               // stages copied and not yet used
+  int copied = -1;  // the item `copy` is in, counted as `i`
+  int issue = 0, take = 0;  // slots of the ring
+  int ahead = 0;  // stages copied and not yet used
   for (int i = 0;; ++i) {
     const Item item = shared.items[i % 3];
     if (item.row < 0) break;
@@ -265,8 +266,7 @@ __global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS) forward(const __
       }
 #pragma unroll
       for (int v = 0; v < C::VECTORS; ++v, copy.next += C::THREADS)
-        if (copy.next < copy.end)
-          async_copy(&shared.ring[issue][v][thread], copy.base + copy.next);
+        if (copy.next < copy.end) async_copy(&shared.ring[issue][v][thread], copy.base + copy.next);
       async_commit();
       --copy.stages;
       ++ahead;
@@ -294,19 +294,18 @@ __global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS) forward(const __
       if (AT_ONCE && use.next + (C::VECTORS - 1) * C::THREADS < use.end) {
         float values[C::VECTORS * N];
 #pragma unroll
-        for (int v = 0; v < C::VECTORS; ++v) Elements<T>::unpack(slot[v * C::THREADS], values + v * N);
-        add<SOFTCAP, STATS>(sums, values, a.scaling, zy, y, [column](int i) {
-          return column + i / N * C::THREADS * N + i % N;
-        });
+        for (int v = 0; v < C::VECTORS; ++v)
+          Elements<T>::unpack(slot[v * C::THREADS], values + v * N);
+        add<SOFTCAP, STATS>(sums, values, a.scaling, zy, y,
+                            [column](int i) { return column + i / N * C::THREADS * N + i % N; });
       } else {
 #pragma unroll
         for (int v = 0; v < C::VECTORS; ++v) {
           if (use.next + v * C::THREADS >= use.end) break;
           float values[N];
           Elements<T>::unpack(slot[v * C::THREADS], values);
-          add<SOFTCAP, STATS>(sums, values, a.scaling, zy, y, [column, v](int i) {
-            return column + v * C::THREADS * N + i;
-          });
+          add<SOFTCAP, STATS>(sums, values, a.scaling, zy, y,
+                              [column, v](int i) { return column + v * C::THREADS * N + i; });
         }
       }
       use.next += C::VECTORS * C::THREADS;

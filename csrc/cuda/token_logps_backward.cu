@@ -95,7 +95,8 @@ DPO_DEVICE int line_of(int n, int part, int parts) { return (int)((int64_t)n * p
 
 // T: dtype of the logits; O: of the gradient, as wide or narrower.
 template <class T, class O, bool SOFTCAP, class C>
-__global__ void __launch_bounds__(C::THREADS, C::BLOCKS) backward(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
+    backward(const __grid_constant__ Arguments a) {
   constexpr int N = Elements<O>::N, LOADS = N / Elements<T>::N;
   constexpr int VECTORS = C::VECTORS / LOADS, STEP = VECTORS * C::THREADS;
   const TokenLogpsBackward& p = a.p;
@@ -179,8 +180,8 @@ cudaError_t run(Arguments a, void* stream) {
   if (a.tiles < 1) a.tiles = 1;
   const int64_t blocks = (int64_t)a.rows * a.tiles;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const auto kernel = a.p.transform.softcap != 0 ? backward<T, O, true, Backward>
-                                                 : backward<T, O, false, Backward>;
+  const auto kernel =
+      a.p.transform.softcap != 0 ? backward<T, O, true, Backward> : backward<T, O, false, Backward>;
   return launch(kernel, dim3((unsigned)blocks), Backward::THREADS, sizeof(Row), stream, a);
 }
 
