@@ -36,6 +36,7 @@ def fused_dpo_loss(
     ignore_index: int = -100,
     drop_common_prefix: bool = False,
     inplace: bool = False,
+    stats: tuple[str, ...] = (),
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -71,6 +72,8 @@ def fused_dpo_loss(
         inplace: the backward writes the gradient over `logits` (no [2B, T, V] allocation). Another
             consumer of `logits` that runs its backward later raises. Under torch.compile, which
             owns the buffers, it is ignored.
+        stats: statistics of the policy's tokens, as `sequence_logps` names them, in
+            `DPOOutput.stats`.
         temperature, logit_softcap, logit_scale: z = softcap(logit_scale * x) / temperature, with
             softcap(x) = cap * tanh(x / cap); policy and reference alike.
         backend: "cuda", "triton", "cpu" or "torch"; None picks by device.
@@ -87,6 +90,7 @@ def fused_dpo_loss(
         ignore_index=ignore_index,
         drop_common_prefix=drop_common_prefix,
         inplace=inplace,
+        stats=stats,
         ref_logps_per_token=ref_logps_per_token,
         backend=backend,
     )
@@ -102,7 +106,8 @@ def fused_dpo_loss(
         )  # fmt: skip
 
     name = choose(backend, logits.device, checks.floating("logits", logits).dtype, op_of(rows))
-    run = TokenLoss(layout, options, rows, name, wide_dtype(logits), ref_logps_per_token)
+    run = TokenLoss(layout, options, rows, name, wide_dtype(logits), ref_logps_per_token,
+                    ops.check_stats(stats))  # fmt: skip
     if ref_logits is not None:
         layout.rows("ref_logits", ref_logits, "V")
         checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")

@@ -6,8 +6,10 @@ and rejected log-ratios (log-probs where there is no reference).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +22,7 @@ from .losses import PER_PAIR, Loss, LossOptions, Terms
 _EXP_MAX = 600.0
 
 
-class DPOOutput(NamedTuple):
-    """What every front function returns; all on the device, all but `loss` detached.
-
-    `loss` is a scalar (`[B]` with `reduction="none"`); the rest are `[B]`: policy log-probs of the
-    completions, rewards `beta * log-ratio`, `margins` = chosen - rejected rewards, and `accuracy`
-    (1 where the chosen reward is larger, ties 0). fp32, or fp64 for fp64 input.
-    """
-
+class _Fields(NamedTuple):
     loss: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -36,10 +31,32 @@ class DPOOutput(NamedTuple):
     margins: Tensor
     accuracy: Tensor
 
-    @property
-    def strategy(self) -> str | None:
-        """How `fused_linear_dpo_loss` came to the gradients (see there); None elsewhere."""
-        return getattr(self.loss, "_dpo_strategy", None)
+
+class DPOOutput(_Fields):
+    """What every front function returns; all on the device, all but `loss` detached.
+
+    `loss` is a scalar (`[B]` with `reduction="none"`); the rest are `[B]`: policy log-probs of the
+    completions, rewards `beta * log-ratio`, `margins` = chosen - rejected rewards, and `accuracy`
+    (1 where the chosen reward is larger, ties 0). fp32, or fp64 for fp64 input.
+
+    It is a tuple of these seven. Beside them, as attributes:
+    `strategy`: how `fused_linear_dpo_loss` came to the gradients (see there); None elsewhere.
+    `stats`: {name: tensor} of the statistics asked for with `stats=`, each of the shape that
+    `sequence_logps(reduction="none")` gives; empty elsewhere.
+    """
+
+    strategy: str | None = None
+    stats: Mapping[str, Tensor] = MappingProxyType({})
+
+    def told(self, strategy: str | None, stats: Mapping[str, Tensor]) -> DPOOutput:
+        """This output, with these attributes."""
+        self.strategy = strategy
+        if stats:  # the empty mapping of the class cannot be pickled
+            self.stats = stats
+        return self
+
+    def _replace(self, /, **changes: Any) -> DPOOutput:
+        return super()._replace(**changes).told(self.strategy, self.stats)
 
 
 @dataclass(frozen=True)

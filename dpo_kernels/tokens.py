@@ -8,6 +8,7 @@ Letters: `B` pairs, `R` rows, `T` positions, `V` vocabulary, `H` hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,10 +34,17 @@ class TokenLoss:
     backend: str
     dtype: torch.dtype
     per_token: bool | None = None  # what `ref_logps` is; None: its shape says
+    asked: tuple[str, ...] = ()  # the statistics that `DPOOutput.stats` gives
 
     @property
     def stats(self) -> tuple[str, ...]:
-        return ("log_sum_sq_probs",) if self.options.use_weighting else ()
+        """The statistics to compute: those asked for, and WPO's."""
+        own = self.options.use_weighting and "log_sum_sq_probs" not in self.asked
+        return (*self.asked, "log_sum_sq_probs") if own else self.asked
+
+    def shown(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those asked for, of statistics a row [R, T], in the shape users see."""
+        return {name: self.layout.per_token(stats[name]) for name in self.asked}
 
     @property
     def separable(self) -> bool:
@@ -170,7 +178,8 @@ class TokenLoss:
                 leaves.append(name)
             changes[name] = part
         options = replace(o, **changes)
-        share = replace(self, layout=layout, options=options, dtype=torch.float64, per_token=False)
+        share = replace(self, layout=layout, options=options, dtype=torch.float64, per_token=False,
+                        asked=())  # fmt: skip
         return share, leaves
 
     def is_small(self, logits: Tensor, ref_logps: Tensor | None) -> bool:
@@ -268,7 +277,8 @@ class TokenLoss:
             chosen_kl=None if kl_sums is None else kl_sums[:B],
             rejected_kl=None if kl_sums is None else kl_sums[B:],
         )
-        return loss_of(pairs, self.options, self.losses, self.dtype, self.backend)
+        out = loss_of(pairs, self.options, self.losses, self.dtype, self.backend)
+        return out.told(None, self.shown(policy.stats)) if self.asked else out
 
 
 def op_of(losses: list) -> str:
