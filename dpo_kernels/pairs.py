@@ -247,12 +247,22 @@ def _log_odds(m: Tensor) -> Tensor:
 
 
 def _offset(row: Loss, p: Pairs, o: LossOptions) -> Tensor | None:
-    if row.name != "rdpo":
+    return o.offset if row.offset is None else row.offset(o, p.chosen_lengths, p.rejected_lengths)
+
+
+def length_offset(
+    row: Loss, lengths: Tensor | None, o: LossOptions, pairs: slice | None
+) -> Tensor | None:
+    """The offset [B] fp64 of the pairs whose sequences have `lengths` [2B]."""
+    given = o.offset
+    if given is not None:
+        given = given.detach().double()
+        o = o.but(offset=given if pairs is None else given[pairs])
+    if row.offset is None:
         return o.offset
-    n_w, n_l = p.chosen_lengths, p.rejected_lengths
-    assert n_w is not None and n_l is not None
-    length = -o.rdpo_alpha * (n_w - n_l).double()
-    return length if o.offset is None else o.offset + length
+    assert lengths is not None
+    B = lengths.shape[0] // 2
+    return row.offset(o, lengths[:B], lengths[B:])
 
 
 def _beta_dpo(margin: Tensor, o: LossOptions) -> tuple[Tensor, Tensor]:

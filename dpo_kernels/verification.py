@@ -25,8 +25,8 @@ KERNELS = {
     "triton/token_kl": ("token_kl", "token_kl_backward"),
     "triton/sequence_sum": ("sequence_sum", "sequence_sum_backward"),
     "triton/pair_loss": ("pair_loss_forward",),
-    "cuda/token_logps": ("token_logps", "small_batch"),
-    "cuda/token_logps_backward": ("token_logps_backward", "small_batch_backward"),
+    "cuda/token_logps": ("token_logps",),
+    "cuda/token_logps_backward": ("token_logps_backward",),
     "cuda/sequence_sum": ("sequence_sum", "sequence_sum_backward"),
     "cuda/pair_loss": ("pair_loss_forward",),
 }
