@@ -7,9 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <array>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -199,39 +197,6 @@ void check(const char* error) {
 
 void bind_cuda(py::module_& m) {
   using namespace dpo::cuda;
-  py::class_<SmallBatch>(m, "SmallBatch", py::module_local())
-      .def(
-          py::init([](uintptr_t starts, uintptr_t reference, bool reference_is_fp32, uintptr_t beta,
-                      double beta_value, uintptr_t offset, const std::vector<int>& phis,
-                      const std::vector<double>& terms, int64_t B, double divisor, uintptr_t losses,
-                      uintptr_t slopes, uintptr_t loss, uintptr_t table) {
-            if (phis.size() > MAX_TERMS || terms.size() != TERM_NUMBERS * phis.size())
-              throw std::invalid_argument("a loss has at most 3 terms of 10 numbers each");
-            SmallBatch b{at<const int64_t>(starts),
-                         at<const void>(reference),
-                         reference_is_fp32,
-                         at<const double>(beta),
-                         beta_value,
-                         at<const double>(offset),
-                         {},
-                         {},
-                         B,
-                         (int64_t)phis.size(),
-                         divisor,
-                         at<double>(losses),
-                         at<double>(slopes),
-                         at<float>(loss),
-                         at<float>(table)};
-            std::copy(phis.begin(), phis.end(), b.phis);
-            std::copy(terms.begin(), terms.end(), b.terms);
-            return b;
-          }));
-  py::class_<SmallBatchGrad>(m, "SmallBatchGrad", py::module_local())
-      .def(py::init(
-          [](uintptr_t upstream, uintptr_t slopes, uintptr_t starts, int64_t B, double divisor) {
-            return SmallBatchGrad{at<const float>(upstream), at<const double>(slopes),
-                                  at<const int64_t>(starts), B, divisor};
-          }));
   m.def("cuda_splits", [](int64_t rows, int64_t V, int dtype, int device) {
     return token_logps_splits(rows, V, DType(dtype), device);
   });
@@ -239,17 +204,16 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_scratch", &token_logps_scratch);
   m.def(
       "cuda_token_logps",
-      [](const TokenLogps& p, std::optional<SmallBatch> batch, int splits, uintptr_t counters,
-         uintptr_t scratch, int device, uintptr_t stream) {
-        check(token_logps(p, batch ? &*batch : nullptr, splits, at<void>(counters),
-                          at<void>(scratch), {device, at<void>(stream)}));
+      [](const TokenLogps& p, int splits, uintptr_t counters, uintptr_t scratch, int device,
+         uintptr_t stream) {
+        check(token_logps(p, splits, at<void>(counters), at<void>(scratch),
+                          {device, at<void>(stream)}));
       },
       release());
   m.def(
       "cuda_token_logps_backward",
-      [](const TokenLogpsBackward& p, std::optional<SmallBatchGrad> batch, int device,
-         uintptr_t stream) {
-        check(token_logps_backward(p, batch ? &*batch : nullptr, {device, at<void>(stream)}));
+      [](const TokenLogpsBackward& p, int device, uintptr_t stream) {
+        check(token_logps_backward(p, {device, at<void>(stream)}));
       },
       release());
   m.def(

@@ -123,45 +123,16 @@ struct Stream {
   void* stream;  // cudaStream_t
 };
 
-// A batch of pairs finished in the launch that scores its rows: the last row of a pair to be scored
-// completes the pair, the last pair the batch. All [B] but where said; device memory.
-struct SmallBatch {
-  const int64_t* starts;  // [2B + 1] first row of each sequence; null: sequence s = row / T
-  const void* reference;  // [2B] log-probs, fp64 or fp32, or null
-  bool reference_is_fp32;
-  const double* beta;  // null: beta_value for all
-  double beta_value;
-  const double* offset;  // or null
-  int32_t phis[MAX_TERMS];
-  double terms[MAX_TERMS * TERM_NUMBERS];
-  int64_t B, K;
-  double divisor;  // the loss is the sum over pairs divided by this
-  double* losses;
-  double* slopes;  // [4, B]
-  float* loss;  // scalar
-  float* table;  // [6, B]: the fields of DPOOutput after the loss
-};
-
 // How many blocks share a row, given how many rows there are.
 int token_logps_splits(int64_t rows, int64_t V, DType dtype, int device);
 // Bytes that must be zero before the first launch (each launch leaves them zero), and bytes of
 // scratch.
-int64_t token_logps_counters(int64_t rows, int64_t B);
+int64_t token_logps_counters(int64_t rows);
 int64_t token_logps_scratch(int64_t rows, int splits);
 
-// Each returns null, or what went wrong. `batch` may be null.
-const char* token_logps(const TokenLogps&, const SmallBatch* batch, int splits, void* counters,
-                        void* scratch, Stream);
-// With `upstream` (scalar), `slopes` [2, B] and `starts` as SmallBatch's, the gradient of a row is
-// upstream * slope of its sequence / divisor instead of `grad`.
-struct SmallBatchGrad {
-  const float* upstream;
-  const double* slopes;
-  const int64_t* starts;
-  int64_t B;
-  double divisor;
-};
-const char* token_logps_backward(const TokenLogpsBackward&, const SmallBatchGrad*, Stream);
+// Each returns null, or what went wrong.
+const char* token_logps(const TokenLogps&, int splits, void* counters, void* scratch, Stream);
+const char* token_logps_backward(const TokenLogpsBackward&, Stream);
 const char* sequence_sum(const SequenceSum&, int64_t rows, Stream);
 const char* sequence_sum_backward(const SequenceSum&, int64_t rows, Stream);
 const char* pair_loss(const PairLoss&, Stream);

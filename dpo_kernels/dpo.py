@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from . import arguments, checks, ops
-from . import losses as _losses
-from .backends import choose
+from .backends import choose, load
+from .call import settle
 from .layout import Layout, Scored
 from .ops import TokenLogps
+from .ops.direct import eager
+from .ordinary import SumsCall, from_sums
 from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
 from .tokens import TokenLoss, last_size, op_of, reduce, wide_dtype
 from .transform import LogitTransform
@@ -36,6 +38,7 @@ def fused_dpo_loss(
     ignore_index: int = -100,
     drop_common_prefix: bool = False,
     inplace: bool = False,
+    stats: tuple[str, ...] = (),
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -71,6 +74,8 @@ def fused_dpo_loss(
         inplace: the backward writes the gradient over `logits` (no [2B, T, V] allocation). Another
             consumer of `logits` that runs its backward later raises. Under torch.compile, which
             owns the buffers, it is ignored.
+        stats: statistics of the policy's tokens, as `sequence_logps` names them, in
+            `DPOOutput.stats`.
         temperature, logit_softcap, logit_scale: z = softcap(logit_scale * x) / temperature, with
             softcap(x) = cap * tanh(x / cap); policy and reference alike.
         backend: "cuda", "triton", "cpu" or "torch"; None picks by device.
@@ -82,51 +87,55 @@ def fused_dpo_loss(
     Raises:
         ValueError, TypeError: a wrong argument, named, before any kernel runs.
     """
-    arguments.check(
-        shift=shift,
-        ignore_index=ignore_index,
-        drop_common_prefix=drop_common_prefix,
-        inplace=inplace,
-        ref_logps_per_token=ref_logps_per_token,
-        backend=backend,
-    )
-    options, rows = _losses.resolve(loss_options)
-    transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
+    given = {
+        "shift": shift,
+        "ignore_index": ignore_index,
+        "drop_common_prefix": drop_common_prefix,
+        "inplace": inplace,
+        "stats": stats,
+        "ref_logps_per_token": ref_logps_per_token,
+        "backend": backend,
+        "temperature": temperature,
+        "logit_softcap": logit_softcap,
+        "logit_scale": logit_scale,
+    }
+    settled = settle(given, loss_options)
+    transform = settled.transform
     V, of = last_size("logits", logits), Scored("logits", logits, "V")
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
-
-    def score(x: Tensor, name: str, stats: tuple[str, ...], inplace: bool) -> TokenLogps:
-        return ops.token_logps(
-            layout.rows(name, x, "V"), layout.targets, ignore_index=ignore_index,
-            transform=transform, stats=stats, inplace=inplace, backend=backend,
-        )  # fmt: skip
-
-    name = choose(backend, logits.device, checks.floating("logits", logits).dtype, op_of(rows))
-    run = TokenLoss(layout, options, rows, name, wide_dtype(logits), ref_logps_per_token)
+    name = choose(backend, logits.device, logits.dtype, op_of(settled.losses))
+    run = TokenLoss.of(settled, layout, name, wide_dtype(logits), ref_logps_per_token)
+    x, ref = layout.rows("logits", logits, "V"), None
     if ref_logits is not None:
-        layout.rows("ref_logits", ref_logits, "V")
+        ref = layout.rows("ref_logits", ref_logits, "V")
         checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
     run.check(ref_logits is not None, "ref_logits", ref_logps)
     if drop_common_prefix:
-        run = run.without_common_prefix(ref_logps, layout.rows("logits", logits, "V"))
+        run = run.without_common_prefix(ref_logps, x)
         layout = run.layout
-    if run.needs_kl:
-        assert ref_logits is not None
-        joint = ops.token_kl(
-            layout.rows("logits", logits, "V"), layout.rows("ref_logits", ref_logits, "V"),
-            layout.targets, ignore_index=ignore_index, transform=transform, stats=run.stats,
+    if ref is not None and not run.uses_reference:
+        ref = None
+    if run.is_direct(x, ref, ref_logps):
+        return run.finish_logits(x, ref, ref_logps, transform, inplace)
+
+    def score(x: Tensor, stats: tuple[str, ...], inplace: bool) -> TokenLogps:
+        return ops.token_logps(
+            x, layout.targets, ignore_index=ignore_index, transform=transform, stats=stats,
             inplace=inplace, backend=backend,
+        )  # fmt: skip
+
+    if run.needs_kl:
+        assert ref is not None
+        joint = ops.token_kl(
+            x, ref, layout.targets, ignore_index=ignore_index, transform=transform,
+            stats=run.stats, inplace=inplace, backend=backend,
         )  # fmt: skip
         return run.finish(joint.policy, joint.ref_logps, None, joint.kl)
     reference = None
-    if ref_logits is not None and run.uses_reference:
+    if ref is not None:
         with torch.no_grad():
-            reference = score(ref_logits, "ref_logits", (), False).logps
-    if run.is_small(logits, ref_logps):
-        x = layout.rows("logits", logits, "V")
-        return run.finish_small(x, reference, ref_logps, transform, inplace)
-    policy = score(logits, "logits", run.stats, inplace)
-    return run.finish(policy, reference, ref_logps)
+            reference = score(ref, (), False).logps
+    return run.finish(score(x, run.stats, inplace), reference, ref_logps)
 
 
 def sequence_logps(
@@ -200,8 +209,8 @@ def preference_loss(
     Raises:
         ValueError, TypeError: a wrong argument, named.
     """
-    arguments.check(backend=backend)
-    options, rows = _losses.resolve(loss_options)
+    settled = settle({"backend": backend}, loss_options)
+    options, rows = settled.options, settled.losses
     by_token = {"ld_alpha": options.ld_alpha is not None, "use_weighting": options.use_weighting}
     for option, wanted in by_token.items():
         if wanted:
@@ -242,6 +251,24 @@ def preference_loss(
     if nll and chosen_lengths is None and options.num_chosen_tokens is None:
         raise ValueError("an SFT term needs chosen_lengths, got None")
 
+    name = choose(backend, chosen_logps.device, torch.float32, "pair_loss")
+    wide_input = torch.float64 in (chosen_logps.dtype, rejected_logps.dtype)
+    if wide_input and backend is None:
+        name = "torch"
+    dtype = torch.float64 if wide_input else torch.float32
+    if (
+        settled.ordinary is not None
+        and name != "torch"
+        and _constant(values[2:])
+        and eager(*(x for x in values if x is not None))
+    ):
+        row = settled.ordinary.row
+        call = SumsCall(
+            settled.ordinary, rows, dtype, _both(values[2:4]) if row.reference else None,
+            _both(values[4:]) if row.by_length else None, name, load(name),
+        )  # fmt: skip
+        return from_sums(call, torch.cat([chosen_logps, rejected_logps]).double())
+
     def wide(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.double()
 
@@ -250,8 +277,14 @@ def preference_loss(
         chosen, rejected_logps.double(), wide(ref_chosen_logps), wide(ref_rejected_logps),
         chosen_lengths, rejected_lengths, -chosen, None,
     )  # fmt: skip
-    name = choose(backend, chosen_logps.device, torch.float32, "pair_loss")
-    wide_input = torch.float64 in (chosen_logps.dtype, rejected_logps.dtype)
-    if wide_input and backend is None:
-        name = "torch"
-    return loss_of(pairs, options, rows, torch.float64 if wide_input else torch.float32, name)
+    return loss_of(pairs, options, rows, dtype, name)
+
+
+def _constant(values: tuple[Tensor | None, ...]) -> bool:
+    return not any(x is not None and x.requires_grad for x in values)
+
+
+def _both(values: tuple[Tensor | None, ...]) -> Tensor | None:
+    """[2B] of [B] and [B]."""
+    chosen, rejected = values
+    return None if chosen is None or rejected is None else torch.cat([chosen, rejected])

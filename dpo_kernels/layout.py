@@ -68,9 +68,9 @@ class Layout:
         checks.labels_in_range(labels, V, ignore_index)
         if not packed:
             targets = labels
-            if shift:
-                targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
-                targets = targets[:, : labels.shape[1]]
+            if shift and labels.shape[1]:
+                # One op: the first label cut off, one that is not scored appended.
+                targets = torch.constant_pad_nd(labels, (-1, 1), ignore_index)
             return Layout(targets, None, labels.shape[0], ignore_index, shift)
         N = labels.shape[0]
         cu = checks.cu_seqlens_of(cu_seqlens, N, labels)
@@ -187,10 +187,15 @@ class Layout:
             return values[0]
         return values[:, :-1] if self.shift else values
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of one value a token, as users see it (`per_token`)."""
+        R, T = self.targets.shape
+        return (T,) if self.packed else (R, max(T - 1, 0) if self.shift else T)
+
     def from_per_token(self, name: str, values: Tensor) -> Tensor:
         """The inverse of `per_token`: [R, T]."""
-        expected = tuple(self.per_token(self.targets).shape)
-        checks.shape(name, values, expected, "one value a token")
+        checks.shape(name, values, self.shape, "one value a token")
         if self.packed:
             return values.unsqueeze(0)
         return torch.nn.functional.pad(values, (0, 1)) if self.shift else values

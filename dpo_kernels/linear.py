@@ -56,6 +56,7 @@ def fused_linear_dpo_loss(
     memory_budget: int | None = None,
     batch_invariant: bool = False,
     strategy: str | None = None,
+    stats: tuple[str, ...] = (),
     cu_seqlens: Tensor | None = None,
     scored_lengths: Tensor | list[int] | None = None,
     shift: bool = True,
@@ -101,6 +102,7 @@ def fused_linear_dpo_loss(
             the gradients wanted (see `linear.py`); `DPOOutput.strategy` and the debug log of
             `logging.getLogger("dpo_kernels")` say which was taken. Under torch.compile
             "streaming" is not available.
+        stats: as `fused_dpo_loss`, under every strategy.
         temperature, logit_softcap, logit_scale, backend, **loss_options: as `fused_dpo_loss`. The
             "torch" backend has no strategies: it forms all logits.
 
@@ -116,6 +118,7 @@ def fused_linear_dpo_loss(
         memory_budget=memory_budget,
         batch_invariant=batch_invariant,
         strategy=strategy,
+        stats=stats,
         backend=backend,
     )
     options, rows = _losses.resolve(loss_options)
@@ -128,7 +131,8 @@ def fused_linear_dpo_loss(
     if ref_bias is not None and ref_weight is None:
         raise ValueError("ref_bias needs ref_weight, got None")
     name = choose(backend, hidden.device, hidden.dtype, op_of(rows))
-    run = TokenLoss(layout, options, rows, name, wide_dtype(hidden), ref_logps_per_token)
+    run = TokenLoss(layout, options, rows, name, wide_dtype(hidden), ref_logps_per_token,
+                    ops.check_stats(stats))  # fmt: skip
     run.check(ref_hidden is not None, "ref_hidden", ref_logps)
     if drop_common_prefix:
         run = run.without_common_prefix(ref_logps, layout.rows("hidden", hidden, "H"))
@@ -373,9 +377,8 @@ def _score(
 
 def _tell(out: DPOOutput, strategy: str, layout: Layout, backend: str) -> DPOOutput:
     if not torch.compiler.is_compiling():
-        out.loss._dpo_strategy = strategy  # type: ignore[attr-defined]
         logger.debug(
             "fused_linear_dpo_loss: strategy %s, backend %s, %d sequences",
             strategy, backend, layout.sequences,
         )  # fmt: skip
-    return out
+    return out.told(strategy, out.stats)

@@ -106,6 +106,8 @@ class Loss:
     `kl_weight`: name of the option (or a number) that weighs K; `kl_stops_chosen`: the chosen K
     is taken without its gradient.
     `sft`: name of the option (or a number) that weighs the NLL of the chosen, added to the row.
+    `offset`: the offset of each pair [B], where it is more than the option `offset`: of the options
+    and the scored tokens of chosen and rejected.
     `options`: the loss's own options.
     """
 
@@ -120,6 +122,7 @@ class Loss:
     sft: str | float | None = None
     kl_weight: str | float = 1.0
     kl_stops_chosen: bool = False
+    offset: Callable[[LossOptions, Tensor | None, Tensor | None], Tensor] | None = None
     options: tuple[str, ...] = ()
 
     def own(self, o: LossOptions) -> LossOptions:
@@ -139,7 +142,18 @@ class Loss:
     @property
     def by_length(self) -> bool:
         """Whether u, v or the terms depend on how many tokens were scored."""
-        return self.score in ("mean", "odds", "alphapo") or self.name == "rdpo"
+        return self.score in ("mean", "odds", "alphapo") or self.offset is not None
+
+    @property
+    def per_token(self) -> bool:
+        """Whether u and v are log-ratios over the number of scored tokens."""
+        return self.score == "mean"
+
+    @property
+    def closed(self) -> bool:
+        """Whether u and v are the log-ratios, or those per token, of the pair alone."""
+        plain = self.score in ("ratio", "mean") and self.sft is None
+        return plain and not self.batch_coupled
 
     @property
     def batch_coupled(self) -> bool:
@@ -225,6 +239,12 @@ def _discopop(o: LossOptions) -> Terms:
     return (Term(DISCOPOP, 1, 1, -1, c_offset=-1, p=o.discopop_tau),)
 
 
+def _length_offset(o: LossOptions, n_w: Tensor | None, n_l: Tensor | None) -> Tensor:
+    assert n_w is not None and n_l is not None
+    length = -o.rdpo_alpha * (n_w - n_l).double()
+    return length if o.offset is None else o.offset + length
+
+
 def _cal_dpo(o: LossOptions) -> Terms:
     return (*_logistic(0.0, scaled=False), *_squares(0.5))
 
@@ -278,7 +298,7 @@ TABLE: dict[str, Loss] = {
              score="dpop", options=("dpop_lambda",)),
         Loss("odpo", _sigmoid, "-log s(h - offset)", "2402.10571"),
         Loss("rdpo", _sigmoid, "-log s(h + alpha (n_w - n_l))", "2403.19159",
-             options=("rdpo_alpha",)),
+             offset=_length_offset, options=("rdpo_alpha",)),
         Loss("cal_dpo", _cal_dpo, "-log s(D) + 1/2 [(u - 1/(2 beta))^2 + (v + 1/(2 beta))^2]",
              "2412.14516"),
         Loss("beta_dpo", _sigmoid, "-log s(beta_b D) on the kept pairs, beta_b from the batch",

@@ -6,8 +6,10 @@ and rejected log-ratios (log-probs where there is no reference).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +22,7 @@ from .losses import PER_PAIR, Loss, LossOptions, Terms
 _EXP_MAX = 600.0
 
 
-class DPOOutput(NamedTuple):
-    """What every front function returns; all on the device, all but `loss` detached.
-
-    `loss` is a scalar (`[B]` with `reduction="none"`); the rest are `[B]`: policy log-probs of the
-    completions, rewards `beta * log-ratio`, `margins` = chosen - rejected rewards, and `accuracy`
-    (1 where the chosen reward is larger, ties 0). fp32, or fp64 for fp64 input.
-    """
-
+class _Fields(NamedTuple):
     loss: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -36,10 +31,32 @@ class DPOOutput(NamedTuple):
     margins: Tensor
     accuracy: Tensor
 
-    @property
-    def strategy(self) -> str | None:
-        """How `fused_linear_dpo_loss` came to the gradients (see there); None elsewhere."""
-        return getattr(self.loss, "_dpo_strategy", None)
+
+class DPOOutput(_Fields):
+    """What every front function returns; all on the device, all but `loss` detached.
+
+    `loss` is a scalar (`[B]` with `reduction="none"`); the rest are `[B]`: policy log-probs of the
+    completions, rewards `beta * log-ratio`, `margins` = chosen - rejected rewards, and `accuracy`
+    (1 where the chosen reward is larger, ties 0). fp32, or fp64 for fp64 input.
+
+    It is a tuple of these seven. Beside them, as attributes:
+    `strategy`: how `fused_linear_dpo_loss` came to the gradients (see there); None elsewhere.
+    `stats`: {name: tensor} of the statistics asked for with `stats=`, each of the shape that
+    `sequence_logps(reduction="none")` gives; empty elsewhere.
+    """
+
+    strategy: str | None = None
+    stats: Mapping[str, Tensor] = MappingProxyType({})
+
+    def told(self, strategy: str | None, stats: Mapping[str, Tensor]) -> DPOOutput:
+        """This output, with these attributes."""
+        self.strategy = strategy
+        if stats:  # the empty mapping of the class cannot be pickled
+            self.stats = stats
+        return self
+
+    def _replace(self, /, **changes: Any) -> DPOOutput:
+        return super()._replace(**changes).told(self.strategy, self.stats)
 
 
 @dataclass(frozen=True)
@@ -230,12 +247,22 @@ def _log_odds(m: Tensor) -> Tensor:
 
 
 def _offset(row: Loss, p: Pairs, o: LossOptions) -> Tensor | None:
-    if row.name != "rdpo":
+    return o.offset if row.offset is None else row.offset(o, p.chosen_lengths, p.rejected_lengths)
+
+
+def length_offset(
+    row: Loss, lengths: Tensor | None, o: LossOptions, pairs: slice | None
+) -> Tensor | None:
+    """The offset [B] fp64 of the pairs whose sequences have `lengths` [2B]."""
+    given = o.offset
+    if given is not None:
+        given = given.detach().double()
+        o = o.but(offset=given if pairs is None else given[pairs])
+    if row.offset is None:
         return o.offset
-    n_w, n_l = p.chosen_lengths, p.rejected_lengths
-    assert n_w is not None and n_l is not None
-    length = -o.rdpo_alpha * (n_w - n_l).double()
-    return length if o.offset is None else o.offset + length
+    assert lengths is not None
+    B = lengths.shape[0] // 2
+    return row.offset(o, lengths[:B], lengths[B:])
 
 
 def _beta_dpo(margin: Tensor, o: LossOptions) -> tuple[Tensor, Tensor]:

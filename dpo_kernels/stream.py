@@ -54,7 +54,10 @@ def stream(batch: Streaming, policy: LinearInputs) -> DPOOutput:
     tensors = (x if isinstance(x, Tensor) else None for x in (o.beta, o.offset, o.weights))
     inputs = (*policy, *tensors)
     check_mode(*inputs, *(batch.reference or ()))
-    return DPOOutput(*_Stream.apply(batch, *once(*inputs)))
+    out = _Stream.apply(batch, *once(*inputs))
+    fields = len(DPOOutput._fields)
+    stats = dict(zip(batch.run.asked, out[fields:], strict=True))
+    return DPOOutput(*out[:fields]).told("streaming", batch.run.shown(stats))
 
 
 class _Stream(torch.autograd.Function):
@@ -68,7 +71,8 @@ class _Stream(torch.autograd.Function):
         ctx.grads = [*(grads.get(name) for name in LinearInputs._fields), *d_options]
         ctx.like = [(x.shape, x.dtype) if isinstance(x, Tensor) else None
                     for x in (hidden, weight, bias, down, up, *options)]  # fmt: skip
-        out = [x.to(batch.run.dtype) for x in out]
+        fields = len(DPOOutput._fields)
+        out = [*(x.to(batch.run.dtype) for x in out[:fields]), *out[fields:]]
         ctx.save_for_backward()
         return _freeze(ctx, out)
 
@@ -112,7 +116,8 @@ def _freeze(ctx, out):
 def _run(
     batch: Streaming, policy: LinearInputs, wanted: dict[str, bool]
 ) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
-    """The output's fields (fp64), gradients by name, and the rows that packed gradients are of."""
+    """The output's fields (fp64) and the statistics asked for [R, T], gradients by name, and the
+    rows that packed gradients are of."""
     run, plan, layout = batch.run, batch.plan, batch.run.layout
     impl = backends.load(run.backend)
     B, device = layout.sequences // 2, policy.hidden.device
@@ -136,6 +141,7 @@ def _run(
     buffer = head.logits_buffer(max(counts))
     ref_buffer = head.logits_buffer(max(counts)) if joint else buffer
     fields: list[list[Tensor]] = []
+    columns: list[list[Tensor]] = [[] for _ in run.asked]
     d_options: dict[str, Tensor] = {}
     order = []
     done = 0
@@ -167,9 +173,11 @@ def _run(
         if joint:
             assert r is not None
             logps, lse, ref_tokens, ref_lse, kl = impl.token_kl(z[None], r[None], *args)
-        if not joint or share.stats:
-            logps, lse, table = impl.token_logps(z[None], *args, share.stats)
-            stats = dict(zip(share.stats, table.unbind(0), strict=True))
+        if not joint or run.stats:
+            logps, lse, table = impl.token_logps(z[None], *args, run.stats)
+            stats = dict(zip(run.stats, table.unbind(0), strict=True))
+        for column, stat in zip(columns, run.asked, strict=True):
+            column.append(stats[stat][0])
         tokens = [logps] if kl is None else [logps, kl]  # what the gradient of logits depends on
         with torch.enable_grad():
             tokens = [x.detach().requires_grad_() for x in tokens]
@@ -201,7 +209,16 @@ def _run(
     loss = torch.stack([part[0] for part in fields]).sum()
     rest = [torch.cat(parts) for parts in zip(*(part[1:] for part in fields), strict=True)]
     found = {name: d for name, d in grads.items() if d is not None}
-    return [loss, *rest], found, torch.cat(order)
+    index = torch.cat(order)
+    shown = [_placed(torch.cat(column), index, layout.targets) for column in columns]
+    return [loss, *rest, *shown], found, index
+
+
+def _placed(values: Tensor, index: Tensor, targets: Tensor) -> Tensor:
+    """[R, T] the values at their rows, 0 elsewhere."""
+    out = values.new_zeros(targets.numel())
+    out[index] = values
+    return out.view(targets.shape)
 
 
 def _boundaries(

@@ -8,6 +8,7 @@ Letters: `B` pairs, `R` rows, `T` positions, `V` vocabulary, `H` hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from . import checks, ops
 from . import losses as _losses
-from .backends import SMALL_BATCH, choose
+from .backends import FUSED_DTYPES, choose, load
+from .call import Settled
 from .layout import Layout
 from .ops import TokenLogps
+from .ops.direct import eager
+from .ordinary import LogitsCall, Ordinary, SumsCall, from_logits, from_sums
 from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
 from .transform import LogitTransform
 
@@ -33,10 +37,31 @@ class TokenLoss:
     backend: str
     dtype: torch.dtype
     per_token: bool | None = None  # what `ref_logps` is; None: its shape says
+    asked: tuple[str, ...] = ()  # the statistics that `DPOOutput.stats` gives
+    ordinary: Ordinary | None = None  # the loss in closed form, if it has one
+
+    @staticmethod
+    def of(
+        settled: Settled,
+        layout: Layout,
+        backend: str,
+        dtype: torch.dtype,
+        per_token: bool | None = None,
+    ) -> TokenLoss:
+        return TokenLoss(
+            layout, settled.options, settled.losses, backend, dtype, per_token, settled.stats,
+            settled.ordinary,
+        )  # fmt: skip
 
     @property
     def stats(self) -> tuple[str, ...]:
-        return ("log_sum_sq_probs",) if self.options.use_weighting else ()
+        """The statistics to compute: those asked for, and WPO's."""
+        own = self.options.use_weighting and "log_sum_sq_probs" not in self.asked
+        return (*self.asked, "log_sum_sq_probs") if own else self.asked
+
+    def shown(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those asked for, of statistics a row [R, T], in the shape users see."""
+        return {name: self.layout.per_token(stats[name]) for name in self.asked}
 
     @property
     def separable(self) -> bool:
@@ -88,7 +113,7 @@ class TokenLoss:
 
     def _check_ref_shape(self, ref_logps: Tensor) -> None:
         sums = (self.layout.sequences,)
-        rows = tuple(self.layout.per_token(self.layout.targets).shape)
+        rows = self.layout.shape
         shape, per_token = tuple(ref_logps.shape), self.per_token
         if (shape != sums or per_token) and (shape != rows or per_token is False):
             kinds = {False: f"{list(sums)} (sequence sums)", True: f"{list(rows)} (one a token)"}
@@ -170,60 +195,57 @@ class TokenLoss:
                 leaves.append(name)
             changes[name] = part
         options = replace(o, **changes)
-        share = replace(self, layout=layout, options=options, dtype=torch.float64, per_token=False)
+        share = replace(self, layout=layout, options=options, dtype=torch.float64, per_token=False,
+                        asked=())  # fmt: skip
         return share, leaves
 
-    def is_small(self, logits: Tensor, ref_logps: Tensor | None) -> bool:
-        """Whether one launch from logits to loss can do it, and pays (`ops/small_batch.py`)."""
-        o, (row, weight, terms) = self.options, self.losses[0]
-        plain = len(self.losses) == 1 and weight == 1 and len(terms) > 0 and row.score == "ratio"
-        plain = plain and row.sft is None and not row.batch_coupled and not row.by_length
-        plain = plain and (o.f_divergence_type == "reverse_kl" or not row.f_divergence)
-        plain = plain and not self.stats and o.ld_alpha is None and o.weights is None
-        plain = plain and o.sft_weight == 0 and o.reduction == "mean"
-        fixed = all(
-            not isinstance(x, Tensor) or (x.dim() == 1 and not x.requires_grad)
-            for x in (o.beta, o.offset)
-        )
-        # One value a token would have to be summed first: the composition does that.
-        sums = ref_logps is None or self.is_sums(ref_logps)
-        return (
-            plain
-            and fixed
-            and sums
-            and not isinstance(o.num_pairs, Tensor)
-            and not torch.compiler.is_compiling()
-            and logits.numel() <= SMALL_BATCH.get(self.backend, -1)
-            and (logits.shape[-1] == 1 or logits.stride(-1) == 1)
-        )
+    @property
+    def tail(self) -> float:
+        """What a scored token past the shorter completion of its pair weighs (LD-DPO)."""
+        return 1.0 if self.options.ld_alpha is None else float(self.options.ld_alpha)
 
-    def finish_small(
+    def reference_sums(self, tokens: Tensor | None, ref_logps: Tensor | None) -> Tensor | None:
+        """[2B] of a reference's log-probs a row [R, T], or of `ref_logps` as the user gave it."""
+        if tokens is None and ref_logps is not None and self.uses_reference:
+            if self.is_sums(ref_logps):
+                return ref_logps.detach()
+            tokens = self.layout.from_per_token("ref_logps", ref_logps.detach())
+        return None if tokens is None else self.sums(tokens, self.tail)[0]
+
+    def is_direct(
+        self, logits: Tensor, ref_logits: Tensor | None, ref_logps: Tensor | None
+    ) -> bool:
+        """Whether one autograd function over the backend's functions gives loss and gradient."""
+        if self.ordinary is None or self.backend == "torch":
+            return False
+        for x in (logits, ref_logits):
+            if x is not None and (
+                x.dtype not in FUSED_DTYPES or (x.shape[-1] > 1 and x.stride(-1) != 1)
+            ):
+                return False
+        return eager(logits, ref_logits, ref_logps, self.layout.targets, self.layout.cu_seqlens)
+
+    def finish_logits(
         self,
         logits: Tensor,
-        ref_tokens: Tensor | None,
+        ref_logits: Tensor | None,
         ref_logps: Tensor | None,
         transform: LogitTransform,
         inplace: bool,
     ) -> DPOOutput:
-        row, _, terms = self.losses[0]
-        reference = None
-        if ref_tokens is not None:
-            reference = self.sums(ref_tokens)[0]
-        elif ref_logps is not None and row.reference:
-            reference = ref_logps.detach().contiguous()
-            if reference.dtype not in (torch.float32, torch.float64):
-                reference = reference.float()
-        pairs = self.layout.sequences // 2
-        num_pairs = self.options.num_pairs
-        assert not isinstance(num_pairs, Tensor)
-        loss, table = ops.small_batch(
-            logits, self.layout.targets, self.layout.cu_seqlens, reference, terms,
-            beta=self.options.beta, offset=self.options.offset,
-            divisor=float(pairs if num_pairs is None else num_pairs),
-            ignore_index=self.layout.ignore_index, transform=transform, inplace=inplace,
-            backend=self.backend,
+        """Loss and rewards from logits [R, T, V], where `is_direct`."""
+        assert self.ordinary is not None
+        write = inplace and logits.requires_grad and torch.is_grad_enabled()
+        if write:
+            ops.check_writable(logits)
+        reference = None if ref_logits is not None else self.reference_sums(None, ref_logps)
+        call = LogitsCall(
+            self.ordinary, self.layout, self.dtype, transform, self.stats, self.tail, write,
+            None if ref_logits is None else ref_logits.detach(), reference, self.backend,
+            load(self.backend),
         )  # fmt: skip
-        return DPOOutput(loss, *table.unbind(0))
+        out, stats = from_logits(call, logits)
+        return out.told(None, self.shown(stats))
 
     def finish(
         self,
@@ -237,19 +259,17 @@ class TokenLoss:
         `ref_logps` as the user gave it: [2B] sums or per token.
         """
         B = self.layout.sequences // 2
-        ld_alpha = self.options.ld_alpha
-        tail = 1.0 if ld_alpha is None else float(ld_alpha)
+        tail = self.tail
         sums, counts = self.sums(policy.logps, tail)
+        reference = self.reference_sums(ref_tokens, ref_logps)
+        if self.ordinary is not None and self.backend != "torch" and eager(sums):
+            call = SumsCall(
+                self.ordinary, self.losses, self.dtype, reference,
+                counts if self.ordinary.row.by_length else None, self.backend, load(self.backend),
+            )  # fmt: skip
+            return from_sums(call, sums).told(None, self.shown(policy.stats))
         plain = sums if tail == 1.0 else self.sums(policy.logps)[0]
-        reference: Tensor | None = None
-        if ref_tokens is not None:
-            reference = self.sums(ref_tokens, tail)[0]
-        elif ref_logps is not None and self.uses_reference:
-            if self.is_sums(ref_logps):
-                reference = ref_logps.detach().double()
-            else:
-                tokens = self.layout.from_per_token("ref_logps", ref_logps.detach())
-                reference = self.sums(tokens, tail)[0]
+        reference = None if reference is None else reference.double()
         wpo = None
         if self.options.use_weighting:
             aligned = policy.logps.detach() - policy.stats["log_sum_sq_probs"]
@@ -268,7 +288,8 @@ class TokenLoss:
             chosen_kl=None if kl_sums is None else kl_sums[:B],
             rejected_kl=None if kl_sums is None else kl_sums[B:],
         )
-        return loss_of(pairs, self.options, self.losses, self.dtype, self.backend)
+        out = loss_of(pairs, self.options, self.losses, self.dtype, self.backend)
+        return out.told(None, self.shown(policy.stats)) if self.asked else out
 
 
 def op_of(losses: list) -> str:

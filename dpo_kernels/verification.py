@@ -26,8 +26,8 @@ KERNELS = {
     "triton/sequence_sum": ("sequence_sum", "sequence_sum_backward"),
     "triton/pair_loss": ("pair_loss_forward",),
     "triton/scaled_copy": ("scaled_copy",),
-    "cuda/token_logps": ("token_logps", "small_batch"),
-    "cuda/token_logps_backward": ("token_logps_backward", "small_batch_backward"),
+    "cuda/token_logps": ("token_logps",),
+    "cuda/token_logps_backward": ("token_logps_backward",),
     "cuda/sequence_sum": ("sequence_sum", "sequence_sum_backward"),
     "cuda/pair_loss": ("pair_loss_forward",),
 }

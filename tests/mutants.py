@@ -66,7 +66,7 @@ CUDA_CONSTANTS = (
     Mutant("cuda/device.h", "size >= 0.625f ? copysign", "size >= 3.0f ? copysign"),
     Mutant("cuda/device.h", "- 2.0f * reciprocal(", "- 2.001f * reciprocal("),
     Mutant("cuda/device.h", "v.w[i] & 0xffff0000u", "v.w[i] & 0xffe00000u"),
-    Mutant("cuda/sequences.h", "(lo + hi + 1) / 2", "(lo + hi) / 2"),
+    Mutant("cuda/sequences.h", "row > rows ? rows", "row > rows ? rows - 1"),
     Mutant("cuda/row_sums.h", "column(i) < y", "column(i) <= y"),
     Mutant("cuda/token_logps.cu", "logp != logp ? logp : 0.0", "0.0"),
     Mutant("cuda/token_logps.cu", "log(s.squares) - 2 * log_l", "log(s.squares) - 1 * log_l"),

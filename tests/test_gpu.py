@@ -14,8 +14,7 @@ pytestmark = [
 ]
 BACKENDS = ("triton", "cuda")
 IGNORE = -100
-# The small batch (one launch from logits to loss, backend "cuda") and past it.
-SHAPES = {"small batch": (4, 9, 1031), "large": (4, 130, 131072)}
+SHAPES = {"small": (4, 9, 1031), "large": (4, 130, 131072)}
 
 
 def batch(shape, dtype=torch.bfloat16):
@@ -154,7 +153,7 @@ def test_torch_compile(backend, shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_labels_outside_the_vocabulary_are_nan_rows(backend):
-    logits, labels, _ = batch("small batch")
+    logits, labels, _ = batch("small")
     V = logits.shape[-1]
     labels[0, 5], labels[1, 6] = V, -7
     logps = dk.sequence_logps(logits, labels, reduction="none", backend=backend, shift=False)
@@ -265,7 +264,7 @@ def test_another_device_than_the_current_one(backend):
 
 
 def test_boundaries_on_the_cpu_are_checked_without_waiting():
-    logits, labels, ref = (x.cuda() for x in batch("small batch"))
+    logits, labels, ref = (x.cuda() for x in batch("small"))
     R, T = labels.shape
     packed = {"cu_seqlens": torch.arange(0, R * T + 1, T), "ref_logps": ref}
     flat = logits.reshape(R * T, -1)

@@ -1,5 +1,4 @@
-// Log-prob and log-sum-exp of each scored row in one read; with a small batch of pairs, the sequence
-// sums, the loss and its slopes in the same launch.
+// Log-prob, log-sum-exp and statistics of each scored row in one read.
 //
 // A persistent grid takes items, (row, part of the row), in order from a ticket: a block that meets
 // unscored rows takes more of them. One warp of each block only looks ahead for the next scored
@@ -9,11 +8,7 @@
 // and its sum in fp64 and rescales only when a group of elements raises its maximum; threads meet
 // once an item. No result depends on which block took which item: reductions are in fixed order, and
 // parts of a row are combined in order by the block that finishes last.
-#include <type_traits>
-
-#include "../pair_terms.h"
 #include "row_sums.h"
-#include "sequences.h"
 
 namespace dpo {
 namespace cuda {
@@ -30,16 +25,11 @@ struct Config {
   static constexpr int WARPS = THREADS / WARP;
 };
 using Forward = Config<DPO_FORWARD_CONFIG>;
-// A small batch has few rows: one block an SM, and the registers that finishing a pair takes.
-using SmallForward = Config<Forward::THREADS, Forward::VECTORS, Forward::STAGES, 1>;
-
 // Zero before and after every launch.
 struct Counters {
   uint32_t ticket;
   uint32_t finished;  // blocks
-  uint32_t pairs;  // of a small batch
-  uint32_t unused;
-  // then uint32_t [rows] parts done, uint32_t [B] rows done
+  // then uint32_t [rows] parts done
 };
 
 struct Item {
@@ -64,80 +54,10 @@ struct Arguments {
   int rows, V, splits;
   Counters* counters;
   uint32_t* parts_done;  // [rows]
-  uint32_t* rows_done;  // [B]
   Partial* partials;  // [rows, splits]
-  SmallBatch batch;  // B = 0: none
 };
 
-// The sum of sequence s by one warp, in a fixed order.
-DPO_DEVICE double sum_sequence(const Arguments& a, int64_t s) {
-  const int64_t first = first_row(a.batch.starts, s, a.rows, a.p.T);
-  const int64_t end = first_row(a.batch.starts, s + 1, a.rows, a.p.T);
-  double total = 0;
-  for (int64_t row = first + threadIdx.x % WARP; row < end; row += WARP)
-    if (a.p.targets[row] != a.p.ignore_index) total += load_cross_block(a.p.logps + row);
-  return warp_sum(total);
-}
-
-DPO_DEVICE double reference_of(const SmallBatch& b, int64_t s) {
-  if (!b.reference) return 0;
-  return b.reference_is_fp32 ? ((const float*)b.reference)[s] : ((const double*)b.reference)[s];
-}
-
-// A warp's: everything about pair i, and about the batch once its last pair is done.
-DPO_DEVICE void finish_pair(const Arguments& a, int64_t i) {
-  const SmallBatch& b = a.batch;
-  const int lane = threadIdx.x % WARP;
-  const int64_t B = b.B;
-  const double chosen = sum_sequence(a, i), rejected = sum_sequence(a, B + i);
-  uint32_t before = 0;
-  if (lane == 0) {
-    const double u = chosen - reference_of(b, i), v = rejected - reference_of(b, B + i);
-    const double beta = b.beta ? b.beta[i] : b.beta_value;
-    store_pair(pair_terms(u, v, beta, b.offset ? b.offset[i] : 0, b.phis, b.terms, b.K), i, B,
-               b.losses, b.slopes);
-    const double columns[6] = {
-        chosen, rejected, beta * u, beta * v, beta * u - beta * v, beta * u > beta * v ? 1.0 : 0.0};
-    for (int c = 0; c < 6; ++c) b.table[c * B + i] = (float)columns[c];
-    a.rows_done[i] = 0;
-    before = add_acq_rel(&a.counters->pairs, 1);
-  }
-  before = __shfl_sync(FULL, before, 0);
-  if (before != B - 1) return;
-  double total = 0;
-  for (int64_t j = lane; j < B; j += WARP) total += load_cross_block(b.losses + j);
-  total = warp_sum(total);
-  if (lane == 0) {
-    *b.loss = (float)(total / b.divisor);
-    a.counters->pairs = 0;
-  }
-}
-
-// Rows of pair i, scored or not.
-DPO_DEVICE int64_t pair_rows(const Arguments& a, int64_t i) {
-  const SmallBatch& b = a.batch;
-  int64_t n = 0;
-  for (int64_t s = i; s < 2 * b.B; s += b.B) {
-    const int64_t first = first_row(b.starts, s, a.rows, a.p.T);
-    const int64_t end = first_row(b.starts, s + 1, a.rows, a.p.T);
-    n += end > first ? end - first : 0;
-  }
-  return n;
-}
-
-// A warp's: the row is scored, or is known not to be.
-DPO_DEVICE void row_done(const Arguments& a, int row) {
-  const int64_t s = sequence_of(a.batch.starts, 2 * a.batch.B, row, a.p.T);
-  if (s < 0) return;
-  const int64_t i = s % a.batch.B;
-  uint32_t before = 0;
-  if (threadIdx.x % WARP == 0) before = add_acq_rel(a.rows_done + i, 1);
-  before = __shfl_sync(FULL, before, 0);
-  if ((int64_t)before + 1 == pair_rows(a, i)) finish_pair(a, i);
-}
-
 // A warp's: the next scored item; rows that are not scored are written on the way.
-template <bool BATCH>
 DPO_DEVICE bool find_item(const Arguments& a, Item* slot, bool more) {
   const int lane = threadIdx.x % WARP;
   Item item{-1, 0};
@@ -161,7 +81,6 @@ DPO_DEVICE bool find_item(const Arguments& a, Item* slot, bool more) {
       for (float* stat : {a.p.entropy, a.p.mean_logits, a.p.is_top1, a.p.log_sum_sq_probs})
         if (stat) stat[row] = value;
     }
-    if constexpr (BATCH) row_done(a, row);
   }
   if (lane == 0) *slot = item;
   return item.row >= 0;
@@ -215,21 +134,17 @@ struct Stream16 {
   }
 };
 
-template <class T, bool SOFTCAP, bool STATS, bool BATCH, class C>
+template <class T, bool SOFTCAP, bool STATS, class C>
 __global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS)
     forward(const __grid_constant__ Arguments a) {
   constexpr int N = Elements<T>::N;
   Shared<C>& shared = *(Shared<C>*)shared_memory();
   const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
   if (warp == C::WARPS) {  // the scout: finds item i + 2 while item i is read
-    if constexpr (BATCH)
-      if (blockIdx.x == 0)
-        for (int64_t i = 0; i < a.batch.B; ++i)
-          if (pair_rows(a, i) == 0) finish_pair(a, i);
     bool more = true;
     for (int i = -2;; ++i) {
       if (i >= 0 && shared.items[i % 3].row < 0) return;
-      more = find_item<BATCH>(a, &shared.items[(i + 2) % 3], more);
+      more = find_item(a, &shared.items[(i + 2) % 3], more);
       if (i >= -1) block_barrier();
     }
   }
@@ -347,10 +262,7 @@ __global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS)
           if (lane == 0) a.parts_done[item.row] = 0;
         }
       }
-      if (last) {
-        if (lane == 0) store_row<T, SOFTCAP, STATS>(a, item.row, sums);
-        if constexpr (BATCH) row_done(a, item.row);
-      }
+      if (last && lane == 0) store_row<T, SOFTCAP, STATS>(a, item.row, sums);
     }
   }
   // Every block has taken its last ticket when the last one arrives here.
@@ -360,22 +272,21 @@ __global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS)
   }
 }
 
-template <class T, bool SOFTCAP, bool STATS, bool BATCH>
+template <class T, bool SOFTCAP, bool STATS>
 cudaError_t run_forward(const Arguments& a, int sms, void* stream) {
-  using C = std::conditional_t<BATCH, SmallForward, Forward>;
+  using C = Forward;
   const int64_t resident = (int64_t)sms * C::BLOCKS, items = (int64_t)a.rows * a.splits;
   const int64_t blocks = items < resident ? (items ? items : 1) : resident;
-  return launch(forward<T, SOFTCAP, STATS, BATCH, C>, dim3((unsigned)blocks), C::THREADS + WARP,
+  return launch(forward<T, SOFTCAP, STATS, C>, dim3((unsigned)blocks), C::THREADS + WARP,
                 sizeof(Shared<C>), stream, a);
 }
 
 template <class T, bool SOFTCAP>
 cudaError_t choose_forward(const Arguments& a, int sms, void* stream) {
   const TokenLogps& p = a.p;
-  if (a.batch.B) return run_forward<T, SOFTCAP, false, true>(a, sms, stream);
   if (p.entropy || p.mean_logits || p.is_top1 || p.log_sum_sq_probs)
-    return run_forward<T, SOFTCAP, true, false>(a, sms, stream);
-  return run_forward<T, SOFTCAP, false, false>(a, sms, stream);
+    return run_forward<T, SOFTCAP, true>(a, sms, stream);
+  return run_forward<T, SOFTCAP, false>(a, sms, stream);
 }
 
 template <class T>
@@ -396,16 +307,13 @@ int token_logps_splits(int64_t rows, int64_t V, DType dtype, int device) {
   return splits < 1 ? 1 : (int)splits;
 }
 
-int64_t token_logps_counters(int64_t rows, int64_t B) {
-  return (int64_t)sizeof(Counters) + 4 * (rows + B);
-}
+int64_t token_logps_counters(int64_t rows) { return (int64_t)sizeof(Counters) + 4 * rows; }
 
 int64_t token_logps_scratch(int64_t rows, int splits) {
   return splits > 1 ? rows * splits * (int64_t)sizeof(Partial) : 0;
 }
 
-const char* token_logps(const TokenLogps& p, const SmallBatch* batch, int splits, void* counters,
-                        void* scratch, Stream to) {
+const char* token_logps(const TokenLogps& p, int splits, void* counters, void* scratch, Stream to) {
   if (const char* why = too_large(p.R * p.T * splits, p.V)) return why;
   Arguments a;
   a.p = p;
@@ -415,10 +323,8 @@ const char* token_logps(const TokenLogps& p, const SmallBatch* batch, int splits
   a.splits = splits;
   a.counters = (Counters*)counters;
   a.parts_done = (uint32_t*)(a.counters + 1);
-  a.rows_done = a.parts_done + a.rows;
   a.partials = (Partial*)scratch;
-  a.batch = batch ? *batch : SmallBatch{};
-  if (a.rows == 0 && a.batch.B == 0) return nullptr;
+  if (a.rows == 0) return nullptr;
   return on_device(to, [&] {
     int sms = 0;
     const cudaError_t e = multiprocessors(to.device, sms);

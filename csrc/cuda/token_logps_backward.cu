@@ -3,7 +3,7 @@
 // A block takes a part of a row, rows from the last to the first: the last rows the forward read may
 // still lie in the L2 cache. Parts are equal and begin on a line of 128 bytes wherever the row does.
 // What all of a row's elements share is computed once a block, in fp64.
-#include "sequences.h"
+#include "device.h"
 
 namespace dpo {
 namespace cuda {
@@ -25,7 +25,6 @@ struct Arguments {
   TokenLogpsBackward p;
   Scaling scaling;
   int rows, V, tiles;
-  SmallBatchGrad batch;  // upstream null: gradients are p.grad
 };
 
 // What a row's elements share: d = exp2((zz - m) k) factor (1 - tanh^2), and at the target
@@ -40,14 +39,7 @@ DPO_DEVICE Row row_of(const Arguments& a, int index) {
   Row row{-1, 0, 0, 0, 0};
   const int64_t y = p.targets[index];
   if (y == p.ignore_index) return row;
-  double g;
-  if (a.batch.upstream) {
-    const int64_t s = sequence_of(a.batch.starts, 2 * a.batch.B, index, p.T);
-    g = s < 0 ? 0.0 : *a.batch.upstream * a.batch.slopes[s] / a.batch.divisor;
-    g = g > FLT_MAX ? FLT_MAX : g < -FLT_MAX ? -FLT_MAX : g;
-  } else {
-    g = p.grad[index];
-  }
+  const double g = p.grad[index];
   if (g == 0) return row;
   if (y < 0 || y >= p.V) {
     row.fill = NAN;
@@ -187,8 +179,7 @@ cudaError_t run(Arguments a, void* stream) {
 
 }  // namespace token_logps_backward_kernels
 
-const char* token_logps_backward(const TokenLogpsBackward& p, const SmallBatchGrad* batch,
-                                 Stream to) {
+const char* token_logps_backward(const TokenLogpsBackward& p, Stream to) {
   if (const char* why = too_large(p.R * p.T, p.V)) return why;
   if (p.dtype != p.out_dtype && p.dtype != DType::f32)
     return "the gradient's dtype must be that of the logits, or narrower than fp32";
@@ -198,7 +189,6 @@ const char* token_logps_backward(const TokenLogpsBackward& p, const SmallBatchGr
   a.rows = (int)(p.R * p.T);
   a.V = (int)p.V;
   a.tiles = 1;
-  a.batch = batch ? *batch : SmallBatchGrad{};
   if (a.rows == 0 || p.V == 0) return nullptr;
   return on_device(to, [&] {
     if (p.dtype == DType::f32 && p.out_dtype == DType::bf16) return run<float, bf16>(a, to.stream);

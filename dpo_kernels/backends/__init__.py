@@ -123,9 +123,6 @@ PREFERENCES = (
 )
 # Ops that a backend has no kernel for, and what they are: asked for there they are refused.
 LACKS = {("cuda", "token_kl"): "the KL of reference and policy a token (tdpo1, tdpo2)"}
-# From logits to loss in one launch (ops/small_batch.py) pays where launches are what costs: on the
-# backends that have it, for logits of up to so many elements. Not measured on a GPU yet.
-SMALL_BATCH = {"cuda": 64 << 20}
 
 
 def choose(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch  # before _C: both then share torch's OpenMP pool
 from torch import Tensor
 
@@ -79,11 +81,16 @@ def token_kl_backward(
     _C.token_kl_backward(params)
 
 
+@functools.lru_cache(maxsize=64)
+def _rows(R: int, T: int) -> Tensor:
+    return torch.arange(R + 1, dtype=torch.int64) * T
+
+
 def _starts(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """First flat position of each sequence [S + 1]."""
     R, T = targets.shape
     if cu_seqlens is None:
-        return torch.arange(R + 1, dtype=torch.int64) * T
+        return _rows(R, T)
     return cu_seqlens.to(torch.int64).clamp(0, T).contiguous()
 
 

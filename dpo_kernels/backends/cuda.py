@@ -79,20 +79,14 @@ def token_logps(
     """As `backends.torch.token_logps`."""
     module, targets = _module(logits), targets.contiguous()
     params, results = native.token_logps(module, logits, targets, ignore_index, transform, stats)
-    _launch_forward(module, params, None, 0, logits)
-    return results
-
-
-def _launch_forward(module, params, batch, B: int, logits: Tensor) -> None:
     R, T, V = logits.shape
     device, stream = _where(logits)
     splits = module.cuda_splits(R * T, V, native.DTYPES[logits.dtype], device)
-    counters = _zeroed(logits, module.cuda_counters(R * T, B))
+    counters = _zeroed(logits, module.cuda_counters(R * T))
     size = module.cuda_scratch(R * T, splits)
     scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
-    module.cuda_token_logps(
-        params, batch, splits, counters.data_ptr(), scratch.data_ptr(), device, stream
-    )
+    module.cuda_token_logps(params, splits, counters.data_ptr(), scratch.data_ptr(), device, stream)
+    return results
 
 
 def token_logps_backward(
@@ -110,7 +104,7 @@ def token_logps_backward(
     params = native.token_logps_backward(
         module, grad, logits, targets, lse, ignore_index, transform, out
     )
-    module.cuda_token_logps_backward(params, None, *_where(logits))
+    module.cuda_token_logps_backward(params, *_where(logits))
 
 
 def _starts(cu_seqlens: Tensor | None) -> Tensor | None:
@@ -170,65 +164,3 @@ def pair_loss_forward(
         loss.data_ptr(), slopes.data_ptr(), *_where(u),
     )  # fmt: skip
     return loss, slopes
-
-
-def small_batch(
-    logits: Tensor,  # [R, T, V]
-    targets: Tensor,  # [R, T]
-    cu_seqlens: Tensor | None,  # [2B + 1] when packed, else 2B = R
-    reference: Tensor | None,  # [2B] fp64 or fp32
-    beta: Tensor | float,  # [B] fp64
-    offset: Tensor | None,  # [B] fp64
-    ignore_index: int,
-    transform: LogitTransform,
-    phis: list[int],
-    numbers: list[float],
-    divisor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (scalar fp32), columns [6, B] fp32, slopes [4, B] fp64 and lse [R, T] fp64: one launch.
-
-    As `token_logps`, `sequence_sum` and `pair_loss` composed; see `ops/small_batch.py`.
-    """
-    module, targets, starts = _module(logits), targets.contiguous(), _starts(cu_seqlens)
-    B = (targets.shape[0] if starts is None else starts.numel() - 1) // 2
-    params, (logps, lse, _) = native.token_logps(
-        module, logits, targets, ignore_index, transform, ()
-    )
-    losses, slopes = lse.new_empty(B), lse.new_empty((4, B))
-    loss = lse.new_empty((), dtype=torch.float32)
-    table = lse.new_empty((6, B), dtype=torch.float32)
-    per_pair = beta if isinstance(beta, Tensor) else None
-    batch = module.SmallBatch(
-        native.pointer(starts), native.pointer(reference),
-        reference is not None and reference.dtype == torch.float32,
-        native.pointer(per_pair), 0.0 if per_pair is not None else beta, native.pointer(offset),
-        phis, numbers, B, divisor, losses.data_ptr(), slopes.data_ptr(), loss.data_ptr(),
-        table.data_ptr(),
-    )  # fmt: skip
-    _launch_forward(module, params, batch, B, logits)
-    del logps  # only now: the launch writes it
-    return loss, table, slopes, lse
-
-
-def small_batch_backward(
-    grad: Tensor,  # scalar fp32
-    logits: Tensor,  # [R, T, V]
-    targets: Tensor,  # [R, T]
-    cu_seqlens: Tensor | None,
-    lse: Tensor,  # [R, T] fp64
-    slopes: Tensor,  # [4, B] fp64
-    ignore_index: int,
-    transform: LogitTransform,
-    divisor: float,
-    out: Tensor,  # [R, T, V], may be `logits`
-) -> None:
-    """`out` = the gradient of the logits: one launch."""
-    module, targets, starts = _module(logits), targets.contiguous(), _starts(cu_seqlens)
-    grad = grad.float()
-    params = native.token_logps_backward(
-        module, None, logits, targets, lse, ignore_index, transform, out
-    )
-    batch = module.SmallBatchGrad(
-        grad.data_ptr(), slopes.data_ptr(), native.pointer(starts), slopes.shape[1], divisor
-    )
-    module.cuda_token_logps_backward(params, batch, *_where(logits))

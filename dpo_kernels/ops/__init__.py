@@ -8,12 +8,10 @@ from .linear_logps import budget_of, check_head, choose_strategy, linear_logps
 from .pair_loss import pair_loss
 from .plan import Plan, chunks_of_pairs, plan_of
 from .sequence_sum import sequence_sum
-from .small_batch import COLUMNS, small_batch
 from .token_kl import TokenKL, token_kl
-from .token_logps import STATS, TokenLogps, check_stats, token_logps
+from .token_logps import STATS, TokenLogps, check_stats, check_writable, token_logps
 
 __all__ = [
-    "COLUMNS",
     "STATS",
     "LinearInputs",
     "Plan",
@@ -23,6 +21,7 @@ __all__ = [
     "budget_of",
     "check_head",
     "check_stats",
+    "check_writable",
     "checks",
     "choose_strategy",
     "chunks_of_pairs",
@@ -32,7 +31,6 @@ __all__ = [
     "pair_loss",
     "plan_of",
     "sequence_sum",
-    "small_batch",
     "token_kl",
     "token_logps",
 ]

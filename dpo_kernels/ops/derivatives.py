@@ -21,7 +21,7 @@ NO_SECOND = f"the fused backends have no second derivatives here: {WAY_OUT}"
 
 def check_mode(*tensors: Tensor | None) -> None:
     """`RuntimeError` for a tensor that carries a tangent or is differentiated by functorch."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not differentiated():
         return
     for x in tensors:
         if x is None:
@@ -32,6 +32,13 @@ def check_mode(*tensors: Tensor | None) -> None:
             )
         if forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError(f"the fused backends have no forward-mode derivative: {WAY_OUT}")
+
+
+def differentiated() -> bool:
+    """Whether forward mode or a transform of functorch is in progress."""
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _differentiated(x: Tensor) -> bool:

@@ -30,14 +30,15 @@ from .. import backends
 from ..backends import torch as reference_backend
 from ..transform import LogitTransform
 from .derivatives import check_mode, once, refuse_second
+from .direct import Op
 from .linear_head import Head, InputGradients, LinearInputs, count_scored, scored_rows
 from .linear_logps import (
     budget_of,
     choose_strategy,
     fake_gradients,
     plain_logits,
-    scaled_product,
-    scaled_rows,
+    scaled_product_op,
+    scaled_rows_op,
 )
 from .plan import Plan, plan_of
 from .products import ceil
@@ -81,7 +82,7 @@ def linear_kl(
         check_mode(*policy, *reference)
         if strategy == "frozen":
             policy = LinearInputs(*once(*policy))  # type: ignore[arg-type]
-        logps, lse, table, ref_logps, _, kl = _linear_kl(
+        logps, lse, table, ref_logps, _, kl = _op(
             *policy, reference.hidden, reference.weight, reference.bias, targets, ignore_index,
             transform.scale, transform.softcap, transform.inv_temperature, ",".join(stats),
             strategy,
@@ -236,11 +237,11 @@ def _backward(ctx, grad_logps, _lse, _table, _ref_logps, _ref_lse, grad_kl, *_):
         given, slopes = (targets, ctx.ignore_index, ctx.tail[0]), [grad_logps, grad_kl]
         dh = d_down = None
         if wanted[0]:
-            dh = scaled_rows(slopes, list(d_hidden.unbind(0)), *given, ctx.dtype)
+            dh = scaled_rows_op(slopes, list(d_hidden.unbind(0)), *given, ctx.dtype)
         if wanted[3]:
-            d_down = scaled_product(slopes, list(d_low.unbind(0)), hidden, *given)
+            d_down = scaled_product_op(slopes, list(d_low.unbind(0)), hidden, *given)
         return dh, None, None, d_down, *[None] * 15
-    grads = _linear_kl_backward(
+    grads = _backward_op(
         grad_logps, grad_kl, *ctx.saved_tensors, ctx.ignore_index, *ctx.transform, list(wanted),
         *ctx.tail,
     )  # fmt: skip
@@ -248,6 +249,7 @@ def _backward(ctx, grad_logps, _lse, _table, _ref_logps, _ref_lse, grad_kl, *_):
 
 
 _linear_kl.register_autograd(_backward, setup_context=_setup_context)
+_op = Op(_linear_kl, _setup_context, _backward)
 
 
 @torch.library.custom_op("dpo_kernels::linear_kl_backward", mutates_args=())
@@ -304,3 +306,4 @@ def _(
 
 
 refuse_second(_linear_kl_backward)
+_backward_op = Op(_linear_kl_backward)

@@ -29,6 +29,7 @@ from ..backends import torch as reference
 from ..transform import LogitTransform
 from .autocast import no_autocast
 from .derivatives import check_mode, once, refuse_second
+from .direct import Op
 from .linear_head import Head, InputGradients, LinearInputs, count_scored, rows_of, scored_rows
 from .plan import DEFAULT, Plan, plan_of
 from .products import ceil
@@ -76,7 +77,7 @@ def linear_logps(
     check_mode(hidden, weight, bias, down, up)
     if strategy == "frozen":
         hidden, down = once(hidden, down)  # type: ignore[assignment]
-    result = _linear_logps(
+    result = _op(
         hidden,
         weight,
         bias,
@@ -298,11 +299,11 @@ def _backward(ctx, grad, *_):
     if ctx.strategy == "frozen":
         d_hidden, d_low, targets, hidden = ctx.saved_tensors
         given = targets, ctx.ignore_index, ctx.tail[1]
-        dh = scaled_rows([grad], [d_hidden], *given, ctx.dtype) if wanted[0] else None
-        d_down = scaled_product([grad], [d_low], hidden, *given) if wanted[3] else None
+        dh = scaled_rows_op([grad], [d_hidden], *given, ctx.dtype) if wanted[0] else None
+        d_down = scaled_product_op([grad], [d_low], hidden, *given) if wanted[3] else None
         return dh, None, None, d_down, *[None] * 13
     hidden, weight, bias, down, up, targets, lse, kept = ctx.saved_tensors
-    grads = _linear_logps_backward(
+    grads = _backward_op(
         grad, hidden, weight, bias, down, up, targets, lse, kept, ctx.ignore_index, *ctx.transform,
         list(wanted), *ctx.tail,
     )  # fmt: skip
@@ -310,6 +311,7 @@ def _backward(ctx, grad, *_):
 
 
 _linear_logps.register_autograd(_backward, setup_context=_setup_context)
+_op = Op(_linear_logps, _setup_context, _backward)
 
 
 @torch.library.custom_op("dpo_kernels::scaled_rows", mutates_args=())
@@ -343,6 +345,9 @@ def _scaled(grads, stashes, targets, ignore_index, count) -> Iterator[tuple[Tens
         yield part, rows
 
 
+scaled_rows_op = Op(scaled_rows)
+
+
 @scaled_rows.register_fake
 def _(grads, stashes, targets, ignore_index, count, dtype):
     return stashes[0].new_empty((*targets.shape, stashes[0].shape[1]), dtype=dtype)
@@ -362,6 +367,9 @@ def scaled_product(
     for part, rows in _scaled(grads, stashes, targets, ignore_index, count):
         out.addmm_(rows.T, rows_of(hidden, part).float())
     return out
+
+
+scaled_product_op = Op(scaled_product)
 
 
 @scaled_product.register_fake
@@ -428,6 +436,7 @@ def _(
 
 
 refuse_second(_linear_logps_backward)
+_backward_op = Op(_linear_logps_backward)
 
 
 def fake_gradients(inputs: LinearInputs, wanted: list[bool]) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from .. import backends, checks
 from ..backends import torch as reference
 from ..losses import Term
 from .derivatives import check_mode
+from .direct import Op
 
 _FIELDS = ("w", "a", "b", "c", "c_beta", "c_inv_beta", "c_offset", "p")
 STRIDE = len(_FIELDS) + 2  # numbers per term handed to a backend: the fields, scaled, w_beta
@@ -63,7 +64,7 @@ def pair_loss(
     if name == "torch":
         return reference.pair_loss(u, v, beta_tensor, offset, terms)
     check_mode(u, v, beta_tensor, offset)
-    loss, _ = _pair_loss(
+    loss, _ = _op(
         u.contiguous(),
         v.contiguous(),
         beta_tensor.contiguous(),
@@ -97,10 +98,13 @@ def _(u, v, beta, offset, phis, numbers, backend):
 def _setup_context(ctx, inputs, output):
     ctx.terms = inputs[4:6]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:4], output[1])
 
 
 def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 7
     *inputs, slopes = ctx.saved_tensors  # [4, B]: d/du, d/dv, d/dbeta, d/doffset
     if torch.is_grad_enabled():  # create_graph=True: slopes that can be differentiated
         slopes = _slopes(inputs, unflatten(*ctx.terms))
@@ -123,3 +127,4 @@ def _slopes(inputs: list[Tensor | None], terms: tuple[Term, ...]) -> Tensor:
 
 
 _pair_loss.register_autograd(_backward, setup_context=_setup_context)
+_op = Op(_pair_loss, _setup_context, _backward)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..backends import torch as reference
 from .derivatives import check_mode
+from .direct import Op
 
 
 def sequence_sum(
@@ -40,7 +41,7 @@ def sequence_sum(
     if name == "torch" or dtype == torch.float64:
         return reference.sequence_sum(values, targets, cu_seqlens, ignore_index, tail_weight)
     check_mode(values)
-    return _sequence_sum(values.to(dtype), targets, cu_seqlens, ignore_index, tail_weight, name)
+    return _op(values.to(dtype), targets, cu_seqlens, ignore_index, tail_weight, name)
 
 
 @torch.library.custom_op("dpo_kernels::sequence_sum", mutates_args=())
@@ -66,18 +67,20 @@ def _(values, targets, cu_seqlens, ignore_index, tail_weight, backend):
 def _setup_context(ctx, inputs, output):
     _, targets, cu_seqlens, ctx.ignore_index, ctx.tail_weight, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(targets, cu_seqlens)
 
 
 def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 6
     targets, cu_seqlens = ctx.saved_tensors
-    d = _sequence_sum_backward(
-        grad, targets, cu_seqlens, ctx.ignore_index, ctx.tail_weight, ctx.backend
-    )
+    d = backward_op(grad, targets, cu_seqlens, ctx.ignore_index, ctx.tail_weight, ctx.backend)
     return d, *[None] * 5
 
 
 _sequence_sum.register_autograd(_backward, setup_context=_setup_context)
+_op = Op(_sequence_sum, _setup_context, _backward)
 
 
 @torch.library.custom_op("dpo_kernels::sequence_sum_backward", mutates_args=())
@@ -107,7 +110,8 @@ def _setup_second(ctx, inputs, output):
 
 def _second(ctx, grad):
     """The sums are linear: the backward's own backward is the forward again."""
-    return _sequence_sum(grad, *ctx.saved_tensors, *ctx.options)[0], *[None] * 5
+    return _op(grad, *ctx.saved_tensors, *ctx.options)[0], *[None] * 5
 
 
 _sequence_sum_backward.register_autograd(_second, setup_context=_setup_second)
+backward_op = Op(_sequence_sum_backward, _setup_second, _second)

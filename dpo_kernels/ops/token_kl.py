@@ -21,6 +21,7 @@ from .. import backends, checks
 from ..backends import torch as reference
 from ..transform import LogitTransform
 from .derivatives import check_mode, refuse_inplace, refuse_second
+from .direct import Op
 from .token_logps import TokenLogps, check_writable, token_logps
 
 
@@ -75,7 +76,7 @@ def token_kl(
             if x.shape[-1] > 1 and x.stride(-1) != 1:
                 raise ValueError(f"{which} must have unit stride in V, got strides {x.stride()}")
         check_mode(logits, ref_logits)
-        result = _token_kl(
+        result = _op(
             logits, ref_logits.detach(), targets, ignore_index, transform.scale,
             transform.softcap, transform.inv_temperature, write, name,
         )  # fmt: skip
@@ -145,12 +146,13 @@ def _backward(ctx, grad_logps, _lse, _ref_logps, _ref_lse, grad_kl):
     if ctx.inplace:
         refuse_inplace()
         target = logits.detach()
-        _token_kl_backward_(grad_logps, grad_kl, target, *arguments)
+        _backward_in_place(grad_logps, grad_kl, target, *arguments)
         return target, *[None] * 8
-    return _token_kl_backward(grad_logps, grad_kl, logits, *arguments), *[None] * 8
+    return _backward_op(grad_logps, grad_kl, logits, *arguments), *[None] * 8
 
 
 _token_kl.register_autograd(_backward, setup_context=_setup_context)
+_op = Op(_token_kl, _setup_context, _backward)
 
 
 @torch.library.custom_op("dpo_kernels::token_kl_backward", mutates_args=())
@@ -186,6 +188,7 @@ def _(
 
 
 refuse_second(_token_kl_backward)
+_backward_op = Op(_token_kl_backward)
 
 
 @torch.library.custom_op("dpo_kernels::token_kl_backward_", mutates_args=("logits",))
@@ -207,3 +210,6 @@ def _token_kl_backward_(
         grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, ignore_index,
         LogitTransform(scale, softcap, inv_temperature), logits,
     )  # fmt: skip
+
+
+_backward_in_place = Op(_token_kl_backward_, writes=2)

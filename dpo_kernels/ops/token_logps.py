@@ -19,6 +19,7 @@ from .. import backends, checks
 from ..backends import torch as reference
 from ..transform import LogitTransform
 from .derivatives import check_mode, refuse_inplace, refuse_second
+from .direct import Op
 
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -67,7 +68,7 @@ def token_logps(
         if logits.dim() and logits.shape[-1] > 1 and logits.stride(-1) != 1:
             raise ValueError(f"logits must have unit stride in V, got strides {logits.stride()}")
         check_mode(logits)
-        result = _token_logps(
+        result = token_logps_op(
             logits,
             targets,
             ignore_index,
@@ -139,22 +140,26 @@ def _setup_context(ctx, inputs, output):
     ctx.transform = tuple(transform)
     _, lse, table = output
     ctx.mark_non_differentiable(lse, table)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, lse)
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 9
     # Reading saved_tensors compares versions: after an in-place backward a second one raises here.
     logits, targets, lse = ctx.saved_tensors
     arguments = (targets, lse, ctx.ignore_index, *ctx.transform, ctx.backend)
     if ctx.inplace:
         refuse_inplace()
         target = logits.detach()
-        _token_logps_backward_(grad, target, *arguments)
+        backward_in_place(grad, target, *arguments)
         return target, *[None] * 8
-    return _token_logps_backward(grad, logits, *arguments), *[None] * 8
+    return backward_op(grad, logits, *arguments), *[None] * 8
 
 
 _token_logps.register_autograd(_backward, setup_context=_setup_context)
+token_logps_op = Op(_token_logps, _setup_context, _backward)
 
 
 @torch.library.custom_op("dpo_kernels::token_logps_backward", mutates_args=())
@@ -182,6 +187,7 @@ def _(grad, logits, targets, lse, ignore_index, scale, softcap, inv_temperature,
 
 
 refuse_second(_token_logps_backward)
+backward_op = Op(_token_logps_backward)
 
 
 @torch.library.custom_op("dpo_kernels::token_logps_backward_", mutates_args=("logits",))
@@ -198,6 +204,9 @@ def _token_logps_backward_(
 ) -> None:
     _run_backward(grad, logits, targets, lse, ignore_index, (scale, softcap, inv_temperature),
                   backend, logits)  # fmt: skip
+
+
+backward_in_place = Op(_token_logps_backward_, writes=1)
 
 
 def _run_backward(grad, logits, targets, lse, ignore_index, transform, backend, out) -> None:

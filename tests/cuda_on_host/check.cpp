@@ -134,7 +134,7 @@ void check_rows(const Case& c, std::mt19937& random) {
   const cuda::Stream stream{0, nullptr};
   for (int repeat = 0; repeat < 2; ++repeat) {  // the counters are as they were, the bits too
     std::vector<float> first = logps;
-    const char* error = cuda::token_logps(p, nullptr, splits, counters.data(), scratch.data(), stream);
+    const char* error = cuda::token_logps(p, splits, counters.data(), scratch.data(), stream);
     expect(!error, c, error ? error : "", 0, 0);
     for (uint32_t n : counters) expect(n == 0, c, "a counter", n, 0);
     if (repeat)
@@ -174,7 +174,7 @@ void check_rows(const Case& c, std::mt19937& random) {
     TokenLogpsBackward b{grad.data(), in.data(), in.stride_r, in.stride_t, targets.data(),
                          lse.data(), c.R, c.T, c.V, IGNORE, c.dtype, c.transform, out.data(),
                          out.stride_r, out.stride_t, other.dtype};
-    const char* error = cuda::token_logps_backward(b, nullptr, stream);
+    const char* error = cuda::token_logps_backward(b, stream);
     expect(!error, c, error ? error : "", 0, 0);
     const double unit =
         other.dtype == DType::bf16 ? 1.0 / 256 : other.dtype == DType::f16 ? 1.0 / 2048 : 0;
@@ -190,86 +190,6 @@ void check_rows(const Case& c, std::mt19937& random) {
         const double allowed = 1.01 * unit * std::fabs(wanted) + 1e-5 * std::fabs(wanted) + 2e-6;
         expect(close(out.get(row, v), wanted, allowed), c, "gradient", out.get(row, v), wanted);
       }
-  }
-}
-
-void check_batch(const Case& c, std::mt19937& random) {
-  // Pairs of sequences of c.T rows, or packed with lengths of their own, one of them empty.
-  std::normal_distribution<float> normal(0, 3);
-  const bool packed = c.stats;
-  const int64_t B = c.R;
-  std::vector<int64_t> starts(1, 0);
-  for (int64_t s = 0; s < 2 * B; ++s)
-    starts.push_back(starts.back() + (packed ? (s % B == 1 ? 0 : 1 + (int64_t)(random() % 4)) : c.T));
-  const int64_t rows = starts.back();
-  Case flat = c;
-  flat.R = packed ? 1 : 2 * B;
-  flat.T = packed ? rows : c.T;
-  Logits x(flat);
-  std::vector<int64_t> targets(rows);
-  std::vector<double> sums(2 * B), reference(2 * B), lse(rows);
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t v = 0; v < c.V; ++v) x.set(row, v, normal(random));
-    targets[row] = random() % 4 ? (int64_t)(random() % c.V) : IGNORE;
-  }
-  for (int64_t s = 0; s < 2 * B; ++s) {
-    reference[s] = -3 * normal(random);
-    for (int64_t row = starts[s]; row < starts[s + 1]; ++row)
-      if (targets[row] != IGNORE) sums[s] += truth_of(x, flat, row, targets[row]).logp;
-  }
-  std::vector<float> logps(rows), table(6 * B);
-  std::vector<double> losses(B), slopes(4 * B);
-  float loss = 7;
-  TokenLogps p{x.data(), x.stride_r, x.stride_t, targets.data(), flat.R, flat.T, c.V, IGNORE,
-               c.dtype, c.transform, logps.data(), lse.data(), nullptr, nullptr, nullptr, nullptr};
-  // -log sigmoid(beta (u - v))
-  cuda::SmallBatch batch{packed ? starts.data() : nullptr, reference.data(), false, nullptr, 0.1,
-                         nullptr, {0}, {1, -1, 1, 0, 0, 0, 0, 0, 1, 0}, B, 1, (double)B,
-                         losses.data(), slopes.data(), &loss, table.data()};
-  std::vector<uint32_t> counters(4 + rows + B);
-  const int splits = cuda::token_logps_splits(rows, c.V, c.dtype, 0);
-  std::vector<double> scratch(cuda::token_logps_scratch(rows, splits) / 8 + 1);
-  const cuda::Stream stream{0, nullptr};
-  double wanted = 0;
-  std::vector<double> slope(2 * B);
-  for (int64_t i = 0; i < B; ++i) {
-    const double d = 0.1 * (sums[i] - reference[i] - sums[B + i] + reference[B + i]);
-    wanted += (std::fmax(-d, 0) + std::log1p(std::exp(-std::fabs(d)))) / B;
-    slope[i] = -0.1 / (1 + std::exp(d));
-    slope[B + i] = -slope[i];
-  }
-  for (int repeat = 0; repeat < 2; ++repeat) {
-    const char* error = cuda::token_logps(p, &batch, splits, counters.data(), scratch.data(), stream);
-    expect(!error, c, error ? error : "", 0, 0);
-    for (uint32_t n : counters) expect(n == 0, c, "a counter", n, 0);
-    expect(close(loss, wanted, 2e-6 * (1 + wanted)), c, "loss", loss, wanted);
-    for (int64_t i = 0; i < B; ++i) {
-      expect(close(table[i], sums[i], 2e-5), c, "chosen", table[i], sums[i]);
-      expect(close(table[B + i], sums[B + i], 2e-5), c, "rejected", table[B + i], sums[B + i]);
-    }
-    for (int64_t s = 0; s < 2 * B; ++s)
-      expect(close(slopes[s], slope[s], 1e-6), c, "slope", slopes[s], slope[s]);
-  }
-  {  // backward
-    const float upstream = 1.5f;
-    const cuda::SmallBatchGrad g{&upstream, slopes.data(), packed ? starts.data() : nullptr, B,
-                                 (double)B};
-    Logits out(flat);
-    TokenLogpsBackward b{nullptr, x.data(), x.stride_r, x.stride_t, targets.data(), lse.data(),
-                         flat.R, flat.T, c.V, IGNORE, c.dtype, c.transform, out.data(),
-                         out.stride_r, out.stride_t, c.dtype};
-    const char* error = cuda::token_logps_backward(b, &g, stream);
-    expect(!error, c, error ? error : "", 0, 0);
-    for (int64_t s = 0; s < 2 * B; ++s)
-      for (int64_t row = starts[s]; row < starts[s + 1]; ++row)
-        for (int64_t v = 0; v < c.V; ++v) {
-          const int64_t y = targets[row];
-          const double xv = x.get(row, v), q = std::exp(z_of(c.transform, xv) - lse[row]);
-          const double d = y == IGNORE ? 0 : 1.5 * slope[s] / B * ((v == y) - q) *
-                                                 slope_of(c.transform, xv);
-          expect(close(out.get(row, v), d, std::fabs(d) / 200 + 1e-6), c, "batch gradient",
-                 out.get(row, v), d);
-        }
   }
 }
 
@@ -363,7 +283,6 @@ int main(int argc, char** argv) {
     std::printf("%s\n", c.name.c_str());
     std::fflush(stdout);
     check_rows(c, random);
-    check_batch(c, random);
     check_sums(c, random);
     check_pairs(c, random);
   }
