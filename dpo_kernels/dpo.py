@@ -256,8 +256,11 @@ def preference_loss(
     if wide_input and backend is None:
         name = "torch"
     dtype = torch.float64 if wide_input else torch.float32
-    if settled.ordinary is not None and name != "torch" and _constant(values[2:]) and eager(
-        *(x for x in values if x is not None)
+    if (
+        settled.ordinary is not None
+        and name != "torch"
+        and _constant(values[2:])
+        and eager(*(x for x in values if x is not None))
     ):
         row = settled.ordinary.row
         call = SumsCall(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import checks
 from .layout import Layout
 from .losses import Loss, LossOptions, Terms
 from .ops.derivatives import refuse_inplace
@@ -77,7 +78,7 @@ class Ordinary:
             assert lengths is not None
             count = lengths.clamp(min=1)
             scores = ratios / count
-        u, v = scores.split(B) if B else (scores, scores)
+        u, v = scores.chunk(2)
         offset = length_offset(self.row, lengths, self.options, pairs)
         if offset is not None:
             offset = offset.contiguous()
@@ -112,9 +113,9 @@ class Ordinary:
             rewards = (ratios.view(2, B) * beta.detach()).view(-1)
         else:
             rewards = ratios * (beta.detach() if isinstance(beta, Tensor) else beta)
-        chosen, rejected = rewards.split(B)
+        chosen, rejected = rewards.chunk(2)
         table = torch.cat([sums, rewards, chosen - rejected, chosen > rejected])
-        return table.to(dtype).split(B)  # type: ignore[return-value]
+        return table.to(dtype).chunk(6)
 
     def scaled(self, slopes: Tensor, g: Tensor) -> Tensor:
         """d loss / d sums [S] of the slopes of the pairs' losses; `g` of the loss."""
@@ -123,10 +124,10 @@ class Ordinary:
             g = g.double()
             return torch.where(g == 0, 0.0, g * slopes.view(2, B)).view(-1)
         divisor = B if self.options.num_pairs is None else self.options.num_pairs
-        if g.device.type == "cpu" and type(g) is Tensor and not isinstance(divisor, Tensor):
-            if not torch.is_grad_enabled() and not torch._C._functorch.is_functorch_wrapped_tensor(g):
-                scale = g.item() / divisor
-                return slopes * scale if scale else torch.zeros_like(slopes)
+        # On the CPU the scalar can be looked at; elsewhere that would wait for the device.
+        if checks.readable(g) and not isinstance(divisor, Tensor) and not torch.is_grad_enabled():
+            scale = g.item() / divisor
+            return slopes * scale if scale else torch.zeros_like(slopes)
         g = g.double() / divisor
         # A loss that does not count gives 0 whatever its slopes.
         return torch.where(g == 0, 0.0, g * slopes)

@@ -75,9 +75,7 @@ def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * 6
     targets, cu_seqlens = ctx.saved_tensors
-    d = backward_op(
-        grad, targets, cu_seqlens, ctx.ignore_index, ctx.tail_weight, ctx.backend
-    )
+    d = backward_op(grad, targets, cu_seqlens, ctx.ignore_index, ctx.tail_weight, ctx.backend)
     return d, *[None] * 5
 
 
