@@ -23,6 +23,7 @@ from . import checks
 from .layout import Layout
 from .losses import Loss, LossOptions, Terms
 from .ops.derivatives import refuse_inplace
+from .ops.direct import eager
 from .ops.pair_loss import flatten
 from .ops.sequence_sum import backward_op as sums_backward
 from .ops.token_logps import backward_in_place, backward_op
@@ -196,6 +197,11 @@ class _FromLogits(torch.autograd.Function):
             refuse_inplace()
         y, cu, ignore = _place(call.layout)
         d = call.loss.scaled(slopes, g)
+        if not call.inplace and not torch.is_grad_enabled() and eager(d):
+            out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            d = call.impl.sequence_sum_backward(d, y, cu, ignore, call.tail, torch.float32)
+            call.impl.token_logps_backward(d, logits, y, lse, ignore, t, out)
+            return out, None, None
         d = sums_backward(d, y, cu, ignore, call.tail, call.backend)
         rest = (y, lse, ignore, t.scale, t.softcap, t.inv_temperature, call.backend)
         if call.inplace:

@@ -77,7 +77,7 @@ class _Stream(torch.autograd.Function):
     @staticmethod
     def forward(ctx, batch: Streaming, kept, place, hidden, weight, bias, down, up, *options):
         wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[3:8], strict=True))
-        inputs = LinearInputs(hidden, weight, bias, down, up).detached()
+        inputs = LinearInputs(hidden, weight, bias, down, up)
         with no_autocast(hidden.device):
             found = _run(batch, inputs, wanted)
         names = (*LinearInputs._fields, "beta", "offset", "weights")
