@@ -1,8 +1,8 @@
-"""What a call settles at the door: options checked and resolved once, for equal options once at all.
+"""What a call settles at the door: its options, checked and resolved once for equal options.
 
-The front functions are called with the same options step after step. What depends on them alone (the
-loss's rows and terms, the logit transform, whether the loss has a closed form) is kept by their
-values; a tensor among them, or an option that is wrong, is looked at each time.
+The front functions are called with the same options step after step. What depends on them alone
+(the loss's rows and terms, the logit transform, whether the loss has a closed form) is kept by
+their values; a tensor among them, or an option that is wrong, is looked at each time.
 """
 
 from __future__ import annotations

@@ -144,15 +144,23 @@ def readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and plain(value)
 
 
+def few(labels: Tensor) -> list[list[int]] | None:
+    """Readable labels as numbers, rows of them, where that is faster than calling an op."""
+    if labels.numel() > _FEW:
+        return None
+    rows = labels.tolist()
+    return rows if labels.dim() == 2 else [rows]
+
+
 def labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:
     """A label is `ignore_index` or in [0, V). On GPUs the kernels refuse instead (NaN)."""
     if not readable(labels) or labels.numel() == 0:
         return
-    # A few labels are read faster than the ops below are called.
-    if labels.numel() <= _FEW and all(
-        0 <= y < V or y == ignore_index for y in labels.reshape(-1).tolist()
-    ):
-        return
+    if (rows := few(labels)) is not None:
+        found = set().union(*rows)
+        found.discard(ignore_index)
+        if not found or (min(found) >= 0 and max(found) < V):
+            return
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= V))
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()

@@ -108,7 +108,7 @@ class Layout:
         if scored_lengths is not None:
             lengths = checks.lengths_of("scored_lengths", scored_lengths, self.sequences)
         if readable:
-            counted = tuple(self.scored_counts().tolist())
+            counted = self._counted()
             for i, (given, count) in enumerate(zip(lengths or counted, counted, strict=True)):
                 if given != count:
                     raise ValueError(
@@ -133,6 +133,13 @@ class Layout:
     def scored_lengths(self) -> list[int]:
         """Scored rows of each sequence; on a GPU the host waits for them unless it knows."""
         return self.scored_counts().tolist() if self.lengths is None else list(self.lengths)
+
+    def _counted(self) -> tuple[int, ...]:
+        """`scored_counts` of targets on the CPU."""
+        rows = None if self.packed else checks.few(self.targets)
+        if rows is None:
+            return tuple(self.scored_counts().tolist())
+        return tuple(len(row) - row.count(self.ignore_index) for row in rows)
 
     def scored_counts(self) -> Tensor:
         """[S] scored rows of each sequence."""

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from . import arguments, checks, ops
-from . import losses as _losses
 from .backends import choose
+from .call import settle
 from .layout import Layout, Scored
 from .ops import LinearInputs, TokenLogps
 from .pairs import DPOOutput
@@ -110,19 +110,22 @@ def fused_linear_dpo_loss(
         ValueError, TypeError: a wrong argument, named, before any kernel runs.
         RuntimeError: a second backward through a result of "streaming".
     """
-    arguments.check(
-        shift=shift,
-        ignore_index=ignore_index,
-        drop_common_prefix=drop_common_prefix,
-        ref_logps_per_token=ref_logps_per_token,
-        memory_budget=memory_budget,
-        batch_invariant=batch_invariant,
-        strategy=strategy,
-        stats=stats,
-        backend=backend,
-    )
-    options, rows = _losses.resolve(loss_options)
-    transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
+    given = {
+        "shift": shift,
+        "ignore_index": ignore_index,
+        "drop_common_prefix": drop_common_prefix,
+        "ref_logps_per_token": ref_logps_per_token,
+        "memory_budget": memory_budget,
+        "batch_invariant": batch_invariant,
+        "strategy": strategy,
+        "stats": stats,
+        "backend": backend,
+        "temperature": temperature,
+        "logit_softcap": logit_softcap,
+        "logit_scale": logit_scale,
+    }
+    settled = settle(given, loss_options)
+    transform = settled.transform
     V, of = head_size(hidden, weight), Scored("hidden", hidden, "H")
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
     layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
@@ -130,9 +133,8 @@ def fused_linear_dpo_loss(
         raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
     if ref_bias is not None and ref_weight is None:
         raise ValueError("ref_bias needs ref_weight, got None")
-    name = choose(backend, hidden.device, hidden.dtype, op_of(rows))
-    run = TokenLoss(layout, options, rows, name, wide_dtype(hidden), ref_logps_per_token,
-                    ops.check_stats(stats))  # fmt: skip
+    name = choose(backend, hidden.device, hidden.dtype, op_of(settled.losses))
+    run = TokenLoss.of(settled, layout, name, wide_dtype(hidden), ref_logps_per_token)
     run.check(ref_hidden is not None, "ref_hidden", ref_logps)
     if drop_common_prefix:
         run = run.without_common_prefix(ref_logps, layout.rows("hidden", hidden, "H"))
@@ -161,12 +163,11 @@ def fused_linear_dpo_loss(
             raise ValueError(f"strategy={strategy!r}: the torch backend has no strategies")
         strategy = "plain"
     else:
-        lengths = None
+        found = None
         if strategy in (None, "streaming"):
-            lengths = _streamable(run, policy, reference, memory_budget, batch_invariant, strategy)
-        if lengths is not None:
-            out = _streamed(run, policy, reference, ref_logps, lengths, transform, memory_budget,
-                            batch_invariant)  # fmt: skip
+            found = _streamable(run, policy, reference, memory_budget, batch_invariant, strategy)
+        if found is not None:
+            out = _streamed(run, policy, reference, ref_logps, found, transform)
             return _tell(out, "streaming", layout, name)
         strategy = ops.choose_strategy(strategy, *policy)
     if run.needs_kl:
@@ -280,9 +281,9 @@ def _streamable(
     budget: int | None,
     invariant: bool,
     wish: str | None,
-) -> list[int] | None:
-    """Scored rows of each sequence if the batch is to be streamed; `ValueError` if it cannot be
-    but was wished for."""
+) -> tuple[list[int], ops.Plan] | None:
+    """Scored rows of each sequence and the plan if the batch is to be streamed; `ValueError` if it
+    cannot be but was wished for."""
     wanted = [x is not None and x.requires_grad for x in policy]
     trained = wanted[1] or wanted[2] or wanted[4]
     reason = ""
@@ -298,7 +299,7 @@ def _streamable(
         lengths = run.layout.scored_lengths()
         plan = _stream_plan(run, lengths, policy, reference, budget, invariant)
         if _largest_pair(lengths) <= plan.chunk:
-            return lengths
+            return lengths, plan
         reason = f"a pair has more than the {plan.chunk} scored rows that memory_budget allows"
     if wish is not None:
         raise ValueError(f"strategy={wish!r} is not possible here: {reason}")
@@ -332,10 +333,8 @@ def _streamed(
     policy: LinearInputs,
     reference: LinearInputs | None,
     ref_logps: Tensor | None,
-    lengths: list[int],
+    found: tuple[list[int], ops.Plan],
     transform: LogitTransform,
-    budget: int | None,
-    invariant: bool,
 ) -> DPOOutput:
     if ref_logps is not None:
         ref_logps = ref_logps.detach()
@@ -343,8 +342,7 @@ def _streamed(
             ref_logps = None
         elif not run.is_sums(ref_logps):
             ref_logps = run.layout.from_per_token("ref_logps", ref_logps)
-    plan = _stream_plan(run, lengths, policy, reference, budget, invariant)
-    return stream(Streaming(run, reference, ref_logps, lengths, plan, transform), policy)
+    return stream(Streaming(run, reference, ref_logps, *found, transform), policy)
 
 
 def _score(

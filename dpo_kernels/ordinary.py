@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import checks
 from .layout import Layout
 from .losses import Loss, LossOptions, Terms
 from .ops.derivatives import refuse_inplace
+from .ops.direct import eager
 from .ops.pair_loss import flatten
 from .ops.sequence_sum import backward_op as sums_backward
 from .ops.token_logps import backward_in_place, backward_op
@@ -77,7 +79,7 @@ class Ordinary:
             assert lengths is not None
             count = lengths.clamp(min=1)
             scores = ratios / count
-        u, v = scores.split(B) if B else (scores, scores)
+        u, v = scores.chunk(2)
         offset = length_offset(self.row, lengths, self.options, pairs)
         if offset is not None:
             offset = offset.contiguous()
@@ -112,9 +114,9 @@ class Ordinary:
             rewards = (ratios.view(2, B) * beta.detach()).view(-1)
         else:
             rewards = ratios * (beta.detach() if isinstance(beta, Tensor) else beta)
-        chosen, rejected = rewards.split(B)
+        chosen, rejected = rewards.chunk(2)
         table = torch.cat([sums, rewards, chosen - rejected, chosen > rejected])
-        return table.to(dtype).split(B)  # type: ignore[return-value]
+        return table.to(dtype).chunk(6)
 
     def scaled(self, slopes: Tensor, g: Tensor) -> Tensor:
         """d loss / d sums [S] of the slopes of the pairs' losses; `g` of the loss."""
@@ -123,12 +125,10 @@ class Ordinary:
             g = g.double()
             return torch.where(g == 0, 0.0, g * slopes.view(2, B)).view(-1)
         divisor = B if self.options.num_pairs is None else self.options.num_pairs
-        if g.device.type == "cpu" and type(g) is Tensor and not isinstance(divisor, Tensor):
-            if not torch.is_grad_enabled() and not torch._C._functorch.is_functorch_wrapped_tensor(
-                g
-            ):
-                scale = g.item() / divisor
-                return slopes * scale if scale else torch.zeros_like(slopes)
+        # On the CPU the scalar can be looked at; elsewhere that would wait for the device.
+        if checks.readable(g) and not isinstance(divisor, Tensor) and not torch.is_grad_enabled():
+            scale = g.item() / divisor
+            return slopes * scale if scale else torch.zeros_like(slopes)
         g = g.double() / divisor
         # A loss that does not count gives 0 whatever its slopes.
         return torch.where(g == 0, 0.0, g * slopes)
@@ -197,6 +197,11 @@ class _FromLogits(torch.autograd.Function):
             refuse_inplace()
         y, cu, ignore = _place(call.layout)
         d = call.loss.scaled(slopes, g)
+        if not call.inplace and not torch.is_grad_enabled() and eager(d):
+            out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            d = call.impl.sequence_sum_backward(d, y, cu, ignore, call.tail, torch.float32)
+            call.impl.token_logps_backward(d, logits, y, lse, ignore, t, out)
+            return out, None, None
         d = sums_backward(d, y, cu, ignore, call.tail, call.backend)
         rest = (y, lse, ignore, t.scale, t.softcap, t.inv_temperature, call.backend)
         if call.inplace:

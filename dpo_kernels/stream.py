@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +29,11 @@ from torch import Tensor
 from . import backends
 from .layout import Layout
 from .ops import TokenLogps, no_autocast
-from .ops.derivatives import check_mode, once
-from .ops.linear_head import Head, HeadGradient, LinearInputs, scored_rows
+from .ops.derivatives import check_mode, place_of, refuse
+from .ops.linear_head import Head, HeadGradient, LinearInputs, placed, scored_rows
 from .ops.plan import Plan, chunks_of_pairs
 from .ops.products import ceil
+from .ordinary import Evaluated
 from .pairs import DPOOutput
 from .tokens import TokenLoss
 from .transform import LogitTransform
@@ -54,50 +57,60 @@ def stream(batch: Streaming, policy: LinearInputs) -> DPOOutput:
     tensors = (x if isinstance(x, Tensor) else None for x in (o.beta, o.offset, o.weights))
     inputs = (*policy, *tensors)
     check_mode(*inputs, *(batch.reference or ()))
-    out = _Stream.apply(batch, *once(*inputs))
-    fields = len(DPOOutput._fields)
-    stats = dict(zip(batch.run.asked, out[fields:], strict=True))
-    return DPOOutput(*out[:fields]).told("streaming", batch.run.shown(stats))
+    kept: list[Streamed] = []
+    loss = _Stream.apply(batch, kept, place_of(*inputs), *inputs)
+    fields, stats = kept[0].fields, dict(zip(batch.run.asked, kept[0].stats, strict=True))
+    return DPOOutput(loss, *fields).told("streaming", batch.run.shown(stats))
+
+
+class Streamed(NamedTuple):
+    """What one pass over the pairs found."""
+
+    loss: Tensor
+    fields: list[Tensor]  # of `DPOOutput`, after the loss
+    stats: list[Tensor]  # [R, T] each, those asked for
+    grads: dict[str, Tensor]
+    index: Tensor  # the rows that the gradient of hidden is of
 
 
 class _Stream(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, batch: Streaming, hidden, weight, bias, down, up, *options):
-        wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[1:6], strict=True))
-        inputs = LinearInputs(hidden, weight, bias, down, up).detached()
+    def forward(ctx, batch: Streaming, kept, place, hidden, weight, bias, down, up, *options):
+        wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[3:8], strict=True))
+        inputs = LinearInputs(hidden, weight, bias, down, up)
         with no_autocast(hidden.device):
-            out, grads, ctx.index = _run(batch, inputs, wanted)
-        d_options = [grads.get(name) for name in ("beta", "offset", "weights")]
-        ctx.grads = [*(grads.get(name) for name in LinearInputs._fields), *d_options]
+            found = _run(batch, inputs, wanted)
+        names = (*LinearInputs._fields, "beta", "offset", "weights")
+        ctx.grads, ctx.index = [found.grads.get(name) for name in names], found.index
         ctx.like = [(x.shape, x.dtype) if isinstance(x, Tensor) else None
                     for x in (hidden, weight, bias, down, up, *options)]  # fmt: skip
-        fields = len(DPOOutput._fields)
-        out = [*(x.to(batch.run.dtype) for x in out[:fields]), *out[fields:]]
-        ctx.save_for_backward()
-        return _freeze(ctx, out)
+        kept.append(found._replace(grads={}))
+        ctx.save_for_backward(place)
+        return found.loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g, *_):
+    def backward(ctx, g):
         if ctx.grads is None:
             raise RuntimeError(
                 "strategy 'streaming' forms its gradients in the forward and hands them out once: "
                 "for a second backward give strategy='recompute'"
             )
+        (place,) = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
-        # On the CPU the scalar can be looked at; elsewhere that would wait for the device.
-        unit = g.device.type == "cpu" and g.item() == 1.0
-        out: list[Tensor | None] = []
-        while grads:
-            d, like = grads.pop(0), ctx.like[len(out)]
-            if d is not None:
-                d = d.to(like[1]) if unit else _scaled(d, g, like[1])
-                if not out:  # hidden: rows back in their places
-                    full = d.new_zeros(like[0])
-                    full.view(-1, full.shape[-1])[ctx.index] = d
-                    d = full
-            out.append(d)
-        return None, *out
+        with torch.no_grad():
+            # On the CPU the scalar can be looked at; elsewhere that would wait for the device.
+            unit = g.device.type == "cpu" and g.item() == 1.0
+            out: list[Tensor | None] = []
+            while grads:
+                d, like = grads.pop(0), ctx.like[len(out)]
+                if d is not None:
+                    d = d.to(like[1]) if unit else _scaled(d, g, like[1])
+                    if not out:  # hidden: rows back in their places
+                        d = placed(d, ctx.index, like[0])
+                out.append(d)
+        if torch.is_grad_enabled():
+            out = [refuse(d, place) for d in out]
+        return None, None, None, *out
 
 
 def _scaled(d: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,118 +120,249 @@ def _scaled(d: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(d, g, out=torch.empty(d.shape, dtype=dtype, device=d.device))
 
 
-def _freeze(ctx, out):
-    ctx.mark_non_differentiable(*out[1:])
-    ctx.set_materialize_grads(False)
-    return tuple(out)
+class _Chunk(NamedTuple):
+    """Whole pairs i .. j - 1, packed: chosen, then rejected."""
+
+    i: int
+    j: int
+    rows: int
+    index: Tensor  # [n] of their scored rows
+    targets: Tensor  # [1, n]
+    cu_seqlens: Tensor  # [2 (j - i) + 1]
 
 
-def _run(
-    batch: Streaming, policy: LinearInputs, wanted: dict[str, bool]
-) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
-    """The output's fields (fp64) and the statistics asked for [R, T], gradients by name, and the
-    rows that packed gradients are of."""
-    run, plan, layout = batch.run, batch.plan, batch.run.layout
-    impl = backends.load(run.backend)
-    B, device = layout.sequences // 2, policy.hidden.device
-    starts = [0]
-    for n in batch.lengths:
-        starts.append(starts[-1] + n)
+def _chunks(batch: Streaming) -> list[_Chunk]:
+    plan, layout = batch.plan, batch.run.layout
+    B = layout.sequences // 2
+    starts = [0, *itertools.accumulate(batch.lengths)]
     labels = layout.targets.reshape(-1)
     scored = scored_rows(layout.targets, layout.ignore_index, starts[-1])
-    head = Head(plan, policy.weight, policy.bias, policy.down, policy.up)
-    ref_head = None
-    if batch.reference is not None:
-        ref_head = Head(plan, batch.reference.weight, batch.reference.bias)
+    pairs = chunks_of_pairs(batch.lengths, plan.chunk, plan.least)
+    found = []
+    for (i, j), cu in zip(pairs, _boundaries(batch.lengths, pairs, labels.device), strict=True):
+        chosen, rejected = slice(starts[i], starts[j]), slice(starts[B + i], starts[B + j])
+        # All pairs in one chunk: their rows are those that are scored, in order.
+        whole = len(pairs) == 1
+        index = scored if whole else torch.cat([scored[chosen], scored[rejected]])
+        n = starts[j] - starts[i] + starts[B + j] - starts[B + i]
+        found.append(_Chunk(i, j, n, index, labels.index_select(0, index).unsqueeze(0), cu))
+    return found
+
+
+def _run(batch: Streaming, policy: LinearInputs, wanted: dict[str, bool]) -> Streamed:
+    run, layout = batch.run, batch.run.layout
+    impl = backends.load(run.backend)
+    chunks = _chunks(batch)
+    pass_ = _Pass(batch, policy, impl, chunks)
+    head = pass_.head
     total = HeadGradient(head, *(wanted[name] for name in LinearInputs._fields[1:]))
-    packed = None
-    if wanted["hidden"]:
-        packed = torch.empty((starts[-1], head.H), device=device, dtype=torch.float32)
-    joint = run.needs_kl
-    chunks = chunks_of_pairs(batch.lengths, plan.chunk, plan.least)
-    counts = [starts[j] - starts[i] + starts[B + j] - starts[B + i] for i, j in chunks]
-    boundaries = _boundaries(batch.lengths, chunks, device)
-    buffer = head.logits_buffer(max(counts))
-    ref_buffer = head.logits_buffer(max(counts)) if joint else buffer
-    fields: list[list[Tensor]] = []
+    packed, rows = None, sum(batch.lengths)
+    if wanted["hidden"] and (len(chunks) > 1 or not rows):
+        packed = torch.empty((rows, head.H), device=policy.hidden.device, dtype=torch.float32)
+    pairs = (_Ordinary if run.ordinary is not None else _Composed)(batch, impl)
     columns: list[list[Tensor]] = [[] for _ in run.asked]
-    d_options: dict[str, Tensor] = {}
-    order = []
     done = 0
-    for (i, j), n, cu in zip(chunks, counts, boundaries, strict=True):
-        index = torch.cat([scored[starts[i] : starts[j]], scored[starts[B + i] : starts[B + j]]])
-        order.append(index)
-        y = labels[index][None]
-        local = Layout(y, cu, 2 * (j - i), layout.ignore_index, False)
-        share, leaves = run.of_pairs(i, j, local, starts[B])
-
-        ref_tokens = ref_sums = r = ref_lse = kl = None
-        size = ceil(n, plan.block)
-        args = (y, layout.ignore_index, batch.transform)
-        if ref_head is not None:
-            assert batch.reference is not None
-            h = ref_head.rows(batch.reference.hidden, index)
-            r = ref_head.project(h, None, ref_buffer[:size])[:n]
-            if not joint:
-                ref_tokens = impl.token_logps(r[None], *args, ())[0]
-        elif batch.ref_logps is not None and batch.ref_logps.dim() == 2:
-            ref_tokens = batch.ref_logps.reshape(-1)[index][None]
-        elif batch.ref_logps is not None:
-            ref_sums = torch.cat([batch.ref_logps[i:j], batch.ref_logps[B + i : B + j]])
-
-        h = head.rows(policy.hidden, index)
-        low = head.low(h)
-        z = head.project(h, low, buffer[:size])[:n]
-        stats: dict[str, Tensor] = {}
-        if joint:
-            assert r is not None
-            logps, lse, ref_tokens, ref_lse, kl = impl.token_kl(z[None], r[None], *args)
-        if not joint or run.stats:
-            logps, lse, table = impl.token_logps(z[None], *args, run.stats)
-            stats = dict(zip(run.stats, table.unbind(0), strict=True))
+    for chunk in chunks:
+        n = chunk.rows
+        scores = pass_.score(chunk)
         for column, stat in zip(columns, run.asked, strict=True):
-            column.append(stats[stat][0])
-        tokens = [logps] if kl is None else [logps, kl]  # what the gradient of logits depends on
-        with torch.enable_grad():
-            tokens = [x.detach().requires_grad_() for x in tokens]
-            out = share.finish(TokenLogps(tokens[0], lse, stats), ref_tokens, ref_sums, *tokens[1:])
-            wrt = [*tokens, *(getattr(share.options, name) for name in leaves)]
-            slopes = _slopes(out.loss, wrt)
-        fields.append([x.detach() for x in out])
-        for name, slope in zip(leaves, slopes[len(tokens) :], strict=True):
-            whole = d_options.setdefault(name, _zeros_like(getattr(run.options, name)))
-            part = whole if whole.dim() == 0 else whole[i:j]
-            part += slope
+            column.append(scores.stats[stat][0])
+        slopes = pairs.slopes(chunk, scores)
         if n and any(wanted.values()):
-            d = head.gradient(z, impl)
-            if r is not None and joint:
-                impl.token_kl_backward(
-                    *slopes[:2], z[None], r[None], y, lse, ref_lse, *args[1:], d[None]
-                )
-            else:
-                impl.token_logps_backward(slopes[0], z[None], y, lse, *args[1:], d[None])
-            dz = head.operand(d)
+            dz = head.operand(pass_.gradient(chunk, scores, slopes))
             d_low = head.d_low(dz)
             if packed is not None:
                 packed[done : done + n] = head.d_hidden(dz, d_low)
-            total.add(dz, d_low, h[:n], None if low is None else low[:n])
+            elif wanted["hidden"]:
+                packed = head.d_hidden(dz, d_low)
+            total.add(dz, d_low, scores.h[:n], None if scores.low is None else scores.low[:n])
         done += n
     total.finish()
     grads = {"hidden": packed, **{name: getattr(total, name) for name in LinearInputs._fields[1:]},
-             **d_options}  # fmt: skip
-    loss = torch.stack([part[0] for part in fields]).sum()
-    rest = [torch.cat(parts) for parts in zip(*(part[1:] for part in fields), strict=True)]
+             **pairs.d_options}  # fmt: skip
+    index = chunks[0].index if len(chunks) == 1 else torch.cat([c.index for c in chunks])
+    shown = [placed(torch.cat(c)[:, None], index, torch.Size((*layout.targets.shape, 1)))[..., 0]
+             for c in columns]  # fmt: skip
+    loss, *fields = pairs.finish()
     found = {name: d for name, d in grads.items() if d is not None}
-    index = torch.cat(order)
-    shown = [_placed(torch.cat(column), index, layout.targets) for column in columns]
-    return [loss, *rest, *shown], found, index
+    return Streamed(loss, fields, shown, found, index)
 
 
-def _placed(values: Tensor, index: Tensor, targets: Tensor) -> Tensor:
-    """[R, T] the values at their rows, 0 elsewhere."""
-    out = values.new_zeros(targets.numel())
-    out[index] = values
-    return out.view(targets.shape)
+class _Scores(NamedTuple):
+    """A chunk's rows, its logits, and what the kernels say of them."""
+
+    h: Tensor  # [C, H]
+    low: Tensor | None  # [C, r]
+    z: Tensor  # [n, V]
+    lse: Tensor  # [1, n]
+    stats: dict[str, Tensor]
+    logps: Tensor  # [1, n]
+    ref_logps: Tensor | None  # [1, n]
+    kl: Tensor | None  # [1, n]
+    r: Tensor | None = None  # [n, V] and [1, n], of the reference, where the KL is needed
+    ref_lse: Tensor | None = None
+
+
+class _Pass:
+    """Both heads over the chunks, and the buffers that their logits fill."""
+
+    def __init__(
+        self, batch: Streaming, policy: LinearInputs, impl: ModuleType, chunks: list[_Chunk]
+    ) -> None:
+        self.batch, self.policy, self.impl = batch, policy, impl
+        self.head = Head(batch.plan, policy.weight, policy.bias, policy.down, policy.up)
+        self.ref_head = None
+        if batch.reference is not None:
+            self.ref_head = Head(batch.plan, batch.reference.weight, batch.reference.bias)
+        largest = max(chunk.rows for chunk in chunks)
+        self.joint = batch.run.needs_kl
+        self.buffer = self.head.logits_buffer(largest)
+        self.ref_buffer = self.head.logits_buffer(largest) if self.joint else self.buffer
+
+    def score(self, chunk: _Chunk) -> _Scores:
+        run, head, impl, n = self.batch.run, self.head, self.impl, chunk.rows
+        size = ceil(n, self.batch.plan.block)
+        args = (chunk.targets, run.layout.ignore_index, self.batch.transform)
+        r = ref_logps = ref_lse = kl = None
+        if self.ref_head is not None:
+            assert self.batch.reference is not None
+            rows = self.ref_head.rows(self.batch.reference.hidden, chunk.index)
+            r = self.ref_head.project(rows, None, self.ref_buffer[:size])[:n]
+            if not self.joint:
+                ref_logps, r = impl.token_logps(r[None], *args, ())[0], None
+        h = head.rows(self.policy.hidden, chunk.index)
+        low = head.low(h)
+        z = head.project(h, low, self.buffer[:size])[:n]
+        stats: dict[str, Tensor] = {}
+        if r is not None:
+            logps, lse, ref_logps, ref_lse, kl = impl.token_kl(z[None], r[None], *args)
+        if r is None or run.stats:
+            logps, lse, table = impl.token_logps(z[None], *args, run.stats)
+            if run.stats:
+                stats = dict(zip(run.stats, table.unbind(0), strict=True))
+        return _Scores(h, low, z, lse, stats, logps, ref_logps, kl, r, ref_lse)
+
+    def gradient(self, chunk: _Chunk, x: _Scores, slopes: list[Tensor]) -> Tensor:
+        """The gradient of the chunk's logits, over them or rounded."""
+        ignore, transform = self.batch.run.layout.ignore_index, self.batch.transform
+        d, z, y = self.head.gradient(x.z, self.impl), x.z.unsqueeze(0), chunk.targets
+        out = z if d is x.z else d.unsqueeze(0)
+        if x.r is not None:
+            self.impl.token_kl_backward(
+                slopes[0], slopes[1], z, x.r[None], y, x.lse, x.ref_lse, ignore, transform, out
+            )
+        else:
+            self.impl.token_logps_backward(slopes[0], z, y, x.lse, ignore, transform, out)
+        return d
+
+
+def _ref_sums(ref_logps: Tensor | None, chunk: _Chunk) -> Tensor | None:
+    """[2 (j - i)] of sums [2B], or of nothing."""
+    if ref_logps is None or ref_logps.dim() == 2:
+        return None
+    B = ref_logps.shape[0] // 2
+    i, j = chunk.i, chunk.j
+    return ref_logps if j - i == B else torch.cat([ref_logps[i:j], ref_logps[B + i : B + j]])
+
+
+def _ref_tokens(ref_logps: Tensor | None, chunk: _Chunk) -> Tensor | None:
+    """[1, n] of values a row [R, T], or of nothing."""
+    if ref_logps is None or ref_logps.dim() == 1:
+        return None
+    return ref_logps.reshape(-1)[chunk.index][None]
+
+
+class _Ordinary:
+    """The pairs of each chunk, of a loss in closed form."""
+
+    def __init__(self, batch: Streaming, impl: ModuleType) -> None:
+        assert batch.run.ordinary is not None
+        self.batch, self.impl, self.loss = batch, impl, batch.run.ordinary
+        self.d_options: dict[str, Tensor] = {}
+        self.found: list[Evaluated] = []
+        num_pairs = batch.run.options.num_pairs
+        self.share = 1.0 / (batch.run.layout.sequences // 2 if num_pairs is None else num_pairs)
+
+    def _sums(self, values: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        run = self.batch.run
+        if values.dtype != torch.float32:
+            return run.sums_of(values, chunk.targets, chunk.cu_seqlens)
+        place = (chunk.targets, chunk.cu_seqlens, run.layout.ignore_index, run.tail)
+        return self.impl.sequence_sum(values, *place)
+
+    def slopes(self, chunk: _Chunk, x: _Scores) -> list[Tensor]:
+        """[1, n] d loss / d log-prob of each row."""
+        run = self.batch.run
+        sums, counts = self._sums(x.logps, chunk)
+        tokens, reference = x.ref_logps, None
+        if tokens is None:
+            reference = _ref_sums(self.batch.ref_logps, chunk)
+            tokens = _ref_tokens(self.batch.ref_logps, chunk)
+        if tokens is not None:
+            reference = self._sums(tokens, chunk)[0]
+        found = self.loss.evaluate(self.impl, sums, reference, counts, slice(chunk.i, chunk.j))
+        self.found.append(found)
+        return [
+            self.impl.sequence_sum_backward(
+                found.slopes * self.share, chunk.targets, chunk.cu_seqlens,
+                run.layout.ignore_index, run.tail, torch.float32,
+            )
+        ]  # fmt: skip
+
+    def finish(self) -> list[Tensor]:
+        """Loss and the other fields, of the batch."""
+        dtype, found = self.batch.run.dtype, self.found[0]
+        if len(self.found) > 1:
+            losses, *rest = zip(*self.found, strict=True)
+            sums, ratios = (_joined(parts) for parts in rest[1:])
+            found = Evaluated(torch.cat(losses), found.slopes, sums, ratios)
+        return [self.loss.loss(found.losses, dtype), *self.loss.metrics(found, dtype)]
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """[2B] of the chunks' [2b]: all that is chosen, then all that is rejected."""
+    halves = [x.chunk(2) for x in parts]
+    return torch.cat([x for side in zip(*halves, strict=True) for x in side])
+
+
+class _Composed:
+    """The pairs of each chunk, of any loss that is a sum over pairs: by a tiny graph."""
+
+    def __init__(self, batch: Streaming, impl: ModuleType) -> None:
+        self.batch = batch
+        self.d_options: dict[str, Tensor] = {}
+        self.fields: list[list[Tensor]] = []
+        B = batch.run.layout.sequences // 2
+        self.chosen_tokens = sum(batch.lengths[:B])
+
+    def slopes(self, chunk: _Chunk, x: _Scores) -> list[Tensor]:
+        """[1, n] d loss / d log-prob of each row, and d loss / d KL where there is one."""
+        run, i, j = self.batch.run, chunk.i, chunk.j
+        local = Layout(chunk.targets, chunk.cu_seqlens, 2 * (j - i), run.layout.ignore_index, False)
+        share, leaves = run.of_pairs(i, j, local, self.chosen_tokens)
+        tokens, ref_sums = x.ref_logps, None
+        if tokens is None:
+            ref_sums = _ref_sums(self.batch.ref_logps, chunk)
+            tokens = _ref_tokens(self.batch.ref_logps, chunk)
+        scored = [x.logps] if x.kl is None else [x.logps, x.kl]
+        with torch.enable_grad():
+            scored = [s.detach().requires_grad_() for s in scored]
+            policy = TokenLogps(scored[0], x.lse, x.stats)
+            out = share.finish(policy, tokens, ref_sums, *scored[1:])
+            wrt = [*scored, *(getattr(share.options, name) for name in leaves)]
+            slopes = _slopes(out.loss, wrt)
+        self.fields.append([field.detach() for field in out])
+        for name, slope in zip(leaves, slopes[len(scored) :], strict=True):
+            whole = self.d_options.setdefault(name, _zeros_like(getattr(run.options, name)))
+            part = whole if whole.dim() == 0 else whole[i:j]
+            part += slope
+        return slopes
+
+    def finish(self) -> list[Tensor]:
+        """Loss and the other fields, of the batch."""
+        loss = torch.stack([part[0] for part in self.fields]).sum()
+        parts = zip(*(part[1:] for part in self.fields), strict=True)
+        return [x.to(self.batch.run.dtype) for x in (loss, *(torch.cat(part) for part in parts))]
 
 
 def _boundaries(
@@ -229,6 +373,8 @@ def _boundaries(
     cus = []
     for i, j in chunks:
         cus.append([0, *itertools.accumulate([*lengths[i:j], *lengths[B + i : B + j]])])
+    if device.type == "cpu":
+        return tuple(torch.tensor(cu) for cu in cus)
     # From pinned memory: the host does not wait for the device. One number more a chunk, so that
     # each begins at 16 bytes: a kernel is compiled for pointers that do.
     flat = torch.tensor([n for cu in cus for n in (*cu, 0)], device="cpu")

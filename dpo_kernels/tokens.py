@@ -140,6 +140,13 @@ class TokenLoss:
             ignore_index=self.layout.ignore_index, tail_weight=tail_weight, backend=self.backend,
         )  # fmt: skip
 
+    def sums_of(self, values: Tensor, targets: Tensor, cu: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of other rows, with the weights of this loss."""
+        return ops.sequence_sum(
+            values, targets, cu, ignore_index=self.layout.ignore_index, tail_weight=self.tail,
+            backend=self.backend,
+        )  # fmt: skip
+
     def without_common_prefix(self, ref_logps: Tensor | None, states: Tensor) -> TokenLoss:
         """The same loss where the tokens that both completions start with are not scored."""
         o = self.options
@@ -196,7 +203,7 @@ class TokenLoss:
             changes[name] = part
         options = replace(o, **changes)
         share = replace(self, layout=layout, options=options, dtype=torch.float64, per_token=False,
-                        asked=())  # fmt: skip
+                        asked=(), ordinary=None)  # fmt: skip
         return share, leaves
 
     @property
@@ -208,7 +215,7 @@ class TokenLoss:
         """[2B] of a reference's log-probs a row [R, T], or of `ref_logps` as the user gave it."""
         if tokens is None and ref_logps is not None and self.uses_reference:
             if self.is_sums(ref_logps):
-                return ref_logps.detach()
+                return ref_logps.detach() if ref_logps.requires_grad else ref_logps
             tokens = self.layout.from_per_token("ref_logps", ref_logps.detach())
         return None if tokens is None else self.sums(tokens, self.tail)[0]
 

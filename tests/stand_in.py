@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_kernels import backends, linear, losses
+from dpo_kernels import backends, linear
+from dpo_kernels.call import settle
 from dpo_kernels.layout import Layout
 from dpo_kernels.ops import LinearInputs, plan, products
 from dpo_kernels.ops import linear_head as head_module
@@ -98,9 +99,9 @@ def _bytes(name: str, tensors: list[Tensor], made: list[Tensor]) -> int:
         return 0
     if name.startswith("new_"):
         return sum(map(size, made))
-    if name == "index":  # the rows that are taken, not what they are taken from
+    if name in ("index", "index_select"):  # the rows that are taken, not what they are taken from
         return 2 * size(made[0])
-    if name == "index_put_":
+    if name in ("index_put_", "index_copy_"):
         return 2 * size(tensors[-1])
     written = 0 if name.endswith("_") and tensors else sum(map(size, made))
     return sum(map(size, tensors)) + written
@@ -174,9 +175,21 @@ def kernels(record: Record) -> SimpleNamespace:
     def token_kl_backward(grad, grad_kl, logits, ref_logits, *rest):
         record.other_bytes += size(logits) + size(ref_logits) + size(rest[-1])
 
+    def sequence_sum(values, targets, cu_seqlens, ignore_index, tail_weight):
+        S = cu_seqlens.numel() - 1
+        return values.new_empty(S, dtype=torch.float64), values.new_empty(S, dtype=torch.int64)
+
+    def sequence_sum_backward(grad, targets, cu_seqlens, ignore_index, tail_weight, dtype):
+        return grad.new_empty(tuple(targets.shape), dtype=dtype)
+
+    def pair_loss_forward(u, v, beta, offset, phis, numbers):
+        return torch.empty_like(u), u.new_empty((4, u.numel()))
+
     return SimpleNamespace(
         name="triton", ROUNDS=True, token_logps=token_logps, token_kl=token_kl,
         token_logps_backward=token_logps_backward, token_kl_backward=token_kl_backward,
+        sequence_sum=sequence_sum, sequence_sum_backward=sequence_sum_backward,
+        pair_loss_forward=pair_loss_forward,
     )  # fmt: skip
 
 
@@ -244,8 +257,8 @@ def step(
 
     cu = torch.tensor([0, *lengths]).cumsum(0).to(META)
     layout = Layout(leaf(1, N, of=torch.int64, grad=False), cu, S, -100, False, tuple(lengths))
-    options, rows = losses.resolve({"loss_type": loss_type, "reference_free": not ref})
-    run = TokenLoss(layout, options, rows, "triton", torch.float32)
+    settled = settle({}, {"loss_type": loss_type, "reference_free": not ref})
+    run = TokenLoss.of(settled, layout, "triton", torch.float32)
     weight = leaf(V, H, grad=trained)
     down = up = None
     if rank:
@@ -257,9 +270,7 @@ def step(
         streamed = linear._streamable(run, policy, reference, memory_budget, False, None)
         assert (streamed is not None) == (trained or rank > 0 or run.needs_kl)
         if streamed is not None:
-            out = linear._streamed(
-                run, policy, reference, None, streamed, transform, memory_budget, False
-            )
+            out = linear._streamed(run, policy, reference, None, streamed, transform)
             out.loss.backward()
         else:
             _frozen(policy, layout, memory_budget)

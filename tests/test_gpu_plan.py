@@ -12,7 +12,6 @@ import stand_in
 import torch
 from stand_in import lengths_of, score, step
 
-from dpo_kernels import stream
 from dpo_kernels.ops import linear_head, products
 
 # [H, V] of published models.
@@ -147,18 +146,21 @@ def test_the_host_waits_for_nothing(options):
     ),
 )
 def test_a_wait_within_the_loop_is_noticed(fault, monkeypatch):
-    (H, V), real, records = HEADS["SmolLM2"], stream.Layout, []
+    (H, V), records = HEADS["SmolLM2"], []
     kernels = stand_in.kernels
-
-    def layout(y, cu, *rest):
-        fault(cu)
-        return real(y, cu, *rest)
 
     def watched(record):
         records.append(record)
-        return kernels(record)
+        made = kernels(record)
+        sums = made.sequence_sum
 
-    monkeypatch.setattr(stream, "Layout", layout)
+        def sequence_sum(values, targets, cu, *rest):
+            fault(cu)
+            return sums(values, targets, cu, *rest)
+
+        made.sequence_sum = sequence_sum
+        return made
+
     monkeypatch.setattr(stand_in, "kernels", watched)
     # A meta tensor has no values.
     with contextlib.suppress(RuntimeError, NotImplementedError):

@@ -17,6 +17,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast off: what is computed has the dtype of its operands."""
-    if not torch.amp.is_autocast_available(device.type):
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not (
+        torch.compiler.is_compiling() or torch.is_autocast_enabled(kind)
+    ):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

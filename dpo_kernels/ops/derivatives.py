@@ -82,6 +82,32 @@ def once(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(_Gate.apply(x, key) if x is not None and x.requires_grad else x for x in inputs)
 
 
+def place_of(*inputs: Tensor | None) -> Tensor | None:
+    """What stands for the inputs' place in the graph, for a function of autograd that keeps none of
+    them: it saves this, and hands its gradients through `refuse` with it."""
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    if not wanted or not torch.is_grad_enabled():
+        return None
+    return _Place.apply(*wanted)
+
+
+class _Place(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.set_materialize_grads(False)
+        ctx.count = len(inputs)
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None,) * ctx.count
+
+
+def refuse(grad: Tensor | None, place: Tensor) -> Tensor | None:
+    """`grad`, of which a backward under `create_graph=True` raises."""
+    return None if grad is None else _Refuse.apply(grad, place)
+
+
 def _empty(x: Tensor) -> Tensor:
     return x.narrow(-1, 0, 0).flatten().float()
 

@@ -2,9 +2,9 @@
 
 A registered op costs tens of microseconds a call, forward and backward each: the dispatcher, a
 graph node of `torch.library`, zeros for the outputs that have no gradient. What traces
-(`torch.compile`, export, fake tensors, functorch) needs the schema; a plain tensor does not. So each
-op is called through `Op`: its body where nothing traces, with an autograd function of the same
-`setup_context` and `backward` where a gradient is wanted.
+(`torch.compile`, export, fake tensors, functorch) needs the schema; a plain tensor does not. So
+each op is called through `Op`: its body where nothing traces, with an autograd function of the
+same `setup_context` and `backward` where a gradient is wanted.
 """
 
 from __future__ import annotations

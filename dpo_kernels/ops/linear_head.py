@@ -50,16 +50,25 @@ def scored_rows(targets: Tensor, ignore_index: int, count: int) -> Tensor:
     """Flat indices [N] of the scored rows: `count`, or -count at most (`count_scored`)."""
     if count == targets.numel():
         return torch.arange(count, device=targets.device)
-    ignored = targets.reshape(-1) == ignore_index
+    flat = targets.reshape(-1)
     if targets.device.type != "cpu" and count >= 0:  # no wait for the device
-        return ignored.to(torch.uint8).argsort(stable=True)[:count]
-    return (~ignored).nonzero().squeeze(1)
+        return (flat == ignore_index).to(torch.uint8).argsort(stable=True)[:count]
+    return (flat != ignore_index).nonzero().view(-1)
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
     """Rows [n, H] of x [R, T, H] by flat index, whatever the strides of x."""
+    if x.is_contiguous():
+        return x.view(-1, x.shape[2]).index_select(0, index)
     T = x.shape[1]
     return x[index // T, index % T] if T else x.new_empty((0, x.shape[2]))
+
+
+def placed(rows: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
+    """Rows [n, H] at their places in zeros of `shape` [..., H]."""
+    out = rows.new_zeros(shape)
+    out.view(-1, shape[-1]).index_copy_(0, index, rows)
+    return out
 
 
 class LinearInputs(NamedTuple):
@@ -73,6 +82,9 @@ class LinearInputs(NamedTuple):
 
     def detached(self) -> LinearInputs:
         return LinearInputs(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
+
+
+_ALL = slice(None)  # of the vocabulary
 
 
 class Head:
@@ -106,14 +118,14 @@ class Head:
 
     def _buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
         buffer = torch.empty(rows, self.plan.pitch, device=self.weight.device, dtype=dtype)
-        return buffer[:, : self.V]
+        return buffer if self.plan.pitch == self.V else buffer[:, : self.V]
 
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
         """Rows of hidden states as the products take them: whole blocks."""
         n = index.shape[0]
-        taken = x.new_zeros((ceil(n, self.plan.block), x.shape[-1]), dtype=self.dtype)
-        taken[:n] = rows_of(x, index)
-        return taken
+        whole = ceil(n, self.plan.block)
+        found = rows_of(x, index).to(self.dtype)
+        return found if whole == n else torch.constant_pad_nd(found, (0, 0, 0, whole - n))
 
     def low(self, h: Tensor) -> Tensor | None:
         """h @ down.T in fp32 [C, r] of rows h [C, H]; small beside anything of the vocabulary."""
@@ -139,6 +151,9 @@ class Head:
         C = h.shape[0]
         step = self._height(C)
         for part, w in self._tiles():
+            if step >= C and part is _ALL:
+                multiply(h, w.T, z)
+                continue
             for i in range(0, C, step):
                 multiply(h[i : i + step], w.T, z[i : i + step, part])
         if low is not None:
@@ -179,7 +194,8 @@ class Head:
         n = dz.rows.shape[0]
         out = torch.empty((n, self.H), device=self.weight.device, dtype=torch.float32)
         for part, w in self._tiles():
-            multiply(dz.rows[:, part], w, out, add=part.start > 0)
+            rows = dz.rows if part is _ALL else dz.rows[:, part]
+            multiply(rows, w, out, add=bool(part.start))
         out = dz.finish(out) if self.V else out.zero_()
         if d_low is not None:
             assert self.down is not None
@@ -201,7 +217,7 @@ class Head:
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight as the products take it: whole, or widened a tile at a time."""
         if self.weight.dtype == self.dtype:
-            yield slice(0, self.V), self.weight
+            yield _ALL, self.weight
             return
         if self._tile is None:
             self._tile = self.weight.new_empty((self.plan.tile, self.H), dtype=self.dtype)

@@ -213,7 +213,7 @@ def _linear_logps(
     kept, d_hidden, d_low = _new_saved(strategy, plan, count, hidden, down)
     keep = plan.keep if strategy == "recompute" else 0
     index = scored_rows(targets, ignore_index, count)
-    ones = hidden.new_ones(plan.chunk, dtype=torch.float32)
+    ones = hidden.new_ones(plan.chunk if strategy == "frozen" else 0, dtype=torch.float32)
     scratch: Tensor | None = None
     done = 0
     for part in _chunks(index, plan):
@@ -227,9 +227,12 @@ def _linear_logps(
             z = scratch[: ceil(n, plan.block)]
         h = head.rows(hidden, part)
         z = head.project(h, head.low(h), z)[:n]
-        y = labels[part][None]
+        y = labels.index_select(0, part).unsqueeze(0)
         result = impl.token_logps(z[None], y, ignore_index, transform, names)
-        logps[part], lse[part], table[:, part] = result[0][0], result[1][0], result[2][:, 0]
+        logps.index_copy_(0, part, result[0][0])
+        lse.index_copy_(0, part, result[1][0])
+        if names:
+            table.index_copy_(1, part, result[2][:, 0])
         done += n
         if strategy != "frozen":
             continue

@@ -7,6 +7,7 @@ vocabulary, `r` rank.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -148,7 +149,9 @@ def plan_of(
     `largest`: rows of the largest pair, where pairs are streamed. `device`: the weight's if None.
     """
     (V, H), device = weight.shape, weight.device if device is None else device
-    return Plan.of(
+    # Sizes are symbols while a graph is traced.
+    made = _plan if all(type(n) is int for n in (rows, V, H)) else Plan.of
+    return made(
         budget, abs(rows), V, H, weight.dtype, gpu=on_gpu(device),
         products=products_of(device, weight.dtype), gradient=strategy != "score",
         low_rank=0 if down is None else down.shape[0],
@@ -157,6 +160,9 @@ def plan_of(
         stash={"streaming": 1, "frozen": 1 + joint}.get(strategy, 0), ref_H=ref_H, joint=joint,
         invariant=invariant, largest=largest,
     )  # fmt: skip
+
+
+_plan = functools.lru_cache(maxsize=256)(Plan.of)
 
 
 def chunks_of_pairs(lengths: list[int], limit: int, least: int = 1) -> list[tuple[int, int]]:
