@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
+from ..models.attached import attach_head
+from ..models.head_check import check_head
+from ..models.options import FusedOptions
+from ..models.references import needs_reference
+from ..models.step0 import WrongReference
 from .frameworks import check_version, require
-from .head import attach_head, check_head, reference_adapter
-from .options import FusedOptions, needs_reference
-from .plain import PreferenceCollator, check_reference, dpo_step, reference_logps
-from .step0 import WrongReference
+from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
 
 __all__ = ["DPOModule", "FusedOptions", "PreferenceCollator", "WrongReference"]
 
@@ -82,17 +84,8 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
     def _reference(self, batch: Mapping[str, Any]) -> Tensor | None:
         if not self.uses_reference:
             return None
-        if "ref_logps" in batch:
-            return batch["ref_logps"]
-        if self._ref_model:
-            return reference_logps(self._ref_model[0], batch, fused=self.fused)
-        if not hasattr(self.model, "peft_config"):
-            raise ValueError(
-                "no reference: give ref_model, ref_logps in the batch, a PEFT model, or "
-                "reference_free=True"
-            )
-        with reference_adapter(self.model):
-            return reference_logps(self.model, batch, fused=self.fused)
+        ref_model = self._ref_model[0] if self._ref_model else None
+        return find_reference(batch, self.model, ref_model, self.fused, "reference_free=True")
 
     def _step(self, batch: Mapping[str, Any], prefix: str) -> Tensor:
         ref = self._reference(batch)

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 import dpo_kernels as dk
 
-from ..causal_lm import deterministic
-from .head import HeadOutput, attach_head, check_head
-from .options import FusedOptions
+from ..models.attached import HeadOutput, attach_head
+from ..models.forward import pair_step, scored_tokens
+from ..models.head_check import check_head
+from ..models.options import FusedOptions
+from ..models.references import reference_adapter
+from ..models.step0 import WrongReference, check_first_step
+from ..models.structure import deterministic
 from .rows import ROW_OPTIONS, row_numbers, take_row_options
-from .step import noiseless, pair_step, scored_tokens
-from .step0 import WrongReference, check_step0
 
 __all__ = [
     "FusedOptions", "LogitsLoss", "PreferenceCollator", "PreferenceLoss", "WrongReference",
@@ -155,6 +157,29 @@ def reference_logps(
     return out.logps
 
 
+def find_reference(
+    batch: Mapping[str, Any],
+    policy: nn.Module,
+    ref_model: nn.Module | None,
+    fused: FusedOptions,
+    free: str,
+) -> Tensor:
+    """The batch's own reference log-probs, else `ref_model`'s, else those below PEFT's adapter.
+
+    `free`: what to write to go without a reference.
+    """
+    if "ref_logps" in batch:
+        return batch["ref_logps"]
+    if ref_model is not None:
+        return reference_logps(ref_model, batch, fused=fused)
+    if not hasattr(policy, "peft_config"):
+        raise ValueError(
+            f"no reference: give ref_model, ref_logps in the batch, a PEFT model, or {free}"
+        )
+    with reference_adapter(policy):
+        return reference_logps(policy, batch, fused=fused)
+
+
 def check_reference(
     model: nn.Module,
     out: HeadOutput,
@@ -166,24 +191,17 @@ def check_reference(
 ) -> HeadOutput:
     """`WrongReference` unless `out`, of the first step, shows a policy equal to its reference.
 
-    A model in training mode runs once more without its noise (dropout, NEFTune, jitter, ...); that
-    step, or `out`, is returned.
+    The model runs once more without its noise (dropout, NEFTune, jitter, ...); that step is
+    returned.
     `opt_out` ends the message: what to write where they differ on purpose.
     """
     inputs, row_options, labels = _split(batch)
     chosen = FusedOptions.of(fused, FusedOptions())
     loss_options = {**loss_options, **row_options, **chosen.loss_options}
-    if any(module.training for module in model.modules()):
-        out = noiseless(model, inputs, labels, out, loss_options, chosen)
-    assert out.rewards is not None and out.pair_logps is not None
-    lengths = torch.stack((labels[:, 1:] != -100).sum(1).chunk(2))
-    dtype = out.rewards.dtype
-    if dtype != torch.float64:
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        if torch.is_autocast_enabled(labels.device.type):
-            dtype = torch.get_autocast_dtype(labels.device.type)
-    check_step0(out.rewards, out.pair_logps, lengths, out.loss, loss_options, dtype, opt_out)
-    return out
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if torch.is_autocast_enabled(labels.device.type):
+        dtype = torch.get_autocast_dtype(labels.device.type)
+    return check_first_step(model, inputs, labels, out, loss_options, chosen, dtype, opt_out)
 
 
 class PreferenceLoss(nn.Module):

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..causal_lm import deterministic
+from ..models.attached import attach_head
+from ..models.forward import labels_of, pair_logps, pair_step, scored_tokens
+from ..models.head_check import check_head
+from ..models.options import FusedOptions
+from ..models.references import needs_reference, reference_adapter
+from ..models.step0 import check_first_step
+from ..models.structure import base_model_of, deterministic
 from . import state
-from .head import attach_head, base_model_of, check_head, reference_adapter
 from .metrics import PackedMetrics, evaluation_metrics, real_pairs
-from .options import FusedOptions, needs_reference
 from .rows import ROW_OPTIONS, WithRowColumns, check_row_columns, take_row_options
-from .step import labels_of, noiseless, pair_logps, pair_step, scored_tokens
-from .step0 import check_step0
 
 _NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 OPT_OUT = "DPOTrainer(..., fused={'check_reference': False}) or patch_trl(check_reference=False)"
@@ -259,11 +261,10 @@ def _check_reference(
 ) -> None:
     if not trainer.fused.check_reference or trainer.state.global_step:
         return
-    seen = noiseless(model, model_inputs, labels, out, options, trainer.fused)
-    assert seen.loss is not None and seen.rewards is not None and seen.pair_logps is not None
-    dtype = seen.loss.dtype if seen.loss.dtype == torch.float64 else model_dtype(trainer)
-    lengths = torch.stack((labels[:, 1:] != -100).sum(1).chunk(2))
-    check_step0(seen.rewards, seen.pair_logps, lengths, seen.loss, options, dtype, OPT_OUT)
+    dtype = model_dtype(trainer)
+    seen = check_first_step(
+        model, model_inputs, labels, out, options, trainer.fused, dtype, OPT_OUT
+    )
     # What is logged of the first step is the policy as it was checked: rewards of 0.
     out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
 

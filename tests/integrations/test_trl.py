@@ -180,7 +180,7 @@ def test_lora_on_lm_head():
     # The log-probs that were optimised are those of PEFT's own forward.
     made = ours.trainer
     made.model.eval()
-    from dpo_kernels.integrations.head import check_head
+    from dpo_kernels.models.head_check import check_head
 
     check_head(made.model)
     ids = torch.tensor([[5, 9, 17, 33, 21]])
