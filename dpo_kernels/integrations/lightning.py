@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from ..models.attached import attach_head
+from ..models.forward import Reference
 from ..models.head_check import check_head
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
@@ -81,11 +82,13 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
 
     on_validate_start = on_test_start = on_fit_start
 
-    def _reference(self, batch: Mapping[str, Any]) -> Tensor | None:
+    def _reference(self, batch: Mapping[str, Any]) -> Reference | None:
         if not self.uses_reference:
             return None
         ref_model = self._ref_model[0] if self._ref_model else None
-        return find_reference(batch, self.model, ref_model, self.fused, "reference_free=True")
+        return find_reference(
+            batch, self.model, ref_model, self.fused, self.loss_options, "reference_free=True"
+        )
 
     def _step(self, batch: Mapping[str, Any], prefix: str) -> Tensor:
         ref = self._reference(batch)
@@ -103,7 +106,13 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
                 opt_out = "DPOModule(..., fused={'check_reference': False})"
                 # What is logged of the first step is the policy as it was checked: rewards of 0.
                 seen = check_reference(
-                    self.model, out, batch, opt_out=opt_out, fused=self.fused, **options
+                    self.model,
+                    out,
+                    batch,
+                    ref_logps=ref,
+                    opt_out=opt_out,
+                    fused=self.fused,
+                    **options,
                 )
                 out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
                 assert out.rewards is not None and out.pair_logps is not None

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from ..models.attached import attach_head
+from ..models.forward import Reference
 from ..models.head_check import check_head
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
@@ -116,7 +117,9 @@ class FusedDPOMixin:
         if first and ref is not None and self.fused.check_reference and not started:
             opt_out = "FusedDPOTrainer(..., fused={'check_reference': False})"
             # What is logged of the first step is the policy as it was checked: rewards of 0.
-            seen = check_reference(model, out, inputs, opt_out=opt_out, fused=self.fused, **options)
+            seen = check_reference(
+                model, out, inputs, ref_logps=ref, opt_out=opt_out, fused=self.fused, **options
+            )
             out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
         self._reference_seen |= mode == "train"
         mask = inputs.get("attention_mask")
@@ -128,10 +131,10 @@ class FusedDPOMixin:
             out.loss = out.loss[: real or None].mean()
         return (out.loss, out) if return_outputs else out.loss
 
-    def _reference(self, inputs: dict[str, Any]) -> Tensor:
+    def _reference(self, inputs: dict[str, Any]) -> Reference:
         policy = self.accelerator.unwrap_model(self.model)
         free = "loss_options={'reference_free': True}"
-        return find_reference(inputs, policy, self.ref_model, self.fused, free)
+        return find_reference(inputs, policy, self.ref_model, self.fused, self.loss_options, free)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *_: Any, **__: Any

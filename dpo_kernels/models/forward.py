@@ -33,15 +33,42 @@ def labels_of(input_ids: Tensor, completion_mask: Tensor, ignore_index: int = -1
 
 
 @dataclass(frozen=True)
+class ReferenceStates:
+    """What a reference gives to losses of whole distributions: its states and its whole head."""
+
+    hidden: Tensor  # [2B, T, H']
+    head: dict[str, Any]  # weight, bias, lora (None), scales
+
+    def arguments(self, head: dict[str, Any]) -> dict[str, Any]:
+        """As the linear functions take them, beside the policy's `head`."""
+        scales = [{k: v for k, v in x.items() if k.startswith("logit_")} for x in (self.head, head)]
+        if scales[0] != scales[1]:
+            raise ValueError(
+                f"the reference scales its logits by {scales[0]}, the policy by {scales[1]}: a "
+                "loss of whole distributions needs the same"
+            )
+        device = head["weight"].device
+        bias = self.head["bias"]
+        return {
+            "ref_hidden": self.hidden.to(device),
+            "ref_weight": self.head["weight"].to(device),
+            "ref_bias": None if bias is None else bias.to(device),
+        }
+
+
+Reference = Tensor | ReferenceStates
+
+
+@dataclass(frozen=True)
 class PairTask:
     """What the head is to make of the states of a batch [chosen; rejected].
 
-    `ref_logps` [2B] (LD-weighted if `ld_alpha`), per token, or None where the loss has no
-    reference. With `batch` labels are packed, and `per_token` says what a `ref_logps` [N] is.
+    `reference`: log-probs [2B] (LD-weighted if `ld_alpha`) or per token, states, or None where the
+    loss has none. With `batch` labels are packed, and `per_token` says what log-probs [N] are.
     """
 
     labels: Tensor  # [2B, T], or the batch's [N]
-    ref_logps: Tensor | None
+    reference: Reference | None
     options: dict[str, Any]
     fused: FusedOptions
     batch: ScoredBatch | None = None
@@ -50,7 +77,7 @@ class PairTask:
 
     def loss(self, hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
         """Loss, log-probs, rewards and statistics, of [2B, T, H] or [N, H] states."""
-        out = self._fused(hidden, head, self.ref_logps, self.per_token)
+        out = self._fused(hidden, head, self.reference, self.per_token)
         # Fields given here: one set later is no key, and wrappers that rebuild outputs drop it.
         return HeadOutput(
             loss=out.loss,
@@ -63,28 +90,37 @@ class PairTask:
     def first_loss(self, hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
         """`loss`, and what it is with the policy for its own reference."""
         out = self.loss(hidden, head)
-        own = None
-        if self.ref_logps is not None:
+        own: Reference | None = None
+        if isinstance(self.reference, ReferenceStates):
+            if head["lora"] is not None:  # a reference's head has no adapter
+                return out
+            own = ReferenceStates(hidden.detach(), head)
+        elif self.reference is not None:
             own = score_tokens(hidden, head, self.labels, self.fused, batch=self.batch).logps
         zero = self._fused(hidden, head, own, None if self.batch is None else True)
         return replace(out, zero_loss=zero.loss)
 
     def _fused(
-        self, hidden: Tensor, head: dict[str, Any], ref_logps: Tensor | None, per_token: bool | None
+        self,
+        hidden: Tensor,
+        head: dict[str, Any],
+        reference: Reference | None,
+        per_token: bool | None,
     ) -> dk.DPOOutput:
         device = hidden.device  # the head may be on another than the labels (device_map)
         options = {
             k: v.to(device) if isinstance(v, Tensor) and k != "beta_dpo_state" else v
             for k, v in self.options.items()
         }
-        if ref_logps is not None:
-            ref_logps = ref_logps.to(device)
-        stats = HEAD_STATS if self.fused.head_stats else ()
+        against: dict[str, Any] = {}
+        if isinstance(reference, ReferenceStates):
+            against = reference.arguments(head)
+        elif reference is not None:
+            against = {"ref_logps": reference.to(device), "ref_logps_per_token": per_token}
         return self.function(
             hidden,
-            ref_logps=ref_logps,
-            ref_logps_per_token=per_token,
-            stats=stats,
+            stats=HEAD_STATS if self.fused.head_stats else (),
+            **against,
             **_scored(self.labels, self.batch, device),
             **_arguments(head, self.fused),
             **options,
@@ -156,13 +192,13 @@ def pair_step(
     model: nn.Module,
     inputs: Mapping[str, Any],
     labels: Tensor,
-    ref_logps: Tensor | None,
+    reference: Reference | None,
     loss_options: dict[str, Any],
     fused: FusedOptions,
     router_weight: float | None = None,
 ) -> HeadOutput:
     """Loss of a batch [chosen; rejected] through `model`, with log-probs, rewards, statistics."""
-    return run_pairs(model, inputs, PairTask(labels, ref_logps, loss_options, fused), router_weight)
+    return run_pairs(model, inputs, PairTask(labels, reference, loss_options, fused), router_weight)
 
 
 def scored_tokens(
@@ -175,6 +211,32 @@ def scored_tokens(
     """`logps` [2B, T - 1] of the scored tokens and the statistics asked for."""
     function = functools.partial(score_tokens, labels=labels, fused=fused, stats=stats)
     return run_head(model, inputs, HeadCall(function, labels.shape[1], fused.share_prefix))
+
+
+@torch.no_grad()
+def reference_states(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, fused: FusedOptions
+) -> ReferenceStates:
+    """What `model` gives as the reference of a loss of whole distributions."""
+    parameters = base_model_of(model).get_output_embeddings().parameters()
+    if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in parameters):
+        raise ValueError(
+            "the reference's head is in shards (FSDP2, ZeRO-3), and a loss of whole distributions "
+            "needs all of it beside the policy's; keep the reference whole"
+        )
+    kept: list[ReferenceStates] = []
+
+    def keep(hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
+        if head["lora"] is not None:
+            raise ValueError(
+                "the reference has an adapter on its head, which losses of whole distributions do "
+                "not take; merge it"
+            )
+        kept.append(ReferenceStates(hidden, head))
+        return HeadOutput(logps=hidden)
+
+    run_head(model, inputs, HeadCall(keep, labels.shape[1], fused.share_prefix))
+    return kept[0]
 
 
 @torch.no_grad()
@@ -199,21 +261,27 @@ def noiseless(
     inputs: Mapping[str, Any],
     labels: Tensor,
     out: HeadOutput,
+    reference: Reference | None,
     loss_options: dict[str, Any],
     fused: FusedOptions,
 ) -> HeadOutput:
     """The step that gave `out` again, against the same reference, without the model's noise.
 
+    `reference`: None to find its log-probs from the rewards of `out`.
+
     What the step-0 check looks at: with dropout, NEFTune, jitter or layerdrop a policy in training
     is not its reference. The router's loss, which is 0 at no log-ratio, is left out too.
     """
     assert out.pair_logps is not None and out.rewards is not None
-    beta = torch.as_tensor(loss_options.get("beta", 0.1)).to(out.rewards)
-    ref = (out.pair_logps - out.rewards / beta).flatten()
+    if reference is None:
+        beta = torch.as_tensor(loss_options.get("beta", 0.1)).to(out.rewards)
+        reference = (out.pair_logps - out.rewards / beta).flatten()
     options = {**loss_options, "beta_dpo_state": None}
     fused = replace(fused, head_stats=False)
     # DDP must not run between the forward of a step and its backward.
     while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         model = model.module
     with deterministic(model):
-        return run_pairs(model, inputs, PairTask(labels, ref, options, fused), 0.0, first=True)
+        return run_pairs(
+            model, inputs, PairTask(labels, reference, options, fused), 0.0, first=True
+        )

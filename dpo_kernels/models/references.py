@@ -17,10 +17,18 @@ def needs_reference(loss_options: dict[str, Any]) -> bool:
     """Whether loss or rewards compare with a reference."""
     if loss_options.get("reference_free"):
         return False
-    names = loss_options.get("loss_type", "sigmoid")
-    rows = [dk.losses.get(n) for n in ([names] if isinstance(names, str) else names)]
     # `sft` alone has no reference in its loss, but its rewards are log-ratios.
-    return any(row.reference or row.name == "sft" for row in rows)
+    return any(row.reference or row.name == "sft" for row in _rows(loss_options))
+
+
+def needs_states(loss_options: dict[str, Any]) -> bool:
+    """Whether a loss compares whole distributions, for which log-probs are not enough."""
+    return any(row.needs_kl for row in _rows(loss_options))
+
+
+def _rows(loss_options: dict[str, Any]) -> list[dk.losses.Loss]:
+    names = loss_options.get("loss_type", "sigmoid")
+    return [dk.losses.get(n) for n in ([names] if isinstance(names, str) else names)]
 
 
 @contextmanager

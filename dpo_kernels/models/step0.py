@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .attached import HeadOutput
-from .forward import noiseless
+from .forward import Reference, noiseless
 from .options import FusedOptions
 
 # Allowed log-ratio of a completion: nats, plus a share of its log-prob.
@@ -31,6 +31,7 @@ def check_first_step(
     inputs: Mapping[str, Any],
     labels: Tensor,
     out: HeadOutput,
+    reference: Reference | None,
     loss_options: dict[str, Any],
     fused: FusedOptions,
     dtype: torch.dtype,
@@ -38,7 +39,7 @@ def check_first_step(
 ) -> HeadOutput:
     """`out`, of the first step, as it is without the model's noise; `WrongReference` if that shows
     a policy unlike its reference."""
-    seen = noiseless(model, inputs, labels, out, loss_options, fused)
+    seen = noiseless(model, inputs, labels, out, reference, loss_options, fused)
     assert seen.rewards is not None and seen.pair_logps is not None
     dtype = seen.rewards.dtype if seen.rewards.dtype == torch.float64 else dtype
     check_step0(

@@ -411,6 +411,25 @@ def test_without_head_stats_the_loss_streams():
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
 
 
+@pytest.mark.skipif(not V1, reason="TRL 0.x makes its loss from log-probs")
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", ["sigmoid", "sft"]])
+def test_patched_with_its_defaults_it_streams(loss, monkeypatch):
+    from dpo_kernels.integrations import trl_v1
+
+    steps, strategies = trl_v1.pair_step, []
+
+    def seen(*args):
+        out = steps(*args)
+        strategies.append(out.strategy)
+        return out
+
+    monkeypatch.setattr(trl_v1, "pair_step", seen)
+    with patch_trl():
+        made = run(TRLS_OWN, loss_type=loss, max_steps=2)
+    assert strategies == ["streaming"] * 2
+    assert {"entropy", "logits/chosen", "mean_token_accuracy"} <= made.history[0].keys()
+
+
 def test_a_small_memory_budget_changes_nothing():
     a, b = (run(DPOTrainer, max_steps=3, fused=f) for f in (None, {"memory_budget": 1}))
     assert_same(a, b, 1e-4, 1e-4)
