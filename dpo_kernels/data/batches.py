@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..transfer import to_device
 from .sequences import Ids, TokenPair, TokenSequence
 
 # What one more trunk call costs, in tokens: rows are padded into a common call as long as the
@@ -98,13 +99,6 @@ class ScoredBatch:
             for call in self.calls
         ]
         return replace(self, calls=calls, rows=to_device(self.rows, device))
-
-
-def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """`x` on `device`; to a GPU from pinned memory, or the host would wait until it is idle."""
-    if x.device.type == "cpu" and torch.device(device).type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
 
 
 @dataclass
