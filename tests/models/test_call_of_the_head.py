@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
-
 import tiny
+import torch
 
 pytest.importorskip("transformers", reason="pip install transformers")
 
