@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .transfer import to_device
 
 # How far two states of one context may be apart, of their largest element.
 SAME_CONTEXT = 0.25
@@ -121,8 +122,9 @@ class Layout:
             self.targets, self.cu_seqlens, self.sequences, self.ignore_index, self.shift, lengths
         )
         if self.targets.device.type == "cpu" and device.type != "cpu":
-            cu = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-            layout = replace(layout, targets=self.targets.to(device), cu_seqlens=cu)
+            move = to_device if readable else Tensor.to
+            cu = None if self.cu_seqlens is None else move(self.cu_seqlens, device)
+            layout = replace(layout, targets=move(self.targets, device), cu_seqlens=cu)
         return layout
 
     @property

@@ -117,7 +117,10 @@ def _scaled(d: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """d * g in `dtype`; d is given up."""
     if d.dtype == dtype or d.device.type == "cpu":  # where one pass would take a copy of d besides
         return d.mul_(g).to(dtype)
-    return torch.mul(d, g, out=torch.empty(d.shape, dtype=dtype, device=d.device))
+    out = torch.empty(d.shape, dtype=dtype, device=d.device)
+    if "triton" in backends.available():
+        return backends.load("triton").scaled_copy(d, g, out)
+    return torch.mul(d, g, out=out)
 
 
 class _Chunk(NamedTuple):

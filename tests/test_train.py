@@ -16,6 +16,8 @@ from test_data import byte_tokenizer, random_pairs
 import dpo_kernels as dk
 from dpo_kernels.data import PreferencePair, Sharing, TokenSequence, make_batch, tokenize_pairs
 from dpo_kernels.data.pairs import LeftOut
+from dpo_kernels.models.loading import without_quantization
+from dpo_kernels.models.versions import dtype_option
 from dpo_kernels.train.compare import plain_logps, step_times
 from dpo_kernels.train.config import DPOTrainConfig, UserError, load_config, read_config_file
 from dpo_kernels.train.console import Console
@@ -24,9 +26,7 @@ from dpo_kernels.train.metrics import MetricsFile
 from dpo_kernels.train.model import (
     Policy,
     complete,
-    dtype_option,
     prepare_policy,
-    without_quantization,
 )
 from dpo_kernels.train.optim import Stepper, TrainingError
 from dpo_kernels.train.plots import plot_run
@@ -141,7 +141,7 @@ def _logp_of(model: Any, sequence: TokenSequence) -> torch.Tensor:
 
 
 def test_flash_attention_is_refused_for_shared_prompts() -> None:
-    from dpo_kernels.causal_lm import no_sharing
+    from dpo_kernels.models.shared_prompt import no_sharing
 
     config = tiny_model().config
     config._attn_implementation = "flash_attention_2"

@@ -25,11 +25,12 @@ length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..transfer import to_device
 from .sequences import Ids, TokenPair, TokenSequence
 
 # What one more trunk call costs, in tokens: rows are padded into a common call as long as the
@@ -66,6 +67,7 @@ class TrunkCall:
     input_ids: Tensor  # [R, S] int64
     position_ids: Tensor | None  # [R, S]; None: 0..S-1
     mask: Tensor | None  # [R, 1, S, S] bool, True where a query sees a key; None: causal
+    lengths: list[int]  # [R] real tokens of each row
 
 
 @dataclass(frozen=True)
@@ -74,26 +76,29 @@ class ScoredBatch:
 
     calls: list[TrunkCall]
     rows: Tensor  # [N] int64 into the concatenated, flattened hidden states
-    labels: Tensor  # [N] int64
+    labels: Tensor  # [N] int64, on the host as the next two: the loss counts them there
     cu_seqlens: Tensor  # [sequences + 1] int64
+    scored_lengths: list[int]  # [sequences]
     sources: list[str]  # where each pair (or sequence) came from
     num_tokens: int  # real tokens of all sequences, prompts counted in each (as TRL counts)
     num_chosen_scored: int  # scored tokens of the first half of the sequences
 
     def to(self, device: torch.device | str) -> ScoredBatch:
-        """The same batch on `device`."""
+        """The same batch with what the trunk reads on `device`; the labels stay."""
 
         def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device)
+            return None if x is None else to_device(x, device)
 
         calls = [
-            TrunkCall(c.input_ids.to(device), move(c.position_ids), move(c.mask))
-            for c in self.calls
+            replace(
+                call,
+                input_ids=to_device(call.input_ids, device),
+                position_ids=move(call.position_ids),
+                mask=move(call.mask),
+            )
+            for call in self.calls
         ]
-        return ScoredBatch(
-            calls, self.rows.to(device), self.labels.to(device), self.cu_seqlens.to(device),
-            self.sources, self.num_tokens, self.num_chosen_scored,
-        )  # fmt: skip
+        return replace(self, calls=calls, rows=to_device(self.rows, device))
 
 
 @dataclass
@@ -154,6 +159,7 @@ def _assemble(
         rows=torch.cat(indices),
         labels=torch.tensor(labels, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, *counts], dtype=torch.int64).cumsum(0),
+        scored_lengths=counts,
         sources=sources,
         num_tokens=sum(len(s.ids) for s in sequences),
         num_chosen_scored=sum(counts[:first_half]),
@@ -201,11 +207,12 @@ def _calls(rows: list[_Row], call_tokens: int | None, pad_id: int) -> list[Trunk
             ids[r, : len(row.ids)] = torch.tensor(row.ids)
             row.start = start + r * S
         start += len(group) * S
+        lengths = [len(row.ids) for row in group]
         branches = [row.branch for row in group if row.branch is not None]
         if branches:
-            calls.append(TrunkCall(ids, *_shared_positions(branches, S)))
+            calls.append(TrunkCall(ids, *_shared_positions(branches, S), lengths))
         else:
-            calls.append(TrunkCall(ids, None, None))
+            calls.append(TrunkCall(ids, None, None, lengths))
     return calls
 
 

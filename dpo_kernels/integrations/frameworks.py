@@ -6,6 +6,8 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ..models.versions import number
+
 # Ranges [first, last) of releases; `make test-integrations` runs both ends of each.
 TESTED = {
     "trl": (("0.18", "0.25"), ("1.0", "1.17")),
@@ -30,19 +32,6 @@ def require(module: str, pip_name: str | None = None) -> Any:
         raise ImportError(
             f"dpo_kernels.integrations needs {name}: pip install {name}", name=module
         ) from error
-
-
-def number(text: str) -> tuple[int, ...]:
-    """The numbers of a version, without what follows them: "1.16.0.dev0" -> (1, 16, 0)."""
-    parts = []
-    for part in text.split("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        parts.append(int(digits))
-        if digits != part:
-            break
-    return tuple(parts)
 
 
 def check_version(package: str, *, allow_untested: bool = False) -> tuple[int, ...]:

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
+from ..models.attached import attach_head
+from ..models.forward import Reference
+from ..models.head_check import check_head
+from ..models.options import FusedOptions
+from ..models.references import needs_reference
+from ..models.step0 import WrongReference
 from .frameworks import check_version, require
-from .head import attach_head, check_head, reference_adapter
-from .options import FusedOptions, needs_reference
-from .plain import PreferenceCollator, check_reference, dpo_step, reference_logps
-from .step0 import WrongReference
+from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
 
 __all__ = ["DPOModule", "FusedOptions", "PreferenceCollator", "WrongReference"]
 
@@ -79,20 +82,13 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
 
     on_validate_start = on_test_start = on_fit_start
 
-    def _reference(self, batch: Mapping[str, Any]) -> Tensor | None:
+    def _reference(self, batch: Mapping[str, Any]) -> Reference | None:
         if not self.uses_reference:
             return None
-        if "ref_logps" in batch:
-            return batch["ref_logps"]
-        if self._ref_model:
-            return reference_logps(self._ref_model[0], batch, fused=self.fused)
-        if not hasattr(self.model, "peft_config"):
-            raise ValueError(
-                "no reference: give ref_model, ref_logps in the batch, a PEFT model, or "
-                "reference_free=True"
-            )
-        with reference_adapter(self.model):
-            return reference_logps(self.model, batch, fused=self.fused)
+        ref_model = self._ref_model[0] if self._ref_model else None
+        return find_reference(
+            batch, self.model, ref_model, self.fused, self.loss_options, "reference_free=True"
+        )
 
     def _step(self, batch: Mapping[str, Any], prefix: str) -> Tensor:
         ref = self._reference(batch)
@@ -110,7 +106,13 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
                 opt_out = "DPOModule(..., fused={'check_reference': False})"
                 # What is logged of the first step is the policy as it was checked: rewards of 0.
                 seen = check_reference(
-                    self.model, out, batch, opt_out=opt_out, fused=self.fused, **options
+                    self.model,
+                    out,
+                    batch,
+                    ref_logps=ref,
+                    opt_out=opt_out,
+                    fused=self.fused,
+                    **options,
                 )
                 out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
                 assert out.rewards is not None and out.pair_logps is not None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head import HeadOutput
+from ..models.attached import HeadOutput
 
 # metric -> (numerator, denominator) among the sums of a row
 _QUOTIENTS = {

@@ -25,17 +25,28 @@ from torch import Tensor, nn
 
 import dpo_kernels as dk
 
-from ..causal_lm import deterministic
-from .head import HeadOutput, attach_head, check_head
-from .options import FusedOptions
+from ..models import forward
+from ..models.attached import HeadOutput, attach_head
+from ..models.forward import Reference, ReferenceStates, pair_step, scored_tokens
+from ..models.head_check import check_head
+from ..models.options import FusedOptions
+from ..models.references import needs_states, reference_adapter
+from ..models.step0 import WrongReference, check_first_step
+from ..models.structure import deterministic
 from .rows import ROW_OPTIONS, row_numbers, take_row_options
-from .step import noiseless, pair_step, scored_tokens
-from .step0 import WrongReference, check_step0
 
 __all__ = [
-    "FusedOptions", "LogitsLoss", "PreferenceCollator", "PreferenceLoss", "WrongReference",
-    "attach", "check_reference", "dpo_step", "reference_logps",
-]  # fmt: skip
+    "FusedOptions",
+    "LogitsLoss",
+    "PreferenceCollator",
+    "PreferenceLoss",
+    "WrongReference",
+    "attach",
+    "check_reference",
+    "dpo_step",
+    "reference_logps",
+    "reference_states",
+]
 
 _NOT_FOR_THE_MODEL = {"labels", "ref_logps"}
 
@@ -122,14 +133,15 @@ def dpo_step(
     model: nn.Module,
     batch: Mapping[str, Any],
     *,
-    ref_logps: Tensor | None = None,
+    ref_logps: Reference | None = None,
     fused: FusedOptions | dict[str, Any] | None = None,
     **loss_options: Any,
 ) -> HeadOutput:
     """One forward: `loss` (scalar, differentiable), `pair_logps` and `rewards` [2, B], statistics.
 
-    `ref_logps` [2B] or [2B, T - 1], else the batch's own; `loss_options` those of
-    `dpo_kernels.losses.LossOptions`. Raises `ValueError` as `fused_linear_dpo_loss`.
+    `ref_logps` [2B] or [2B, T - 1], or what `reference_states` gives, else the batch's own;
+    `loss_options` those of `dpo_kernels.losses.LossOptions`. Raises `ValueError` as
+    `fused_linear_dpo_loss`.
     """
     inputs, row_options, labels = _split(batch)
     options = {**loss_options, **row_options}
@@ -155,35 +167,69 @@ def reference_logps(
     return out.logps
 
 
+@torch.no_grad()
+def reference_states(
+    model: nn.Module, batch: Mapping[str, Any], *, fused: FusedOptions | dict | None = None
+) -> ReferenceStates:
+    """`reference_logps` for the losses that compare whole distributions (`tdpo1`, `tdpo2`)."""
+    inputs, _, labels = _split(batch)
+    attach_head(model)
+    with deterministic(model):
+        return forward.reference_states(
+            model, inputs, labels, FusedOptions.of(fused, FusedOptions())
+        )
+
+
+def find_reference(
+    batch: Mapping[str, Any],
+    policy: nn.Module,
+    ref_model: nn.Module | None,
+    fused: FusedOptions,
+    loss_options: dict[str, Any],
+    free: str,
+) -> Reference:
+    """The batch's own reference log-probs, else `ref_model`'s, else those below PEFT's adapter.
+
+    `free`: what to write to go without a reference.
+    """
+    ask = reference_states if needs_states(loss_options) else reference_logps
+    if "ref_logps" in batch:
+        return batch["ref_logps"]
+    if ref_model is not None:
+        return ask(ref_model, batch, fused=fused)
+    if not hasattr(policy, "peft_config"):
+        raise ValueError(
+            f"no reference: give ref_model, ref_logps in the batch, a PEFT model, or {free}"
+        )
+    with reference_adapter(policy):
+        return ask(policy, batch, fused=fused)
+
+
 def check_reference(
     model: nn.Module,
     out: HeadOutput,
     batch: Mapping[str, Any],
     *,
+    ref_logps: Reference | None = None,
     opt_out: str = "leave check_reference out",
     fused: FusedOptions | dict[str, Any] | None = None,
     **loss_options: Any,
 ) -> HeadOutput:
     """`WrongReference` unless `out`, of the first step, shows a policy equal to its reference.
 
-    A model in training mode runs once more without its noise (dropout, NEFTune, jitter, ...); that
-    step, or `out`, is returned.
-    `opt_out` ends the message: what to write where they differ on purpose.
+    The model runs once more without its noise (dropout, NEFTune, jitter, ...); that step is
+    returned. `ref_logps` as `dpo_step` had it; None: what `out` tells of it. `opt_out` ends the
+    message: what to write where they differ on purpose.
     """
     inputs, row_options, labels = _split(batch)
     chosen = FusedOptions.of(fused, FusedOptions())
     loss_options = {**loss_options, **row_options, **chosen.loss_options}
-    if any(module.training for module in model.modules()):
-        out = noiseless(model, inputs, labels, out, loss_options, chosen)
-    assert out.rewards is not None and out.pair_logps is not None
-    lengths = torch.stack((labels[:, 1:] != -100).sum(1).chunk(2))
-    dtype = out.rewards.dtype
-    if dtype != torch.float64:
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        if torch.is_autocast_enabled(labels.device.type):
-            dtype = torch.get_autocast_dtype(labels.device.type)
-    check_step0(out.rewards, out.pair_logps, lengths, out.loss, loss_options, dtype, opt_out)
-    return out
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if torch.is_autocast_enabled(labels.device.type):
+        dtype = torch.get_autocast_dtype(labels.device.type)
+    return check_first_step(
+        model, inputs, labels, out, ref_logps, loss_options, chosen, dtype, opt_out
+    )
 
 
 class PreferenceLoss(nn.Module):

@@ -21,13 +21,17 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from ..models.attached import attach_head
+from ..models.forward import Reference
+from ..models.head_check import check_head
+from ..models.options import FusedOptions
+from ..models.references import needs_reference
+from ..models.step0 import WrongReference
+from ..models.structure import base_model_of
 from .frameworks import check_version
-from .head import attach_head, base_model_of, check_head, reference_adapter
 from .metrics import PackedMetrics, evaluation_metrics, real_pairs
-from .options import FusedOptions, needs_reference
-from .plain import PreferenceCollator, check_reference, dpo_step, reference_logps
+from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
 from .state import load_state, save_state
-from .step0 import WrongReference
 
 __all__ = ["FusedDPOMixin", "FusedDPOTrainer", "FusedOptions", "PreferenceCollator",
            "WrongReference"]  # fmt: skip
@@ -113,7 +117,9 @@ class FusedDPOMixin:
         if first and ref is not None and self.fused.check_reference and not started:
             opt_out = "FusedDPOTrainer(..., fused={'check_reference': False})"
             # What is logged of the first step is the policy as it was checked: rewards of 0.
-            seen = check_reference(model, out, inputs, opt_out=opt_out, fused=self.fused, **options)
+            seen = check_reference(
+                model, out, inputs, ref_logps=ref, opt_out=opt_out, fused=self.fused, **options
+            )
             out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
         self._reference_seen |= mode == "train"
         mask = inputs.get("attention_mask")
@@ -125,19 +131,10 @@ class FusedDPOMixin:
             out.loss = out.loss[: real or None].mean()
         return (out.loss, out) if return_outputs else out.loss
 
-    def _reference(self, inputs: dict[str, Any]) -> Tensor:
-        if "ref_logps" in inputs:
-            return inputs["ref_logps"]
-        if self.ref_model is not None:
-            return reference_logps(self.ref_model, inputs, fused=self.fused)
+    def _reference(self, inputs: dict[str, Any]) -> Reference:
         policy = self.accelerator.unwrap_model(self.model)
-        if not hasattr(policy, "peft_config"):
-            raise ValueError(
-                "no reference: give ref_model, ref_logps in the batch, a PEFT model, or "
-                "loss_options={'reference_free': True}"
-            )
-        with reference_adapter(policy):
-            return reference_logps(policy, inputs, fused=self.fused)
+        free = "loss_options={'reference_free': True}"
+        return find_reference(inputs, policy, self.ref_model, self.fused, self.loss_options, free)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *_: Any, **__: Any

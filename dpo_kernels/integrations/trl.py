@@ -19,9 +19,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from ..models.options import FusedOptions
+from ..models.step0 import WrongReference
 from . import frameworks
-from .options import FusedOptions
-from .step0 import WrongReference
 
 __all__ = ["FusedOptions", "WrongReference", "patch_trl", "unpatch_trl"]
 

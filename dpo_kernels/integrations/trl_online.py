@@ -7,17 +7,16 @@ import importlib
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import dpo_kernels as dk
-
-from ..causal_lm import deterministic
-from .head import HeadCall, HeadOutput, attach_head
-from .options import FusedOptions
-from .step import run_head
+from ..models.attached import attach_head
+from ..models.forward import scored_tokens
+from ..models.options import FusedOptions
+from ..models.structure import deterministic
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
 
@@ -62,21 +61,13 @@ def _forward(original: Callable) -> Callable:
         labels = torch.cat([torch.full_like(prompt_ids, -100), completion_ids], 1)
         images = {k: vision_inputs[k] for k in _VISION if vision_inputs and k in vision_inputs}
         fused = getattr(type(self), "fused_default", FusedOptions())
+        plain = replace(fused, share_prefix=False)  # rows of one completion each
         attach_head(self.accelerator.unwrap_model(model))
-
-        def score(hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
-            logps = dk.linear_sequence_logps(
-                hidden, labels=labels, reduction="none", backend=fused.backend,
-                memory_budget=fused.memory_budget, **head,
-            )  # fmt: skip
-            return HeadOutput(logps=logps)
-
-        call = HeadCall(score, labels.shape[1])
         # Without gradient it is the reference's turn.
         mode = nullcontext() if torch.is_grad_enabled() else deterministic(model)
         with self.accelerator.autocast(), mode:
             inputs = {"input_ids": ids, "attention_mask": mask, **images}
-            logps = run_head(model, inputs, call).logps
+            logps = scored_tokens(model, inputs, labels, plain).logps
         assert logps is not None
         return logps[:, -completion_ids.shape[1] :]
 

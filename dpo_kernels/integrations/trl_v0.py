@@ -21,13 +21,14 @@ from torch import Tensor
 
 import dpo_kernels as dk
 
-from ..causal_lm import deterministic
+from ..models.attached import HeadOutput, attach_head
+from ..models.forward import scored_tokens
+from ..models.head_check import check_head
+from ..models.options import FusedOptions
+from ..models.step0 import check_step0
+from ..models.structure import base_model_of, deterministic
 from . import state
-from .head import HeadOutput, attach_head, base_model_of, check_head
-from .options import FusedOptions
 from .rows import ROW_OPTIONS, WithRowColumns, check_row_columns, take_row_options
-from .step import scored_tokens
-from .step0 import check_step0
 from .trl_v1 import OPT_OUT, model_dtype
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes")
@@ -296,4 +297,4 @@ def _check_reference(trainer: Any, logps: list[Tensor], ref: list[Tensor], name:
     policy = torch.stack([x.detach() for x in trainer._noiseless or logps])
     dtype = policy.dtype if policy.dtype == torch.float64 else model_dtype(trainer)
     rewards = policy - torch.stack(ref)
-    check_step0(rewards, policy, trainer._lengths, None, {"beta": 1.0}, dtype, OPT_OUT)
+    check_step0(rewards, policy, {"beta": 1.0}, dtype, OPT_OUT)

@@ -16,14 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..causal_lm import deterministic
+from ..models.attached import attach_head
+from ..models.forward import (
+    Reference,
+    labels_of,
+    pair_logps,
+    pair_step,
+    reference_states,
+    scored_tokens,
+)
+from ..models.head_check import check_head
+from ..models.options import FusedOptions
+from ..models.references import needs_reference, needs_states, reference_adapter
+from ..models.step0 import check_first_step
+from ..models.structure import base_model_of, deterministic
 from . import state
-from .head import attach_head, base_model_of, check_head, reference_adapter
 from .metrics import PackedMetrics, evaluation_metrics, real_pairs
-from .options import FusedOptions, needs_reference
 from .rows import ROW_OPTIONS, WithRowColumns, check_row_columns, take_row_options
-from .step import labels_of, noiseless, pair_logps, pair_step, scored_tokens
-from .step0 import check_step0
 
 _NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 OPT_OUT = "DPOTrainer(..., fused={'check_reference': False}) or patch_trl(check_reference=False)"
@@ -197,9 +206,9 @@ def _compute_loss(original: Callable) -> Callable:
             self._beta_dpo_state = self._beta_dpo_state.to(labels.device)
             state = self._beta_dpo_state
             options["beta_dpo_state"] = state if training else state.clone()
-        ref_logps = None
+        reference = None
         if needs_reference(options):
-            ref_logps = _reference_logps(self, inputs, labels)
+            reference = _reference_of(self, inputs, labels, needs_states(options))
         first = training and not self._reference_seen
         if first:
             _check_first(self)
@@ -208,10 +217,10 @@ def _compute_loss(original: Callable) -> Callable:
         router_weight = self.router_aux_loss_coef if enabled else 0.0
         with self.accelerator.autocast():
             out = pair_step(
-                model, model_inputs, labels, ref_logps, options, self.fused, router_weight
+                model, model_inputs, labels, reference, options, self.fused, router_weight
             )
-            if first and ref_logps is not None:
-                _check_reference(self, model, model_inputs, out, labels, options)
+            if first and reference is not None:
+                _check_reference(self, model, model_inputs, out, labels, reference, options)
         self._reference_seen |= training
         tokens = inputs["attention_mask"].sum()
         loss = out.loss
@@ -230,11 +239,13 @@ def _compute_loss(original: Callable) -> Callable:
     return _compute_loss
 
 
-def _reference_logps(trainer: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
-    """[2B] precomputed, or [2B, T - 1] from the reference now."""
+def _reference_of(trainer: Any, inputs: dict[str, Any], labels: Tensor, states: bool) -> Reference:
+    """[2B] precomputed, or from the reference now: [2B, T - 1], or its states."""
     if trainer.precompute_ref_logps and "ref_chosen_logps" in inputs:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     with _reference(trainer) as reference:
+        if states:
+            return reference_states(reference, _model_inputs(inputs), labels, trainer.fused)
         logps = scored_tokens(reference, _model_inputs(inputs), labels, trainer.fused).logps
         assert logps is not None
         return logps
@@ -255,15 +266,15 @@ def _check_reference(
     model_inputs: dict[str, Any],
     out: Any,
     labels: Tensor,
+    reference: Reference,
     options: dict[str, Any],
 ) -> None:
     if not trainer.fused.check_reference or trainer.state.global_step:
         return
-    seen = noiseless(model, model_inputs, labels, out, options, trainer.fused)
-    assert seen.loss is not None and seen.rewards is not None and seen.pair_logps is not None
-    dtype = seen.loss.dtype if seen.loss.dtype == torch.float64 else model_dtype(trainer)
-    lengths = torch.stack((labels[:, 1:] != -100).sum(1).chunk(2))
-    check_step0(seen.rewards, seen.pair_logps, lengths, seen.loss, options, dtype, OPT_OUT)
+    dtype = model_dtype(trainer)
+    seen = check_first_step(
+        model, model_inputs, labels, out, reference, options, trainer.fused, dtype, OPT_OUT
+    )
     # What is logged of the first step is the policy as it was checked: rewards of 0.
     out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
 

@@ -52,7 +52,9 @@ def step_times(
         reference = torch.zeros(2 * B, device=policy.device)
 
     def ours() -> None:
-        loss(data, indices, B, tokens)[0].loss.backward()
+        out, _ = loss(data, indices, B, tokens)
+        assert out.loss is not None
+        out.loss.backward()
 
     def plain() -> None:
         ratio = plain_logps(policy.model, pairs, policy.pad_id) - reference

@@ -36,12 +36,13 @@ from ..data import (
     tokenize_conversations,
     tokenize_pairs,
 )
+from ..models.versions import dtype_option
 from .compare import step_times
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
 from .loop import TrainResult, evaluate, train, visited
 from .metrics import MetricsFile
-from .model import Policy, complete, dtype_option, load_policy, prepare_policy, save_policy
+from .model import Policy, complete, load_policy, prepare_policy, save_policy
 from .optim import epoch_order, total_steps
 from .plots import plot_run
 from .reference import PairData, with_reference

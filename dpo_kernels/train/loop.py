@@ -10,14 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import dpo_kernels as dk
 
-from ..causal_lm import deterministic
 from ..data import ScoredBatch, TokenPair
+from ..models.attached import HeadOutput
+from ..models.forward import PairTask, run_pairs
+from ..models.step0 import WrongReference
+from ..models.step0 import check_step0 as check_same
+from ..models.structure import deterministic
+from ..transfer import to_device
 from .config import DPOTrainConfig
 from .console import Console
 from .metrics import EVAL_ONLY, MetricsFile, PairMeter
@@ -47,27 +53,31 @@ class PairLoss:
 
     def __call__(
         self, data: PairData, indices: Sequence[int], num_pairs: int, num_chosen_tokens: int
-    ) -> tuple[dk.DPOOutput, ScoredBatch]:
+    ) -> tuple[HeadOutput, ScoredBatch]:
         """Loss of the pairs `indices` as a share of `num_pairs`, and their batch."""
+        whole = {"num_pairs": num_pairs, "num_chosen_tokens": max(num_chosen_tokens, 1)}
+        task = self.task(data, indices, whole)
+        router_weight = self.policy.router_weight * len(indices) / num_pairs
+        with self.policy.autocast():
+            out = run_pairs(self.policy.model, {}, task, router_weight)
+        assert task.batch is not None
+        return out, task.batch
+
+    def task(
+        self, data: PairData, indices: Sequence[int], options: dict[str, Any] | None = None
+    ) -> PairTask:
+        """What the head is to make of the pairs `indices`."""
         pairs = [data.pairs[i] for i in indices]
         batch = self.policy.batch(pairs)
-        hidden, router_loss = self.policy.hidden_and_router_loss(batch)
-        with self.policy.autocast():
-            out = self.function(
-                hidden,
-                labels=batch.labels,
-                cu_seqlens=batch.cu_seqlens,
-                shift=False,
-                ref_logps=self.reference(data, indices),
-                ref_logps_per_token=self.per_token,
-                num_pairs=num_pairs,
-                num_chosen_tokens=max(num_chosen_tokens, 1),
-                **self.offset(pairs),
-                **self.policy.head_arguments(),
-            )
-        if router_loss is not None:
-            out = out._replace(loss=out.loss + router_loss * (len(pairs) / num_pairs))
-        return out, batch
+        return PairTask(
+            batch.labels,
+            self.reference(data, indices),
+            {**(options or {}), **self.offset(pairs)},
+            self.policy.fused,
+            batch,
+            self.per_token,
+            self.function,
+        )
 
     def reference(self, data: PairData, indices: Sequence[int]) -> Tensor | None:
         return data.reference.of(indices, self.policy.device) if data.reference else None
@@ -81,7 +91,7 @@ class PairLoss:
             found["weights"] = [1.0 if p.weight is None else p.weight for p in pairs]
         if any(p.beta is not None for p in pairs):
             found["beta"] = [p.beta or self.function.options["beta"] for p in pairs]
-        return {k: torch.tensor(v, device=self.policy.device) for k, v in found.items()}
+        return {k: to_device(torch.tensor(v), self.policy.device) for k, v in found.items()}
 
 
 def chosen_tokens(pairs: Sequence[TokenPair]) -> int:
@@ -120,41 +130,24 @@ def check_step0(
     """
     loss = PairLoss(policy, config)
     loss.function.eval()
-    pairs = [data.pairs[i] for i in indices]
-    batch = policy.batch(pairs)
-    with deterministic(policy.model):
-        own = policy.logps(batch, "none")
-        hidden = policy.hidden(batch)
-    losses = []
-    refs = (
-        (loss.reference(data, indices), loss.per_token),
-        (own if data.reference else None, True),
-    )
-    for ref, per_token in refs:
-        with policy.autocast():
-            out = loss.function(
-                hidden,
-                labels=batch.labels,
-                cu_seqlens=batch.cu_seqlens,
-                shift=False,
-                ref_logps=ref,
-                ref_logps_per_token=per_token,
-                **loss.offset(pairs),
-                **policy.head_arguments(),
+    with deterministic(policy.model), policy.autocast():
+        out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
+    assert out.loss is not None and out.zero_loss is not None
+    assert out.rewards is not None and out.pair_logps is not None
+    if data.reference:
+        options = config.loss_options()
+        try:
+            check_same(
+                out.rewards,
+                out.pair_logps,
+                options,
+                policy.dtype,
+                loss=out.loss,
+                zero_loss=out.zero_loss,
             )
-        losses.append(float(out.loss))
-        if data.reference and not losses[1:]:
-            size = torch.cat([out.chosen_logps, out.rejected_logps]).abs()
-            ratio = torch.cat([out.chosen_rewards, out.rejected_rewards]).abs() / config.beta
-            wide = hidden.dtype in (torch.float32, torch.float64) and not policy.bf16
-            allowed = 1e-3 + 1e-5 * size if wide else 0.05 + 1e-2 * size
-            if not bool((ratio <= allowed).all()):
-                raise TrainingError(
-                    "before the first step the policy must equal the reference, but log-probs "
-                    f"differ by up to {float(ratio.max()):.4g} nats (loss {losses[0]:.6f}): "
-                    "another reference, or kernels that disagree"
-                )
-    return losses[0], losses[1]
+        except WrongReference as error:
+            raise TrainingError(str(error)) from None
+    return float(out.loss), float(out.zero_loss)
 
 
 def step_indices(n: int, config: DPOTrainConfig, steps: int) -> Iterator[tuple[list[int], float]]:
@@ -218,6 +211,7 @@ def _gradients(
         router = bool(loss.policy.router_weight)
         for part in parts_of(batch_indices, data.pairs, config, loss.policy.device, router):
             out, batch = loss(data, part, len(indices), num_chosen)
+            assert out.loss is not None
             out.loss.backward()
             total = total + out.loss.detach()
             meter.add(out, config.beta)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dpo_kernels as dk
+from ..models.attached import HeadOutput
 
 _NAMES = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -32,7 +32,7 @@ TIE = 2e-6
 
 
 class PairMeter:
-    """Means over pairs of what `DPOOutput` holds; the sums stay on the device."""
+    """Means over pairs; the sums stay on the device."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
@@ -40,16 +40,22 @@ class PairMeter:
         self.pairs = 0
         self.steps = 0
 
-    def add(self, out: dk.DPOOutput, beta: float) -> None:
+    def add(self, out: HeadOutput, beta: float) -> None:
         """Add one batch. Its loss is a share of a whole (`num_pairs=`): shares are summed."""
-        margins, size = out.margins, out.chosen_logps.abs() + out.rejected_logps.abs()
-        tie = margins.abs() <= beta * TIE * size
-        sums = torch.stack([
-            out.chosen_rewards.sum(), out.rejected_rewards.sum(), out.accuracy.sum(),
-            margins.sum(), out.chosen_logps.sum(), out.rejected_logps.sum(),
-            torch.where(tie, 0.5, (margins > 0).to(margins.dtype)).sum(),
-            (out.chosen_logps > out.rejected_logps).to(margins.dtype).sum(),
-        ]).double()  # fmt: skip
+        assert out.loss is not None and out.rewards is not None and out.pair_logps is not None
+        rewards, logps = out.rewards, out.pair_logps  # [2, B]
+        margins = rewards[0] - rewards[1]
+        tie = margins.abs() <= beta * TIE * logps.abs().sum(0)
+        wins = margins > 0
+        values = [
+            *rewards,
+            wins,
+            margins,
+            *logps,
+            torch.where(tie, 0.5, wins.to(margins.dtype)),
+            logps[0] > logps[1],
+        ]
+        sums = torch.stack([x.to(margins.dtype).sum() for x in values]).double()
         loss = out.loss.detach().double()
         self._sums = sums if self._sums is None else self._sums + sums
         self._loss = loss if self._loss is None else self._loss + loss

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import dpo_kernels as dk
-
-from ..causal_lm import deterministic
 from ..data import TokenPair
+from ..models.references import needs_reference
+from ..models.structure import deterministic
+from ..transfer import to_device
 from .config import DPOTrainConfig
 from .console import Console
 from .model import Policy
@@ -33,7 +33,7 @@ class Reference:
         """`ref_logps` of a batch: [2B] sums, or [N] per token, chosen before rejected."""
         values = [self.chosen[i] for i in indices] + [self.rejected[i] for i in indices]
         joined = torch.stack(values) if values[0].dim() == 0 else torch.cat(values)
-        return joined.to(device)
+        return to_device(joined, device)
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,22 @@ class PairData:
     reference: Reference | None = None
 
 
-def needs_reference(config: DPOTrainConfig) -> bool:
-    """Whether any chosen loss compares with a reference."""
-    if config.reference_free:
-        return False
-    rows = [dk.losses.get(name) for name in config.loss_type]
-    # `sft` alone has no reference in its loss, but its rewards are log-ratios.
-    return any(row.reference or row.name == "sft" for row in rows)
-
-
 @torch.no_grad()
 def with_reference(
-    policy: Policy, pairs: list[TokenPair], config: DPOTrainConfig, console: Console, what: str,
+    policy: Policy,
+    pairs: list[TokenPair],
+    config: DPOTrainConfig,
+    console: Console,
+    what: str,
     used: Sequence[int] | None = None,
-) -> PairData:  # fmt: skip
+) -> PairData:
     """The pairs with the log-probs that `policy`, as it is now, gives them.
 
     `used`: the only pairs that will be asked for (a run of few steps does not visit all). Else the
     batches are those of `evaluate`, so that an evaluation of the unchanged policy repeats the
     same arithmetic.
     """
-    if not needs_reference(config):
+    if not needs_reference(config.loss_options()):
         return PairData(pairs)
     per_token = config.ld_alpha is not None
     size = config.per_device_eval_batch_size
@@ -76,7 +71,7 @@ def with_reference(
         batch = policy.batch([pairs[i] for i in group])
         with deterministic(policy.model):
             logps = policy.logps(batch, "none" if per_token else "sum").cpu()
-        values = list(logps.split(batch.cu_seqlens.diff().tolist()) if per_token else logps)
+        values = list(logps.split(batch.scored_lengths) if per_token else logps)
         for i, chosen, rejected in zip(group, values, values[len(group) :], strict=False):
             reference.chosen[i], reference.rejected[i] = chosen.clone(), rejected.clone()
     return PairData(pairs, reference)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dpo_kernels.integrations import frameworks
-from dpo_kernels.integrations.options import FusedOptions
+from dpo_kernels.models.options import FusedOptions
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ pytest.importorskip("accelerate", reason="pip install accelerate")
 
 from test_transformers import examples, plain_logps, trainer
 
-from dpo_kernels.causal_lm import deterministic
 from dpo_kernels.integrations import plain
 from dpo_kernels.integrations.plain import PreferenceCollator, WrongReference
+from dpo_kernels.models.structure import deterministic
 
 BATCH = PreferenceCollator(0)(examples(4))
 SMALL = {

@@ -17,13 +17,14 @@ pytest.importorskip("accelerate", reason="pip install accelerate")
 from transformers import Trainer, TrainingArguments
 
 from dpo_kernels.integrations import plain
-from dpo_kernels.integrations.head import attach_head, check_head, detach_head
 from dpo_kernels.integrations.transformers import (
     FusedDPOMixin,
     FusedDPOTrainer,
     PreferenceCollator,
     WrongReference,
 )
+from dpo_kernels.models.attached import attach_head, detach_head
+from dpo_kernels.models.head_check import check_head
 
 
 def examples(n=8, seed=0, **columns):

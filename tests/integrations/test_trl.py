@@ -180,7 +180,7 @@ def test_lora_on_lm_head():
     # The log-probs that were optimised are those of PEFT's own forward.
     made = ours.trainer
     made.model.eval()
-    from dpo_kernels.integrations.head import check_head
+    from dpo_kernels.models.head_check import check_head
 
     check_head(made.model)
     ids = torch.tensor([[5, 9, 17, 33, 21]])
@@ -409,6 +409,25 @@ def test_without_head_stats_the_loss_streams():
         assert with_stats.history[0].keys() - without.history[0].keys() == gone
     for a, b in zip(with_stats.history, without.history, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+
+
+@pytest.mark.skipif(not V1, reason="TRL 0.x makes its loss from log-probs")
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", ["sigmoid", "sft"]])
+def test_patched_with_its_defaults_it_streams(loss, monkeypatch):
+    from dpo_kernels.integrations import trl_v1
+
+    steps, strategies = trl_v1.pair_step, []
+
+    def seen(*args):
+        out = steps(*args)
+        strategies.append(out.strategy)
+        return out
+
+    monkeypatch.setattr(trl_v1, "pair_step", seen)
+    with patch_trl():
+        made = run(TRLS_OWN, loss_type=loss, max_steps=2)
+    assert strategies == ["streaming"] * 2
+    assert {"entropy", "logits/chosen", "mean_token_accuracy"} <= made.history[0].keys()
 
 
 def test_a_small_memory_budget_changes_nothing():

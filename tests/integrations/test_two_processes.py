@@ -28,17 +28,21 @@ def batch_of(rank: int) -> dict:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-LAYOUTS = ("ddp", "fsdp2", "fsdp2, head apart")
+LAYOUTS = ("ddp", "fsdp2", "fsdp2, head apart", "fsdp2, head apart and let go")
 OPTIONS = {"beta": 0.5, "ref_logps": torch.full((4,), -20.0)}
+# Plain torch in fp64, streaming, and a head that the backward projects again.
+LOSSES = {"plain": "sigmoid", "streaming": "sigmoid", "recompute": "aot"}
+DTYPES = {"plain": torch.float64, "streaming": torch.float32, "recompute": torch.float32}
 
 
 def one_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for layout in LAYOUTS:
-        grads = gradients(layout, rank)
-        if rank == 0:
-            torch.save(grads, f"{folder}/{layout}.pt")
+        for strategy in LOSSES:
+            grads = gradients(layout, rank, strategy)
+            if rank == 0:
+                torch.save(grads, f"{folder}/{layout} {strategy}.pt")
     # gloo's threads must have ended before the interpreter does: whoever still holds the group, or
     # a rank that leaves early, lets a process end in std::terminate.
     gc.collect()
@@ -46,21 +50,25 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def gradients(layout: str, rank: int) -> dict[str, torch.Tensor]:
+def gradients(layout: str, rank: int, strategy: str) -> dict[str, torch.Tensor]:
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
-    model = tiny.model(dtype=torch.float64)
+    model = tiny.model(dtype=DTYPES[strategy])
     plain.attach(model)
     if layout == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     else:
-        # A head apart: `full_tensor()` alone would lose the other rank's gradient.
-        head = [model.lm_head] if layout == "fsdp2, head apart" else []
-        for unit in (*model.model.layers, *head, model):
+        for unit in model.model.layers:
             fully_shard(unit, mesh=mesh)
+        # A head apart gathers itself when it is called, and lets go before the backward.
+        if "head apart" in layout:
+            fully_shard(model.lm_head, mesh=mesh, reshard_after_forward="let go" in layout)
+        fully_shard(model, mesh=mesh)
         wrapped = model
-    plain.dpo_step(wrapped, batch_of(rank), **OPTIONS).loss.backward()
+    out = plain.dpo_step(wrapped, batch_of(rank), loss_type=LOSSES[strategy], **OPTIONS)
+    assert out.strategy == strategy, (layout, out.strategy)
+    out.loss.backward()
     grads = {k: p.grad for k, p in model.named_parameters()}
     return {k: g.full_tensor() if hasattr(g, "full_tensor") else g for k, g in grads.items()}
 
@@ -70,15 +78,18 @@ def test_gradients_are_those_of_one_process(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
-    model = tiny.model(dtype=torch.float64)
-    plain.attach(model)
-    for rank in (0, 1):
-        (plain.dpo_step(model, batch_of(rank), **OPTIONS).loss / 2).backward()
-    for layout in LAYOUTS:
-        got = torch.load(tmp_path / f"{layout}.pt")
-        for name, p in model.named_parameters():
-            assert (p.grad - got[name]).abs().max() < 1e-10, (layout, name)
-            assert p.grad.abs().max() > 0, name
+    for strategy, loss in LOSSES.items():
+        model = tiny.model(dtype=DTYPES[strategy])
+        plain.attach(model)
+        for rank in (0, 1):
+            out = plain.dpo_step(model, batch_of(rank), loss_type=loss, **OPTIONS)
+            (out.loss / 2).backward()
+        for layout in LAYOUTS:
+            got = torch.load(tmp_path / f"{layout} {strategy}.pt")
+            for name, p in model.named_parameters():
+                error = (p.grad - got[name]).abs().max() / p.grad.abs().max()
+                assert error < (1e-9 if strategy == "plain" else 1e-4), (layout, strategy, name)
+                assert p.grad.abs().max() > 0, name
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""What every integration takes besides its framework's own configuration."""
+"""How the fused head runs: what a framework's own configuration has no name for."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class FusedOptions:
         check_reference: before the first step the policy must equal the reference. Switch it off
             where they differ on purpose (a reference that is another model).
         share_prefix: run the trunk once over the prompt that chosen and rejected share.
-        head_stats: entropy, mean logits and token accuracy among the metrics. Without them a loss
-            that is a sum over pairs streams: less memory, and fewer products for a trained head.
+        head_stats: entropy, mean logits and token accuracy among the metrics, read from the logits
+            that the loss forms anyway.
         memory_budget: bytes for logits, as `fused_linear_dpo_loss`.
         backend: "cuda", "triton", "cpu", "torch"; None picks by device.
     """
@@ -53,20 +53,3 @@ class FusedOptions:
         if isinstance(value, dict):
             return FusedOptions(**value)
         raise TypeError(f"fused must be a FusedOptions or a dict, got {type(value).__name__}")
-
-
-def needs_reference(loss_options: dict[str, Any]) -> bool:
-    """Whether loss or rewards compare with a reference."""
-    if loss_options.get("reference_free"):
-        return False
-    names = loss_options.get("loss_type", "sigmoid")
-    rows = [dk.losses.get(n) for n in ([names] if isinstance(names, str) else names)]
-    # `sft` alone has no reference in its loss, but its rewards are log-ratios.
-    return any(row.reference or row.name == "sft" for row in rows)
-
-
-def is_separable(loss_options: dict[str, Any]) -> bool:
-    """Whether no chosen loss couples the pairs of a batch."""
-    names = loss_options.get("loss_type", "sigmoid")
-    rows = [dk.losses.get(n) for n in ([names] if isinstance(names, str) else names)]
-    return not any(row.batch_coupled for row in rows)

@@ -1,0 +1,13 @@
+"""What is known of causal language models, once: the training loop and every integration are thin
+over this room.
+
+    attached       a model's own forward that ends in the fused head
+    forward        the step of a batch through it: loss, log-probs, statistics, the noiseless step
+    structure      what wraps a model, its trunk, its eval mode
+    lm_head        the head's weight, bias, adapter and scales, whole on this rank
+    experts        the load-balancing loss of a mixture of experts
+    shared_prompt  one trunk pass over the prompt that chosen and rejected share
+    references     which losses need a reference, and the reference below an adapter
+    head_check, step0   the two checks before the first step
+    loading, versions   checkpoints (GGUF, adapters), and what releases of transformers changed
+"""

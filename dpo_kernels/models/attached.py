@@ -1,0 +1,242 @@
+"""A causal LM whose own `forward` can end in the fused head instead of logits.
+
+    attach_head(model)
+    out = model(input_ids=..., attention_mask=..., dpo_head=call)     # call(hidden, head) -> result
+
+The head runs inside the model's forward, below whatever wraps the model (DDP, FSDP, ZeRO, PEFT,
+autocast), so that hooks which gather weights or reduce gradients see it. Without `dpo_head` the
+forward is what it was.
+
+Letters: `B` pairs, `T` positions, `H` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ..data import ScoredBatch
+from .experts import router_loss, router_loss_of_calls
+from .lm_head import call_head, check_head_kind, gathered_head, head_parts, head_scaling
+from .shared_prompt import shared_states, trunk_states
+from .structure import base_model_of, text_config, trunk_of
+
+
+@dataclass
+class HeadOutput(ModelOutput):
+    """What a forward with `dpo_head` returns: the call's own fields, all optional."""
+
+    loss: Tensor | None = None  # [] or None
+    logps: Tensor | None = None  # [2B, T - 1], 0 where not scored, or [2B] sums
+    entropy: Tensor | None = None  # [2B, T - 1], as the other statistics
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    pair_logps: Tensor | None = None  # [2, B] chosen, rejected; LD-weighted if ld_alpha
+    rewards: Tensor | None = None  # [2, B]
+    aux_loss: Tensor | None = None  # [], a mixture of experts' load-balancing loss
+    zero_loss: Tensor | None = None  # [], the loss at zero log-ratios, of the step-0 check
+    strategy: str | None = None  # `DPOOutput.strategy`
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """`function(hidden, head arguments) -> HeadOutput`, for `model(dpo_head=)`.
+
+    `hidden` is [2B, T, H] of the rows that the model was given, or with `batch` [N, H] of the
+    states that predict its scored tokens.
+    """
+
+    function: Callable[[Tensor, dict[str, Any]], HeadOutput]
+    length: int = 0  # T: prompt tuning puts virtual tokens in front, which are cut off again
+    share_prefix: bool = False
+    batch: ScoredBatch | None = None  # in place of input_ids
+
+
+def attach_head(model: nn.Module) -> Any:
+    """Let the causal LM below `model` take `dpo_head=`; returns it. Once is enough.
+
+    Its class becomes a subclass of the same name, signature and module, which copies and pickles
+    as such. A `forward` that was set on the model itself (a wrapper's, a patch's) stays the one
+    that answers without `dpo_head`.
+    """
+    base = base_model_of(model)
+    if not _takes_head(base):
+        trunk_of(base)
+        check_head_kind(base.get_output_embeddings())
+        plain = vars(base).pop("forward", None)
+        if plain is not None:
+            vars(base)[_PLAIN_FORWARD] = plain
+        if not hasattr(type(base), _PLAIN_CLASS):
+            kind: Any = type(base)
+            base.__class__ = _attached(kind)
+    return base
+
+
+def detach_head(model: nn.Module) -> None:
+    """Undo `attach_head`."""
+    base = base_model_of(model)
+    plain = vars(base).pop(_PLAIN_FORWARD, None)
+    if plain is not None:
+        base.forward = plain
+    if _PLAIN_CLASS in vars(type(base)):
+        base.__class__ = getattr(type(base), _PLAIN_CLASS)
+
+
+_PLAIN_FORWARD, _PLAIN_CLASS = "_dpo_plain_forward", "_dpo_plain_class"
+_PROBE: Any = object()
+
+
+class _Reached(Exception):
+    """The forward of an attached class answers so to `_PROBE`."""
+
+
+def _takes_head(base: Any) -> bool:
+    """Whether `dpo_head` gets through to the attached class, whatever wraps its forward."""
+    if not hasattr(type(base), _PLAIN_CLASS):
+        return False
+    if "forward" not in vars(base):
+        return True
+    try:
+        base.forward(dpo_head=_PROBE)
+    except _Reached:
+        return True
+    except Exception:  # a forward that does not know the argument, in its own way
+        return False
+    return False
+
+
+@functools.cache
+def _attached(plain: type) -> type:
+    """The subclass of a model's class whose forward takes `dpo_head`."""
+
+    def forward(self: Any, *args: Any, dpo_head: Any = None, **kwargs: Any) -> Any:
+        if args and args[0] is self:  # accelerate binds a bound method again when it unwraps
+            args = args[1:]
+        if dpo_head is not None:
+            return _forward(self, dpo_head, args, kwargs)
+        own = vars(self).pop(_PLAIN_FORWARD, None)
+        if own is None:
+            return plain.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        try:  # away while it runs: it may end in this very method
+            return own(*args, **kwargs)
+        finally:
+            vars(self)[_PLAIN_FORWARD] = own
+
+    # No __wrapped__: whoever unwraps a forward (accelerate) must end here. The signature is what
+    # generate() and Trainer read.
+    forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = plain.forward.__doc__  # type: ignore[attr-defined]
+    forward.__qualname__ = f"{plain.__qualname__}.forward"
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        made: Any = plain.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
+        if made[0] is copyreg.__newobj__ and made[1] == (attached,):  # type: ignore[attr-defined]
+            return _new, (plain,), *made[2:]
+        return made
+
+    names = ("__module__", "__qualname__", "__doc__")
+    body = {name: getattr(plain, name) for name in names}
+    body |= {"forward": forward, "__reduce_ex__": __reduce_ex__, _PLAIN_CLASS: plain}
+    attached = type(plain)(plain.__name__, (plain,), body)
+    return attached
+
+
+def _new(plain: type) -> Any:
+    """An empty model of an attached class, for copy and pickle."""
+    attached: Any = _attached(plain)
+    return attached.__new__(attached)
+
+
+def run_head(
+    model: nn.Module, inputs: Mapping[str, Any], call: HeadCall, router: bool = False
+) -> HeadOutput:
+    """`model(**inputs)` with the head, whose answer must have come.
+
+    `router`: whether the load-balancing loss of a mixture of experts is wanted.
+    """
+    base = base_model_of(model)
+    if hasattr(text_config(base.config), "output_router_logits"):
+        inputs = {**inputs, "output_router_logits": router}
+    out = model(**inputs, dpo_head=call)
+    if getattr(out, "loss", None) is None and getattr(out, "logps", None) is None:
+        raise RuntimeError(
+            f"{type(base).__name__} answered without a loss: no head was attached to it, or its "
+            "forward was replaced since by one that drops dpo_head. Call attach(model) after "
+            "whatever replaces the forward, before DDP, FSDP or Accelerator.prepare"
+        )
+    return out
+
+
+def _forward(self: Any, call: HeadCall, args: tuple, kwargs: dict[str, Any]) -> HeadOutput:
+    if call is _PROBE:
+        raise _Reached
+    kwargs["use_cache"] = False
+    router = kwargs.get("output_router_logits")
+    if router is None and getattr(text_config(self.config), "output_router_logits", False):
+        router = kwargs["output_router_logits"] = True
+    hidden, aux = _states(self, call, args, kwargs, bool(router))
+    out = _end_in_head(self, hidden, call.function)
+    return out if aux is None else replace(out, aux_loss=aux)
+
+
+def _states(
+    model: Any, call: HeadCall, args: tuple, kwargs: dict[str, Any], router: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states that the head scores, and the load-balancing loss if `router`."""
+    trunk = trunk_of(model)
+    if call.batch is not None:
+        layers: list[tuple[Tensor, ...]] | None = [] if router else None
+        hidden = trunk_states(model, trunk, call.batch, layers)
+        if not layers:
+            return hidden, None
+        return hidden, router_loss_of_calls(model, layers, call.batch.calls)
+    if call.share_prefix:
+        if router:
+            raise ValueError(
+                "share_prefix: a shared prompt is routed once, which changes the auxiliary loss of "
+                "a mixture of experts; set share_prefix=False"
+            )
+        return shared_states(model, trunk, args, kwargs), None
+    states = trunk(*args, **kwargs)
+    aux = None
+    if router:
+        mask = kwargs.get("attention_mask")
+        aux = router_loss(model, getattr(states, "router_logits", None), mask)
+    return states.last_hidden_state[:, -call.length :], aux
+
+
+@torch.compiler.disable
+def _end_in_head(model: Any, hidden: Tensor, function: Callable[..., HeadOutput]) -> HeadOutput:
+    """`function` of the states, inside the call of the head module.
+
+    Outside of what torch.compile traces: the ops choose their chunks by numbers.
+    """
+    head, scaling = model.get_output_embeddings(), head_scaling(model.config)
+    rest: dict[str, Any] = {}
+    names: list[str] = []
+
+    def forward(hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with gathered_head(head_parts(head)) as parts:
+            hidden = hidden.to(parts.weight.device)
+            autocast = torch.is_autocast_enabled(hidden.device.type)
+            if not autocast and hidden.dtype != parts.weight.dtype:
+                hidden = hidden.to(parts.weight.dtype)  # a norm kept in fp32 below a bf16 head
+            out = function(hidden, {**parts._asdict(), **scaling})
+        rest.update((k, v) for k, v in out.items() if not isinstance(v, Tensor))
+        names[:] = [k for k in out if k not in rest]
+        # A tensor, or a tuple: what hooks on a head's output know.
+        tensors = tuple(out[k] for k in names)
+        return tensors if len(tensors) > 1 else tensors[0]
+
+    values = call_head(head, hidden, forward)
+    values = values if isinstance(values, tuple) else (values,)
+    return HeadOutput(**dict(zip(names, values, strict=True)), **rest)

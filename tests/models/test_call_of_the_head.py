@@ -1,0 +1,83 @@
+"""The head module itself is called: what hangs on it sees its states, and gives it its weights."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+pytest.importorskip("transformers", reason="pip install transformers")
+
+from dpo_kernels.data import TokenPair
+from dpo_kernels.integrations import plain
+from dpo_kernels.train.config import load_config
+from dpo_kernels.train.model import prepare_policy
+
+IDS = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10], "rejected_ids": [8, 11]}
+BATCH = plain.PreferenceCollator(0)([IDS, {**IDS, "chosen_ids": [12, 13]}])
+
+
+def by_integration(model):
+    plain.attach(model)
+    return lambda: plain.dpo_step(model, BATCH, reference_free=True).loss
+
+
+def by_trainer(model):
+    config = load_config({"device": "cpu"})
+    policy = prepare_policy(model, tiny.tokenizer(), config, lambda _: None)
+    pairs = [TokenPair((5, 6, 7), (8, 9, 10), (8, 11), "a")]
+    return lambda: policy.logps(policy.batch(pairs)).sum()
+
+
+WAYS = pytest.mark.parametrize("way", [by_integration, by_trainer])
+
+
+@WAYS
+def test_hooks_on_the_head_see_its_call(way):
+    """TRL PR#3260: a head that is read and not called loses what its hooks do."""
+    model = tiny.model()
+    loss, seen = way(model), []
+    wanted = loss()
+    model.lm_head.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[-1]))
+    model.lm_head.register_forward_hook(lambda m, args, out: seen.append("after"))
+    model.lm_head.register_full_backward_hook(lambda m, *grads: seen.append("backward"))
+    again = loss()
+    assert torch.equal(wanted, again) and seen == [16, "after"]
+    again.backward()
+    assert seen == [16, "after", "backward"]
+    assert "forward" not in vars(model.lm_head)
+
+
+@WAYS
+def test_states_that_a_hook_changes_are_scored(way):
+    model = tiny.model()
+    loss = way(model)
+    wanted = loss()
+    model.lm_head.register_forward_pre_hook(lambda m, args: (args[0] * 0.5,))
+    assert loss() != wanted
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    assert torch.equal(loss(), wanted)
+
+
+def test_a_head_whose_weights_are_elsewhere():
+    """accelerate's offload: on the meta device until the head is called."""
+    accelerate = pytest.importorskip("accelerate", reason="pip install accelerate")
+    model = tiny.model()
+    loss = by_integration(model)
+    wanted = loss()
+    accelerate.cpu_offload(model.lm_head, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.is_meta
+    with torch.no_grad():
+        assert torch.equal(loss(), wanted)
+
+
+@WAYS
+def test_a_failure_leaves_the_heads_own_forward(way):
+    model = tiny.model()
+    loss = way(model)
+    hook = model.lm_head.register_forward_pre_hook(lambda m, args: (args[0][..., :3],))
+    with pytest.raises(ValueError, match=r"hidden|weight"):
+        loss()
+    hook.remove()
+    assert model.lm_head(torch.ones(1, 16)).shape == (1, 64) and loss().isfinite()
