@@ -118,7 +118,7 @@ def _scaled(d: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     if d.dtype == dtype or d.device.type == "cpu":  # where one pass would take a copy of d besides
         return d.mul_(g).to(dtype)
     out = torch.empty(d.shape, dtype=dtype, device=d.device)
-    if "triton" in backends.available():
+    if backends.usable("triton"):
         return backends.load("triton").scaled_copy(d, g, out)
     return torch.mul(d, g, out=out)
 

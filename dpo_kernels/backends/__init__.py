@@ -159,7 +159,8 @@ def choose(
 
 
 @functools.cache
-def _usable(name: str) -> bool:
+def usable(name: str) -> bool:
+    """Whether backend `name` can run here; looked at once."""
     return not _why_not(name)
 
 
@@ -169,7 +170,7 @@ def _preferred(device: str, op: str, elements: int) -> str:
         if row.device == device and row.op in (op, "*") and fits:
             # A lone candidate is taken unseen: where it is absent, loading it says why.
             lone = len(row.backends) == 1
-            return next(name for name in row.backends if lone or _usable(name))
+            return next(name for name in row.backends if lone or usable(name))
     return "torch"
 
 
