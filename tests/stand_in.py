@@ -185,8 +185,12 @@ def kernels(record: Record) -> SimpleNamespace:
     def pair_loss_forward(u, v, beta, offset, phis, numbers):
         return torch.empty_like(u), u.new_empty((4, u.numel()))
 
+    def scaled_copy(x, g, out):
+        return out
+
     return SimpleNamespace(
         name="triton", ROUNDS=True, token_logps=token_logps, token_kl=token_kl,
+        scaled_copy=scaled_copy,
         token_logps_backward=token_logps_backward, token_kl_backward=token_kl_backward,
         sequence_sum=sequence_sum, sequence_sum_backward=sequence_sum_backward,
         pair_loss_forward=pair_loss_forward,
