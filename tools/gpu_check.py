@@ -72,6 +72,7 @@ def groups() -> list[Group]:
                 "test_gpu.py",
                 "test_linear.py",
                 "test_options.py",
+                "test_output.py",
                 "test_triton_places.py",
                 "test_unscored_rows.py",
             ),
