@@ -101,10 +101,17 @@ def _others(rest: list[str], command: argparse.ArgumentParser, train: bool) -> d
             values.append(arg)
         elif train and name in trl_options.NAMES:
             found[name] = values = [value] if equals else []
+        elif train and name.startswith("no_") and _switch(name[3:]) and not equals:
+            found[name[3:]], values = ["false"], None
         else:
             known = [o[2:] for o in command._option_string_actions if o.startswith("--")]
             raise UserError(f"unknown option --{name}{nearest(name, known, '--')}")
     return {name: _literal(values) for name, values in found.items()}
+
+
+def _switch(name: str) -> bool:
+    """Whether `--no_<name>` turns it off, as transformers' parser has it."""
+    return name in trl_options.NAMES or get_type_hints(DPOTrainConfig).get(name) is bool
 
 
 def _literal(texts: list[str]) -> Any:

@@ -260,6 +260,53 @@ def test_trls_options_that_say_what_happens_anyway() -> None:
     assert not (ours - {"bf16"}) & set(names)
 
 
+def test_a_configuration_as_trl_writes_it() -> None:
+    """`DPOConfig().to_dict()`: its defaults mean nothing here, or nothing alone."""
+    dumped = {
+        "optim": "adamw_torch_fused", "label_smoothing_factor": 0.0, "log_level": "passive",
+        "log_on_each_node": True, "logging_nan_inf_filter": True, "log_level_replica": "warning",
+        "project": "huggingface", "eval_do_concat_batches": True, "hub_token": "<HUB_TOKEN>",
+        "hub_strategy": "every_save", "dataloader_in_order": True, "length_column_name": "length",
+        "do_train": False, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512,
+        "pad_token": "<PAD_TOKEN>", "discopop_tau": 0.05, "f_alpha_divergence_coef": 0.5,
+        "accelerator_config": {
+            "split_batches": False, "dispatch_batches": None, "even_batches": True,
+            "use_seedable_sampler": True, "non_blocking": False,
+            "gradient_accumulation_kwargs": None,
+        },
+    }  # fmt: skip
+    config = load_config(dumped)
+    assert config.optim == "adamw_torch_fused" and config.discopop_tau == 0.05
+
+
+def test_switches_that_are_turned_off(train: list[Any]) -> None:
+    """As `--no_remove_unused_columns`, which TRL's own examples carry."""
+    off = ["--no_remove_unused_columns", "--no-gradient-checkpointing", "--no_push_to_hub"]
+    assert run(*train, *off) == 0
+    config = json.loads((folder_of(train) / "config.json").read_text())
+    assert config["gradient_checkpointing"] is False
+
+
+def test_an_unknown_switch_is_named(train: list[Any], capsys: Capture) -> None:
+    assert "unknown option --no_beta" in refused(capsys, *train, "--no_beta")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"rpo_alpha": 1.0}, "sft_weight"),  # the loss's own default was dropped unseen
+        ({"rpo_alpha": 0.5}, "rpo_alpha"),
+        ({"simpo_gamma": 0.5}, "simpo_gamma"),
+        ({"f_alpha_divergence_coef": 0.3}, "alpha_divergence"),
+    ],
+)
+def test_options_of_a_loss_that_was_not_chosen(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        load_config(options)
+    if "rpo_alpha" in options:
+        assert load_config(options, {"loss_type": ["rpo"]}).rpo_alpha == options["rpo_alpha"]
+
+
 # --- a reader that leaves ---
 
 

@@ -31,6 +31,7 @@ _FOREIGN = {
     b"ARROW1": "an Arrow file",
     b"PK\x03\x04": "a zip archive",
     b"\x28\xb5\x2f\xfd": "packed with zstd",
+    b"\xff\xfe\x00\x00": "text in UTF-32",
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
     b"\x93NUMPY": "a NumPy file",

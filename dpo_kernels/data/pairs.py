@@ -44,7 +44,15 @@ Message = dict[str, Any]
 Turn = str | list[Message]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
-_MEDIA = ("images", "image", "videos", "video", "audio", "audios")
+_MEDIA = ("images", "image", "videos", "video", "audio", "audios", "pixel_values", "input_features")
+# Columns under which others hand something to the template: it would be dropped unseen.
+_ELSEWHERE = {
+    "functions": "tools under the name 'tools'",
+    "documents": "the documents' text in the prompt",
+    "chosen_tools": "the same tools for both completions, under the name 'tools'",
+    "rejected_tools": "the same tools for both completions, under the name 'tools'",
+}
+_FP32_LEAST, _FP32_MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 _NUMBERS = ("margin", "weight", "beta")
 _KNOWN = {
     "prompt",
@@ -144,6 +152,11 @@ def _pair(row: dict[str, Any], where: str, unknown: list[str], left_out: LeftOut
                 "text alone: pictures, films and sounds are not supported",
                 "not supported",
             )
+    for name, wanted in _ELSEWHERE.items():
+        if row.get(name) not in (None, "", [], {}, "[]"):
+            raise BadField(
+                name, f"{kind_of(row[name])}, which is not used", wanted, "not supported"
+            )
     chosen, rejected = _turn(row, "chosen"), _turn(row, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadField(
@@ -198,6 +211,13 @@ def _turn(row: dict[str, Any], name: str) -> Turn:
         raise BadField(name, "missing", "a text or a list of messages", "missing field")
     value = row[name]
     if isinstance(value, str):
+        if _packed_messages(value):
+            raise BadField(
+                name,
+                "messages as JSON within a text",
+                "the list itself",
+                "mis-typed field",
+            )
         return _text(name, value)
     if not isinstance(value, list):
         raise BadField(name, kind_of(value), "a text or a list of messages", "mis-typed field")
@@ -205,6 +225,17 @@ def _turn(row: dict[str, Any], name: str) -> Turn:
         what = "empty prompt" if name == "prompt" else "empty completion"
         raise BadField(name, "an empty list", "at least one message", what)
     return [_message(f"{name}[{i}]", message) for i, message in enumerate(value)]
+
+
+def _packed_messages(text: str) -> bool:
+    """Whether a text is a list of messages, written as JSON once more."""
+    if not text.lstrip().startswith("[") or '"role"' not in text:
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
 def _message(name: str, message: Any) -> Message:
@@ -397,11 +428,15 @@ def _number(row: dict[str, Any], name: str) -> float | None:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number) or number < least or (name == "beta" and number == 0):
+    # The loss computes in fp32, where more would be inf and a smaller beta 0.
+    fits = abs(number) <= _FP32_MOST and (name != "beta" or number >= _FP32_LEAST)
+    if not fits or number < least:
         wanted = {
             "margin": "a finite number",
             "weight": "a number of at least 0",
             "beta": "a number above 0",
         }[name]
+        if math.isfinite(number) and number >= least and number != 0:
+            wanted += " in the range of fp32"
         raise BadField(name, str(value)[:40], wanted, "number out of range")
     return number

@@ -18,6 +18,7 @@ from typing import Any
 from .left_out import DataError, LeftOut, Problem
 from .pairs import Message, PreferencePair
 from .sequences import Ids, Limits, Spans, TokenPair, TokenSequence
+from .template import names_in, turn_marks
 
 LONG = 2000  # pairs; fewer are tokenised before a bar would be of use
 
@@ -47,9 +48,11 @@ def tokenize_pairs(
         wrapped = progress(pairs, "tokenising", len(pairs), "pairs")
     result = []
     for pair in wrapped:
+        notes = left_out.notes.copy()
         try:
             result.append(maker.tokenize(pair))
         except _Refused as refused:
+            left_out.notes = notes  # they count what is in the rows that are used
             left_out.add(Problem(pair.source, *refused.args))
     return result
 
@@ -107,7 +110,7 @@ class _PairTokenizer:
     ) -> None:
         self.tokenizer, self.max_length, self.limits = tokenizer, max_length, limits
         self.left_out, self.warn, self.warned = left_out, warn, False
-        self._marks: tuple[str, str] | None = None
+        self._marks: tuple[str, tuple[str, ...]] | None = None
         self._templates: dict[bool, str] = {}
         # Looked up once: each is a search in the tokenizer.
         self.bos, self.bos_id = tokenizer.bos_token or "", tokenizer.bos_token_id
@@ -135,6 +138,10 @@ class _PairTokenizer:
 
     def _texts(self, pair: PreferencePair) -> tuple[Ids, list[Ids]]:
         prompt, chosen, rejected = str(pair.prompt), str(pair.chosen), str(pair.rejected)
+        for name, text in (("chosen", chosen), ("rejected", rejected)):
+            for token in filter(None, (self.bos, self.eos)):
+                text = text.replace(token, "")
+            self._words(name, text)
         return self._plain(prompt, ""), [self._plain(prompt, c) for c in (chosen, rejected)]
 
     def _plain(self, prompt: str, completion: str) -> Ids:
@@ -179,8 +186,8 @@ class _PairTokenizer:
         template = self._template(pair)
         self._check_read(pair, template)
         prompt, *completions = (
-            self._marked_once(list(messages), i == 0)  # type: ignore[arg-type]
-            for i, messages in enumerate((pair.prompt, pair.chosen, pair.rejected))
+            self._marked_once(name, list(getattr(pair, name)))
+            for name in ("prompt", "chosen", "rejected")
         )
 
         def render(messages: list[Message], generation_prompt: bool) -> Ids:
@@ -219,15 +226,13 @@ class _PairTokenizer:
     def _check_read(self, pair: PreferencePair, template: str) -> None:
         """What a row hands to the template must be read there, or it would be dropped unseen."""
 
-        def reads(name: str) -> bool:
-            return re.search(rf"\b{re.escape(name)}\b", template) is not None
-
+        variables, keys = names_in(template)
         for name, values in (
             ("tools", ["tools"] if pair.tools else []),
             ("chat_template_kwargs", pair.template_kwargs or {}),
         ):
             for value in values:
-                if not reads(value):
+                if value not in variables:
                     raise _Refused(
                         name,
                         f"{value!r}, which the chat template does not read",
@@ -238,9 +243,9 @@ class _PairTokenizer:
             for message in messages:
                 assert isinstance(message, dict)
                 for key in message.keys() - {"role", "content"}:
-                    if message[key] in (None, "", [], {}) or reads(key):
+                    if message[key] in (None, "", [], {}) or key in keys:
                         continue
-                    if key == "tool_calls":
+                    if key in ("tool_calls", "function_call"):
                         raise _Refused(
                             key,
                             "calls, which the chat template does not read",
@@ -266,45 +271,38 @@ class _PairTokenizer:
             raise _template_refuses(error) from None
         return self._begun_once(ids)
 
-    def _marked_once(self, messages: list[Message], first: bool) -> list[Message]:
+    def _marked_once(self, name: str, messages: list[Message]) -> list[Message]:
         """The messages without the special tokens that the template puts around them anyway."""
-        begin, end = self._turn_marks()
+        if self._marks is None:
+            self._marks = turn_marks(self.tokenizer)
+        begin, ends = self._marks
         result = []
-        for i, message in enumerate(messages):
-            if i == 0 and first and begin and message["content"].startswith(begin):
+        for message in messages:
+            text = message["content"]
+            if begin and text.startswith(begin):
                 self.left_out.notes[
-                    "conversations with a begin token (BOS) in their text, which "
-                    "the chat template adds (kept once)"
+                    "messages that begin with the begin token (BOS), which the chat template adds "
+                    "(kept once)"
                 ] += 1
-                message = {**message, "content": message["content"][len(begin) :]}
-            text = message["content"].rstrip()
-            if end and text.endswith(end):
+                while text.startswith(begin):
+                    text = text[len(begin) :]
+            found = next((end for end in ends if text.rstrip().endswith(end)), None)
+            if found:
                 self.left_out.notes[
-                    f"messages that end with {end}, which the chat template adds (kept once)"
+                    f"messages that end with {found}, which the chat template adds (kept once)"
                 ] += 1
-                while text.endswith(end):
-                    text = text[: -len(end)].rstrip()
+                while (text := text.rstrip()).endswith(ends):
+                    text = next(text[: -len(end)] for end in ends if text.endswith(end))
+            if text is not message["content"]:
+                if message["role"] == "assistant" and not text.strip():
+                    self._words(name, text, bool(message.get("tool_calls")))
                 message = {**message, "content": text}
             result.append(message)
         return result
 
-    def _turn_marks(self) -> tuple[str, str]:
-        """What the chat template puts: BOS at the start, a special token behind a turn (or "")."""
-        if self._marks is None:
-            self._marks, words = ("", ""), "Zq7words"
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}],
-                    tokenize=False,
-                )
-            except Exception:  # said for each row that is rendered
-                return self._marks
-            bos = self.bos
-            after = text.rpartition(words)[2].split()
-            special = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
-            ends = bool(after) and after[0] in special
-            self._marks = bos if text.startswith(bos) else "", after[0] if ends else ""
-        return self._marks
+    def _words(self, name: str, text: str, calls: bool = False) -> None:
+        if not text.strip() and not calls:
+            raise _Refused(name, "special tokens alone", "a completion", "empty completion")
 
     def _spans(
         self,
@@ -401,6 +399,13 @@ class _PairTokenizer:
             self._check_limits(name, ids)
             cut += len(ids) < len(whole)
         if kept[0] == kept[1]:
+            if not cut:
+                raise _Refused(
+                    "rejected",
+                    "the same tokens as chosen",
+                    "a different completion",
+                    "chosen equals rejected",
+                )
             raise _Refused(
                 "rejected",
                 f"the same as chosen within max_length={limit}",

@@ -31,6 +31,8 @@ def _option(default: Any, group: str, help: str, choices: tuple[str, ...] | None
     return field(default=default, metadata=_about(group, help, choices))
 
 
+# The fused AdamW is AdamW; it is what TRL names by default.
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -109,7 +111,7 @@ class DPOTrainConfig:
     )
     num_train_epochs: float = _option(3.0, "training", "passes over the training pairs")
     max_steps: int = _option(-1, "training", "optimizer steps in place of epochs; -1: epochs")
-    optim: str = _option("adamw_torch", "training", "optimizer", ("adamw_torch", "sgd", "rmsprop"))
+    optim: str = _option("adamw_torch", "training", "optimizer", OPTIMIZERS)
     learning_rate: float = _option(1e-6, "training", "peak learning rate")
     lr_scheduler_type: str = _option(
         "linear", "training", "schedule after the warm-up", ("linear", "cosine", "constant")
@@ -235,6 +237,29 @@ class DPOTrainConfig:
                     f"loss_type {row.name!r} compares whole distributions, and training keeps the "
                     "reference's log-probs alone; use fused_linear_dpo_loss with ref_hidden"
                 )
+        self._check_applies([row for row, _, _ in losses])
+
+    def _check_applies(self, rows: list[Any]) -> None:
+        """An option of a loss that was not chosen is an error, even where it is the default."""
+        import dpo_kernels as dk
+
+        used = {option for row in rows for option in row.options}
+        names = ", ".join(row.name for row in rows)
+        for option in dk.losses._OWN_OPTIONS:
+            value = getattr(self, option, None)
+            if value is None or option in used or (option, value) == ("discopop_tau", 0.05):
+                continue  # TRL's configurations all hold discopop_tau=0.05
+            hint = "; sft_weight adds the NLL of the chosen to any loss"
+            raise UserError(
+                f"{option}={value} has no meaning for {names}"
+                + (hint if option in ("rpo_alpha", "cpo_alpha") else "")
+            )
+        alpha = self.f_alpha_divergence_coef
+        if self.f_divergence_type != "alpha_divergence" and alpha != 0.5:
+            raise UserError(
+                f"f_alpha_divergence_coef={alpha} has no meaning for f_divergence_type="
+                f"{self.f_divergence_type}; it is of alpha_divergence"
+            )
 
     @property
     def uses_offset(self) -> bool:

@@ -92,9 +92,35 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
     "dataset_train_split": ("train",),
     "report_to": (["none"],),
+    # What `DPOConfig().to_dict()` writes of settings that mean nothing here, or nothing alone.
+    "label_smoothing_factor": (0.0,),
+    "log_on_each_node": (True,),
+    "logging_nan_inf_filter": (True,),
+    "log_level": ("passive",),
+    "log_level_replica": ("warning",),
+    "project": ("huggingface",),
+    "eval_do_concat_batches": (True,),
+    "hub_token": ("<hub_token>",),
+    "hub_strategy": ("every_save",),
+    "dataloader_in_order": (True,),
+    "dataset_num_proc": (1,),
+    "length_column_name": ("length",),
+    "pad_token": ("<pad_token>",),
+    "ref_model_mixup_alpha": (0.6,),
+    "ref_model_sync_steps": (512,),
+    "accelerator_config": (
+        {
+            "split_batches": False,
+            "dispatch_batches": None,
+            "even_batches": True,
+            "use_seedable_sampler": True,
+            "non_blocking": False,
+            "gradient_accumulation_kwargs": None,
+        },
+    ),
 }
 # Off would change what happens here.
-_NOT_OFF = ("disable_dropout", "remove_unused_columns", "logging_strategy", "do_train")
+_NOT_OFF = ("disable_dropout", "logging_strategy")
 
 REASONS = {name: reason for reason, names in _REFUSED.items() for name in names.split()}
 TRANSLATED = ("warmup_ratio", "use_cpu", "activation_checkpointing")
