@@ -70,7 +70,7 @@ class Streamed(NamedTuple):
     fields: list[Tensor]  # of `DPOOutput`, after the loss
     stats: list[Tensor]  # [R, T] each, those asked for
     grads: dict[str, Tensor]
-    index: Tensor  # the rows that the gradient of hidden is of
+    places: Tensor  # the rows that the gradient of hidden is of
 
 
 class _Stream(torch.autograd.Function):
@@ -81,7 +81,7 @@ class _Stream(torch.autograd.Function):
         with no_autocast(hidden.device):
             found = _run(batch, inputs, wanted)
         names = (*LinearInputs._fields, "beta", "offset", "weights")
-        ctx.grads, ctx.index = [found.grads.get(name) for name in names], found.index
+        ctx.grads, ctx.places = [found.grads.get(name) for name in names], found.places
         ctx.like = [(x.shape, x.dtype) if isinstance(x, Tensor) else None
                     for x in (hidden, weight, bias, down, up, *options)]  # fmt: skip
         kept.append(found._replace(grads={}))
@@ -106,7 +106,7 @@ class _Stream(torch.autograd.Function):
                 if d is not None:
                     d = d.to(like[1]) if unit else _scaled(d, g, like[1])
                     if not out:  # hidden: rows back in their places
-                        d = placed(d, ctx.index, like[0])
+                        d = placed(d, ctx.places, like[0])
                 out.append(d)
         if torch.is_grad_enabled():
             out = [refuse(d, place) for d in out]
@@ -126,7 +126,7 @@ class _Chunk(NamedTuple):
     i: int
     j: int
     rows: int
-    index: Tensor  # [n] of their scored rows
+    places: Tensor  # [n] of their scored rows
     targets: Tensor  # [1, n]
     cu_seqlens: Tensor  # [2 (j - i) + 1]
 
@@ -180,7 +180,7 @@ def _run(batch: Streaming, policy: LinearInputs, wanted: dict[str, bool]) -> Str
     total.finish()
     grads = {"hidden": packed, **{name: getattr(total, name) for name in LinearInputs._fields[1:]},
              **pairs.d_options}  # fmt: skip
-    index = chunks[0].index if len(chunks) == 1 else torch.cat([c.index for c in chunks])
+    index = chunks[0].places if len(chunks) == 1 else torch.cat([c.places for c in chunks])
     shown = [placed(torch.cat(c)[:, None], index, torch.Size((*layout.targets.shape, 1)))[..., 0]
              for c in columns]  # fmt: skip
     loss, *fields = pairs.finish()
@@ -226,11 +226,11 @@ class _Pass:
         r = ref_logps = ref_lse = kl = None
         if self.ref_head is not None:
             assert self.batch.reference is not None
-            rows = self.ref_head.rows(self.batch.reference.hidden, chunk.index)
+            rows = self.ref_head.rows(self.batch.reference.hidden, chunk.places)
             r = self.ref_head.project(rows, None, self.ref_buffer[:size])[:n]
             if not self.joint:
                 ref_logps, r = impl.token_logps(r[None], *args, ())[0], None
-        h = head.rows(self.policy.hidden, chunk.index)
+        h = head.rows(self.policy.hidden, chunk.places)
         low = head.low(h)
         z = head.project(h, low, self.buffer[:size])[:n]
         stats: dict[str, Tensor] = {}
@@ -269,7 +269,7 @@ def _ref_tokens(ref_logps: Tensor | None, chunk: _Chunk) -> Tensor | None:
     """[1, n] of values a row [R, T], or of nothing."""
     if ref_logps is None or ref_logps.dim() == 1:
         return None
-    return ref_logps.reshape(-1)[chunk.index][None]
+    return ref_logps.reshape(-1)[chunk.places][None]
 
 
 class _Ordinary:
