@@ -14,7 +14,7 @@ pytestmark = [
 ]
 BACKENDS = ("triton", "cuda")
 IGNORE = -100
-# The small batch (one launch from logits to loss, backend "cuda") and past it.
+# A few rows, and many.
 SHAPES = {"small batch": (4, 9, 1031), "large": (4, 130, 131072)}
 
 
