@@ -1,7 +1,8 @@
 """The front functions over logits or log-probs; those over hidden states are in `linear.py`.
 
 Each is a composition of ops: token log-probs -> sequence sums -> pair loss. The heavy op sees one
-scalar a sequence from the loss, so any loss of `losses.TABLE` costs the same.
+scalar a sequence from the loss, so any loss of `losses.TABLE` costs the same. Called eagerly with
+an ordinary loss, the three and their backwards are one autograd function (`ordinary.py`).
 
 Letters: `B` pairs, `T` positions, `N` rows of packed input, `V` vocabulary. A batch of pairs is
 [chosen; rejected]: sequence i is chosen, sequence B + i its rejected partner.

@@ -61,8 +61,9 @@ class Loss:
     `score` names the map from (log-ratio, length) to u and v:
     `ratio` the log-ratio; `mean` the log-ratio per scored token; `sort_margin` and `sort` sorted
     over the batch (AOT); `penalised` DPOP's u - lambda relu(-u); `odds` ORPO's log-odds; `power`
-    AlphaPO's; `kl` the log-ratio plus `kl_weight` times K, the sum over the completion's scored tokens of
-    KL(reference || policy) (TDPO): both models' distributions are needed, log-probs are not enough.
+    AlphaPO's; `kl` the log-ratio plus `kl_weight` times K, the sum over the completion's scored
+    tokens of KL(reference || policy) (TDPO): both models' distributions are needed, log-probs are
+    not enough.
     `smoothing`: None if `label_smoothing` has no meaning, else whether 0 is allowed.
     `kl_weight`: name of the option (or a number) that weighs K; `kl_stops_chosen`: the chosen K
     is taken without its gradient.

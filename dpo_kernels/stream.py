@@ -3,7 +3,8 @@
 Where the loss is a sum over pairs, a pair's gradient needs that pair alone. So whole pairs fill a
 chunk, and while their logits are there everything is done with them:
 
-    logits -> log-probs -> loss of these pairs -> d loss / d logp of each token (a tiny graph)
+    logits -> log-probs -> loss of these pairs -> d loss / d logp of each token (in closed form,
+              or by a tiny graph)
            -> gradient over the logits, in place -> dhidden, dweight
 
 Three products in all, nothing is projected twice, and no logits outlive their chunk. The loss of a
@@ -374,7 +375,7 @@ def _boundaries(
     for i, j in chunks:
         cus.append([0, *itertools.accumulate([*lengths[i:j], *lengths[B + i : B + j]])])
     if device.type == "cpu":
-        return tuple(torch.tensor(cu) for cu in cus)
+        return tuple(torch.tensor(cu, device="cpu") for cu in cus)
     # From pinned memory: the host does not wait for the device. One number more a chunk, so that
     # each begins at 16 bytes: a kernel is compiled for pointers that do.
     flat = torch.tensor([n for cu in cus for n in (*cu, 0)], device="cpu")

@@ -157,3 +157,17 @@ def test_a_loss_that_does_not_count_gives_no_gradient(reduction):
     )  # fmt: skip
     (g,) = torch.autograd.grad(out.loss, x, torch.zeros_like(out.loss))
     assert torch.equal(g, torch.zeros(2))
+
+
+def test_a_default_device_is_not_taken_for_that_of_the_tensors():
+    labels, x = labels_of(), torch.randn(2 * B, T, V, requires_grad=True)
+    hidden, weight, *_ = tensors()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with torch.device("meta"):
+        for out in (
+            dk.fused_dpo_loss(x, labels, reference_free=True, beta=0.123),
+            dk.fused_linear_dpo_loss(hidden, weight, labels, reference_free=True, beta=0.124),
+        ):
+            out.loss.backward()
+            assert out.loss.isfinite() and out.margins.device.type == "cpu"

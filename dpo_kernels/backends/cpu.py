@@ -83,7 +83,7 @@ def token_kl_backward(
 
 @functools.lru_cache(maxsize=64)
 def _rows(R: int, T: int) -> Tensor:
-    return torch.arange(R + 1, dtype=torch.int64) * T
+    return torch.arange(R + 1, dtype=torch.int64, device="cpu") * T
 
 
 def _starts(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
