@@ -355,22 +355,19 @@ def _score(
     strategy: str,
 ) -> tuple[TokenLogps, Tensor | None]:
     """Log-probs of policy and reference, row for row through products of the same shapes."""
+    layout, plain = run.layout, strategy == "plain"
 
-    def score(x: LinearInputs, stats: tuple[str, ...], strategy: str | None) -> TokenLogps:
-        return ops.linear_logps(
-            x.hidden, x.weight, run.layout.targets, bias=x.bias, down=x.down, up=x.up,
-            ignore_index=run.layout.ignore_index, transform=transform, stats=stats,
-            memory_budget=budget, batch_invariant=invariant, strategy=strategy,
-            chunks_of=None if chunks == "plain" else chunks, count=run.layout.count,
-            backend=run.backend,
+    def score(x: LinearInputs, stats: tuple[str, ...], own: str) -> TokenLogps:
+        return ops.rows_scored(
+            x, layout.targets, layout.ignore_index, transform, stats, ops.budget_of(budget),
+            invariant, own, None if plain else strategy, layout.count, run.backend,
         )  # fmt: skip
 
-    chunks = strategy
-    tokens = score(policy, run.stats, None if strategy == "plain" else strategy)
+    tokens = score(policy, run.stats, strategy)
     if reference is None:
         return tokens, None
     with torch.no_grad():
-        return tokens, score(reference, (), None).logps
+        return tokens, score(reference, (), strategy if plain else "score").logps
 
 
 def _tell(out: DPOOutput, strategy: str, layout: Layout, backend: str) -> DPOOutput:
