@@ -30,7 +30,7 @@ from torch import Tensor
 from . import backends
 from .layout import Layout
 from .ops import TokenLogps, no_autocast
-from .ops.derivatives import check_mode, place_of, refuse
+from .ops.derivatives import check_mode, refuse
 from .ops.linear_head import Head, HeadGradient, LinearInputs, placed, scored_rows
 from .ops.plan import Plan, chunks_of_pairs
 from .ops.products import ceil
@@ -59,7 +59,7 @@ def stream(batch: Streaming, policy: LinearInputs) -> DPOOutput:
     inputs = (*policy, *tensors)
     check_mode(*inputs, *(batch.reference or ()))
     kept: list[Streamed] = []
-    loss = _Stream.apply(batch, kept, place_of(*inputs), *inputs)
+    loss = _Stream.apply(batch, kept, *inputs)
     fields, stats = kept[0].fields, dict(zip(batch.run.asked, kept[0].stats, strict=True))
     return DPOOutput(loss, *fields).told("streaming", batch.run.shown(stats))
 
@@ -76,8 +76,8 @@ class Streamed(NamedTuple):
 
 class _Stream(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, batch: Streaming, kept, place, hidden, weight, bias, down, up, *options):
-        wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[3:8], strict=True))
+    def forward(ctx, batch: Streaming, kept, hidden, weight, bias, down, up, *options):
+        wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[2:7], strict=True))
         inputs = LinearInputs(hidden, weight, bias, down, up)
         with no_autocast(hidden.device):
             found = _run(batch, inputs, wanted)
@@ -86,7 +86,7 @@ class _Stream(torch.autograd.Function):
         ctx.like = [(x.shape, x.dtype) if isinstance(x, Tensor) else None
                     for x in (hidden, weight, bias, down, up, *options)]  # fmt: skip
         kept.append(found._replace(grads={}))
-        ctx.save_for_backward(place)
+        ctx.save_for_backward(found.loss)
         return found.loss
 
     @staticmethod
@@ -96,7 +96,7 @@ class _Stream(torch.autograd.Function):
                 "strategy 'streaming' forms its gradients in the forward and hands them out once: "
                 "for a second backward give strategy='recompute'"
             )
-        (place,) = ctx.saved_tensors
+        (loss,) = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
         with torch.no_grad():
             # On the CPU the scalar can be looked at; elsewhere that would wait for the device.
@@ -110,8 +110,8 @@ class _Stream(torch.autograd.Function):
                         d = placed(d, ctx.places, like[0])
                 out.append(d)
         if torch.is_grad_enabled():
-            out = [refuse(d, place) for d in out]
-        return None, None, None, *out
+            out = [refuse(d, loss) for d in out]
+        return None, None, *out
 
 
 def _scaled(d: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
