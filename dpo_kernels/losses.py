@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .loss_options import DEFAULTS, LossOptions, check_values
+from .loss_options import DEFAULTS as _DEFAULTS
+from .loss_options import LossOptions, check_values
 from .loss_options import OPTIONS as OPTIONS
 from .loss_options import PER_PAIR as PER_PAIR
 
@@ -391,7 +392,7 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
 
     Raises `TypeError` for an unknown or wrongly typed option, `ValueError` for a wrong value.
     """
-    checks.names(options, DEFAULTS, "loss option")
+    checks.names(options, _DEFAULTS, "loss option")
     o = LossOptions(**options)
     losses = [get(name) for name in names_of(o.loss_type)]
     if not losses:
@@ -451,7 +452,7 @@ def _check_applies(o: LossOptions, losses: list[Loss]) -> None:
             raise ValueError(f"ld_alpha weighs log-probs; it has no meaning for {row.name!r}")
     for option in _OWN_OPTIONS:
         used = any(option in row.options for row in losses)
-        if not used and getattr(o, option) != DEFAULTS[option]:
+        if not used and getattr(o, option) != _DEFAULTS[option]:
             raise ValueError(f"{option}={getattr(o, option)!r} has no meaning for {names}")
 
 
@@ -461,7 +462,7 @@ def table_markdown() -> str:
     lines = ["| `loss_type` | loss | own options (default) | paper |", "|---|---|---|---|"]
     for row in TABLE.values():
         alias = "".join(f", `{a}`" for a in names[row.name])
-        own = ", ".join(f"`{n}={DEFAULTS[n]}`" for n in row.options) or "-"
+        own = ", ".join(f"`{n}={_DEFAULTS[n]}`" for n in row.options) or "-"
         if row.requires:
             own = ", ".join(f"`{n}` `[B]`, required" for n in row.requires)
         paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})"
