@@ -23,9 +23,9 @@ from torch import Tensor
 
 from . import checks
 from .loss_options import DEFAULTS as _DEFAULTS
-from .loss_options import LossOptions, check_values
 from .loss_options import OPTIONS as OPTIONS
 from .loss_options import PER_PAIR as PER_PAIR
+from .loss_options import LossOptions, check_values
 
 # The scalar functions phi; the numbers are shared with csrc/phi.h.
 SOFTPLUS, SIGMOID, SQUARE, RELU, EXO, DISCOPOP, IDENTITY = range(7)
