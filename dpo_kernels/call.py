@@ -44,7 +44,7 @@ def settle(given: dict[str, Any], loss_options: dict[str, Any]) -> Settled:
     key = None if torch.compiler.is_compiling() else _key(given, loss_options)
     if key is not None and key in _kept:
         return _kept[key]
-    transform = {name: given.get(name, default) for name, default in _TRANSFORM.items()}
+    transform: dict[str, Any] = {n: given.get(n, default) for n, default in _TRANSFORM.items()}
     arguments.check(**{name: x for name, x in given.items() if name not in transform})
     options, losses = _losses.resolve(loss_options)
     settled = Settled(

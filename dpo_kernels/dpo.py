@@ -1,7 +1,8 @@
 """The front functions over logits or log-probs; those over hidden states are in `linear.py`.
 
 Each is a composition of ops: token log-probs -> sequence sums -> pair loss. The heavy op sees one
-scalar a sequence from the loss, so any loss of `losses.TABLE` costs the same.
+scalar a sequence from the loss, so any loss of `losses.TABLE` costs the same. Called eagerly with
+an ordinary loss, the three and their backwards are one autograd function (`ordinary.py`).
 
 Letters: `B` pairs, `T` positions, `N` rows of packed input, `V` vocabulary. A batch of pairs is
 [chosen; rejected]: sequence i is chosen, sequence B + i its rejected partner.
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, checks, ops
+from . import checks, ops
 from .backends import choose, load
 from .call import settle
 from .layout import Layout, Scored
@@ -23,7 +24,6 @@ from .ops.direct import eager
 from .ordinary import SumsCall, from_sums
 from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
 from .tokens import TokenLoss, last_size, op_of, reduce, wide_dtype
-from .transform import LogitTransform
 
 
 def fused_dpo_loss(
@@ -167,20 +167,23 @@ def sequence_logps(
         The log-probs (fp32; fp64 for fp64 logits), or with stats (log-probs, {name: tensor}), each
         in the shape of reduction="none".
     """
-    arguments.check(
-        shift=shift,
-        ignore_index=ignore_index,
-        inplace=inplace,
-        reduction=reduction,
-        stats=stats,
-        backend=backend,
-    )
-    transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
+    given = {
+        "shift": shift,
+        "ignore_index": ignore_index,
+        "inplace": inplace,
+        "reduction": reduction,
+        "stats": stats,
+        "backend": backend,
+        "temperature": temperature,
+        "logit_softcap": logit_softcap,
+        "logit_scale": logit_scale,
+    }
+    settled = settle(given, {})
     V, of = last_size("logits", logits), Scored("logits", logits, "V")
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
     tokens = ops.token_logps(
         layout.rows("logits", logits, "V"), layout.targets, ignore_index=ignore_index,
-        transform=transform, stats=ops.check_stats(stats), inplace=inplace, backend=backend,
+        transform=settled.transform, stats=settled.stats, inplace=inplace, backend=backend,
     )  # fmt: skip
     return reduce(layout, tokens, reduction, backend)
 

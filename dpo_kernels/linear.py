@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, checks, ops
+from . import checks, ops
 from .backends import choose
 from .call import settle
 from .layout import Layout, Scored
@@ -212,24 +212,27 @@ def linear_sequence_logps(
     `hidden` [sequences, T, H] or packed [N, H], `weight` [V, H], `bias` [V]; the rest as
     `sequence_logps` and `fused_linear_dpo_loss` (without "streaming", which needs a loss).
     """
-    arguments.check(
-        shift=shift,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        stats=stats,
-        memory_budget=memory_budget,
-        batch_invariant=batch_invariant,
-        backend=backend,
-    )
-    transform = LogitTransform.of(temperature, logit_softcap, logit_scale)
+    given = {
+        "shift": shift,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "stats": stats,
+        "memory_budget": memory_budget,
+        "batch_invariant": batch_invariant,
+        "backend": backend,
+        "temperature": temperature,
+        "logit_softcap": logit_softcap,
+        "logit_scale": logit_scale,
+    }
+    settled = settle(given, {})
     V, of = head_size(hidden, weight), Scored("hidden", hidden, "H")
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
     layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
     inputs = _inputs("hidden", layout, hidden, weight, bias, lora)
     tokens = ops.linear_logps(
         inputs.hidden, inputs.weight, layout.targets, bias=inputs.bias, down=inputs.down,
-        up=inputs.up, ignore_index=ignore_index, transform=transform,
-        stats=ops.check_stats(stats), memory_budget=memory_budget,
+        up=inputs.up, ignore_index=ignore_index, transform=settled.transform,
+        stats=settled.stats, memory_budget=memory_budget,
         batch_invariant=batch_invariant, strategy=strategy, count=layout.count, backend=backend,
     )  # fmt: skip
     return reduce(layout, tokens, reduction, backend)
@@ -355,22 +358,19 @@ def _score(
     strategy: str,
 ) -> tuple[TokenLogps, Tensor | None]:
     """Log-probs of policy and reference, row for row through products of the same shapes."""
+    layout, plain = run.layout, strategy == "plain"
 
-    def score(x: LinearInputs, stats: tuple[str, ...], strategy: str | None) -> TokenLogps:
-        return ops.linear_logps(
-            x.hidden, x.weight, run.layout.targets, bias=x.bias, down=x.down, up=x.up,
-            ignore_index=run.layout.ignore_index, transform=transform, stats=stats,
-            memory_budget=budget, batch_invariant=invariant, strategy=strategy,
-            chunks_of=None if chunks == "plain" else chunks, count=run.layout.count,
-            backend=run.backend,
+    def score(x: LinearInputs, stats: tuple[str, ...], own: str) -> TokenLogps:
+        return ops.rows_scored(
+            x, layout.targets, layout.ignore_index, transform, stats, ops.budget_of(budget),
+            invariant, own, None if plain else strategy, layout.count, run.backend,
         )  # fmt: skip
 
-    chunks = strategy
-    tokens = score(policy, run.stats, None if strategy == "plain" else strategy)
+    tokens = score(policy, run.stats, strategy)
     if reference is None:
         return tokens, None
     with torch.no_grad():
-        return tokens, score(reference, (), None).logps
+        return tokens, score(reference, (), strategy if plain else "score").logps
 
 
 def _tell(out: DPOOutput, strategy: str, layout: Layout, backend: str) -> DPOOutput:

@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .loss_options import DEFAULTS as _DEFAULTS
+from .loss_options import OPTIONS as OPTIONS
+from .loss_options import PER_PAIR as PER_PAIR
+from .loss_options import LossOptions, check_values
 
 # The scalar functions phi; the numbers are shared with csrc/phi.h.
 SOFTPLUS, SIGMOID, SQUARE, RELU, EXO, DISCOPOP, IDENTITY = range(7)
@@ -49,47 +52,6 @@ class Term:
     p: float = 0.0
 
 
-@dataclass(frozen=True)
-class LossOptions:
-    """Every option a loss may take (`**loss_options` of the public functions), with its default.
-
-    Names are those of TRL's `DPOConfig` wherever it has one.
-    """
-
-    loss_type: str | tuple[str, ...] = "sigmoid"
-    loss_weights: tuple[float, ...] | None = None
-    beta: float | Tensor = 0.1
-    label_smoothing: float = 0.0
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    discopop_tau: float = 0.05
-    ld_alpha: float | None = None
-    use_weighting: bool = False
-    offset: Tensor | None = None
-    weights: Tensor | None = None
-    sft_weight: float = 0.0
-    reference_free: bool = False
-    reduction: str = "mean"
-    num_pairs: float | Tensor | None = None
-    num_chosen_tokens: float | Tensor | None = None
-    dpop_lambda: float = 50.0
-    rdpo_alpha: float = 0.01
-    beta_dpo_alpha: float = 0.6
-    beta_dpo_momentum: float = 0.9
-    beta_dpo_keep: float = 0.8
-    beta_dpo_state: Tensor | None = None
-    simpo_gamma: float = 0.5
-    alphapo_alpha: float = 0.25
-    cpo_alpha: float = 1.0
-    slic_lambda: float = 0.1
-    rpo_alpha: float = 1.0
-    tdpo_alpha: float = 0.5
-
-    def but(self, **changes: Any) -> LossOptions:
-        """These options with some changed. Not `replace`: dynamo of torch 2.6 cannot trace it."""
-        return LossOptions(**{name: getattr(self, name) for name in _DEFAULTS} | changes)
-
-
 Terms = tuple[Term, ...]
 
 
@@ -99,16 +61,21 @@ class Loss:
 
     `score` names the map from (log-ratio, length) to u and v:
     `ratio` the log-ratio; `mean` the log-ratio per scored token; `sort_margin` and `sort` sorted
-    over the batch (AOT); `dpop` u - lambda relu(-u); `odds` ORPO's log-odds; `alphapo`;
-    `kl` the log-ratio plus `kl_weight` times K, the sum over the completion's scored tokens of
-    KL(reference || policy) (TDPO): both models' distributions are needed, log-probs are not enough.
+    over the batch (AOT); `penalised` DPOP's u - lambda relu(-u); `odds` ORPO's log-odds; `power`
+    AlphaPO's; `kl` the log-ratio plus `kl_weight` times K, the sum over the completion's scored
+    tokens of KL(reference || policy) (TDPO): both models' distributions are needed, log-probs are
+    not enough.
     `smoothing`: None if `label_smoothing` has no meaning, else whether 0 is allowed.
     `kl_weight`: name of the option (or a number) that weighs K; `kl_stops_chosen`: the chosen K
     is taken without its gradient.
     `sft`: name of the option (or a number) that weighs the NLL of the chosen, added to the row.
     `offset`: the offset of each pair [B], where it is more than the option `offset`: of the options
     and the scored tokens of chosen and rejected.
-    `options`: the loss's own options.
+    `reference`: whether the loss is of log-ratios; `shows_reference`: whether its rewards are, all
+    the same, where a reference is given.
+    `adapts`: beta [B] and weights [B] of the pairs, from their margins u - v and the options.
+    `state`: name of the option that holds what the loss keeps from batch to batch (`fresh_state`).
+    `options`: the loss's own options; `requires`: options that must be given.
     """
 
     name: str
@@ -122,8 +89,12 @@ class Loss:
     sft: str | float | None = None
     kl_weight: str | float = 1.0
     kl_stops_chosen: bool = False
+    shows_reference: bool = False
     offset: Callable[[LossOptions, Tensor | None, Tensor | None], Tensor] | None = None
+    adapts: Callable[[Tensor, LossOptions], tuple[Tensor, Tensor]] | None = None
+    state: str | None = None
     options: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
 
     def own(self, o: LossOptions) -> LossOptions:
         """The options as this loss alone takes them: in a list the others' mean nothing to it.
@@ -142,7 +113,7 @@ class Loss:
     @property
     def by_length(self) -> bool:
         """Whether u, v or the terms depend on how many tokens were scored."""
-        return self.score in ("mean", "odds", "alphapo") or self.offset is not None
+        return self.score in ("mean", "odds", "power") or self.offset is not None
 
     @property
     def per_token(self) -> bool:
@@ -158,7 +129,12 @@ class Loss:
     @property
     def batch_coupled(self) -> bool:
         """Whether a pair's loss depends on the other pairs of the batch."""
-        return self.score in ("sort", "sort_margin") or self.name == "beta_dpo"
+        return self.score in ("sort", "sort_margin") or self.adapts is not None
+
+    @property
+    def takes_reference(self) -> bool:
+        """Whether a reference, where one is given, changes anything."""
+        return self.reference or self.shows_reference
 
     def cancels_common_tokens(self, terms: Terms, o: LossOptions) -> bool:
         """Whether tokens that both completions share, in the same context, leave loss and
@@ -172,7 +148,7 @@ class Loss:
     def takes_offset(self, terms: Terms) -> bool:
         """Whether every term is a function of the margin D alone."""
         margin_only = bool(terms) and all(t.a == -t.b for t in terms)
-        return margin_only and self.score in ("ratio", "mean") and self.name != "cal_dpo"
+        return margin_only and self.score in ("ratio", "mean")
 
 
 def _logistic(e: float, scaled: bool = True, c: float = 0.0, w_beta: bool = False) -> Terms:
@@ -245,6 +221,34 @@ def _length_offset(o: LossOptions, n_w: Tensor | None, n_l: Tensor | None) -> Te
     return length if o.offset is None else o.offset + length
 
 
+def _beta_dpo(margin: Tensor, o: LossOptions) -> tuple[Tensor, Tensor]:
+    """beta of the batch [B] and weights [B] of the kept pairs (arXiv 2407.08639, section 4).
+
+    The running mean and deviation of the margin (`beta_dpo_state` [2]; a fresh zero state if none)
+    are updated first; pairs near the mean are kept by sampling without replacement (Gumbel top-k,
+    which needs no host synchronisation), and beta follows the kept margins.
+    """
+    D = margin.detach()
+    B = D.shape[0]
+    state = o.beta_dpo_state
+    state = torch.zeros(2, dtype=D.dtype, device=D.device) if state is None else state
+    deviation = D.std() if B > 1 else torch.zeros_like(D[0])
+    batch = torch.stack([D.mean(), deviation]).to(state.dtype)
+    with torch.no_grad():
+        state.copy_(o.beta_dpo_momentum * state + (1 - o.beta_dpo_momentum) * batch)
+    mean, sd = state.to(D.dtype).unbind()
+    z = torch.where(sd > 0, (D - mean) / sd, 0.0)
+    keep = torch.ones_like(D)
+    kept = max(1, int(B * o.beta_dpo_keep))
+    if kept < B:
+        gumbel = -torch.log(-torch.log(torch.rand_like(D).clamp(1e-12, 1 - 1e-12)))
+        index = (gumbel - 0.5 * z * z).topk(kept).indices
+        keep = torch.zeros_like(D).index_fill(0, index, 1.0)
+    mean_kept = (D * keep).sum() / kept
+    beta = o.beta * (1 + o.beta_dpo_alpha * (mean_kept - mean))
+    return beta.clamp(min=1e-3).expand_as(D), keep * (B / kept)
+
+
 def _cal_dpo(o: LossOptions) -> Terms:
     return (*_logistic(0.0, scaled=False), *_squares(0.5))
 
@@ -290,24 +294,25 @@ TABLE: dict[str, Loss] = {
         Loss("discopop", _discopop, "(1-m)(-log s(h)) + m exp(-h), m = s(h/tau)", "2406.08414",
              f_divergence=True, options=("discopop_tau",)),
         Loss("sft", lambda o: (), "NLL of the chosen, mean over chosen tokens of the batch",
-             "2305.18290", reference=False, f_divergence=True, sft=1.0),
+             "2305.18290", reference=False, shows_reference=True, f_divergence=True, sft=1.0),
         Loss("sigmoid_norm", _sigmoid, "cDPO of u/n_w - v/n_l", "2411.15124",
              score="mean", smoothing=True, f_divergence=True),
         Loss("ipo_sum", _ipo, "(D - 1/(2 beta))^2", "2310.12036"),
         Loss("dpop", _sigmoid, "-log s(beta (D - lambda relu(-u)))", "2402.13228",
-             score="dpop", options=("dpop_lambda",)),
-        Loss("odpo", _sigmoid, "-log s(h - offset)", "2402.10571"),
+             score="penalised", options=("dpop_lambda",)),
+        Loss("odpo", _sigmoid, "-log s(h - offset)", "2402.10571", requires=("offset",)),
         Loss("rdpo", _sigmoid, "-log s(h + alpha (n_w - n_l))", "2403.19159",
              offset=_length_offset, options=("rdpo_alpha",)),
         Loss("cal_dpo", _cal_dpo, "-log s(D) + 1/2 [(u - 1/(2 beta))^2 + (v + 1/(2 beta))^2]",
              "2412.14516"),
         Loss("beta_dpo", _sigmoid, "-log s(beta_b D) on the kept pairs, beta_b from the batch",
-             "2407.08639", options=("beta_dpo_alpha", "beta_dpo_momentum", "beta_dpo_keep")),
+             "2407.08639", adapts=_beta_dpo, state="beta_dpo_state",
+             options=("beta_dpo_alpha", "beta_dpo_momentum", "beta_dpo_keep")),
         Loss("simpo", _simpo, "cDPO of m_w - m_l with margin gamma, m = logp per token",
              "2405.14734", score="mean", reference=False, smoothing=True,
              options=("simpo_gamma",)),
         Loss("alphapo", _simpo, "-log s(beta (r_w - r_l) - gamma), r = (1 - exp(-al m)) / al",
-             "2501.03884", score="alphapo", reference=False,
+             "2501.03884", score="power", reference=False,
              options=("alphapo_alpha", "simpo_gamma")),
         Loss("cpo", _sigmoid, "cDPO of pi_w - pi_l, + cpo_alpha NLL", "2401.08417",
              reference=False, smoothing=True, sft="cpo_alpha", options=("cpo_alpha",)),
@@ -328,12 +333,7 @@ TABLE: dict[str, Loss] = {
 ALIASES = {"dpo": "sigmoid", "cdpo": "sigmoid", "dpo_norm": "sigmoid_norm",
            "aot_pair": "aot_unpaired"}  # fmt: skip
 
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _OWN_OPTIONS = sorted({name for loss in TABLE.values() for name in loss.options})
-_DEFAULTS = {f.name: f.default for f in fields(LossOptions)}
-# Options that may be tensors [B], and take gradients.
-PER_PAIR = ("beta", "offset", "weights")
-_TINY = 2.2250738585072014e-308  # the smallest fp64 with a finite inverse
 
 
 def available() -> list[str]:
@@ -351,6 +351,29 @@ def get(name: str) -> Loss:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"loss_type: unknown loss {name!r}{hint} Known: {', '.join(available())}")
     return TABLE[key]
+
+
+def rows_of(loss_type: object) -> list[Loss]:
+    """The rows of `loss_type`, a name or a list of names."""
+    return [get(name) for name in names_of(loss_type)]
+
+
+def requires(loss_type: object) -> set[str]:
+    """The options that must be given for `loss_type`, some of them with each batch."""
+    return {name for row in rows_of(loss_type) for name in row.requires}
+
+
+def takes_reference(loss_type: object) -> bool:
+    """Whether a reference, where one is given, changes a number of `loss_type`."""
+    return any(row.takes_reference for row in rows_of(loss_type))
+
+
+def fresh_state(loss_type: object) -> dict[str, Tensor]:
+    """What `loss_type` keeps from batch to batch, as it begins: options by name. A call updates
+    them; give a copy where nothing must be learned (evaluation)."""
+    kept = {row.state for row in rows_of(loss_type) if row.state is not None}
+    # Running mean and deviation of the margin.
+    return {name: torch.zeros(2, dtype=torch.float64) for name in sorted(kept)}
 
 
 def names_of(loss_type: object) -> list[str]:
@@ -384,70 +407,18 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
             f"loss_weights must have one weight for each of the {len(losses)} losses, "
             f"got {len(weights)}"
         )
-    _check_numbers(o)
+    check_values(o, _OWN_OPTIONS)
     _check_applies(o, losses)
     resolved = [
         (row, float(w), row.terms(row.own(o))) for row, w in zip(losses, weights, strict=True)
     ]
     for row, _, terms in resolved:
-        if o.offset is not None and row.name != "sft" and not row.takes_offset(terms):
+        if o.offset is not None and terms and not row.takes_offset(terms):
             raise ValueError(f"offset shifts beta * D; {row.name!r} is not a function of D alone")
-        if row.name == "odpo" and o.offset is None:
-            raise ValueError("odpo needs offset= of shape [B], got None")
+        for name in row.requires:
+            if getattr(o, name) is None:
+                raise ValueError(f"{row.name} needs {name}= of shape [B], got None")
     return o, resolved
-
-
-def _check_numbers(o: LossOptions) -> None:
-    def require(ok: bool, name: str, expected: str) -> None:
-        if not ok:
-            raise ValueError(f"{name} must be {expected}, got {checks.shown(getattr(o, name))}")
-
-    for name in [*_OWN_OPTIONS, "label_smoothing", "sft_weight", "f_alpha_divergence_coef"]:
-        checks.number(name, getattr(o, name))
-    if not isinstance(o.beta, Tensor):
-        x = checks.positive("beta", o.beta, "a positive finite number, or a tensor of such")
-        require(x >= _TINY, "beta", "a positive number with a finite inverse")
-    for name in ("use_weighting", "reference_free"):
-        checks.flag(name, getattr(o, name))
-    for name in ("num_pairs", "num_chosen_tokens"):
-        if getattr(o, name) is not None:
-            _check_count(name, getattr(o, name))
-    _check_tensors(o)
-    require(o.discopop_tau >= _TINY, "discopop_tau", "positive")
-    checks.choice("f_divergence_type", o.f_divergence_type, F_DIVERGENCES)
-    checks.choice("reduction", o.reduction, ("mean", "none"))
-    require(0 < o.beta_dpo_keep <= 1, "beta_dpo_keep", "in (0, 1]")
-    require(0 <= o.beta_dpo_momentum <= 1, "beta_dpo_momentum", "in [0, 1]")
-    require(o.alphapo_alpha != 0, "alphapo_alpha", "other than 0 (at 0 it is simpo)")
-    if o.ld_alpha is not None:
-        checks.number("ld_alpha", o.ld_alpha, "None or a finite number")
-
-
-def _check_count(name: str, value: object) -> None:
-    """A normaliser: a positive number, or a tensor of one without dimensions."""
-    expected = "a positive finite number, or a tensor [] of one"
-    if not isinstance(value, Tensor):
-        checks.positive(name, value, expected)
-        return
-    if value.dtype.is_complex or value.dtype == torch.bool:
-        raise ValueError(f"{name} must be {expected}, got {value.dtype}")
-    checks.shape(name, checks.is_tensor(name, value), (), "one number")
-    checks.values(name, value, lambda x: (x > 0) & x.isfinite(), expected)
-
-
-def _check_tensors(o: LossOptions) -> None:
-    """Types and values of what may come a pair; shapes and devices are known with the batch."""
-    for name in PER_PAIR:
-        value = getattr(o, name)
-        if value is None or (name == "beta" and not isinstance(value, Tensor)):
-            continue
-        checks.floating(name, value)
-        checks.values(name, value, torch.isfinite, "finite")
-        if name == "beta":
-            checks.values(name, value, lambda x: x.double() >= _TINY, "positive")
-    if o.beta_dpo_state is not None:
-        checks.floating("beta_dpo_state", o.beta_dpo_state)
-        checks.shape("beta_dpo_state", o.beta_dpo_state, (2,), "mean and deviation")
 
 
 def _check_applies(o: LossOptions, losses: list[Loss]) -> None:
@@ -492,8 +463,8 @@ def table_markdown() -> str:
     for row in TABLE.values():
         alias = "".join(f", `{a}`" for a in names[row.name])
         own = ", ".join(f"`{n}={_DEFAULTS[n]}`" for n in row.options) or "-"
-        if row.name == "odpo":
-            own = "`offset` `[B]`, required"
+        if row.requires:
+            own = ", ".join(f"`{n}` `[B]`, required" for n in row.requires)
         paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})"
         lines.append(f"| `{row.name}`{alias} | {row.formula} | {own} | {paper} |")
     return "\n".join(lines)

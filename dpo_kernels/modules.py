@@ -30,10 +30,10 @@ class _LossModule(torch.nn.Module):
         checks.names(options, [*keywords, *known], "option")
         arguments.check(**options)
         chosen = {k: v for k, v in options.items() if k in known}
-        rows = [_losses.get(name) for name in _losses.names_of(chosen.get("loss_type", "sigmoid"))]
-        # odpo's offset may come with each batch: everything else is checked now.
-        late = any(row.name == "odpo" for row in rows) and chosen.get("offset") is None
-        _losses.resolve({**chosen, "offset": torch.zeros(1)} if late else chosen)
+        loss_type = chosen.get("loss_type", _losses.LossOptions.loss_type)
+        # What a loss requires may come with each batch: everything else is checked now.
+        late = {x: torch.zeros(1) for x in _losses.requires(loss_type) if chosen.get(x) is None}
+        _losses.resolve({**chosen, **late})
         # What the loss is made of belongs to the module: it is trained with it, moves with it.
         mine = [name for name, x in chosen.items() if isinstance(x, Tensor)]
         for name in mine:
@@ -43,9 +43,8 @@ class _LossModule(torch.nn.Module):
                 self.register_buffer(name, options[name], persistent=False)
         self._given = tuple(options)
         self._plain = {k: v for k, v in options.items() if k not in mine}
-        beta_dpo = any(row.name == "beta_dpo" for row in rows)
-        # Running mean and deviation of the margin: the state of beta-DPO, saved with the module.
-        state = torch.zeros(2, dtype=torch.float64) if beta_dpo else None
+        # What the loss keeps from batch to batch is saved with the module.
+        self._state_name, state = next(iter(_losses.fresh_state(loss_type).items()), ("", None))
         self.register_buffer("state", state)
 
     @property
@@ -65,7 +64,7 @@ class _LossModule(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> DPOOutput:
         merged = {**self.options, **kwargs}
         if self.state is not None:
-            merged["beta_dpo_state"] = self.state if self.training else self.state.clone()
+            merged[self._state_name] = self.state if self.training else self.state.clone()
         return type(self).function(*args, **merged)
 
     def extra_repr(self) -> str:

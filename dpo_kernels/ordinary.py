@@ -142,7 +142,7 @@ def _full(B: int, value: float, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _kept(B: int, value: float) -> Tensor:
-    return torch.full((B,), value, dtype=torch.float64)
+    return torch.full((B,), value, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)

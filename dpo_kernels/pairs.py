@@ -93,15 +93,16 @@ def loss_of(
     for row, weight, terms in losses:
         if row.sft is not None:
             scale = getattr(options, row.sft) if isinstance(row.sft, str) else row.sft
-            wpo = p.wpo.mean() if row.name == "sft" and p.wpo is not None else 1.0
+            # WPO weighs a loss that is the NLL alone.
+            wpo = p.wpo.mean() if not terms and p.wpo is not None else 1.0
             nll_weight = nll_weight + weight * scale * wpo
         if not terms:
             continue
         scored = p if row.batch_coupled else live
         u, v = _scores(row, scored if weight else _without(scored, nothing), options)
         beta_row, keep = beta, None
-        if row.name == "beta_dpo":
-            beta_row, keep = _beta_dpo(u - v, options)
+        if row.adapts is not None:
+            beta_row, keep = row.adapts(u - v, options)
         loss = ops.pair_loss(
             u, v, terms, beta=beta_row, offset=_offset(row, p, options), backend=backend
         )
@@ -174,9 +175,7 @@ def _weighted(weight: Tensor | float, loss: Tensor) -> Tensor:
 
 
 def _ratios(p: Pairs, row: Loss) -> tuple[Tensor, Tensor]:
-    # `sft` alone among the losses without a reference reports rewards against one if it is given.
-    reference = row.reference or row.name == "sft"
-    if not reference or p.ref_chosen is None or p.ref_rejected is None:
+    if not row.takes_reference or p.ref_chosen is None or p.ref_rejected is None:
         return p.chosen, p.rejected
     return p.chosen - p.ref_chosen, p.rejected - p.ref_rejected
 
@@ -196,7 +195,7 @@ def _scores(row: Loss, p: Pairs, o: LossOptions) -> tuple[Tensor, Tensor]:
         return margin, (p.ref_chosen - p.ref_rejected).sort().values
     if row.score == "sort":
         return u.sort().values, v.sort().values
-    if row.score == "dpop":
+    if row.score == "penalised":
         return u - o.dpop_lambda * torch.relu(-u), v
     if row.f_divergence:
         u, v = _divergence(u, o), _divergence(v, o)
@@ -211,7 +210,7 @@ def _scores(row: Loss, p: Pairs, o: LossOptions) -> tuple[Tensor, Tensor]:
     u, v = u / n_w, v / n_l
     if row.score == "odds":
         return _log_odds(u), _log_odds(v)
-    if row.score == "alphapo":
+    if row.score == "power":
         return -_expm1(-o.alphapo_alpha * u) / o.alphapo_alpha, (
             -_expm1(-o.alphapo_alpha * v) / o.alphapo_alpha
         )
@@ -265,34 +264,6 @@ def length_offset(
     return row.offset(o, lengths[:B], lengths[B:])
 
 
-def _beta_dpo(margin: Tensor, o: LossOptions) -> tuple[Tensor, Tensor]:
-    """beta of the batch [B] and weights [B] of the kept pairs (arXiv 2407.08639, section 4).
-
-    The running mean and deviation of the margin (`beta_dpo_state` [2]; a fresh zero state if none)
-    are updated first; pairs near the mean are kept by sampling without replacement (Gumbel top-k,
-    which needs no host synchronisation), and beta follows the kept margins.
-    """
-    D = margin.detach()
-    B = D.shape[0]
-    state = o.beta_dpo_state
-    state = torch.zeros(2, dtype=D.dtype, device=D.device) if state is None else state
-    deviation = D.std() if B > 1 else torch.zeros_like(D[0])
-    batch = torch.stack([D.mean(), deviation]).to(state.dtype)
-    with torch.no_grad():
-        state.copy_(o.beta_dpo_momentum * state + (1 - o.beta_dpo_momentum) * batch)
-    mean, sd = state.to(D.dtype).unbind()
-    z = torch.where(sd > 0, (D - mean) / sd, 0.0)
-    keep = torch.ones_like(D)
-    kept = max(1, int(B * o.beta_dpo_keep))
-    if kept < B:
-        gumbel = -torch.log(-torch.log(torch.rand_like(D).clamp(1e-12, 1 - 1e-12)))
-        index = (gumbel - 0.5 * z * z).topk(kept).indices
-        keep = torch.zeros_like(D).index_fill(0, index, 1.0)
-    mean_kept = (D * keep).sum() / kept
-    beta = o.beta * (1 + o.beta_dpo_alpha * (mean_kept - mean))
-    return beta.clamp(min=1e-3).expand_as(D), keep * (B / kept)
-
-
 def _nll_per_pair(p: Pairs, o: LossOptions, weight: float | Tensor) -> Tensor | None:
     """The SFT term spread over the pairs, so that its mean is the term; None where there is none.
 
@@ -316,10 +287,10 @@ def _rewards(
     """beta * log-ratio; per token for the reference-free losses on averages, as TRL logs them."""
     row = losses[0][0]
     u, v = _ratios(p, row)
-    if not row.reference and row.score in ("mean", "odds", "alphapo"):
+    if not row.reference and row.score in ("mean", "odds", "power"):
         n_w, n_l = _lengths(p)
         u, v = u / n_w, v / n_l
-        if row.score == "alphapo":
+        if row.score == "power":
             u, v = _scores(row, p, o)
     return o.beta * u, o.beta * v
 

@@ -3,7 +3,8 @@
 Where the loss is a sum over pairs, a pair's gradient needs that pair alone. So whole pairs fill a
 chunk, and while their logits are there everything is done with them:
 
-    logits -> log-probs -> loss of these pairs -> d loss / d logp of each token (a tiny graph)
+    logits -> log-probs -> loss of these pairs -> d loss / d logp of each token (in closed form,
+              or by a tiny graph)
            -> gradient over the logits, in place -> dhidden, dweight
 
 Three products in all, nothing is projected twice, and no logits outlive their chunk. The loss of a
@@ -29,7 +30,7 @@ from torch import Tensor
 from . import backends
 from .layout import Layout
 from .ops import TokenLogps, no_autocast
-from .ops.derivatives import check_mode, place_of, refuse
+from .ops.derivatives import check_mode, refuse
 from .ops.linear_head import Head, HeadGradient, LinearInputs, placed, scored_rows
 from .ops.plan import Plan, chunks_of_pairs
 from .ops.products import ceil
@@ -58,7 +59,7 @@ def stream(batch: Streaming, policy: LinearInputs) -> DPOOutput:
     inputs = (*policy, *tensors)
     check_mode(*inputs, *(batch.reference or ()))
     kept: list[Streamed] = []
-    loss = _Stream.apply(batch, kept, place_of(*inputs), *inputs)
+    loss = _Stream.apply(batch, kept, *inputs)
     fields, stats = kept[0].fields, dict(zip(batch.run.asked, kept[0].stats, strict=True))
     return DPOOutput(loss, *fields).told("streaming", batch.run.shown(stats))
 
@@ -70,22 +71,22 @@ class Streamed(NamedTuple):
     fields: list[Tensor]  # of `DPOOutput`, after the loss
     stats: list[Tensor]  # [R, T] each, those asked for
     grads: dict[str, Tensor]
-    index: Tensor  # the rows that the gradient of hidden is of
+    places: Tensor  # the rows that the gradient of hidden is of
 
 
 class _Stream(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, batch: Streaming, kept, place, hidden, weight, bias, down, up, *options):
-        wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[3:8], strict=True))
+    def forward(ctx, batch: Streaming, kept, hidden, weight, bias, down, up, *options):
+        wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[2:7], strict=True))
         inputs = LinearInputs(hidden, weight, bias, down, up)
         with no_autocast(hidden.device):
             found = _run(batch, inputs, wanted)
         names = (*LinearInputs._fields, "beta", "offset", "weights")
-        ctx.grads, ctx.index = [found.grads.get(name) for name in names], found.index
+        ctx.grads, ctx.places = [found.grads.get(name) for name in names], found.places
         ctx.like = [(x.shape, x.dtype) if isinstance(x, Tensor) else None
                     for x in (hidden, weight, bias, down, up, *options)]  # fmt: skip
         kept.append(found._replace(grads={}))
-        ctx.save_for_backward(place)
+        ctx.save_for_backward(found.loss)
         return found.loss
 
     @staticmethod
@@ -95,7 +96,7 @@ class _Stream(torch.autograd.Function):
                 "strategy 'streaming' forms its gradients in the forward and hands them out once: "
                 "for a second backward give strategy='recompute'"
             )
-        (place,) = ctx.saved_tensors
+        (loss,) = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
         with torch.no_grad():
             # On the CPU the scalar can be looked at; elsewhere that would wait for the device.
@@ -106,11 +107,11 @@ class _Stream(torch.autograd.Function):
                 if d is not None:
                     d = d.to(like[1]) if unit else _scaled(d, g, like[1])
                     if not out:  # hidden: rows back in their places
-                        d = placed(d, ctx.index, like[0])
+                        d = placed(d, ctx.places, like[0])
                 out.append(d)
         if torch.is_grad_enabled():
-            out = [refuse(d, place) for d in out]
-        return None, None, None, *out
+            out = [refuse(d, loss) for d in out]
+        return None, None, *out
 
 
 def _scaled(d: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,7 +130,7 @@ class _Chunk(NamedTuple):
     i: int
     j: int
     rows: int
-    index: Tensor  # [n] of their scored rows
+    places: Tensor  # [n] of their scored rows
     targets: Tensor  # [1, n]
     cu_seqlens: Tensor  # [2 (j - i) + 1]
 
@@ -183,7 +184,7 @@ def _run(batch: Streaming, policy: LinearInputs, wanted: dict[str, bool]) -> Str
     total.finish()
     grads = {"hidden": packed, **{name: getattr(total, name) for name in LinearInputs._fields[1:]},
              **pairs.d_options}  # fmt: skip
-    index = chunks[0].index if len(chunks) == 1 else torch.cat([c.index for c in chunks])
+    index = chunks[0].places if len(chunks) == 1 else torch.cat([c.places for c in chunks])
     shown = [placed(torch.cat(c)[:, None], index, torch.Size((*layout.targets.shape, 1)))[..., 0]
              for c in columns]  # fmt: skip
     loss, *fields = pairs.finish()
@@ -229,11 +230,11 @@ class _Pass:
         r = ref_logps = ref_lse = kl = None
         if self.ref_head is not None:
             assert self.batch.reference is not None
-            rows = self.ref_head.rows(self.batch.reference.hidden, chunk.index)
+            rows = self.ref_head.rows(self.batch.reference.hidden, chunk.places)
             r = self.ref_head.project(rows, None, self.ref_buffer[:size])[:n]
             if not self.joint:
                 ref_logps, r = impl.token_logps(r[None], *args, ())[0], None
-        h = head.rows(self.policy.hidden, chunk.index)
+        h = head.rows(self.policy.hidden, chunk.places)
         low = head.low(h)
         z = head.project(h, low, self.buffer[:size])[:n]
         stats: dict[str, Tensor] = {}
@@ -272,7 +273,7 @@ def _ref_tokens(ref_logps: Tensor | None, chunk: _Chunk) -> Tensor | None:
     """[1, n] of values a row [R, T], or of nothing."""
     if ref_logps is None or ref_logps.dim() == 1:
         return None
-    return ref_logps.reshape(-1)[chunk.index][None]
+    return ref_logps.reshape(-1)[chunk.places][None]
 
 
 class _Ordinary:
@@ -377,7 +378,7 @@ def _boundaries(
     for i, j in chunks:
         cus.append([0, *itertools.accumulate([*lengths[i:j], *lengths[B + i : B + j]])])
     if device.type == "cpu":
-        return tuple(torch.tensor(cu) for cu in cus)
+        return tuple(torch.tensor(cu, device="cpu") for cu in cus)
     # From pinned memory: the host does not wait for the device. One number more a chunk, so that
     # each begins at 16 bytes: a kernel is compiled for pointers that do.
     flat = torch.tensor([n for cu in cus for n in (*cu, 0)], device="cpu")

@@ -67,8 +67,8 @@ class TokenLoss:
     def separable(self) -> bool:
         """Whether the loss is a sum over pairs, so that a pair's gradient needs that pair alone."""
         coupled = any(row.batch_coupled for row, _, _ in self.losses)
-        # WPO weighs the loss `sft` by its mean over the batch.
-        coupled |= self.options.use_weighting and any(r.name == "sft" for r, _, _ in self.losses)
+        # WPO weighs a loss that is the NLL alone by its mean over the batch.
+        coupled |= self.options.use_weighting and any(not terms for _, _, terms in self.losses)
         return self.options.reduction == "mean" and not coupled
 
     @property
@@ -77,7 +77,7 @@ class TokenLoss:
 
     @property
     def uses_reference(self) -> bool:
-        return any(row.reference or row.name == "sft" for row, _, _ in self.losses)
+        return any(row.takes_reference for row, _, _ in self.losses)
 
     def check(self, given: bool, name: str, ref_logps: Tensor | None) -> None:
         S = self.layout.sequences

@@ -19,7 +19,7 @@ from dpo_kernels import verification  # noqa: E402
 SHAPES = ((2, 5, 61), (4, 7, 1031), (6, 3, 4099))  # rows, positions, vocabulary
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRANSFORMS = ({}, {"logit_softcap": 20.0, "temperature": 1.2})
-LOSSES = ({}, {"loss_type": "ipo"}, {"ld_alpha": 0.5})
+LOSSES = ({}, {"loss_type": "ipo"}, {"ld_alpha": 0.5})  # one autograd function, and the composition
 
 
 def step(logits, labels, ref, backend, **options):

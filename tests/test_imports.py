@@ -13,7 +13,8 @@ FRONT = {"", "backends", "losses", "memory", "version", "dpo", "linear", "pairs"
 # room -> what it may import from the package, besides itself
 RULES = {
     "checks": set(),
-    "losses": {"checks"},
+    "loss_options": {"checks"},
+    "losses": {"checks", "loss_options"},
     "transform": {"checks"},
     "version": set(),
     "requirements": set(),
@@ -25,10 +26,23 @@ RULES = {
     "transfer": set(),
     "memory": {"ops", "backends", "checks"},
     "pairs": {"ops", "losses", "checks"},
-    "tokens": {"ops", "losses", "layout", "pairs", "backends", "transform", "checks"},
-    "dpo": {
+    "ordinary": {"ops", "losses", "layout", "pairs", "transform", "checks"},
+    "call": {"ops", "losses", "ordinary", "arguments", "transform"},
+    "tokens": {
         "ops",
         "losses",
+        "layout",
+        "pairs",
+        "ordinary",
+        "call",
+        "backends",
+        "transform",
+        "checks",
+    },
+    "dpo": {
+        "ops",
+        "ordinary",
+        "call",
         "transform",
         "layout",
         "pairs",
@@ -37,10 +51,10 @@ RULES = {
         "checks",
         "arguments",
     },
-    "stream": {"ops", "transform", "layout", "pairs", "backends", "tokens"},
+    "stream": {"ops", "transform", "layout", "pairs", "ordinary", "backends", "tokens"},
     "linear": {
         "ops",
-        "losses",
+        "call",
         "transform",
         "layout",
         "pairs",

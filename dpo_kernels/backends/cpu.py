@@ -21,8 +21,8 @@ def token_logps(
     ignore_index: int,
     transform: LogitTransform,
     stats: tuple[str, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `backends.torch.token_logps`."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `backends.torch.token_logps`, None without statistics."""
     targets = targets.contiguous()
     params, results = native.token_logps(_C, logits, targets, ignore_index, transform, stats)
     _C.token_logps(params)
@@ -83,7 +83,7 @@ def token_kl_backward(
 
 @functools.lru_cache(maxsize=64)
 def _rows(R: int, T: int) -> Tensor:
-    return torch.arange(R + 1, dtype=torch.int64) * T
+    return torch.arange(R + 1, dtype=torch.int64, device="cpu") * T
 
 
 def _starts(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:

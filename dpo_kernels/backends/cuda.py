@@ -75,8 +75,8 @@ def token_logps(
     ignore_index: int,
     transform: LogitTransform,
     stats: tuple[str, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `backends.torch.token_logps`."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `backends.torch.token_logps`, None without statistics."""
     module, targets = _module(logits), targets.contiguous()
     params, results = native.token_logps(module, logits, targets, ignore_index, transform, stats)
     R, T, V = logits.shape

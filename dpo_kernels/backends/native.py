@@ -32,13 +32,15 @@ def token_logps(
     ignore_index: int,
     transform: LogitTransform,
     stats: tuple[str, ...],
-) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
-    """Parameters of the forward, and its empty results: logps, lse, statistics."""
+) -> tuple[Any, tuple[Tensor, Tensor, Tensor | None]]:
+    """Parameters of the forward, and its empty results: logps, lse, statistics (None without)."""
     R, T, V = logits.shape
     logps = targets.new_empty((R, T), dtype=torch.float32)
     lse = targets.new_empty((R, T), dtype=torch.float64)
-    table = targets.new_empty((len(stats), R, T), dtype=torch.float32)
-    columns = {stat: table[i].data_ptr() for i, stat in enumerate(stats)}
+    table, columns = None, {}
+    if stats:
+        table = targets.new_empty((len(stats), R, T), dtype=torch.float32)
+        columns = {stat: table[i].data_ptr() for i, stat in enumerate(stats)}
     params = module.TokenLogps(
         *_strided(logits), targets.data_ptr(), R, T, V, ignore_index, DTYPES[logits.dtype],
         _numbers(transform), logps.data_ptr(), lse.data_ptr(), columns.get("entropy", 0),

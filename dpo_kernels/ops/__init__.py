@@ -4,7 +4,7 @@ from .. import checks
 from .autocast import autocast_dtype, no_autocast
 from .linear_head import LinearInputs
 from .linear_kl import linear_kl
-from .linear_logps import budget_of, check_head, choose_strategy, linear_logps
+from .linear_logps import budget_of, check_head, choose_strategy, linear_logps, rows_scored
 from .pair_loss import pair_loss
 from .plan import Plan, chunks_of_pairs, plan_of
 from .sequence_sum import sequence_sum
@@ -30,6 +30,7 @@ __all__ = [
     "no_autocast",
     "pair_loss",
     "plan_of",
+    "rows_scored",
     "sequence_sum",
     "token_kl",
     "token_logps",

@@ -2,10 +2,11 @@
 
 Their backwards are kernels, of first derivatives in reverse mode. autograd does not know that: a
 gradient that such a backward gives under `create_graph=True` would be a constant to it, and a
-tangent would be lost. Three tools say it instead, all with the way out, `backend="torch"`:
+tangent would be lost. Four tools say it instead, all with the way out, `backend="torch"`:
 
     refuse_second(op)   the backward of a backward op, where autograd reaches one
     once(...)           gates for inputs whose backward keeps nothing of them
+    refuse(...)         the same behind the output, of a function that may save it
     check_mode(...)     at the door of each op: forward mode, and functorch's transforms
 """
 
@@ -82,29 +83,12 @@ def once(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(_Gate.apply(x, key) if x is not None and x.requires_grad else x for x in inputs)
 
 
-def place_of(*inputs: Tensor | None) -> Tensor | None:
-    """What stands for the inputs' place in the graph, for a function of autograd that keeps none of
-    them: it saves this, and hands its gradients through `refuse` with it."""
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    if not wanted or not torch.is_grad_enabled():
-        return None
-    return _Place.apply(*wanted)
-
-
-class _Place(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        ctx.set_materialize_grads(False)
-        ctx.count = len(inputs)
-        return torch.empty(0)
-
-    @staticmethod
-    def backward(ctx, _):
-        return (None,) * ctx.count
-
-
 def refuse(grad: Tensor | None, place: Tensor) -> Tensor | None:
-    """`grad`, of which a backward under `create_graph=True` raises."""
+    """`grad`, whose own backward raises.
+
+    For a function of autograd that keeps no input: `place` is its output, saved, which stands in
+    the graph behind all of them.
+    """
     return None if grad is None else _Refuse.apply(grad, place)
 
 

@@ -70,11 +70,33 @@ def linear_logps(
     check_head("hidden", hidden, weight, bias, targets)
     stats = check_stats(stats)
     name = backends.choose(backend, hidden.device, hidden.dtype)
-    if name == "torch":
-        inputs = LinearInputs(hidden, weight, bias, down, up)
+    inputs = LinearInputs(hidden, weight, bias, down, up)
+    if name != "torch":
+        strategy = choose_strategy(strategy, *inputs)
+    return rows_scored(
+        inputs, targets, ignore_index, transform, stats, budget_of(memory_budget), batch_invariant,
+        strategy or "", chunks_of, count, name,
+    )  # fmt: skip
+
+
+def rows_scored(
+    inputs: LinearInputs,
+    targets: Tensor,
+    ignore_index: int,
+    transform: LogitTransform,
+    stats: tuple[str, ...],
+    budget: int,
+    invariant: bool,
+    strategy: str,
+    chunks_of: str | None,
+    count: int | None,
+    backend: str,
+) -> TokenLogps:
+    """`linear_logps` of arguments that are checked, by a strategy that is chosen."""
+    if backend == "torch":
         return _plain(inputs, targets, ignore_index, transform, stats)
-    strategy = choose_strategy(strategy, hidden, weight, bias, down, up)
-    check_mode(hidden, weight, bias, down, up)
+    check_mode(*inputs)
+    hidden, weight, bias, down, up = inputs
     if strategy == "frozen":
         hidden, down = once(hidden, down)  # type: ignore[assignment]
     result = _op(
@@ -92,9 +114,9 @@ def linear_logps(
         strategy,
         chunks_of or strategy,
         count_scored(targets, ignore_index) if count is None else count,
-        budget_of(memory_budget),
-        batch_invariant,
-        name,
+        budget,
+        invariant,
+        backend,
     )
     logps, lse, table = result[:3]
     return TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))

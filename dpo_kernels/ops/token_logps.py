@@ -123,7 +123,11 @@ def _token_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     transform = LogitTransform(scale, softcap, inv_temperature)
     impl = backends.load(backend)
-    return impl.token_logps(logits.detach(), targets, ignore_index, transform, _names(stats))
+    names = _names(stats)
+    logps, lse, table = impl.token_logps(logits.detach(), targets, ignore_index, transform, names)
+    if not names:  # an output of the schema all the same
+        table = logps.new_empty((0, *logps.shape))
+    return logps, lse, table
 
 
 @_token_logps.register_fake

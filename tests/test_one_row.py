@@ -1,0 +1,83 @@
+"""A loss is one row of the table: no other module knows a loss by its name."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpo_kernels as dk
+from dpo_kernels import losses
+
+ROOT = Path(dk.__file__).parent
+NAMES = set(losses.available())
+HOME = "losses.py"
+# To be cleared with the seam to models: (file, the names it knows).
+REMAINS = {
+    "integrations/lightning.py": {"beta_dpo"},
+    "integrations/options.py": {"sft"},
+    "integrations/transformers.py": {"beta_dpo"},
+    "integrations/trl_v0.py": {"sft", "ipo", "beta_dpo"},
+    "integrations/trl_v1.py": {"beta_dpo", "discopop"},
+    "train/config.py": {"odpo"},
+    "train/reference.py": {"sft"},
+}
+# Names that are no losses there: a recipe's parts, a command.
+OTHERS = {"cli.py", "data/embedded.py"}
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Names of losses among the constants of an expression."""
+    found = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
+    return {value for value in found if isinstance(value, str) and value in NAMES}
+
+
+def decided_by_name(path: Path) -> set[str]:
+    """Names that a comparison, a membership test, a match or a subscript decides by."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare):
+            found |= names_in(node)
+        elif isinstance(node, ast.match_case):
+            found |= names_in(node.pattern)
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
+            found |= names_in(node.value)
+    return found
+
+
+def test_no_loss_is_known_by_its_name_elsewhere():
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        name = str(path.relative_to(ROOT))
+        if name != HOME and name not in OTHERS and (names := decided_by_name(path)):
+            found[name] = names
+    assert {name: found[name] - REMAINS.get(name, set()) for name in found} == {
+        name: set() for name in found
+    }
+
+
+@pytest.mark.parametrize(
+    "code", ('row.name == "sft"', '"ipo" in names', 'x in ("a", "odpo")', '{"dpop": f}[name]')
+)
+def test_the_test_notices(code, tmp_path):
+    (tmp_path / "x.py").write_text(code)
+    assert decided_by_name(tmp_path / "x.py")
+
+
+def test_every_option_is_said_to_be_something():
+    assert set(losses.OPTIONS) == set(losses.LossOptions.__dataclass_fields__)
+    assert all(0 < len(text) < 90 for text in losses.OPTIONS.values())
+
+
+def test_what_a_loss_needs_and_keeps_is_in_its_row():
+    assert losses.requires("sigmoid") == set()
+    assert losses.requires(["sigmoid", "odpo"]) == {"offset"}
+    assert losses.takes_reference("sft") and not losses.takes_reference(["simpo", "cpo"])
+    assert losses.fresh_state("sigmoid") == {}
+    state = losses.fresh_state(["beta_dpo", "sigmoid"])
+    assert list(state) == ["beta_dpo_state"]
+    values = [torch.tensor([-3.0, -4.0, -1.0]), torch.tensor([-5.0, -4.5, -2.0])]
+    dk.preference_loss(*values, loss_type="beta_dpo", **state)
+    assert state["beta_dpo_state"].abs().sum() > 0
+    module = dk.FusedDPOLoss(loss_type="beta_dpo", reference_free=True)
+    assert torch.equal(module.state, torch.zeros(2, dtype=torch.float64))
