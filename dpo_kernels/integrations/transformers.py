@@ -23,15 +23,13 @@ from transformers import Trainer
 
 from ..models.attached import attach_head
 from ..models.forward import Reference
-from ..models.head_check import check_head
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
 from ..models.step0 import WrongReference
-from ..models.structure import base_model_of
 from .frameworks import check_version
+from .hf_trainer import check_head_of, load_state, loss_state, save_state
 from .metrics import PackedMetrics, evaluation_metrics, real_pairs
 from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
-from .state import load_state, save_state
 
 __all__ = ["FusedDPOMixin", "FusedDPOTrainer", "FusedOptions", "PreferenceCollator",
            "WrongReference"]  # fmt: skip
@@ -102,15 +100,10 @@ class FusedDPOMixin:
         attach_head(self.accelerator.unwrap_model(self.model))  # model_init makes a new one
         if mode == "eval":
             options["reduction"] = "none"  # pairs are counted one by one
-        if "beta_dpo" in str(options.get("loss_type", "")):
-            self._beta_dpo_state = self._beta_dpo_state.to(inputs["input_ids"].device)
-            state = self._beta_dpo_state
-            options["beta_dpo_state"] = state if mode == "train" else state.clone()
+        options = loss_state(self, options)
         first = mode == "train" and not self._reference_seen
-        if first and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # type: ignore[attr-defined]
-            policy = base_model_of(self.accelerator.unwrap_model(self.model))
-            with self.accelerator.autocast():
-                check_head(policy, self.fused.backend)
+        if first:
+            check_head_of(self)
         ref = self._reference(inputs) if needs_reference(options) else None
         out = dpo_step(model, inputs, ref_logps=ref, fused=self.fused, **options)
         started = self.state.global_step  # type: ignore[attr-defined]

@@ -23,12 +23,11 @@ import dpo_kernels as dk
 
 from ..models.attached import HeadOutput, attach_head
 from ..models.forward import scored_tokens
-from ..models.head_check import check_head
 from ..models.options import FusedOptions
 from ..models.step0 import check_step0
-from ..models.structure import base_model_of, deterministic
-from . import state
-from .rows import ROW_OPTIONS, WithRowColumns, check_row_columns, take_row_options
+from ..models.structure import deterministic
+from . import hf_trainer
+from .rows import WithRowColumns, check_row_columns, take_row_options
 from .trl_v1 import OPT_OUT, model_dtype
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes")
@@ -42,14 +41,13 @@ _OWN = {
 def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:
     return {
         "__init__": _init,
-        "_set_signature_columns_if_needed": _signature,
         "concatenated_forward": functools.partial(
             _concatenated_forward, module=sys.modules[trainer.__module__]
         ),
         "get_batch_loss_metrics": _get_batch_loss_metrics,
         "evaluation_loop": _evaluation_loop,
         "dpo_loss": _dpo_loss,
-        **state.overrides(),
+        **hf_trainer.overrides(),
     }
 
 
@@ -68,15 +66,6 @@ def _init(original: Callable) -> Callable:
         self.data_collator = WithRowColumns(self.data_collator)
 
     return __init__
-
-
-def _signature(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def _set_signature_columns_if_needed(self: Any) -> None:
-        original(self)
-        self._signature_columns += [c for c in ROW_OPTIONS if c not in self._signature_columns]
-
-    return _set_signature_columns_if_needed
 
 
 def _refuse(trainer: Any) -> None:
@@ -184,12 +173,8 @@ def _get_batch_loss_metrics(original: Callable) -> Callable:
         self: Any, model: Any, batch: dict[str, Any], train_eval: str = "train"
     ) -> Any:
         first = train_eval == "train" and not getattr(self, "_reference_seen", True)
-        if first and not (
-            self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_vision_model
-        ):
-            policy = self.accelerator.unwrap_model(self.model)
-            with self.accelerator.autocast():
-                check_head(base_model_of(policy), self.fused.backend)
+        if first and not self.is_vision_model:
+            hf_trainer.check_head_of(self)
         if first and self.fused.check_reference and not self.state.global_step:
             inner = model  # DDP's own forward belongs to the step
             while isinstance(inner, (torch.nn.parallel.DistributedDataParallel,)):
@@ -275,9 +260,7 @@ def _our_loss(
     if name == "ipo":
         # TRL has divided by the lengths already: its own loss is the one of sums.
         options["loss_type"] = "ipo_sum"
-    if name == "beta_dpo":
-        state = trainer._beta_dpo_state = trainer._beta_dpo_state.to(logps[0].device)
-        options["beta_dpo_state"] = state if trainer.model.training else state.clone()
+    options = hf_trainer.loss_state(trainer, options)
     lengths = trainer._lengths
     reference = (None, None) if options["reference_free"] else ref
     out = dk.preference_loss(

@@ -25,14 +25,13 @@ from ..models.forward import (
     reference_states,
     scored_tokens,
 )
-from ..models.head_check import check_head
 from ..models.options import FusedOptions
 from ..models.references import needs_reference, needs_states, reference_adapter
 from ..models.step0 import check_first_step
 from ..models.structure import base_model_of, deterministic
-from . import state
+from . import hf_trainer
 from .metrics import PackedMetrics, evaluation_metrics, real_pairs
-from .rows import ROW_OPTIONS, WithRowColumns, check_row_columns, take_row_options
+from .rows import WithRowColumns, check_row_columns, take_row_options
 
 _NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 OPT_OUT = "DPOTrainer(..., fused={'check_reference': False}) or patch_trl(check_reference=False)"
@@ -42,13 +41,12 @@ def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:
     module = sys.modules[trainer.__module__]
     names: dict[str, Callable[[Any], Any]] = {
         "__init__": functools.partial(_init, module=module),
-        "_set_signature_columns_if_needed": _signature,
         "_compute_loss": _compute_loss,
         "compute_ref_log_probs": _compute_ref_log_probs,
         "_precompute_ref_logps": _precompute,
         "evaluation_loop": _evaluation_loop,
         "log": _log,
-        **state.overrides(),
+        **hf_trainer.overrides(),
     }
     if hasattr(trainer, "_compute_loss_liger"):  # TRL 1.0 to 1.9: the fused head is in its place
         names["_compute_loss_liger"] = _compute_loss
@@ -128,15 +126,6 @@ def _no_reference(module: Any, named: bool) -> Iterator[None]:
         module.create_model_from_path = load
 
 
-def _signature(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def _set_signature_columns_if_needed(self: Any) -> None:
-        original(self)
-        self._signature_columns += [c for c in ROW_OPTIONS if c not in self._signature_columns]
-
-    return _set_signature_columns_if_needed
-
-
 def _precompute(original: Callable) -> Callable:
     @functools.wraps(original)
     def _precompute_ref_logps(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -202,16 +191,13 @@ def _compute_loss(original: Callable) -> Callable:
         options = {**loss_options(self), **row_options}
         if not training:
             options["reduction"] = "none"  # pairs are counted one by one
-        if "beta_dpo" in options["loss_type"]:
-            self._beta_dpo_state = self._beta_dpo_state.to(labels.device)
-            state = self._beta_dpo_state
-            options["beta_dpo_state"] = state if training else state.clone()
+        options = hf_trainer.loss_state(self, options)
         reference = None
         if needs_reference(options):
             reference = _reference_of(self, inputs, labels, needs_states(options))
         first = training and not self._reference_seen
-        if first:
-            _check_first(self)
+        if first and not getattr(self, "_is_vlm", False):
+            hf_trainer.check_head_of(self)
         model_inputs = _model_inputs(inputs)
         enabled = getattr(self, "aux_loss_enabled", False)
         router_weight = self.router_aux_loss_coef if enabled else 0.0
@@ -249,15 +235,6 @@ def _reference_of(trainer: Any, inputs: dict[str, Any], labels: Tensor, states: 
         logps = scored_tokens(reference, _model_inputs(inputs), labels, trainer.fused).logps
         assert logps is not None
         return logps
-
-
-def _check_first(trainer: Any) -> None:
-    """Once, before the first step: that our head is this architecture's head."""
-    policy = base_model_of(trainer.accelerator.unwrap_model(trainer.model))
-    whole = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
-    if whole and not getattr(trainer, "_is_vlm", False):
-        with trainer.accelerator.autocast():
-            check_head(policy, trainer.fused.backend)
 
 
 def _check_reference(

@@ -196,7 +196,7 @@ def _states(
     if call.batch is not None:
         layers: list[tuple[Tensor, ...]] | None = [] if router else None
         hidden = trunk_states(model, trunk, call.batch, layers)
-        if not layers:
+        if layers is None:
             return hidden, None
         return hidden, router_loss_of_calls(model, layers, call.batch.calls)
     if call.share_prefix:

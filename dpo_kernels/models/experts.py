@@ -65,6 +65,8 @@ def router_loss_of_calls(
     model: Any, router: list[tuple[Tensor, ...]], calls: list[TrunkCall]
 ) -> Tensor:
     """[] the load-balancing loss over the real tokens of all calls; no row may be a shared one."""
+    if not router:
+        return router_loss(model, None, None)
     layers = tuple(torch.cat(parts) for parts in zip(*router, strict=True))
     masks = []
     for call in calls:

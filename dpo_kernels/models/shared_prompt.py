@@ -67,8 +67,8 @@ def trunk_states(
         if router is not None:
             extra["output_router_logits"] = True  # type: ignore[assignment]
         output = trunk(input_ids=call.input_ids, use_cache=False, **extra)
-        if router is not None and output.router_logits:
-            router.append(tuple(layer.flatten(0, -2) for layer in output.router_logits))
+        if router is not None and (layers := getattr(output, "router_logits", None)):
+            router.append(tuple(layer.flatten(0, -2) for layer in layers))
         states.append(output.last_hidden_state.flatten(0, 1))
     return (states[0] if len(states) == 1 else torch.cat(states)).index_select(0, batch.rows)
 

@@ -11,7 +11,9 @@ pytest.importorskip("transformers", reason="pip install transformers")
 from dpo_kernels.data import TokenPair
 from dpo_kernels.integrations import plain
 from dpo_kernels.train.config import load_config
+from dpo_kernels.train.loop import PairLoss
 from dpo_kernels.train.model import prepare_policy
+from dpo_kernels.train.reference import PairData
 
 IDS = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10], "rejected_ids": [8, 11]}
 BATCH = plain.PreferenceCollator(0)([IDS, {**IDS, "chosen_ids": [12, 13]}])
@@ -23,10 +25,11 @@ def by_integration(model):
 
 
 def by_trainer(model):
-    config = load_config({"device": "cpu"})
+    config = load_config({"device": "cpu", "reference_free": True})
     policy = prepare_policy(model, tiny.tokenizer(), config, lambda _: None)
-    pairs = [TokenPair((5, 6, 7), (8, 9, 10), (8, 11), "a")]
-    return lambda: policy.logps(policy.batch(pairs)).sum()
+    data = PairData([TokenPair((5, 6, 7), (8, 9, 10), (8, 11), "a")])
+    loss = PairLoss(policy, config)
+    return lambda: loss(data, [0], 1, 3)[0].loss
 
 
 WAYS = pytest.mark.parametrize("way", [by_integration, by_trainer])
@@ -81,3 +84,11 @@ def test_a_failure_leaves_the_heads_own_forward(way):
         loss()
     hook.remove()
     assert model.lm_head(torch.ones(1, 16)).shape == (1, 64) and loss().isfinite()
+
+
+@WAYS
+def test_experts_in_no_layer_have_no_routers_loss(way):
+    """The configuration has a weight for it, and nothing is routed."""
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
+    model = tiny.model("Qwen3Moe", mlp_only_layers=[0, 1], head_dim=8, **options)
+    assert way(model)().isfinite()
