@@ -69,6 +69,7 @@ def groups() -> list[Group]:
             (
                 "test_dpo.py",
                 "test_derivatives.py",
+                "test_eager.py",
                 "test_gpu.py",
                 "test_linear.py",
                 "test_options.py",
