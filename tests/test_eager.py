@@ -98,6 +98,8 @@ def test_the_closed_form_is_the_composition(options, packed, backend, monkeypatc
         hidden, ref_hidden, ref = hidden.view(-1, H), ref_hidden.view(-1, H), ref.view(-1, V)
     logits = (hidden @ weight.T).requires_grad_()
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    place = torch.get_default_device()
+    options = {k: v.to(place) if torch.is_tensor(v) else v for k, v in options.items()}
     given |= {"backend": backend, **options}
 
     def both():

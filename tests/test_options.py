@@ -19,8 +19,8 @@ def loss_of(names, values, backend=None, **options):
     torch.manual_seed(1)  # beta_dpo draws
     return dk.preference_loss(
         *values,
-        chosen_lengths=N_W,
-        rejected_lengths=N_L,
+        chosen_lengths=N_W.to(values[0].device),
+        rejected_lengths=N_L.to(values[0].device),
         loss_type=names,
         backend=backend,
         **options,

@@ -322,7 +322,8 @@ def _scalars_backward(t: LogitTransform) -> dict[str, float]:
 
 def _halves(x: float) -> tuple[float, float]:
     """An fp64 number as two fp32 numbers: a launch's scalars are fp32."""
-    hi = torch.tensor(x, dtype=torch.float32).item()
+    # On the CPU whatever the default device: a GPU would be waited for.
+    hi = torch.tensor(x, dtype=torch.float32, device="cpu").item()
     return hi, x - hi
 
 
