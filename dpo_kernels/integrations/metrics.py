@@ -21,6 +21,7 @@ from ..models.attached import HeadOutput
 # metric -> (numerator, denominator) among the sums of a row
 _QUOTIENTS = {
     "loss": ("loss", "pairs"),
+    "sft": ("sft", "sft_tokens"),
     "rewards/chosen": ("chosen_rewards", "pairs"),
     "rewards/rejected": ("rejected_rewards", "pairs"),
     "rewards/accuracies": ("accuracy", "pairs"),
@@ -33,6 +34,31 @@ _QUOTIENTS = {
     "mean_token_accuracy": ("correct", "chosen_tokens"),
     "aux_loss": ("aux_loss", "batches"),
 }
+
+
+# What an evaluation asks of the loss: pairs one by one, and the SFT term to be divided at the end.
+ONE_BY_ONE = {"reduction": "none", "num_pairs": None, "num_chosen_tokens": None}
+
+
+def loss_sums(out: HeadOutput, labels: Tensor, real: int) -> dict[str, Tensor]:
+    """Sums that an evaluation's loss [B] (`ONE_BY_ONE`) adds up in, of the first `real` pairs.
+
+    The pairs' losses are divided by pairs and the SFT term by its tokens, as in one large batch.
+    """
+    assert out.loss is not None
+    losses, sums = out.loss.detach(), {}
+    if out.sft is not None:
+        B = len(losses)
+        tokens = (labels[:B, 1:] != -100).sum(1).to(losses.device)
+        losses = losses - out.sft * (B / tokens.sum().clamp(min=1))
+        sums = {"sft": out.sft[:real].sum(), "sft_tokens": tokens[:real].sum()}
+    return {"pairs": losses.new_tensor(float(real)), "loss": losses[:real].sum(), **sums}
+
+
+def mean_loss(sums: dict[str, Tensor]) -> Tensor:
+    """The loss of all that was added up."""
+    loss = sums["loss"] / sums["pairs"].clamp(min=1)
+    return loss + sums["sft"] / sums["sft_tokens"].clamp(min=1) if "sft" in sums else loss
 
 
 class PackedMetrics:
@@ -66,7 +92,7 @@ class PackedMetrics:
             "num_tokens": num_tokens,
         }
         if out.loss is not None and out.loss.dim():
-            sums["loss"] = out.loss.detach()[:real].sum()
+            sums |= loss_sums(out, labels, real)
         if out.entropy is not None:
             assert out.mean_logits is not None and out.is_top1 is not None
             # Where nothing is scored the statistics are 0.
@@ -115,11 +141,15 @@ class PackedMetrics:
 
 
 def _quotients(table: dict[str, list[float]]) -> dict[str, list[float]]:
-    return {
+    found = {
         metric: [a / b if b else 0.0 for a, b in zip(table[top], table[below], strict=True)]
         for metric, (top, below) in _QUOTIENTS.items()
         if top in table
     }
+    if "sft" in found:  # a part of the loss
+        sft = found.pop("sft")
+        found["loss"] = [a + b for a, b in zip(found["loss"], sft, strict=True)]
+    return found
 
 
 def real_pairs(trainer: Any, B: int) -> int:
