@@ -30,6 +30,7 @@ from ..models.references import needs_reference, needs_states, reference_adapter
 from ..models.step0 import check_first_step
 from ..models.structure import base_model_of, deterministic
 from . import hf_trainer
+from .announce import announce
 from .metrics import ONE_BY_ONE, PackedMetrics, evaluation_metrics, loss_sums, mean_loss, real_pairs
 from .rows import WithRowColumns, check_row_columns, take_row_options
 
@@ -207,6 +208,8 @@ def _compute_loss(original: Callable) -> Callable:
             )
             if first and reference is not None:
                 _check_reference(self, model, model_inputs, out, labels, reference, options)
+        if first:
+            announce(self, model_dtype(self), out.strategy)
         self._reference_seen |= training
         tokens = inputs["attention_mask"].sum()
         loss = out.loss
