@@ -22,7 +22,7 @@ from ..models.forward import Reference
 from ..models.head_check import check_head
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
-from ..models.step0 import WrongReference
+from ..models.step0 import WrongReference, tied
 from .frameworks import check_version, require
 from .metrics import ONE_BY_ONE, loss_sums, mean_loss
 from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
@@ -143,11 +143,13 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
             out.loss = mean_loss(loss_sums(out, batch["labels"], real or len(out.loss)))
         some = slice(real or None)  # with a weight of 0 where none is real
         chosen, rejected = out.rewards[:, some]
+        beta = None if ref is None else batch.get("beta", options.get("beta", 0.1))
+        tie = tied(out.rewards, out.pair_logps, beta)[some]
         values = {
             "rewards/chosen": chosen.mean(),
             "rewards/rejected": rejected.mean(),
             "rewards/margins": (chosen - rejected).mean(),
-            "rewards/accuracies": (chosen > rejected).float().mean(),
+            "rewards/accuracies": ((chosen > rejected) & ~tie).float().mean(),
             "logps/chosen": out.pair_logps[0, some].mean(),
             "logps/rejected": out.pair_logps[1, some].mean(),
         }

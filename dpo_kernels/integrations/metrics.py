@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..models.attached import HeadOutput
+from ..models.step0 import tied
 
 # metric -> (numerator, denominator) among the sums of a row
 _QUOTIENTS = {
@@ -68,11 +69,17 @@ class PackedMetrics:
         self._rows: list[dict[str, Tensor]] = []
 
     def add(
-        self, out: HeadOutput, labels: Tensor, num_tokens: Tensor, real: int | None = None
+        self,
+        out: HeadOutput,
+        labels: Tensor,
+        num_tokens: Tensor,
+        real: int | None = None,
+        beta: float | Tensor | None = None,
     ) -> None:
         """One batch: `labels` [2B, T], `num_tokens` the count of its tokens that are no padding.
 
-        Only the first `real` pairs count (None: all). A loss [B] is one of the metrics.
+        Only the first `real` pairs count (None: all). `beta` of the log-ratios, None where there is
+        no reference. A loss [B] is one of the metrics.
         """
         assert out.rewards is not None and out.pair_logps is not None
         B = out.rewards.shape[1]
@@ -80,12 +87,13 @@ class PackedMetrics:
         first, second = slice(0, real), slice(B, B + real)
         scored = labels[:, 1:] != -100
         chosen, rejected = out.rewards.detach()[:, :real]
+        tie = tied(out.rewards.detach(), out.pair_logps.detach(), beta)[:real]
         sums = {
             "pairs": torch.tensor(float(real)),
             "batches": torch.tensor(float(real > 0)),
             "chosen_rewards": chosen.sum(),
             "rejected_rewards": rejected.sum(),
-            "accuracy": (chosen > rejected).sum(),
+            "accuracy": ((chosen > rejected) & ~tie).sum(),
             "margins": (chosen - rejected).sum(),
             "chosen_logps": out.pair_logps[0, :real].detach().sum(),
             "rejected_logps": out.pair_logps[1, :real].detach().sum(),

@@ -119,7 +119,8 @@ class FusedDPOMixin:
         tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
         assert out.loss is not None
         real = None if mode == "train" else real_pairs(self, len(out.loss))
-        self._packed[mode].add(out, inputs["labels"], tokens, real)
+        beta = None if ref is None else inputs.get("beta", options.get("beta", 0.1))
+        self._packed[mode].add(out, inputs["labels"], tokens, real, beta)
         if mode == "eval":
             out.loss = mean_loss(loss_sums(out, inputs["labels"], real or len(out.loss)))
         return (out.loss, out) if return_outputs else out.loss

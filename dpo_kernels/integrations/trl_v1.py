@@ -212,13 +212,14 @@ def _compute_loss(original: Callable) -> Callable:
             announce(self, model_dtype(self), out.strategy)
         self._reference_seen |= training
         tokens = inputs["attention_mask"].sum()
+        beta = None if reference is None else options["beta"]
         loss = out.loss
         assert loss is not None
         if training:
-            self._packed["train"].add(out, labels, tokens)
+            self._packed["train"].add(out, labels, tokens, None, beta)
         else:
             real = real_pairs(self, len(loss))
-            self._packed["eval"].add(out, labels, tokens, real)
+            self._packed["eval"].add(out, labels, tokens, real, beta)
             loss = mean_loss(loss_sums(out, labels, real or len(loss)))
         if return_outputs:
             with torch.no_grad():  # compute_metrics wants logits, which nothing here makes

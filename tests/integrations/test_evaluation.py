@@ -74,6 +74,29 @@ def whole_loss(made, batch, options):
     return dpo_step(made.model.eval(), batch, ref_logps=ref, **options).loss
 
 
+def nudged(n):
+    """Examples whose reference is the policy but for rounding in the chosen's favour."""
+    found = examples(n)
+    batch = PreferenceCollator(0)(found)
+    logps = reference_logps(tiny.model(), batch).sum(1)
+    for i, example in enumerate(found):
+        example["ref_chosen_logps"] = float(logps[i]) * (1 + 3e-7)
+        example["ref_rejected_logps"] = float(logps[n + i])
+    return found
+
+
+def test_margins_of_rounding_are_ties(tmp_path):
+    made = trainer(tmp_path, ref_model=None, eval_dataset=nudged(5))
+    found = made.evaluate()
+    assert found["eval_rewards/margins"] > 0 and found["eval_rewards/accuracies"] == 0
+    assert evaluated(tmp_path)["eval_rewards/accuracies"] > 0
+
+
+def test_margins_of_rounding_are_ties_under_lightning():
+    found = lightning_run(nudged(5), 5, ref_model=None)
+    assert found["eval_rewards/margins"] > 0 and found["eval_rewards/accuracies"] == 0
+
+
 def test_names_follow_the_trainers(tmp_path):
     """transformers#19158, trl#5811: several sets, another prefix, predict()."""
     sets = {"a": examples(4), "b": examples(6, seed=1)}
@@ -282,7 +305,7 @@ def lightning_run(data, batch, sampler=None, loaders=1, **options):
     from dpo_kernels.integrations.lightning import DPOModule
 
     loader = DataLoader(data, batch, collate_fn=PreferenceCollator(0), sampler=sampler)
-    module = DPOModule(tiny.model(), ref_model=tiny.model(seed=1), **options)
+    module = DPOModule(tiny.model(), **{"ref_model": tiny.model(seed=1), **options})
     made = Trainer(
         accelerator="cpu",
         logger=False,
