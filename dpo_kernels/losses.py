@@ -15,7 +15,7 @@ Letters: `B` pairs, `e` label smoothing, `D = u - v`, `n_w`, `n_l` scored tokens
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 
 import torch
@@ -408,7 +408,7 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
             f"got {len(weights)}"
         )
     check_values(o, _OWN_OPTIONS)
-    _check_applies(o, losses)
+    _check_applies(o, losses, options)
     resolved = [
         (row, float(w), row.terms(row.own(o))) for row, w in zip(losses, weights, strict=True)
     ]
@@ -421,8 +421,11 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
     return o, resolved
 
 
-def _check_applies(o: LossOptions, losses: list[Loss]) -> None:
-    """An option that no chosen loss can use is an error, not silence."""
+def _check_applies(o: LossOptions, losses: list[Loss], given: Container[str]) -> None:
+    """An option that no chosen loss can use is an error, not silence.
+
+    `given`: names of the options that were; a loss's own counts by that, whatever its value.
+    """
     names = ", ".join(row.name for row in losses)
     e = o.label_smoothing
     smoothed = [row for row in losses if row.smoothing is not None]
@@ -452,7 +455,7 @@ def _check_applies(o: LossOptions, losses: list[Loss]) -> None:
             raise ValueError(f"ld_alpha weighs log-probs; it has no meaning for {row.name!r}")
     for option in _OWN_OPTIONS:
         used = any(option in row.options for row in losses)
-        if not used and getattr(o, option) != _DEFAULTS[option]:
+        if not used and option in given:
             raise ValueError(f"{option}={getattr(o, option)!r} has no meaning for {names}")
 
 

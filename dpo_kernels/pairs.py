@@ -43,9 +43,12 @@ class DPOOutput(_Fields):
     `strategy`: how `fused_linear_dpo_loss` came to the gradients (see there); None elsewhere.
     `stats`: {name: tensor} of the statistics asked for with `stats=`, each of the shape that
     `sequence_logps(reduction="none")` gives; empty elsewhere.
+    `sft`: with `reduction="none"` and an SFT term, [B] what the term is of each pair before it is
+    divided by a number of tokens: its weight times the NLL of the chosen; None elsewhere.
     """
 
     strategy: str | None = None
+    sft: Tensor | None = None
     stats: Mapping[str, Tensor] = MappingProxyType({})
 
     def told(self, strategy: str | None, stats: Mapping[str, Tensor]) -> DPOOutput:
@@ -56,7 +59,9 @@ class DPOOutput(_Fields):
         return self
 
     def _replace(self, /, **changes: Any) -> DPOOutput:
-        return super()._replace(**changes).told(self.strategy, self.stats)
+        out = super()._replace(**changes).told(self.strategy, self.stats)
+        out.sft = self.sft
+        return out
 
 
 @dataclass(frozen=True)
@@ -126,10 +131,13 @@ def loss_of(
         def out(x: Tensor) -> Tensor:
             return x.detach().to(dtype)
 
-        return DPOOutput(
+        made = DPOOutput(
             loss, out(p.chosen), out(p.rejected), out(chosen_rewards), out(rejected_rewards),
             out(margins), out(accuracy),
         )  # fmt: skip
+        if nll is not None and options.reduction == "none" and not torch.compiler.is_compiling():
+            made.sft = out(p.chosen_nll * nll_weight)
+        return made
 
 
 def _without(p: Pairs, dropped: Tensor) -> Pairs:

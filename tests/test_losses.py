@@ -341,6 +341,8 @@ def test_beta_dpo():
         ({"weights": torch.ones(5)}, ValueError, r"weights must have shape \[4\]"),
         ({"reduction": "max"}, ValueError, "reduction"),
         ({"simpo_gamma": 1.0}, ValueError, "simpo_gamma=1.0 has no meaning for sigmoid"),
+        ({"rpo_alpha": 1.0}, ValueError, "rpo_alpha=1.0 has no meaning for sigmoid"),  # default
+        ({"loss_type": ["cpo", "dpop"], "slic_lambda": 0.1}, ValueError, "slic_lambda=0.1 has no"),
         ({"ld_alpha": 0.5}, ValueError, "ld_alpha needs per-token"),
         ({"ld_alpha": 0.0}, ValueError, "ld_alpha needs per-token"),
         ({"use_weighting": True}, ValueError, "use_weighting needs per-token"),

@@ -16,13 +16,14 @@ from test_data import byte_tokenizer, random_pairs
 import dpo_kernels as dk
 from dpo_kernels.data import PreferencePair, Sharing, TokenSequence, make_batch, tokenize_pairs
 from dpo_kernels.data.pairs import LeftOut
+from dpo_kernels.models.attached import HeadOutput
 from dpo_kernels.models.loading import without_quantization
 from dpo_kernels.models.versions import dtype_option
 from dpo_kernels.train.compare import plain_logps, step_times
 from dpo_kernels.train.config import DPOTrainConfig, UserError, load_config, read_config_file
 from dpo_kernels.train.console import Console
 from dpo_kernels.train.loop import PairLoss, check_step0, evaluate, step_indices, train
-from dpo_kernels.train.metrics import MetricsFile
+from dpo_kernels.train.metrics import MetricsFile, PairMeter
 from dpo_kernels.train.model import (
     Policy,
     complete,
@@ -475,3 +476,16 @@ def test_config_layers_and_files(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         read_config_file(tmp_path / "b.json")
+
+
+def test_margins_of_rounding_are_ties() -> None:
+    logps = torch.tensor([[-50.0, -40.0], [-60.0, -30.0]])
+    rewards = torch.tensor([[2e-6, 0.3], [0.0, 0.0]])
+    meter = PairMeter()
+    meter.add(HeadOutput(loss=torch.tensor(0.6), pair_logps=logps, rewards=rewards), 0.1)
+    found = meter.result()
+    assert found["rewards/accuracies"] == 0.5 and found["rewards/accuracies_ties_half"] == 0.75
+    meter = PairMeter()  # no reference: rewards are log-probs, which no rounding makes equal
+    rewards = 1e-4 * logps
+    meter.add(HeadOutput(loss=torch.tensor(0.6), pair_logps=logps, rewards=rewards), None)
+    assert meter.result()["rewards/accuracies"] == 0.5

@@ -22,8 +22,9 @@ from ..models.forward import Reference
 from ..models.head_check import check_head
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
-from ..models.step0 import WrongReference
+from ..models.step0 import WrongReference, tied
 from .frameworks import check_version, require
+from .metrics import ONE_BY_ONE, loss_sums, mean_loss
 from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
 
 __all__ = ["DPOModule", "FusedOptions", "PreferenceCollator", "WrongReference"]
@@ -35,6 +36,24 @@ else:
     L = require("lightning")
     check_version("lightning")
     L = require("lightning.pytorch", "lightning")
+torchmetrics = require("torchmetrics")  # comes with either
+
+
+class _MeanLoss(torchmetrics.Metric):  # type: ignore[name-defined, misc]
+    """`loss_sums` of an evaluation's batches and ranks; none of it is saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("loss", "pairs", "sft", "sft_tokens"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, sums: dict[str, Tensor]) -> None:
+        for name, value in sums.items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def compute(self) -> Tensor:
+        names = ("loss", "pairs", "sft", "sft_tokens")
+        return mean_loss({name: getattr(self, name) for name in names}).float()
 
 
 class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
@@ -66,7 +85,7 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         # In a list: not a submodule, so neither trained, nor moved, nor saved with the policy.
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
         self._reference_seen = False
-        self._evaluated, self._loader = 0, None
+        self._evaluated, self._loader, self._index = 0, None, 0
         state = torch.zeros(2, dtype=torch.float64)
         beta_dpo = "beta_dpo" in str(self.loss_options.get("loss_type", ""))
         self.register_buffer("beta_dpo_state", state if beta_dpo else None)
@@ -94,7 +113,7 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         ref = self._reference(batch)
         options = dict(self.loss_options)
         if not self.training:
-            options["reduction"] = "none"  # pairs are counted one by one
+            options |= ONE_BY_ONE
         if self.beta_dpo_state is not None:
             state = self.beta_dpo_state
             options["beta_dpo_state"] = state if self.training else state.clone()
@@ -118,18 +137,24 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
                 assert out.rewards is not None and out.pair_logps is not None
         real = len(out.rewards[0]) if self.training else self._real_pairs(len(out.rewards[0]))
         if not self.training:
-            out.loss = out.loss[: real or None].mean()
+            # Its parts are divided at the end, each by its own count.
+            sums = loss_sums(out, batch["labels"], real)
+            self._log_loss(f"{prefix}loss", sums, real)
+            out.loss = mean_loss(loss_sums(out, batch["labels"], real or len(out.loss)))
         some = slice(real or None)  # with a weight of 0 where none is real
         chosen, rejected = out.rewards[:, some]
+        beta = None if ref is None else batch.get("beta", options.get("beta", 0.1))
+        tie = tied(out.rewards, out.pair_logps, beta)[some]
         values = {
-            "loss": out.loss.detach(),
             "rewards/chosen": chosen.mean(),
             "rewards/rejected": rejected.mean(),
             "rewards/margins": (chosen - rejected).mean(),
-            "rewards/accuracies": (chosen > rejected).float().mean(),
+            "rewards/accuracies": ((chosen > rejected) & ~tie).float().mean(),
             "logps/chosen": out.pair_logps[0, some].mean(),
             "logps/rejected": out.pair_logps[1, some].mean(),
         }
+        if self.training:
+            values["loss"] = out.loss.detach()
         if out.aux_loss is not None:
             values["aux_loss"] = out.aux_loss.detach()
         self.log_dict(
@@ -137,6 +162,14 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
             sync_dist=not self.training,
         )  # fmt: skip
         return out.loss
+
+    def _log_loss(self, name: str, sums: dict[str, Tensor], real: int) -> None:
+        key = f"_mean_{name}_{self._index}"
+        if not hasattr(self, key):
+            self.add_module(key, _MeanLoss().to(self.device))
+        metric = getattr(self, key)
+        metric.update(sums)
+        self.log(name, metric, metric_attribute=key, batch_size=real)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         return self._step(batch, "")
@@ -163,6 +196,7 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
             self._evaluated = 0
         if isinstance(loaders, dict):
             loaders = list(loaders.values())
+        self._index = index
         self._loader = loaders[index] if isinstance(loaders, (list, tuple)) else loaders
         return self._step(batch, "eval_")
 

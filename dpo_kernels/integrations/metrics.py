@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from ..models.attached import HeadOutput
+from ..models.step0 import tied
 
 # metric -> (numerator, denominator) among the sums of a row
 _QUOTIENTS = {
     "loss": ("loss", "pairs"),
+    "sft": ("sft", "sft_tokens"),
     "rewards/chosen": ("chosen_rewards", "pairs"),
     "rewards/rejected": ("rejected_rewards", "pairs"),
     "rewards/accuracies": ("accuracy", "pairs"),
@@ -35,6 +37,31 @@ _QUOTIENTS = {
 }
 
 
+# What an evaluation asks of the loss: pairs one by one, and the SFT term to be divided at the end.
+ONE_BY_ONE = {"reduction": "none", "num_pairs": None, "num_chosen_tokens": None}
+
+
+def loss_sums(out: HeadOutput, labels: Tensor, real: int) -> dict[str, Tensor]:
+    """Sums that an evaluation's loss [B] (`ONE_BY_ONE`) adds up in, of the first `real` pairs.
+
+    The pairs' losses are divided by pairs and the SFT term by its tokens, as in one large batch.
+    """
+    assert out.loss is not None
+    losses, sums = out.loss.detach(), {}
+    if out.sft is not None:
+        B = len(losses)
+        tokens = (labels[:B, 1:] != -100).sum(1).to(losses.device)
+        losses = losses - out.sft * (B / tokens.sum().clamp(min=1))
+        sums = {"sft": out.sft[:real].sum(), "sft_tokens": tokens[:real].sum()}
+    return {"pairs": losses.new_tensor(float(real)), "loss": losses[:real].sum(), **sums}
+
+
+def mean_loss(sums: dict[str, Tensor]) -> Tensor:
+    """The loss of all that was added up."""
+    loss = sums["loss"] / sums["pairs"].clamp(min=1)
+    return loss + sums["sft"] / sums["sft_tokens"].clamp(min=1) if "sft" in sums else loss
+
+
 class PackedMetrics:
     """Rows of sums, one a batch."""
 
@@ -42,11 +69,17 @@ class PackedMetrics:
         self._rows: list[dict[str, Tensor]] = []
 
     def add(
-        self, out: HeadOutput, labels: Tensor, num_tokens: Tensor, real: int | None = None
+        self,
+        out: HeadOutput,
+        labels: Tensor,
+        num_tokens: Tensor,
+        real: int | None = None,
+        beta: float | Tensor | None = None,
     ) -> None:
         """One batch: `labels` [2B, T], `num_tokens` the count of its tokens that are no padding.
 
-        Only the first `real` pairs count (None: all). A loss [B] is one of the metrics.
+        Only the first `real` pairs count (None: all). `beta` of the log-ratios, None where there is
+        no reference. A loss [B] is one of the metrics.
         """
         assert out.rewards is not None and out.pair_logps is not None
         B = out.rewards.shape[1]
@@ -54,19 +87,20 @@ class PackedMetrics:
         first, second = slice(0, real), slice(B, B + real)
         scored = labels[:, 1:] != -100
         chosen, rejected = out.rewards.detach()[:, :real]
+        tie = tied(out.rewards.detach(), out.pair_logps.detach(), beta)[:real]
         sums = {
             "pairs": torch.tensor(float(real)),
             "batches": torch.tensor(float(real > 0)),
             "chosen_rewards": chosen.sum(),
             "rejected_rewards": rejected.sum(),
-            "accuracy": (chosen > rejected).sum(),
+            "accuracy": ((chosen > rejected) & ~tie).sum(),
             "margins": (chosen - rejected).sum(),
             "chosen_logps": out.pair_logps[0, :real].detach().sum(),
             "rejected_logps": out.pair_logps[1, :real].detach().sum(),
             "num_tokens": num_tokens,
         }
         if out.loss is not None and out.loss.dim():
-            sums["loss"] = out.loss.detach()[:real].sum()
+            sums |= loss_sums(out, labels, real)
         if out.entropy is not None:
             assert out.mean_logits is not None and out.is_top1 is not None
             # Where nothing is scored the statistics are 0.
@@ -115,11 +149,15 @@ class PackedMetrics:
 
 
 def _quotients(table: dict[str, list[float]]) -> dict[str, list[float]]:
-    return {
+    found = {
         metric: [a / b if b else 0.0 for a, b in zip(table[top], table[below], strict=True)]
         for metric, (top, below) in _QUOTIENTS.items()
         if top in table
     }
+    if "sft" in found:  # a part of the loss
+        sft = found.pop("sft")
+        found["loss"] = [a + b for a, b in zip(found["loss"], sft, strict=True)]
+    return found
 
 
 def real_pairs(trainer: Any, B: int) -> int:

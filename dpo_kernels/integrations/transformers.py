@@ -28,7 +28,7 @@ from ..models.references import needs_reference
 from ..models.step0 import WrongReference
 from .frameworks import check_version
 from .hf_trainer import check_head_of, load_state, loss_state, save_state
-from .metrics import PackedMetrics, evaluation_metrics, real_pairs
+from .metrics import ONE_BY_ONE, PackedMetrics, evaluation_metrics, loss_sums, mean_loss, real_pairs
 from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
 
 __all__ = ["FusedDPOMixin", "FusedDPOTrainer", "FusedOptions", "PreferenceCollator",
@@ -99,7 +99,7 @@ class FusedDPOMixin:
         options = dict(self.loss_options)
         attach_head(self.accelerator.unwrap_model(self.model))  # model_init makes a new one
         if mode == "eval":
-            options["reduction"] = "none"  # pairs are counted one by one
+            options |= ONE_BY_ONE
         options = loss_state(self, options)
         first = mode == "train" and not self._reference_seen
         if first:
@@ -119,9 +119,10 @@ class FusedDPOMixin:
         tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
         assert out.loss is not None
         real = None if mode == "train" else real_pairs(self, len(out.loss))
-        self._packed[mode].add(out, inputs["labels"], tokens, real)
+        beta = None if ref is None else inputs.get("beta", options.get("beta", 0.1))
+        self._packed[mode].add(out, inputs["labels"], tokens, real, beta)
         if mode == "eval":
-            out.loss = out.loss[: real or None].mean()
+            out.loss = mean_loss(loss_sums(out, inputs["labels"], real or len(out.loss)))
         return (out.loss, out) if return_outputs else out.loss
 
     def _reference(self, inputs: dict[str, Any]) -> Reference:

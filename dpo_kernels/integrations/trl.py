@@ -105,7 +105,8 @@ def patch_trl(
 
     Subclasses of them (LLaMA-Factory's, axolotl's) follow as far as they call what they inherit.
     `options` are the fields of `FusedOptions`, or give them as `fused`. A second call replaces the
-    options of the first. As a context manager it undoes itself.
+    options of the first. As a context manager it undoes itself. A trainer's first fused step says
+    so in one line (`announce.announce`: where it goes, and how to silence it).
 
     Raises:
         UnsupportedVersion: TRL outside the tested ranges, unless `allow_untested`.

@@ -27,6 +27,7 @@ from ..models.options import FusedOptions
 from ..models.step0 import check_step0
 from ..models.structure import deterministic
 from . import hf_trainer
+from .announce import announce
 from .rows import WithRowColumns, check_row_columns, take_row_options
 from .trl_v1 import OPT_OUT, model_dtype
 
@@ -184,6 +185,8 @@ def _get_batch_loss_metrics(original: Callable) -> Callable:
             self._noiseless = [out["chosen_logps"], out["rejected_logps"]]
         loss, metrics = original(self, model, batch, train_eval)
         self._noiseless = []
+        if first and hasattr(self, "_lengths"):
+            announce(self, model_dtype(self), None)
         if hasattr(self, "_reference_seen"):
             self._reference_seen |= train_eval == "train"
         if train_eval == "eval" and hasattr(self, "_lengths"):

@@ -30,7 +30,8 @@ from ..models.references import needs_reference, needs_states, reference_adapter
 from ..models.step0 import check_first_step
 from ..models.structure import base_model_of, deterministic
 from . import hf_trainer
-from .metrics import PackedMetrics, evaluation_metrics, real_pairs
+from .announce import announce
+from .metrics import ONE_BY_ONE, PackedMetrics, evaluation_metrics, loss_sums, mean_loss, real_pairs
 from .rows import WithRowColumns, check_row_columns, take_row_options
 
 _NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
@@ -190,7 +191,7 @@ def _compute_loss(original: Callable) -> Callable:
         labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
         options = {**loss_options(self), **row_options}
         if not training:
-            options["reduction"] = "none"  # pairs are counted one by one
+            options |= ONE_BY_ONE
         options = hf_trainer.loss_state(self, options)
         reference = None
         if needs_reference(options):
@@ -207,16 +208,19 @@ def _compute_loss(original: Callable) -> Callable:
             )
             if first and reference is not None:
                 _check_reference(self, model, model_inputs, out, labels, reference, options)
+        if first:
+            announce(self, model_dtype(self), out.strategy)
         self._reference_seen |= training
         tokens = inputs["attention_mask"].sum()
+        beta = None if reference is None else options["beta"]
         loss = out.loss
         assert loss is not None
         if training:
-            self._packed["train"].add(out, labels, tokens)
+            self._packed["train"].add(out, labels, tokens, None, beta)
         else:
             real = real_pairs(self, len(loss))
-            self._packed["eval"].add(out, labels, tokens, real)
-            loss = loss[: real or None].mean()
+            self._packed["eval"].add(out, labels, tokens, real, beta)
+            loss = mean_loss(loss_sums(out, labels, real or len(loss)))
         if return_outputs:
             with torch.no_grad():  # compute_metrics wants logits, which nothing here makes
                 return loss, model(**model_inputs)

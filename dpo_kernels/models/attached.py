@@ -44,6 +44,7 @@ class HeadOutput(ModelOutput):
     rewards: Tensor | None = None  # [2, B]
     aux_loss: Tensor | None = None  # [], a mixture of experts' load-balancing loss
     zero_loss: Tensor | None = None  # [], the loss at zero log-ratios, of the step-0 check
+    sft: Tensor | None = None  # [B], `DPOOutput.sft`
     strategy: str | None = None  # `DPOOutput.strategy`
 
 

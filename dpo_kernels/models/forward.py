@@ -83,6 +83,7 @@ class PairTask:
             loss=out.loss,
             pair_logps=torch.stack([out.chosen_logps, out.rejected_logps]),
             rewards=torch.stack([out.chosen_rewards, out.rejected_rewards]),
+            sft=out.sft,
             strategy=out.strategy,
             **out.stats,
         )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
 
 from .structure import text_config
 
@@ -88,6 +89,14 @@ def check_head_kind(head: Any) -> None:
     _linear_parts(head.get_base_layer() if hasattr(head, "get_base_layer") else head, whole=False)
 
 
+def _is_packed(head: Any, weight: Tensor) -> bool:
+    """Whether a float weight holds codes, as bitsandbytes' 4 bits do in float storage."""
+    H = getattr(head, "in_features", None)
+    return hasattr(weight, "quant_state") or (
+        weight.dim() == 2 and H is not None and weight.shape[1] != H
+    )
+
+
 def _linear_parts(head: Any, whole: bool = True) -> tuple[Tensor, Tensor | None]:
     """weight [V, H] and bias of a linear layer; `ValueError` for what is none or is quantised.
 
@@ -101,7 +110,11 @@ def _linear_parts(head: Any, whole: bool = True) -> tuple[Tensor, Tensor | None]
         found = f"whose weight is {weight.dtype}: it is quantised"
     elif is_traceable_wrapper_subclass(weight) and not hasattr(weight, "full_tensor"):
         found = f"whose weight is a {type(weight).__name__}: it is quantised"
-    elif whole and weight.dim() != 2 and not hasattr(weight, "ds_id"):
+    elif isinstance(head, Conv1D):
+        found = f"whose weight has shape {list(weight.shape)}, which is [H, V]"
+    elif _is_packed(head, weight):
+        found = f"whose weight is a {type(weight).__name__} {list(weight.shape)}: it is quantised"
+    elif weight.dim() > 2 or (whole and weight.dim() != 2 and not hasattr(weight, "ds_id")):
         found = f"whose weight has shape {list(weight.shape)}"
     elif bias is not None and not isinstance(bias, Tensor):
         found = f"whose bias is a {type(bias).__name__}"

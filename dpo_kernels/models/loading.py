@@ -68,7 +68,9 @@ def load_model(
     options = {**source, **dtype_option(dtype), "trust_remote_code": trust_remote_code}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    model, found = _pretrained(AutoModelForCausalLM, name, output_loading_info=True, **options)
+    # Weights of another shape come back by name; transformers' own error names none.
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _pretrained(AutoModelForCausalLM, name, **told, **options)
     _check_loaded(found, name, say)
     if "gguf_file" in source:
         model = without_quantization(model)
@@ -100,6 +102,10 @@ def _check_config(config: Any, name: str) -> None:
 
 def _check_loaded(found: dict[str, Any], name: str, say: Callable[[str], None]) -> None:
     """`ModelError` for weights that the checkpoint does not have: they would be random."""
+    shapes = sorted(found.get("mismatched_keys", ()))
+    if shapes:
+        listed = _listed(f"{key} {list(a)}, the model has {list(b)}" for key, a, b in shapes)
+        raise ModelError(f"model_name_or_path: {name} has weights of another shape: {listed}")
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing:
         raise ModelError(

@@ -22,6 +22,22 @@ _TOLERANCE = {torch.float64: (1e-6, 1e-8), torch.float32: (1e-2, 1e-4)}
 _HALF_TOLERANCE = (0.1, 2e-2)
 
 
+# A margin is a tie when the log-ratios behind it are within this share of the log-probs: fp32
+# rounding of two sums taken in another order.
+TIE = 2e-6
+
+
+def tied(rewards: Tensor, pair_logps: Tensor, beta: float | Tensor | None) -> Tensor:
+    """[B] the pairs whose margin is rounding, as all are before training, not a preference.
+
+    `rewards`, `pair_logps` [2, B]; `beta` of the log-ratios, None where there is no reference.
+    """
+    scale = rewards.abs().sum(0)
+    if beta is not None:
+        scale = torch.as_tensor(beta).to(pair_logps) * pair_logps.abs().sum(0)
+    return (rewards[0] - rewards[1]).abs() <= TIE * scale
+
+
 class WrongReference(ValueError):
     """Policy and reference differ before the first step."""
 

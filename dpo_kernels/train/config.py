@@ -272,6 +272,11 @@ class DPOTrainConfig:
 
         known = {f.name for f in fields(dk.losses.LossOptions)}
         mine = {k: v for k, v in asdict(self).items() if k in known and v is not None}
+        # An unchosen loss's own option is none; `_check_applies` says of which that is an error.
+        names = (dk.losses.ALIASES.get(name, name) for name in self.loss_type)
+        rows = [dk.losses.TABLE[name] for name in names if name in dk.losses.TABLE]
+        used = {option for row in rows for option in row.options}
+        mine = {k: v for k, v in mine.items() if k in used or k not in dk.losses._OWN_OPTIONS}
         if len(mine["loss_type"]) == 1:
             mine["loss_type"] = mine["loss_type"][0]
         return mine

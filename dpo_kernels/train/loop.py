@@ -113,7 +113,7 @@ def evaluate(
     with deterministic(policy.model):
         for start in console.progress(starts, f"evaluation {what}", len(starts), "batches"):
             out, _ = loss(data, range(start, min(start + size, n)), n, tokens)
-            meter.add(out, config.beta)
+            meter.add(out, config.beta if data.reference else None)
     result = meter.result()
     result["runtime"] = time.perf_counter() - began
     return {f"eval_{name}": value for name, value in result.items()}
@@ -214,7 +214,7 @@ def _gradients(
             assert out.loss is not None
             out.loss.backward()
             total = total + out.loss.detach()
-            meter.add(out, config.beta)
+            meter.add(out, config.beta if data.reference else None)
             tokens += batch.num_tokens
             del out, batch  # the graph's last references: free it before the next forward
     return total, tokens

@@ -3,10 +3,10 @@
     loss, rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}, grad_norm,
     learning_rate, epoch, step, num_tokens; and here step_time (seconds), tokens_per_s, pairs_per_s
 
-`rewards/accuracies` is TRL's: a tie counts 0. Before training the policy is the reference, every
-margin is zero and that number is 0 (or the sign of rounding). So evaluations add
-`eval_rewards/accuracies_ties_half`, where a margin within rounding of zero counts one half: it
-starts at 0.5. `eval_logps/accuracies` asks the policy alone: logp(chosen) > logp(rejected).
+`rewards/accuracies` is TRL's: a tie, which here is any margin within rounding of zero, counts 0.
+Before training the policy is the reference, every pair is a tie and that number is 0. So
+evaluations add `eval_rewards/accuracies_ties_half`, where a tie counts one half: it starts at 0.5.
+`eval_logps/accuracies` asks the policy alone: logp(chosen) > logp(rejected).
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ import torch
 from torch import Tensor
 
 from ..models.attached import HeadOutput
+from ..models.step0 import tied
 
 _NAMES = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
     "logps/chosen", "logps/rejected", "rewards/accuracies_ties_half", "logps/accuracies",
 )  # fmt: skip
 EVAL_ONLY = ("rewards/accuracies_ties_half", "logps/accuracies")
-
-# A margin is a tie when the log-ratios behind it are within this share of the log-probs: fp32
-# rounding of two sums taken in another order.
-TIE = 2e-6
 
 
 class PairMeter:
@@ -40,13 +37,16 @@ class PairMeter:
         self.pairs = 0
         self.steps = 0
 
-    def add(self, out: HeadOutput, beta: float) -> None:
-        """Add one batch. Its loss is a share of a whole (`num_pairs=`): shares are summed."""
+    def add(self, out: HeadOutput, beta: float | None) -> None:
+        """Add one batch; `beta` is None where there is no reference.
+
+        Its loss is a share of a whole (`num_pairs=`): shares are summed.
+        """
         assert out.loss is not None and out.rewards is not None and out.pair_logps is not None
         rewards, logps = out.rewards, out.pair_logps  # [2, B]
         margins = rewards[0] - rewards[1]
-        tie = margins.abs() <= beta * TIE * logps.abs().sum(0)
-        wins = margins > 0
+        tie = tied(rewards, logps, beta)
+        wins = (margins > 0) & ~tie
         values = [
             *rewards,
             wins,

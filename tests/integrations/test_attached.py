@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -157,3 +158,23 @@ def test_a_compiled_model(first):
     compiled = torch.compile(model, backend="eager")
     attach(compiled)
     assert loss_of(compiled) == pytest.approx(loss_of(model), abs=1e-6)
+
+
+def narrow(own):
+    return lambda input_ids, attention_mask: own(input_ids, attention_mask)
+
+
+def narrow_that_says_otherwise(own):
+    return functools.wraps(own)(narrow(own))
+
+
+@pytest.mark.parametrize("wrap", [narrow, narrow_that_says_otherwise])
+@pytest.mark.parametrize("attached", [False, True])
+def test_the_head_check_calls_a_replaced_forward_as_it_can_be_called(wrap, attached):
+    model = tiny.model()
+    if attached:
+        attach(model)
+    model.forward = wrap(model.forward)
+    attach(model, check=True)
+    mask = torch.ones_like(IDS)
+    assert model(input_ids=IDS, attention_mask=mask).logits.shape == (1, 3, 64)

@@ -16,7 +16,7 @@ pytest.importorskip("accelerate", reason="pip install accelerate")
 
 from test_transformers import arguments, examples, trainer
 
-from dpo_kernels.integrations.plain import PreferenceCollator
+from dpo_kernels.integrations.plain import PreferenceCollator, dpo_step, reference_logps
 from dpo_kernels.integrations.transformers import FusedDPOTrainer
 
 LOSSES = ("loss", "rewards/margins", "rewards/chosen", "logps/chosen", "entropy", "logits/chosen")
@@ -42,6 +42,59 @@ def test_the_batch_size_does_not_matter(tmp_path):
             assert part[f"eval_{name}"] == pytest.approx(whole[f"eval_{name}"], abs=1e-5), name
     alone = [evaluated(tmp_path, data=[e])["eval_rewards/margins"] for e in examples(5)]
     assert whole["eval_rewards/margins"] == pytest.approx(sum(alone) / 5, abs=1e-5)
+
+
+SFT_TERMS = (
+    {"sft_weight": 0.5},
+    {"loss_type": "sft"},
+    {"loss_type": "rpo", "rpo_alpha": 0.5},
+    {"loss_type": "cpo"},
+    {"loss_type": "orpo"},
+    {"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, 0.5)},
+    {"sft_weight": 0.5, "ld_alpha": 0.5},
+)
+
+
+@pytest.mark.parametrize("options", SFT_TERMS, ids=str)
+def test_an_sft_term_is_divided_by_the_tokens_of_all_batches(tmp_path, options):
+    losses = [evaluated(tmp_path, b, loss_options=options)["eval_loss"] for b in (5, 1, 2, 3)]
+    assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
+    # one batch: the loss as the front functions have it
+    made = trainer(tmp_path, ref_model=tiny.model(seed=1), loss_options=options)
+    batch = PreferenceCollator(0)(examples(5))
+    with torch.no_grad():
+        one = whole_loss(made, batch, options)
+    assert losses[0] == pytest.approx(float(one), abs=1e-5)
+
+
+def whole_loss(made, batch, options):
+    ref = None
+    if options.get("loss_type") not in ("cpo", "orpo"):
+        ref = reference_logps(made.ref_model, batch)
+    return dpo_step(made.model.eval(), batch, ref_logps=ref, **options).loss
+
+
+def nudged(n):
+    """Examples whose reference is the policy but for rounding in the chosen's favour."""
+    found = examples(n)
+    batch = PreferenceCollator(0)(found)
+    logps = reference_logps(tiny.model(), batch).sum(1)
+    for i, example in enumerate(found):
+        example["ref_chosen_logps"] = float(logps[i]) * (1 + 3e-7)
+        example["ref_rejected_logps"] = float(logps[n + i])
+    return found
+
+
+def test_margins_of_rounding_are_ties(tmp_path):
+    made = trainer(tmp_path, ref_model=None, eval_dataset=nudged(5))
+    found = made.evaluate()
+    assert found["eval_rewards/margins"] > 0 and found["eval_rewards/accuracies"] == 0
+    assert evaluated(tmp_path)["eval_rewards/accuracies"] > 0
+
+
+def test_margins_of_rounding_are_ties_under_lightning():
+    found = lightning_run(nudged(5), 5, ref_model=None)
+    assert found["eval_rewards/margins"] > 0 and found["eval_rewards/accuracies"] == 0
 
 
 def test_names_follow_the_trainers(tmp_path):
@@ -190,6 +243,13 @@ def test_trls_evaluation_is_a_mean_over_pairs(tmp_path):
             assert two[name] == pytest.approx(one[name], abs=1e-5), name
 
 
+def test_trls_sft_term_is_divided_by_the_tokens_of_all_batches(tmp_path):
+    pytest.importorskip("trl", minversion="1.0", reason="TRL 0.x has a loss of its own")
+    options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
+    losses = [by_trl(str(tmp_path), batch, **options)["eval_loss"] for batch in (3, 1, 2)]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
 def test_trl_with_several_sets_and_a_prefix(tmp_path):
     """trl#5811"""
     pytest.importorskip("trl", reason="pip install trl")
@@ -237,7 +297,7 @@ def test_trl_resumes_beta_dpo(tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
 
 
-def lightning_run(data, batch, sampler=None, loaders=1):
+def lightning_run(data, batch, sampler=None, loaders=1, **options):
     pytest.importorskip("lightning", reason="pip install lightning")
     from lightning.pytorch import Trainer
     from torch.utils.data import DataLoader
@@ -245,7 +305,7 @@ def lightning_run(data, batch, sampler=None, loaders=1):
     from dpo_kernels.integrations.lightning import DPOModule
 
     loader = DataLoader(data, batch, collate_fn=PreferenceCollator(0), sampler=sampler)
-    module = DPOModule(tiny.model(), ref_model=tiny.model(seed=1))
+    module = DPOModule(tiny.model(), **{"ref_model": tiny.model(seed=1), **options})
     made = Trainer(
         accelerator="cpu",
         logger=False,
@@ -272,6 +332,13 @@ def test_lightning_counts_pairs():
     for batch in (1, 2):
         got = lightning_run(data, batch, sampler)
         assert got == pytest.approx(lightning_run(data[1:2], 1), abs=1e-5)
+
+
+@pytest.mark.parametrize("options", SFT_TERMS, ids=str)
+def test_lightnings_sft_term_is_divided_by_the_tokens_of_all_batches(options):
+    data = examples(5)
+    losses = [lightning_run(data, b, **options)["eval_loss"] for b in (5, 1, 2, 3)]
+    assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
 
 
 def test_lightning_with_several_sets():

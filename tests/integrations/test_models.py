@@ -131,8 +131,30 @@ def dynamic(head):
     return torch.ao.quantization.quantize_dynamic(nn.Sequential(head))[0]
 
 
+class Params4bit(nn.Parameter):
+    """As bitsandbytes keeps codes in float storage (bnb_4bit_quant_storage)."""
+
+
+def float_storage(known):
+    def change(head):
+        codes = torch.zeros(64 * 16 // 4, 1, dtype=torch.bfloat16)
+        head.weight = Params4bit(codes, requires_grad=False)
+        if known:
+            head.weight.quant_state = object()
+        return head
+
+    return change
+
+
+def transposed(head):
+    return transformers.pytorch_utils.Conv1D(*head.weight.shape)
+
+
 # LLamaTuner#39, AQLM#31
 HEADS = {
+    "4 bits in bfloat16": (float_storage(True), r"Params4bit \[256, 1\]: it is quantised"),
+    "4 bits, unmarked": (float_storage(False), r"Params4bit \[256, 1\]: it is quantised"),
+    "Conv1D": (transposed, r"Conv1D, whose weight has shape \[16, 64\], which is \[H, V\]"),
     "a sequence of layers": (nn.Sequential, "Sequential, which has no weight"),
     "codes": (Packed, "Packed, which has no weight"),
     "int8": (narrow(torch.int8), "torch.int8: it is quantised"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import math
 
 import pytest
@@ -14,11 +16,12 @@ import dpo_kernels as dk
 pytest.importorskip("trl", reason="pip install trl")
 pytest.importorskip("peft", reason="pip install peft")
 
+import transformers
 import trl
 from peft import get_peft_model
 from trl_runs import V1, VERSION, Run, assert_same, lora, make, run
 
-from dpo_kernels.integrations import frameworks
+from dpo_kernels.integrations import announce, frameworks
 from dpo_kernels.integrations import trl as integration
 from dpo_kernels.integrations.trl import DPOTrainer, WrongReference, patch_trl, unpatch_trl
 
@@ -502,3 +505,31 @@ def test_a_version_outside_the_range_is_refused(monkeypatch):
         patch_trl()
     patch_trl(allow_untested=True)
     unpatch_trl()
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_the_first_step_says_that_the_fused_head_runs(patched, caplog):
+    """A patch that does nothing looks like one that works."""
+    with patch_trl() if patched else contextlib.nullcontext():
+        run(trl.DPOTrainer if patched else DPOTrainer, max_steps=2)
+    (line,) = [r for r in caplog.records if r.name == "dpo_kernels.trl"]
+    assert line.levelname == "INFO"
+    parts = (
+        "DPOTrainer",
+        f"trl {trl.__version__}",
+        transformers.__version__,
+        "strategy",
+        "backend",
+    )
+    assert all(part in line.message for part in parts), line.message
+
+
+def test_that_line_is_seen_unless_silenced(monkeypatch, capsys):
+    """Neither Python's logging nor transformers' shows INFO by default."""
+    made = make(DPOTrainer)
+    monkeypatch.setattr(announce.logger, "hasHandlers", lambda: False)
+    announce.announce(made, torch.float32, "streaming")
+    assert capsys.readouterr().err.count("runs the fused head: strategy streaming") == 1
+    monkeypatch.setattr(logging.getLogger("dpo_kernels"), "level", logging.WARNING)
+    announce.announce(made, torch.float32, "streaming")
+    assert not capsys.readouterr().err

@@ -66,3 +66,13 @@ def test_a_model_that_cannot_be_trained_is_a_value_error(tmp_path):
     with pytest.raises(ModelError, match=r"x\.gguf does not exist"):
         load_model(str(tmp_path / "x.gguf"))
     assert issubclass(ModelError, ValueError)
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    model = tiny.model()
+    model.save_pretrained(tmp_path)
+    model.config.intermediate_size = 48
+    model.config.save_pretrained(tmp_path)
+    named = r"another shape: model\.layers\.0\.mlp\.down_proj\.weight \[16, 32\].*\[16, 48\]"
+    with pytest.raises(ModelError, match=named):
+        load_model(str(tmp_path))
