@@ -87,7 +87,7 @@ def _state(kernel: str, entry: Mapping[str, Any] | None) -> Verification:
     if not hashes:
         return Verification(kernel, False, "not in this build")
     if entry is None:
-        return Verification(kernel, False, "never run on a GPU")
+        return Verification(kernel, False, "has not passed all its tests on a GPU")
     ran = f"{entry['device']}, {entry['date']}, commit {entry['commit'][:12]}"
     if entry["sha256"] != digest(hashes):
         changed = sorted(f for f in hashes if entry["sources"].get(f) != hashes[f])

@@ -50,7 +50,7 @@ def test_a_changed_source_is_not_verified(kernel, tmp_path, monkeypatch):
         return next(k for k in verification.state() if k.kernel == kernel)
 
     verification.RECORD.write_text("{}")
-    assert of_kernel().why == "never run on a GPU"
+    assert of_kernel().why == "has not passed all its tests on a GPU"
     results(tmp_path, "2026-01-01", kernel, hashes=sources(kernel))
     verification.RECORD.write_text(json.dumps(verification.draw_record(tmp_path)))
     assert of_kernel().verified and "GPU, 2026-01-01, commit cccccccccccc" in of_kernel().why

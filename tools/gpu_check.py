@@ -123,7 +123,7 @@ class Run:
         )
         found = {"outcome": outcome, "seconds": seconds}
         if code != 0:
-            found["output"] = log.read_text(errors="replace")[-2000:]
+            found["output"] = told(log.read_text(errors="replace")[-2000:])
         self.keep(name, found)
         return code == 0
 
@@ -340,6 +340,11 @@ def sanitize(run: Run, program: list[str], built: bool, rehearse: bool) -> None:
         list(pool.map(one, todo))
 
 
+def told(text: str) -> str:
+    """What a program said, without where this machine keeps its files."""
+    return re.sub(r"/[^\s'\"]*/(?=site-packages/)", "", text.replace(f"{ROOT}/", ""))
+
+
 def of_kernels(
     files: Iterable[Path], cut: Iterable[Group], env: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -364,7 +369,7 @@ def of_kernels(
         counts[outcome] = counts.get(outcome, 0) + 1
         launched = test["kernels"]
         if outcome == "failed":
-            failures.append({"test": test["test"], "why": test["why"]})
+            failures.append({"test": test["test"], "why": told(test["why"])})
             # What failed before it launched anything counts against its whole backend.
             launched = launched or [k for k in kernels if k.split("/")[0] in test["test"]]
         if outcome != "skipped":
