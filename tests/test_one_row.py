@@ -12,15 +12,10 @@ from dpo_kernels import losses
 ROOT = Path(dk.__file__).parent
 NAMES = set(losses.available())
 HOME = "losses.py"
-# To be cleared with the seam to models: (file, the names it knows).
+# TRL's own arguments, translated by the names that TRL gives its losses.
 REMAINS = {
-    "integrations/lightning.py": {"beta_dpo"},
-    "integrations/options.py": {"sft"},
-    "integrations/transformers.py": {"beta_dpo"},
-    "integrations/trl_v0.py": {"sft", "ipo", "beta_dpo"},
-    "integrations/trl_v1.py": {"beta_dpo", "discopop"},
-    "train/config.py": {"odpo"},
-    "train/reference.py": {"sft"},
+    "integrations/trl_v0.py": {"sft", "ipo"},
+    "integrations/trl_v1.py": {"discopop"},
 }
 # Names that are no losses there: a recipe's parts, a command.
 OTHERS = {"cli.py", "data/embedded.py"}

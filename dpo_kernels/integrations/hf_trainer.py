@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..losses import fresh_state
 from ..models.head_check import check_head
 from ..models.structure import base_model_of
 from .rows import ROW_OPTIONS
@@ -29,7 +30,7 @@ def check_head_of(trainer: Any) -> None:
 
 def loss_state(trainer: Any, options: dict[str, Any]) -> dict[str, Any]:
     """`options` with the state that their loss keeps; an evaluation leaves it as it is."""
-    if "beta_dpo" not in str(options.get("loss_type", "")):
+    if not fresh_state(options.get("loss_type", "sigmoid")):
         return options
     state = trainer._beta_dpo_state = trainer._beta_dpo_state.to(trainer.accelerator.device)
     return {**options, "beta_dpo_state": state if trainer.model.training else state.clone()}

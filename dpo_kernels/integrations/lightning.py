@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
+from ..losses import fresh_state
 from ..models.attached import attach_head
 from ..models.forward import Reference
 from ..models.head_check import check_head
@@ -86,9 +87,8 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
         self._reference_seen = False
         self._evaluated, self._loader, self._index = 0, None, 0
-        state = torch.zeros(2, dtype=torch.float64)
-        beta_dpo = "beta_dpo" in str(self.loss_options.get("loss_type", ""))
-        self.register_buffer("beta_dpo_state", state if beta_dpo else None)
+        state = fresh_state(self.loss_options.get("loss_type", "sigmoid"))
+        self.register_buffer("beta_dpo_state", state.get("beta_dpo_state"))
         attach_head(model)
         check_head(model, self.fused.backend)
 

@@ -22,7 +22,7 @@ from ..models.step0 import tied
 # metric -> (numerator, denominator) among the sums of a row
 _QUOTIENTS = {
     "loss": ("loss", "pairs"),
-    "sft": ("sft", "sft_tokens"),
+    "nll": ("nll", "nll_tokens"),
     "rewards/chosen": ("chosen_rewards", "pairs"),
     "rewards/rejected": ("rejected_rewards", "pairs"),
     "rewards/accuracies": ("accuracy", "pairs"),
@@ -52,14 +52,14 @@ def loss_sums(out: HeadOutput, labels: Tensor, real: int) -> dict[str, Tensor]:
         B = len(losses)
         tokens = (labels[:B, 1:] != -100).sum(1).to(losses.device)
         losses = losses - out.sft * (B / tokens.sum().clamp(min=1))
-        sums = {"sft": out.sft[:real].sum(), "sft_tokens": tokens[:real].sum()}
+        sums = {"nll": out.sft[:real].sum(), "nll_tokens": tokens[:real].sum()}
     return {"pairs": losses.new_tensor(float(real)), "loss": losses[:real].sum(), **sums}
 
 
 def mean_loss(sums: dict[str, Tensor]) -> Tensor:
     """The loss of all that was added up."""
     loss = sums["loss"] / sums["pairs"].clamp(min=1)
-    return loss + sums["sft"] / sums["sft_tokens"].clamp(min=1) if "sft" in sums else loss
+    return loss + sums["nll"] / sums["nll_tokens"].clamp(min=1) if "nll" in sums else loss
 
 
 class PackedMetrics:
@@ -154,9 +154,9 @@ def _quotients(table: dict[str, list[float]]) -> dict[str, list[float]]:
         for metric, (top, below) in _QUOTIENTS.items()
         if top in table
     }
-    if "sft" in found:  # a part of the loss
-        sft = found.pop("sft")
-        found["loss"] = [a + b for a, b in zip(found["loss"], sft, strict=True)]
+    if "nll" in found:  # a part of the loss
+        nll = found.pop("nll")
+        found["loss"] = [a + b for a, b in zip(found["loss"], nll, strict=True)]
     return found
 
 

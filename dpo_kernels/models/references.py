@@ -17,8 +17,7 @@ def needs_reference(loss_options: dict[str, Any]) -> bool:
     """Whether loss or rewards compare with a reference."""
     if loss_options.get("reference_free"):
         return False
-    # `sft` alone has no reference in its loss, but its rewards are log-ratios.
-    return any(row.reference or row.name == "sft" for row in _rows(loss_options))
+    return any(row.takes_reference for row in _rows(loss_options))
 
 
 def needs_states(loss_options: dict[str, Any]) -> bool:

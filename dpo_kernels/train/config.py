@@ -264,7 +264,9 @@ class DPOTrainConfig:
     @property
     def uses_offset(self) -> bool:
         """Whether each pair needs a `margin`."""
-        return "odpo" in self.loss_type
+        import dpo_kernels as dk
+
+        return "offset" in dk.losses.requires(self.loss_type)
 
     def loss_options(self) -> dict[str, Any]:
         """The `**loss_options` of the front functions that this configuration sets."""
