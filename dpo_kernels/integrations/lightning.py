@@ -25,7 +25,7 @@ from ..models.options import FusedOptions
 from ..models.references import needs_reference
 from ..models.step0 import WrongReference, tied
 from .frameworks import check_version, require
-from .metrics import ONE_BY_ONE, loss_sums, mean_loss
+from .metrics import LOSS_SUMS, ONE_BY_ONE, loss_sums, mean_loss
 from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
 
 __all__ = ["DPOModule", "FusedOptions", "PreferenceCollator", "WrongReference"]
@@ -45,7 +45,7 @@ class _MeanLoss(torchmetrics.Metric):  # type: ignore[name-defined, misc]
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("loss", "pairs", "sft", "sft_tokens"):
+        for name in LOSS_SUMS:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: dict[str, Tensor]) -> None:
@@ -53,8 +53,7 @@ class _MeanLoss(torchmetrics.Metric):  # type: ignore[name-defined, misc]
             setattr(self, name, getattr(self, name) + value)
 
     def compute(self) -> Tensor:
-        names = ("loss", "pairs", "sft", "sft_tokens")
-        return mean_loss({name: getattr(self, name) for name in names}).float()
+        return mean_loss({name: getattr(self, name) for name in LOSS_SUMS}).float()
 
 
 class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]

@@ -39,6 +39,7 @@ _QUOTIENTS = {
 
 # What an evaluation asks of the loss: pairs one by one, and the SFT term to be divided at the end.
 ONE_BY_ONE = {"reduction": "none", "num_pairs": None, "num_chosen_tokens": None}
+LOSS_SUMS = ("loss", "pairs", "nll", "nll_tokens")  # what `loss_sums` may hold
 
 
 def loss_sums(out: HeadOutput, labels: Tensor, real: int) -> dict[str, Tensor]:
