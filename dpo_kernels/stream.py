@@ -37,6 +37,7 @@ from .ops.products import ceil
 from .ordinary import Evaluated
 from .pairs import DPOOutput
 from .tokens import TokenLoss
+from .transfer import to_device
 from .transform import LogitTransform
 
 
@@ -381,10 +382,7 @@ def _boundaries(
         return tuple(torch.tensor(cu, device="cpu") for cu in cus)
     # From pinned memory: the host does not wait for the device. One number more a chunk, so that
     # each begins at 16 bytes: a kernel is compiled for pointers that do.
-    flat = torch.tensor([n for cu in cus for n in (*cu, 0)], device="cpu")
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    flat = flat.to(device, non_blocking=True)
+    flat = to_device(torch.tensor([n for cu in cus for n in (*cu, 0)], device="cpu"), device)
     return tuple(cu[:-1] for cu in flat.split([len(cu) + 1 for cu in cus]))
 
 

@@ -9,5 +9,6 @@ from torch import Tensor
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     """`x` on `device`; to a GPU from pinned memory, or the host would wait until it is idle."""
     if x.device.type == "cpu" and torch.device(device).type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+        x = x.pin_memory()
+    # Never towards the host: what is read there must have arrived.
+    return x.to(device, non_blocking=x.device.type == "cpu")

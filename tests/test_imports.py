@@ -19,7 +19,7 @@ RULES = {
     "version": set(),
     "requirements": set(),
     # ops: the layout of a term, in pair_loss
-    "backends": {"requirements", "losses", "transform", "_C", "ops"},
+    "backends": {"requirements", "losses", "transform", "_C", "ops", "transfer"},
     "ops": {"backends", "losses", "transform", "checks"},
     "arguments": {"ops", "backends", "transform", "checks"},
     "layout": {"checks", "transfer"},
@@ -51,7 +51,7 @@ RULES = {
         "checks",
         "arguments",
     },
-    "stream": {"ops", "transform", "layout", "pairs", "ordinary", "backends", "tokens"},
+    "stream": {"ops", "transform", "layout", "pairs", "ordinary", "backends", "tokens", "transfer"},
     "linear": {
         "ops",
         "call",

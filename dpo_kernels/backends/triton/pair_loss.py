@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...losses import DISCOPOP, EXO, IDENTITY, RELU, SIGMOID, SOFTPLUS, SQUARE
+from ...transfer import to_device
 from .launch import VARYING, on
 
 _SOFTPLUS, _SIGMOID, _SQUARE, _RELU, _EXO, _DISCOPOP, _IDENTITY = (
@@ -142,12 +143,8 @@ def _kernel(
 
 @functools.lru_cache(maxsize=256)
 def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """The terms as fp64 on the device, copied once: a launch's scalars are fp32.
-
-    From pinned memory, which torch keeps until the copy is done: the host does not wait.
-    """
-    host = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    """The terms as fp64 on the device, copied once: a launch's scalars are fp32."""
+    return to_device(torch.tensor(numbers, dtype=torch.float64, device="cpu"), device)
 
 
 def pair_loss_forward(

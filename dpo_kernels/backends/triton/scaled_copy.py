@@ -1,6 +1,6 @@
 """out = g x, rounded once, in Triton: an fp32 gradient as autograd hands it over in a narrow dtype.
 
-torch.mul(x, g, out=narrow) reaches half of an H100's bandwidth: it converts element by element.
+torch.mul(x, g, out=narrow) converts element by element, without whole vectors.
 """
 
 from __future__ import annotations

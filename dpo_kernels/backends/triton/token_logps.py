@@ -24,8 +24,8 @@ from torch import Tensor
 from ...transform import LogitTransform
 from .launch import ALIGN, VARYING, aligned, lanes, on, vector
 
-# Launch configurations, one place; LANES is what `num_warps` warps load at once. Chosen on an H100
-# (bf16, V 32000 to 151936): percent of copy bandwidth in docs/kernels.md.
+# Launch configurations, one place; LANES is what `num_warps` warps load at once. Chosen on an H100,
+# bf16, V 32000 to 151936; what they reach: docs/benchmarks.md.
 FORWARD = {"K": 4, "STAGES": 3, "num_warps": 4}
 FORWARD_STATS = {"K": 2, "STAGES": 3, "num_warps": 4}
 BACKWARD = {"TILE": 1024, "num_warps": 2}
