@@ -136,7 +136,13 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         fresh_unless_same(compiler)
         configure = [
-            cmake, "-S", str(ROOT / "csrc"), "-B", str(BUILD), "-G", "Ninja",
+            cmake,
+            "-S",
+            str(ROOT / "csrc"),
+            "-B",
+            str(BUILD),
+            "-G",
+            "Ninja",
             # Given each time: pip's isolation is gone when the next build reads CMake's cache.
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             "-DCMAKE_BUILD_TYPE=Release",
@@ -146,7 +152,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *cuda_options(),
             *launchers(),
-        ]  # fmt: skip
+        ]
         if subprocess.run(configure).returncode:
             stop(
                 "CMake could not configure the build; its own words are above.\n"
@@ -178,8 +184,14 @@ def software_bill(version: str) -> dict:
     toolchain = json.loads(TOOLCHAIN.read_text())
 
     def component(name: str, version: str, licence: dict, **more: object) -> dict:
-        return {"type": "library", "bom-ref": name, "name": name, "version": version,
-                "licenses": [{"license": licence}], **more}  # fmt: skip
+        return {
+            "type": "library",
+            "bom-ref": name,
+            "name": name,
+            "version": version,
+            "licenses": [{"license": licence}],
+            **more,
+        }
 
     pybind11 = metadata.version("pybind11")
     parts = [
@@ -190,11 +202,13 @@ def software_bill(version: str) -> dict:
     if toolchain["cuda"]:
         parts.append(
             component(
-                "cuda-runtime-static", toolchain["cuda"], {"name": "NVIDIA CUDA Toolkit EULA"},
+                "cuda-runtime-static",
+                toolchain["cuda"],
+                {"name": "NVIDIA CUDA Toolkit EULA"},
                 supplier={"name": "NVIDIA Corporation"},
                 description=f"libcudart_static and device code for {toolchain['architectures']}",
             )
-        )  # fmt: skip
+        )
     purl = f"pkg:pypi/dpo-kernels@{version}"
     ours = component("dpo-kernels", version, {"id": "Apache-2.0"}, purl=purl)
     stated: dict = {"component": {**ours, "bom-ref": purl}}
@@ -203,10 +217,13 @@ def software_bill(version: str) -> dict:
         made = datetime.fromtimestamp(int(epoch), timezone.utc)
         stated["timestamp"] = made.strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
-        "bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1,
-        "metadata": stated, "components": parts,
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": stated,
+        "components": parts,
         "dependencies": [{"ref": purl, "dependsOn": [part["bom-ref"] for part in parts]}],
-    }  # fmt: skip
+    }
 
 
 setup(

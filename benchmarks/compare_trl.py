@@ -55,8 +55,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there")
     options, rest = parser.parse_known_args()
     rest += ["--threads", str(options.threads)]
-    about = describe() | {"format": "dpo-kernels TRL script 1", "rounds": options.rounds,
-                          "threads": options.threads, "script": rest}  # fmt: skip
+    about = describe() | {
+        "format": "dpo-kernels TRL script 1",
+        "rounds": options.rounds,
+        "threads": options.threads,
+        "script": rest,
+    }
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     for done in range(options.rounds):
         for name, patch in VARIANTS.items():
@@ -75,16 +79,22 @@ def main() -> None:
         speed = f"{base / seconds:.2f}x"
         print(f"| {name:28} | {seconds:.3f} | {speed} | {cpu:.2f} | {peak:.0f} | {own:.0f} |")
         results[name] = {
-            "seconds_per_step": seconds, "cpu_seconds_per_step": cpu, "speedup": base / seconds,
-            "peak_mb": peak, "training_mb": own, "losses": each[0]["losses"],
-        }  # fmt: skip
+            "seconds_per_step": seconds,
+            "cpu_seconds_per_step": cpu,
+            "speedup": base / seconds,
+            "peak_mb": peak,
+            "training_mb": own,
+            "losses": each[0]["losses"],
+        }
     worst = max(
         abs(a - b)
         for name in VARIANTS
         for a, b in zip(results["TRL"]["losses"], results[name]["losses"], strict=True)
     )
-    print(f"\nlosses differ by at most {worst:.1e}; load average {os.getloadavg()[0]:.1f}, "
-          f"{os.cpu_count()} CPUs")  # fmt: skip
+    print(
+        f"\nlosses differ by at most {worst:.1e}; load average {os.getloadavg()[0]:.1f}, "
+        f"{os.cpu_count()} CPUs"
+    )
     if options.json:
         options.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
 

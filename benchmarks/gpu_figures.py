@@ -47,8 +47,13 @@ from dpo_kernels.transform import LogitTransform  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 IGNORE = -100
-VOCABULARIES = {"Llama-2": 32000, "GPT-2": 50257, "Llama-3": 128256, "Qwen2.5": 151936,
-                "Gemma 3": 262144}  # fmt: skip
+VOCABULARIES = {
+    "Llama-2": 32000,
+    "GPT-2": 50257,
+    "Llama-3": 128256,
+    "Qwen2.5": 151936,
+    "Gemma 3": 262144,
+}
 ROWS = 4096
 PLAIN, SOFTCAP = LogitTransform(), LogitTransform(softcap=30.0)
 # Percent of the copy bandwidth, at least, of the backend that `backend=None` takes.
@@ -105,10 +110,12 @@ class Batch:
     def of(rows: int, V: int) -> Batch:
         wide = torch.randn(1, rows, V + 1, device=DEVICE, dtype=torch.bfloat16)
         return Batch(
-            wide.view(-1)[: rows * V].view(1, rows, V), wide[..., 1:],
+            wide.view(-1)[: rows * V].view(1, rows, V),
+            wide[..., 1:],
             torch.randn(1, rows, V, device=DEVICE, dtype=torch.bfloat16),
-            torch.randint(0, V, (1, rows), device=DEVICE), torch.randn(1, rows, device=DEVICE),
-        )  # fmt: skip
+            torch.randint(0, V, (1, rows), device=DEVICE),
+            torch.randn(1, rows, device=DEVICE),
+        )
 
 
 def _kernels_of(name: str, rows: int, V: int, tiny: bool) -> Figures:
@@ -179,9 +186,14 @@ def rows(tiny: bool) -> Figures:
         for backend in (b for b in ("cuda", "triton") if b in available()):
             k = load(backend)
             ms = timed(lambda k=k, x=logits, y=targets: k.token_logps(x, y, IGNORE, PLAIN, ()))
-            yield f"{backend} {n} rows", {
-                "ms": ms, "plain torch ms": plain, **judged(ms / plain, 1.0, least=False),
-            }  # fmt: skip
+            yield (
+                f"{backend} {n} rows",
+                {
+                    "ms": ms,
+                    "plain torch ms": plain,
+                    **judged(ms / plain, 1.0, least=False),
+                },
+            )
 
 
 # ---- the host -----------------------------------------------------------------------------------
@@ -218,8 +230,14 @@ def host(tiny: bool) -> Figures:
         u, v = ratio[: R // 2], ratio[R // 2 :]
         loss = -torch.nn.functional.logsigmoid(0.1 * (u - v)).mean()
         with torch.no_grad():
-            kept = (sums[: R // 2], sums[R // 2 :], 0.1 * u, 0.1 * v, 0.1 * (u - v),
-                    (u > v).float())  # fmt: skip
+            kept = (
+                sums[: R // 2],
+                sums[R // 2 :],
+                0.1 * u,
+                0.1 * v,
+                0.1 * (u - v),
+                (u > v).float(),
+            )
         return loss, kept
 
     def plain(x):
@@ -249,8 +267,7 @@ def host(tiny: bool) -> Figures:
     for name, call in ours.items():
         us, eager = (host_time(c, 3 if tiny else 300) for c in (call, theirs[name]))
         target = 2.0 if name == "from log-probs" else HOST_TARGET
-        yield name, {"us": us, "plain torch us": eager,
-                     **judged(us / eager, target, least=False)}  # fmt: skip
+        yield name, {"us": us, "plain torch us": eager, **judged(us / eager, target, least=False)}
 
 
 # ---- the linear head ----------------------------------------------------------------------------
@@ -308,8 +325,15 @@ def head(tiny: bool) -> Figures:
             rate = 2 * n * N * H * V / ms / 1e9
             yield f"{short} bare products {n}", {"ms": ms, "TFLOP/s": rate}
 
-        def call(trained, budget=None, hidden=hidden, weight=weight, labels=labels, ref=ref,
-                 lengths=lengths):  # fmt: skip
+        def call(
+            trained,
+            budget=None,
+            hidden=hidden,
+            weight=weight,
+            labels=labels,
+            ref=ref,
+            lengths=lengths,
+        ):
             h = hidden.detach().requires_grad_()
             w = weight.detach().requires_grad_(trained)
             dk.fused_linear_dpo_loss(
@@ -333,10 +357,14 @@ def head(tiny: bool) -> Figures:
                     row |= judged(ms / floors[count], HEAD_TARGET, least=False)
                 yield name, row
         ms = device_time(reference, repeats)
-        yield f"{short} reference", {
-            "ms": ms, "of the products": ms / floors[1],
-            **judged(ms / floors[1], HEAD_TARGET, least=False),
-        }  # fmt: skip
+        yield (
+            f"{short} reference",
+            {
+                "ms": ms,
+                "of the products": ms / floors[1],
+                **judged(ms / floors[1], HEAD_TARGET, least=False),
+            },
+        )
         del hidden, weight, rows
 
 
@@ -361,10 +389,15 @@ def step(tiny: bool) -> Figures:
     H, inner, layers, heads, V = shape
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=V, hidden_size=H, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=max(1, heads // 4),
-        tie_word_embeddings=True, use_cache=False,
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=H,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
     with torch.device(DEVICE):
         model = LlamaForCausalLM(config).bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=GPU)
@@ -428,8 +461,13 @@ def _tiny_cases() -> list[cases.Case]:
 
 
 SECTIONS: dict[str, Callable[[bool], Figures]] = {
-    "kernels": kernels, "rows": rows, "host": host, "head": head, "step": step, "peers": peers,
-}  # fmt: skip
+    "kernels": kernels,
+    "rows": rows,
+    "host": host,
+    "head": head,
+    "step": step,
+    "peers": peers,
+}
 
 
 def main() -> None:

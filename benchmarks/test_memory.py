@@ -6,14 +6,24 @@ import pytest
 from dpo_kernels.bench import memory, providers, results
 from dpo_kernels.bench.run import memory_cases
 
-QUICK = ("dpo-kernels cpu", "dpo-kernels cpu in place", "dpo-kernels triton", "torch eager",
-         "TRL selective_log_softmax", "TRL chunked log-probs", "Liger DPO")  # fmt: skip
+QUICK = (
+    "dpo-kernels cpu",
+    "dpo-kernels cpu in place",
+    "dpo-kernels triton",
+    "torch eager",
+    "TRL selective_log_softmax",
+    "TRL chunked log-probs",
+    "Liger DPO",
+)
 
 
 def pytest_generate_tests(metafunc):
-    pairs = [(case, name) for case in memory_cases(conftest.DEVICE)
-             for name, _ in providers.providers(case, conftest.DEVICE)
-             if metafunc.config.getoption("--full") or name in QUICK]  # fmt: skip
+    pairs = [
+        (case, name)
+        for case in memory_cases(conftest.DEVICE)
+        for name, _ in providers.providers(case, conftest.DEVICE)
+        if metafunc.config.getoption("--full") or name in QUICK
+    ]
     metafunc.parametrize("case, provider", pairs, ids=[f"{c.name} - {n}" for c, n in pairs])
 
 

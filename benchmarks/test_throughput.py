@@ -31,8 +31,11 @@ CLOCK = PlayedBack()
 
 def pytest_generate_tests(metafunc):
     chosen = cases.full if metafunc.config.getoption("--full") else cases.quick
-    pairs = [(case, name) for case in chosen(conftest.DEVICE)
-             for name, _ in providers.providers(case, conftest.DEVICE)]  # fmt: skip
+    pairs = [
+        (case, name)
+        for case in chosen(conftest.DEVICE)
+        for name, _ in providers.providers(case, conftest.DEVICE)
+    ]
     metafunc.parametrize("case, provider", pairs, ids=[f"{c.name} - {n}" for c, n in pairs])
 
 

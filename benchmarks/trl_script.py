@@ -37,10 +37,17 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_
 
 torch.manual_seed(0)
 config = LlamaConfig(
-    vocab_size=V, hidden_size=options.hidden, intermediate_size=options.hidden * 8 // 3,
-    num_hidden_layers=options.layers, num_attention_heads=9, num_key_value_heads=3,
-    tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-)  # fmt: skip
+    vocab_size=V,
+    hidden_size=options.hidden,
+    intermediate_size=options.hidden * 8 // 3,
+    num_hidden_layers=options.layers,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+    pad_token_id=0,
+    eos_token_id=1,
+    bos_token_id=None,
+)
 folder = tempfile.mkdtemp()
 LlamaForCausalLM(config).save_pretrained(folder)
 tokenizer.save_pretrained(folder)
@@ -54,10 +61,13 @@ def text(mean: int) -> str:
 
 
 rows = [
-    {"prompt": text(options.prompt), "chosen": " " + text(options.completion),
-     "rejected": " " + text(options.completion)}
+    {
+        "prompt": text(options.prompt),
+        "chosen": " " + text(options.completion),
+        "rejected": " " + text(options.completion),
+    }
     for _ in range(options.pairs * 4)
-]  # fmt: skip
+]
 
 
 class Clock(TrainerCallback):
@@ -78,19 +88,30 @@ clock = Clock()
 trainer = DPOTrainer(
     model=folder,
     args=DPOConfig(
-        folder, max_steps=options.steps, per_device_train_batch_size=options.pairs,
-        learning_rate=1e-5, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
-        save_strategy="no", disable_tqdm=True, seed=0,
+        folder,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.pairs,
+        learning_rate=1e-5,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=0,
     ),
     train_dataset=Dataset.from_list(rows),
     callbacks=[clock],
-)  # fmt: skip
+)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 trainer.train()
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
 result = {
-    "seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds, "peak_mb": after // 1024,
-    "peak_before_mb": before // 1024, "losses": losses,
-}  # fmt: skip
+    "seconds": clock.seconds,
+    "cpu_seconds": clock.cpu_seconds,
+    "peak_mb": after // 1024,
+    "peak_before_mb": before // 1024,
+    "losses": losses,
+}
 print(json.dumps(result))

@@ -145,30 +145,40 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     train = commands.add_parser(
-        "train", help="train a model on preference pairs", usage="dpo-kernels train [OPTIONS]",
+        "train",
+        help="train a model on preference pairs",
+        usage="dpo-kernels train [OPTIONS]",
         description="Train a causal LM on preference pairs. Without a model and data it trains the "
         "small model and data set that ship with the package.",
         epilog="example: dpo-kernels train --model_name_or_path ./my-model --dataset_name "
         "pairs.jsonl --beta 0.1 --learning_rate 1e-6 --output_dir runs/first",
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-    )  # fmt: skip
-    train.add_argument("--config", metavar="FILE",
-                       help="JSON or YAML file of these options; the command line overrides it"
-                       )  # fmt: skip
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    train.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON or YAML file of these options; the command line overrides it",
+    )
     _add_options(train)
     train.set_defaults(run=_train, command=train)
 
     data = commands.add_parser("data", help="look at preference data")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     check = actions.add_parser(
-        "check", help="report the bad rows of a file",
+        "check",
+        help="report the bad rows of a file",
         description="Read a file of preference pairs (JSONL, a JSON list or CSV, also packed; - is "
         "standard input); report the rows that training would leave out, and a summary. Exit code "
         "1 if there is any.",
-    )  # fmt: skip
+    )
     check.add_argument("file", metavar="FILE")
-    check.add_argument("--model_name_or_path", metavar="MODEL", help="tokenise as well, with this "
-                       "model's tokenizer: finds pairs that max_length makes useless")  # fmt: skip
+    check.add_argument(
+        "--model_name_or_path",
+        metavar="MODEL",
+        help="tokenise as well, with this "
+        "model's tokenizer: finds pairs that max_length makes useless",
+    )
     check.add_argument("--gguf_file", metavar="FILE", help="GGUF file with the tokenizer")
     check.add_argument("--chat_template", metavar="FILE", help="Jinja chat template")
     check.add_argument(
@@ -185,33 +195,41 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_data_check, command=check)
 
     bench = commands.add_parser(
-        "bench", help="throughput and memory beside the peers that are installed",
+        "bench",
+        help="throughput and memory beside the peers that are installed",
         description="Measure a set of cases: every provider is checked against float64, then timed "
         "in turns with the others. Prints tables; --json keeps the results for `report`.",
-    )  # fmt: skip
-    bench.add_argument("--set", choices=("quick", "full", "scaling", "memory"), default="quick",
-                       help="default: %(default)s")  # fmt: skip
+    )
+    bench.add_argument(
+        "--set",
+        choices=("quick", "full", "scaling", "memory"),
+        default="quick",
+        help="default: %(default)s",
+    )
     bench.add_argument("--case", default="", metavar="TEXT", help="cases with this in their name")
-    bench.add_argument("--provider", default="", metavar="TEXT",
-                       help="providers with this in their name")  # fmt: skip
+    bench.add_argument(
+        "--provider", default="", metavar="TEXT", help="providers with this in their name"
+    )
     bench.add_argument("--json", metavar="FILE", help="write the results file")
     bench.add_argument("--commit", help="of the sources, where this is no git checkout")
     bench.set_defaults(run=_bench, command=bench)
 
     report = commands.add_parser(
-        "report", help="a page and charts of benchmark results",
+        "report",
+        help="a page and charts of benchmark results",
         description="Turn a results file, or all of a folder, into one HTML page with its charts.",
-    )  # fmt: skip
+    )
     report.add_argument("path", metavar="PATH", help="a results file or a folder of them")
     report.add_argument("--output_dir", metavar="FOLDER", help="default: report/ beside PATH")
     report.set_defaults(run=_report, command=report)
 
     doctor = commands.add_parser(
-        "doctor", help="what is installed, which backends run here, and a self-test",
+        "doctor",
+        help="what is installed, which backends run here, and a self-test",
         description="Versions, devices, backends (and why one is absent), the binary's GPU "
         "architectures, the OpenMP pool, what is wrong and what to do, and a self-test of the "
         "default backend against float64. Exit code 0 only if that passes.",
-    )  # fmt: skip
+    )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor, command=doctor)
     return parser
@@ -227,15 +245,24 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         group = groups.setdefault(meta["group"], None)
         if group is None:
             group = groups[meta["group"]] = parser.add_argument_group(meta["group"])
-        default = field.default if field.default is not dataclasses.MISSING else (
-            field.default_factory() if field.default_factory is not dataclasses.MISSING else None
-        )  # fmt: skip
+        default = (
+            field.default
+            if field.default is not dataclasses.MISSING
+            else (
+                field.default_factory()
+                if field.default_factory is not dataclasses.MISSING
+                else None
+            )
+        )
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         text = meta["help"] + ("" if default is None else f" (default: {shown})")
         group.add_argument(
-            f"--{field.name}", *aliases.get(field.name, []), dest=field.name,
-            help=text.replace("%", "%%"), **_argument(hints[field.name], meta["choices"]),
-        )  # fmt: skip
+            f"--{field.name}",
+            *aliases.get(field.name, []),
+            dest=field.name,
+            help=text.replace("%", "%%"),
+            **_argument(hints[field.name], meta["choices"]),
+        )
 
 
 def _argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
@@ -361,8 +388,11 @@ def _report(args: argparse.Namespace) -> int:
         files = results_in(path)
         if not files:
             raise UserError(f"{path} holds no results file of `dpo-kernels bench`")
-        folder = Path(args.output_dir) if args.output_dir else (
-            path if path.is_dir() else path.parent) / "report"  # fmt: skip
+        folder = (
+            Path(args.output_dir)
+            if args.output_dir
+            else (path if path.is_dir() else path.parent) / "report"
+        )
         print(f"wrote {write_report(files, folder)}")
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -255,9 +255,11 @@ def self_test(backend: str, device: Any) -> dict[str, Any]:
     except Exception as error:  # whatever stops the kernels is what the user came to see
         return {"backend": backend, "passed": False, "error": f"{type(error).__name__}: {error}"}
     return {
-        "backend": backend, "passed": loss_error < 1e-4 and grad_error < 1e-4,
-        "loss_error": loss_error, "gradient_error": grad_error,
-    }  # fmt: skip
+        "backend": backend,
+        "passed": loss_error < 1e-4 and grad_error < 1e-4,
+        "loss_error": loss_error,
+        "gradient_error": grad_error,
+    }
 
 
 def _self_test_lines(test: dict[str, Any]) -> list[str]:
@@ -279,26 +281,35 @@ def _problems(report: dict[str, Any]) -> list[str]:
     if report["binary"]["file"] is None:
         problems.append(report["backends"]["cpu"]["reason"])
     elif not report["self_test"]["passed"]:
-        problems.append("the default backend fails its self-test: until that is understood, pass "
-                        "backend='torch'")  # fmt: skip
+        problems.append(
+            "the default backend fails its self-test: until that is understood, pass "
+            "backend='torch'"
+        )
     for package in ("triton", "transformers"):
         wanted = package != "triton" or gpus or report["packages"]["triton"]
         if wanted and (reason := requirements.why_not(package)):
             problems.append(reason)
     if software["driver"] and not gpus:
         if not software["torch_cuda"]:
-            problems.append("an NVIDIA driver is here, but torch is a build without CUDA: install "
-                            "a CUDA build of torch")  # fmt: skip
+            problems.append(
+                "an NVIDIA driver is here, but torch is a build without CUDA: install "
+                "a CUDA build of torch"
+            )
         elif os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
-            problems.append("torch sees no GPU: CUDA_VISIBLE_DEVICES is "
-                            f"{os.environ['CUDA_VISIBLE_DEVICES']!r}")  # fmt: skip
+            problems.append(
+                f"torch sees no GPU: CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}"
+            )
         else:
-            problems.append(f"torch sees no GPU: driver {software['driver']} may be too old for "
-                            f"CUDA {software['torch_cuda']}")  # fmt: skip
+            problems.append(
+                f"torch sees no GPU: driver {software['driver']} may be too old for "
+                f"CUDA {software['torch_cuda']}"
+            )
     for device, code in report["binary"]["devices"].items():
         if report["binary"]["architectures"] and not code:
-            problems.append(f"the compiled module has no code for {device}: use backend='triton', "
-                            "or build with DPO_KERNELS_ARCHS")  # fmt: skip
+            problems.append(
+                f"the compiled module has no code for {device}: use backend='triton', "
+                "or build with DPO_KERNELS_ARCHS"
+            )
     openmp = report["openmp"]
     if len(openmp["runtimes"]) > 1:
         problems.append(
@@ -307,8 +318,10 @@ def _problems(report: dict[str, Any]) -> list[str]:
             "(LD_PRELOAD, a package imported before torch)"
         )
     elif openmp["kernel_threads"] not in (None, openmp["torch_threads"]):
-        problems.append("the kernels' number of threads is not torch's: see OMP_NUM_THREADS and "
-                        "torch.set_num_threads")  # fmt: skip
+        problems.append(
+            "the kernels' number of threads is not torch's: see OMP_NUM_THREADS and "
+            "torch.set_num_threads"
+        )
     return problems
 
 

@@ -120,16 +120,27 @@ def fused_dpo_loss(
 
     def score(x: Tensor, stats: tuple[str, ...], inplace: bool) -> TokenLogps:
         return ops.token_logps(
-            x, layout.targets, ignore_index=ignore_index, transform=transform, stats=stats,
-            inplace=inplace, backend=backend,
-        )  # fmt: skip
+            x,
+            layout.targets,
+            ignore_index=ignore_index,
+            transform=transform,
+            stats=stats,
+            inplace=inplace,
+            backend=backend,
+        )
 
     if run.needs_kl:
         assert ref is not None
         joint = ops.token_kl(
-            x, ref, layout.targets, ignore_index=ignore_index, transform=transform,
-            stats=run.stats, inplace=inplace, backend=backend,
-        )  # fmt: skip
+            x,
+            ref,
+            layout.targets,
+            ignore_index=ignore_index,
+            transform=transform,
+            stats=run.stats,
+            inplace=inplace,
+            backend=backend,
+        )
         return run.finish(joint.policy, joint.ref_logps, None, joint.kl)
     reference = None
     if ref is not None:
@@ -182,9 +193,14 @@ def sequence_logps(
     V, of = last_size("logits", logits), Scored("logits", logits, "V")
     layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
     tokens = ops.token_logps(
-        layout.rows("logits", logits, "V"), layout.targets, ignore_index=ignore_index,
-        transform=settled.transform, stats=settled.stats, inplace=inplace, backend=backend,
-    )  # fmt: skip
+        layout.rows("logits", logits, "V"),
+        layout.targets,
+        ignore_index=ignore_index,
+        transform=settled.transform,
+        stats=settled.stats,
+        inplace=inplace,
+        backend=backend,
+    )
     return reduce(layout, tokens, reduction, backend)
 
 
@@ -224,10 +240,22 @@ def preference_loss(
                 f"{row.name!r} needs the KL of reference and policy at each token; use "
                 "fused_dpo_loss with ref_logits or fused_linear_dpo_loss with ref_hidden"
             )
-    names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps",
-             "chosen_lengths", "rejected_lengths")  # fmt: skip
-    values = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
-              chosen_lengths, rejected_lengths)  # fmt: skip
+    names = (
+        "chosen_logps",
+        "rejected_logps",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+        "chosen_lengths",
+        "rejected_lengths",
+    )
+    values = (
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen_lengths,
+        rejected_lengths,
+    )
     checks.floating("chosen_logps", chosen_logps)
     if chosen_logps.dim() != 1:
         raise ValueError(f"chosen_logps must have shape [B], got {list(chosen_logps.shape)}")
@@ -267,9 +295,14 @@ def preference_loss(
     ):
         row = settled.ordinary.row
         call = SumsCall(
-            settled.ordinary, rows, dtype, _both(values[2:4]) if row.reference else None,
-            _both(values[4:]) if row.by_length else None, name, load(name),
-        )  # fmt: skip
+            settled.ordinary,
+            rows,
+            dtype,
+            _both(values[2:4]) if row.reference else None,
+            _both(values[4:]) if row.by_length else None,
+            name,
+            load(name),
+        )
         return from_sums(call, torch.cat([chosen_logps, rejected_logps]).double())
 
     def wide(x: Tensor | None) -> Tensor | None:
@@ -277,9 +310,15 @@ def preference_loss(
 
     chosen = chosen_logps.double()
     pairs = Pairs(
-        chosen, rejected_logps.double(), wide(ref_chosen_logps), wide(ref_rejected_logps),
-        chosen_lengths, rejected_lengths, -chosen, None,
-    )  # fmt: skip
+        chosen,
+        rejected_logps.double(),
+        wide(ref_chosen_logps),
+        wide(ref_rejected_logps),
+        chosen_lengths,
+        rejected_lengths,
+        -chosen,
+        None,
+    )
     return loss_of(pairs, options, rows, dtype, name)
 
 

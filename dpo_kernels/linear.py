@@ -173,10 +173,18 @@ def fused_linear_dpo_loss(
     if run.needs_kl:
         assert reference is not None
         joint = ops.linear_kl(
-            policy, reference, layout.targets, ignore_index=ignore_index, transform=transform,
-            stats=run.stats, memory_budget=memory_budget, batch_invariant=batch_invariant,
-            strategy=None if strategy == "plain" else strategy, count=layout.count, backend=name,
-        )  # fmt: skip
+            policy,
+            reference,
+            layout.targets,
+            ignore_index=ignore_index,
+            transform=transform,
+            stats=run.stats,
+            memory_budget=memory_budget,
+            batch_invariant=batch_invariant,
+            strategy=None if strategy == "plain" else strategy,
+            count=layout.count,
+            backend=name,
+        )
         out = run.finish(joint.policy, joint.ref_logps, None, joint.kl)
     else:
         tokens, ref_tokens = _score(
@@ -230,11 +238,21 @@ def linear_sequence_logps(
     layout = layout.on(checks.floating("hidden", hidden).device, scored_lengths)
     inputs = _inputs("hidden", layout, hidden, weight, bias, lora)
     tokens = ops.linear_logps(
-        inputs.hidden, inputs.weight, layout.targets, bias=inputs.bias, down=inputs.down,
-        up=inputs.up, ignore_index=ignore_index, transform=settled.transform,
-        stats=settled.stats, memory_budget=memory_budget,
-        batch_invariant=batch_invariant, strategy=strategy, count=layout.count, backend=backend,
-    )  # fmt: skip
+        inputs.hidden,
+        inputs.weight,
+        layout.targets,
+        bias=inputs.bias,
+        down=inputs.down,
+        up=inputs.up,
+        ignore_index=ignore_index,
+        transform=settled.transform,
+        stats=settled.stats,
+        memory_budget=memory_budget,
+        batch_invariant=batch_invariant,
+        strategy=strategy,
+        count=layout.count,
+        backend=backend,
+    )
     return reduce(layout, tokens, reduction, backend)
 
 
@@ -326,9 +344,17 @@ def _stream_plan(
 ) -> ops.Plan:
     ref_H = 0 if reference is None else reference.weight.shape[1]
     return ops.plan_of(
-        "streaming", ops.budget_of(budget), sum(lengths), policy.weight, policy.down, policy.up,
-        invariant, ref_H, run.needs_kl, largest=_largest_pair(lengths),
-    )  # fmt: skip
+        "streaming",
+        ops.budget_of(budget),
+        sum(lengths),
+        policy.weight,
+        policy.down,
+        policy.up,
+        invariant,
+        ref_H,
+        run.needs_kl,
+        largest=_largest_pair(lengths),
+    )
 
 
 def _streamed(
@@ -362,9 +388,18 @@ def _score(
 
     def score(x: LinearInputs, stats: tuple[str, ...], own: str) -> TokenLogps:
         return ops.rows_scored(
-            x, layout.targets, layout.ignore_index, transform, stats, ops.budget_of(budget),
-            invariant, own, None if plain else strategy, layout.count, run.backend,
-        )  # fmt: skip
+            x,
+            layout.targets,
+            layout.ignore_index,
+            transform,
+            stats,
+            ops.budget_of(budget),
+            invariant,
+            own,
+            None if plain else strategy,
+            layout.count,
+            run.backend,
+        )
 
     tokens = score(policy, run.stats, strategy)
     if reference is None:
@@ -377,6 +412,8 @@ def _tell(out: DPOOutput, strategy: str, layout: Layout, backend: str) -> DPOOut
     if not torch.compiler.is_compiling():
         logger.debug(
             "fused_linear_dpo_loss: strategy %s, backend %s, %d sequences",
-            strategy, backend, layout.sequences,
-        )  # fmt: skip
+            strategy,
+            backend,
+            layout.sequences,
+        )
     return out.told(strategy, out.stats)

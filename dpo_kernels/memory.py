@@ -128,9 +128,18 @@ def estimate(
     down = torch.empty((low_rank, H), device="meta") if low_rank else None
     place, B = torch.device(device), S // 2
     plan = plan_of(
-        strategy, budget, N, weight, down, None, batch_invariant, joint_H, kl,
-        largest=max(lengths[i] + lengths[B + i] for i in range(B)), device=place,
-    )  # fmt: skip
+        strategy,
+        budget,
+        N,
+        weight,
+        down,
+        None,
+        batch_invariant,
+        joint_H,
+        kl,
+        largest=max(lengths[i] + lengths[B + i] for i in range(B)),
+        device=place,
+    )
     products = products_of(place, dtype)
     chunk = min(plan.chunk, N)
     if strategy == "streaming":

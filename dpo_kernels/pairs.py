@@ -132,9 +132,14 @@ def loss_of(
             return x.detach().to(dtype)
 
         made = DPOOutput(
-            loss, out(p.chosen), out(p.rejected), out(chosen_rewards), out(rejected_rewards),
-            out(margins), out(accuracy),
-        )  # fmt: skip
+            loss,
+            out(p.chosen),
+            out(p.rejected),
+            out(chosen_rewards),
+            out(rejected_rewards),
+            out(margins),
+            out(accuracy),
+        )
         if nll is not None and options.reduction == "none" and not torch.compiler.is_compiling():
             made.sft = out(p.chosen_nll * nll_weight)
         return made

@@ -84,8 +84,10 @@ class _Stream(torch.autograd.Function):
             found = _run(batch, inputs, wanted)
         names = (*LinearInputs._fields, "beta", "offset", "weights")
         ctx.grads, ctx.places = [found.grads.get(name) for name in names], found.places
-        ctx.like = [(x.shape, x.dtype) if isinstance(x, Tensor) else None
-                    for x in (hidden, weight, bias, down, up, *options)]  # fmt: skip
+        ctx.like = [
+            (x.shape, x.dtype) if isinstance(x, Tensor) else None
+            for x in (hidden, weight, bias, down, up, *options)
+        ]
         kept.append(found._replace(grads={}))
         ctx.save_for_backward(found.loss)
         return found.loss
@@ -183,11 +185,16 @@ def _run(batch: Streaming, policy: LinearInputs, wanted: dict[str, bool]) -> Str
             total.add(dz, d_low, scores.h[:n], None if scores.low is None else scores.low[:n])
         done += n
     total.finish()
-    grads = {"hidden": packed, **{name: getattr(total, name) for name in LinearInputs._fields[1:]},
-             **pairs.d_options}  # fmt: skip
+    grads = {
+        "hidden": packed,
+        **{name: getattr(total, name) for name in LinearInputs._fields[1:]},
+        **pairs.d_options,
+    }
     index = chunks[0].places if len(chunks) == 1 else torch.cat([c.places for c in chunks])
-    shown = [placed(torch.cat(c)[:, None], index, torch.Size((*layout.targets.shape, 1)))[..., 0]
-             for c in columns]  # fmt: skip
+    shown = [
+        placed(torch.cat(c)[:, None], index, torch.Size((*layout.targets.shape, 1)))[..., 0]
+        for c in columns
+    ]
     loss, *fields = pairs.finish()
     found = {name: d for name, d in grads.items() if d is not None}
     return Streamed(loss, fields, shown, found, index)
@@ -309,10 +316,14 @@ class _Ordinary:
         self.found.append(found)
         return [
             self.impl.sequence_sum_backward(
-                found.slopes * self.share, chunk.targets, chunk.cu_seqlens,
-                run.layout.ignore_index, run.tail, torch.float32,
+                found.slopes * self.share,
+                chunk.targets,
+                chunk.cu_seqlens,
+                run.layout.ignore_index,
+                run.tail,
+                torch.float32,
             )
-        ]  # fmt: skip
+        ]
 
     def finish(self) -> list[Tensor]:
         """Loss and the other fields, of the batch."""

@@ -49,9 +49,15 @@ class TokenLoss:
         per_token: bool | None = None,
     ) -> TokenLoss:
         return TokenLoss(
-            layout, settled.options, settled.losses, backend, dtype, per_token, settled.stats,
+            layout,
+            settled.options,
+            settled.losses,
+            backend,
+            dtype,
+            per_token,
+            settled.stats,
             settled.ordinary,
-        )  # fmt: skip
+        )
 
     @property
     def stats(self) -> tuple[str, ...]:
@@ -136,16 +142,24 @@ class TokenLoss:
 
     def sums(self, values: Tensor, tail_weight: float = 1.0) -> tuple[Tensor, Tensor]:
         return ops.sequence_sum(
-            values, self.layout.targets, self.layout.cu_seqlens,
-            ignore_index=self.layout.ignore_index, tail_weight=tail_weight, backend=self.backend,
-        )  # fmt: skip
+            values,
+            self.layout.targets,
+            self.layout.cu_seqlens,
+            ignore_index=self.layout.ignore_index,
+            tail_weight=tail_weight,
+            backend=self.backend,
+        )
 
     def sums_of(self, values: Tensor, targets: Tensor, cu: Tensor) -> tuple[Tensor, Tensor]:
         """Those of other rows, with the weights of this loss."""
         return ops.sequence_sum(
-            values, targets, cu, ignore_index=self.layout.ignore_index, tail_weight=self.tail,
+            values,
+            targets,
+            cu,
+            ignore_index=self.layout.ignore_index,
+            tail_weight=self.tail,
             backend=self.backend,
-        )  # fmt: skip
+        )
 
     def without_common_prefix(self, ref_logps: Tensor | None, states: Tensor) -> TokenLoss:
         """The same loss where the tokens that both completions start with are not scored."""
@@ -202,8 +216,15 @@ class TokenLoss:
                 leaves.append(name)
             changes[name] = part
         options = replace(o, **changes)
-        share = replace(self, layout=layout, options=options, dtype=torch.float64, per_token=False,
-                        asked=(), ordinary=None)  # fmt: skip
+        share = replace(
+            self,
+            layout=layout,
+            options=options,
+            dtype=torch.float64,
+            per_token=False,
+            asked=(),
+            ordinary=None,
+        )
         return share, leaves
 
     @property
@@ -247,10 +268,18 @@ class TokenLoss:
             ops.check_writable(logits)
         reference = None if ref_logits is not None else self.reference_sums(None, ref_logps)
         call = LogitsCall(
-            self.ordinary, self.layout, self.dtype, transform, self.stats, self.tail, write,
-            None if ref_logits is None else ref_logits.detach(), reference, self.backend,
+            self.ordinary,
+            self.layout,
+            self.dtype,
+            transform,
+            self.stats,
+            self.tail,
+            write,
+            None if ref_logits is None else ref_logits.detach(),
+            reference,
+            self.backend,
             load(self.backend),
-        )  # fmt: skip
+        )
         out, stats = from_logits(call, logits)
         return out.told(None, self.shown(stats))
 
@@ -271,9 +300,14 @@ class TokenLoss:
         reference = self.reference_sums(ref_tokens, ref_logps)
         if self.ordinary is not None and self.backend != "torch" and eager(sums):
             call = SumsCall(
-                self.ordinary, self.losses, self.dtype, reference,
-                counts if self.ordinary.row.by_length else None, self.backend, load(self.backend),
-            )  # fmt: skip
+                self.ordinary,
+                self.losses,
+                self.dtype,
+                reference,
+                counts if self.ordinary.row.by_length else None,
+                self.backend,
+                load(self.backend),
+            )
             return from_sums(call, sums).told(None, self.shown(policy.stats))
         plain = sums if tail == 1.0 else self.sums(policy.logps)[0]
         reference = None if reference is None else reference.double()
@@ -310,9 +344,12 @@ def reduce(layout: Layout, tokens: TokenLogps, reduction: str, backend: str | No
     else:
         name = choose(backend, tokens.logps.device, tokens.logps.dtype, "sequence_sum")
         sums, counts = ops.sequence_sum(
-            tokens.logps, layout.targets, layout.cu_seqlens,
-            ignore_index=layout.ignore_index, backend=name,
-        )  # fmt: skip
+            tokens.logps,
+            layout.targets,
+            layout.cu_seqlens,
+            ignore_index=layout.ignore_index,
+            backend=name,
+        )
         logps = sums / counts.clamp(min=1) if reduction == "mean" else sums
         logps = logps.to(tokens.logps.dtype)
     if not tokens.stats:

@@ -105,16 +105,21 @@ def draw_record(results: Path) -> dict[str, dict[str, Any]]:
     A run that was cut off, or ran a part of the tests, verifies nothing.
     """
     record: dict[str, dict[str, Any]] = {}
-    files = [json.loads(path.read_text()) | {"file": path.name}
-             for path in results.glob("gpu-*.json")]  # fmt: skip
+    files = [
+        json.loads(path.read_text()) | {"file": path.name} for path in results.glob("gpu-*.json")
+    ]
     for run in sorted((f for f in files if f["complete"]), key=lambda run: run["date"]):
         for kernel, result in run["kernels"].items():
             if result["passed"] and not result["failed"]:
                 record[kernel] = {
-                    "sha256": digest(result["sources"]), "sources": result["sources"],
-                    "tests": result["passed"], "device": run["device"], "date": run["date"],
-                    "commit": run["commit"], "results": run["file"],
-                }  # fmt: skip
+                    "sha256": digest(result["sources"]),
+                    "sources": result["sources"],
+                    "tests": result["passed"],
+                    "device": run["device"],
+                    "date": run["date"],
+                    "commit": run["commit"],
+                    "results": run["file"],
+                }
     return record
 
 

@@ -43,8 +43,13 @@ def pytest_runtest_makereport(item, call):
     file = item.config.getoption("--kernel-report")
     # One line a test: of its call, or of the phase that kept it from being called or ended it.
     if file and item.get_closest_marker("gpu") and (call.when == "call" or not report.passed):
-        line = {"test": item.nodeid, "outcome": report.outcome, "seconds": round(call.duration, 3),
-                "kernels": sorted(LAUNCHED), "why": report.longreprtext[-500:]}  # fmt: skip
+        line = {
+            "test": item.nodeid,
+            "outcome": report.outcome,
+            "seconds": round(call.duration, 3),
+            "kernels": sorted(LAUNCHED),
+            "why": report.longreprtext[-500:],
+        }
         with Path(file).open("a") as stream:
             stream.write(json.dumps(line) + "\n")
     return report

@@ -59,9 +59,13 @@ def call(tensors, labels, options, strategy, memory_budget=None, batch_invariant
         loss = dk.fused_dpo_loss(x, labels, inplace=strategy == "in_place", **options).loss
     else:
         out = dk.fused_linear_dpo_loss(
-            *tensors, labels, strategy=strategy, memory_budget=memory_budget,
-            batch_invariant=batch_invariant, **options,
-        )  # fmt: skip
+            *tensors,
+            labels,
+            strategy=strategy,
+            memory_budget=memory_budget,
+            batch_invariant=batch_invariant,
+            **options,
+        )
         assert out.strategy == strategy
         loss = out.loss
     if loss.requires_grad:

@@ -79,7 +79,7 @@ CUDA_CONSTANTS = (
     Mutant("cuda/sequence_sum.cu", "(s + p.S / 2) % p.S", "(s + 1) % p.S"),
     Mutant("cuda/sequence_sum.cu", "(1u << lane) - 1", "(1u << lane)"),
     Mutant("cuda/pair_loss.cu", "blockIdx.x * THREADS", "blockIdx.x * (THREADS - 1)"),
-)  # fmt: skip
+)
 TRITON_CONSTANTS = (
     Mutant("token_logps.py", "- 3.33332819422e-1", "- 3.33432819422e-1"),
     Mutant("token_logps.py", "size < 0.625", "size < 3.0"),
@@ -103,7 +103,7 @@ TRITON_CONSTANTS = (
     Mutant("sequence_sum.py", "tl.cumsum(count, 0) - count", "tl.cumsum(count, 0)"),
     Mutant("pair_loss.py", "tl.log(u) - ((u - 1.0) - x) / u", "tl.log(u) - ((u - 1.001) - x) / u"),
     Mutant("pair_loss.py", "slope = 2.0 * z", "slope = 2.001 * z"),
-)  # fmt: skip
+)
 
 
 def cuda_caught(mutant: Mutant, cases: int = 30) -> bool:
@@ -123,12 +123,19 @@ def triton_caught(mutant: Mutant, select: str = "triton") -> bool:
         package = Path(folder) / "dpo_kernels"
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
         mutant.apply(package / "backends" / "triton")
-        code = (f"import sys; sys.path.insert(0, {folder!r}); import dpo_kernels, pytest;"
-                f"assert dpo_kernels.__file__.startswith({folder!r});"
-                "sys.exit(pytest.main(sys.argv[1:]))")  # fmt: skip
+        code = (
+            f"import sys; sys.path.insert(0, {folder!r}); import dpo_kernels, pytest;"
+            f"assert dpo_kernels.__file__.startswith({folder!r});"
+            "sys.exit(pytest.main(sys.argv[1:]))"
+        )
         tests = [str(HERE / name) for name in TRITON_TESTS]
         options = ["-x", "-q", "-k", select, "-p", "no:cacheprovider"]
-        done = subprocess.run([sys.executable, "-c", code, *options, *tests], capture_output=True,
-                              text=True, cwd=HERE.parent, timeout=900)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code, *options, *tests],
+            capture_output=True,
+            text=True,
+            cwd=HERE.parent,
+            timeout=900,
+        )
         assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
         return done.returncode == 1

@@ -120,8 +120,9 @@ class _Watch(TorchDispatchMode):
         if name in READS and "meta" in {x.device.type for x in tensors}:
             self.record.waits.append((before, name))
         out = func(*args, **kwargs)
-        made = [x for x in (out if isinstance(out, (list, tuple)) else [out])
-                if isinstance(x, Tensor)]  # fmt: skip
+        made = [
+            x for x in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(x, Tensor)
+        ]
         devices = {x.device.type for x in (*tensors, *made)}
         if name in ("_to_copy", "copy_") and devices == {"cpu", "meta"}:
             free = kwargs.get("non_blocking") or True in args[2:]
@@ -189,12 +190,17 @@ def kernels(record: Record) -> SimpleNamespace:
         return out
 
     return SimpleNamespace(
-        name="triton", ROUNDS=True, token_logps=token_logps, token_kl=token_kl,
+        name="triton",
+        ROUNDS=True,
+        token_logps=token_logps,
+        token_kl=token_kl,
         scaled_copy=scaled_copy,
-        token_logps_backward=token_logps_backward, token_kl_backward=token_kl_backward,
-        sequence_sum=sequence_sum, sequence_sum_backward=sequence_sum_backward,
+        token_logps_backward=token_logps_backward,
+        token_kl_backward=token_kl_backward,
+        sequence_sum=sequence_sum,
+        sequence_sum_backward=sequence_sum_backward,
         pair_loss_forward=pair_loss_forward,
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager
@@ -294,9 +300,20 @@ def score(lengths: list[int], V: int, H: int, dtype: torch.dtype = torch.bfloat1
 def _linear_logps(x: LinearInputs, targets: Tensor, strategy: str, budget: int | None):
     # The op's own body: on meta tensors the dispatcher would take its shapes alone.
     return ops_of_logps._linear_logps._init_fn(
-        *x, targets, -100, 1.0, 0.0, 1.0, "", strategy, strategy, targets.numel(),
-        budget or plan.DEFAULT, False, "triton",
-    )  # fmt: skip
+        *x,
+        targets,
+        -100,
+        1.0,
+        0.0,
+        1.0,
+        "",
+        strategy,
+        strategy,
+        targets.numel(),
+        budget or plan.DEFAULT,
+        False,
+        "triton",
+    )
 
 
 def _frozen(x: LinearInputs, layout: Layout, budget: int | None):

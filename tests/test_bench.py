@@ -11,8 +11,16 @@ from dpo_kernels.bench.measure import Measurement
 from dpo_kernels.bench.providers import Absent, Provider
 from dpo_kernels.cli import main
 
-SUITES = ("logits forward", "logits fwd+bwd", "small batch", "linear trained", "linear frozen",
-          "linear reference", "pair loss", "training step")  # fmt: skip
+SUITES = (
+    "logits forward",
+    "logits fwd+bwd",
+    "small batch",
+    "linear trained",
+    "linear frozen",
+    "linear reference",
+    "pair loss",
+    "training step",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +130,11 @@ def rows():
     peer = Measurement(case("linear trained"), "peer", False, [0.5, 0.4, 0.6], 0.1, 2e-3)
     gone = Measurement(case("linear trained"), "gone", note="absent: pip install 'gone'")
     memory = Measurement(case("linear frozen"), "dpo-kernels cpu", True, peak_bytes=3 << 20)
-    grown = [results.as_row(m) | {"series": "linear trained by tokens", "x": x}
-             for m in (ours, memory) for x in (1, 2)]  # fmt: skip
+    grown = [
+        results.as_row(m) | {"series": "linear trained by tokens", "x": x}
+        for m in (ours, memory)
+        for x in (1, 2)
+    ]
     return [*map(results.as_row, (ours, peer, gone, memory)), *grown]
 
 
@@ -161,8 +172,10 @@ def test_page_on_a_phone_without_empty_columns(tmp_path):
 def test_memory_is_compared_with_what_leaves_the_logits(tmp_path):
     c = case("logits fwd+bwd")
     found = {"dpo-kernels cpu": 2 << 20, "dpo-kernels cpu in place": 0, "torch eager": 3 << 20}
-    weighed = [results.as_row(Measurement(c, name, "dpo" in name, peak_bytes=size))
-               for name, size in found.items()]  # fmt: skip
+    weighed = [
+        results.as_row(Measurement(c, name, "dpo" in name, peak_bytes=size))
+        for name, size in found.items()
+    ]
     results.write(tmp_path / "run.json", results.describe(commit="abc"), weighed)
     assert "| 2 MiB | - | 1.5x |" in report.readme_tables(tmp_path)
 
@@ -174,10 +187,15 @@ def test_who_is_faster_in_bf16_stands_with_both_errors(tmp_path):
     chosen = [c for c in cases.full("cpu") if select in c.name]
     assert [c.suite for c in chosen] == ["linear trained", "linear frozen", "linear reference"]
     assert {c.dtype for c in chosen} == {"bf16"} and {c.scored for c in chosen} == {512}
-    found = (("dpo-kernels cpu", True, 0.58, 4e-5, 2e-6), ("torch eager", False, 0.43, 2e-2, 3e-3),
-             ("slower", False, 0.9, 1e-7, 1e-7))  # fmt: skip
-    timed = [results.as_row(Measurement(chosen[0], name, ours, [seconds], 0.1, error, gradient))
-             for name, ours, seconds, error, gradient in found]  # fmt: skip
+    found = (
+        ("dpo-kernels cpu", True, 0.58, 4e-5, 2e-6),
+        ("torch eager", False, 0.43, 2e-2, 3e-3),
+        ("slower", False, 0.9, 1e-7, 1e-7),
+    )
+    timed = [
+        results.as_row(Measurement(chosen[0], name, ours, [seconds], 0.1, error, gradient))
+        for name, ours, seconds, error, gradient in found
+    ]
     gone = results.as_row(Measurement(chosen[0], "gone", note="absent: pip install 'gone'"))
     results.write(tmp_path / report.BF16_HEAD, results.describe(commit="abc"), [*timed, gone])
     text = report.bf16_head(tmp_path)
@@ -192,8 +210,11 @@ def test_liger_has_a_frozen_head(monkeypatch):
         found = {m.provider: m for m in measure.measure(case(suite), "cpu", 1, "Liger DPO")}
         assert set(found) == {"Liger DPO", "Liger DPO without reference"}
         for m in found.values():
-            assert (m.note == "" and m.error < 1e-3 and m.gradient_error < 1e-4) if there else (
-                m.note == "absent: has no reference pass of its own")  # fmt: skip
+            assert (
+                (m.note == "" and m.error < 1e-3 and m.gradient_error < 1e-4)
+                if there
+                else (m.note == "absent: has no reference pass of its own")
+            )
 
 
 def test_memory_set_has_series(monkeypatch):
@@ -206,8 +227,11 @@ def test_memory_set_has_series(monkeypatch):
 def test_bad_paths_are_errors_of_one_line(tmp_path, capsys):
     (tmp_path / "other.json").write_text('{"format": "else"}')
     other = tmp_path / "other.json"
-    for path, text in ((tmp_path / "none", "does not exist"), (tmp_path, "holds no results file"),
-                       (other, "expected 'dpo-kernels benchmark 1'")):  # fmt: skip
+    for path, text in (
+        (tmp_path / "none", "does not exist"),
+        (tmp_path, "holds no results file"),
+        (other, "expected 'dpo-kernels benchmark 1'"),
+    ):
         assert main(["report", str(path)]) == 2
         assert text in capsys.readouterr().err
     assert main(["bench", "--case", "no such case"]) == 2

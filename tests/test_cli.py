@@ -31,10 +31,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def chats(n: int) -> list[dict[str, Any]]:
     return [
-        {"prompt": [user(f"say {i}")], "chosen": [bot("yes " * (1 + i % 3))],
-         "rejected": [bot("no")]}
+        {
+            "prompt": [user(f"say {i}")],
+            "chosen": [bot("yes " * (1 + i % 3))],
+            "rejected": [bot("no")],
+        }
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def run(*args: str) -> int:
@@ -51,11 +54,31 @@ def test_train(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     file = write(tmp_path / "pairs.jsonl", rows)
     out = tmp_path / "run"
     code = run(
-        "train", "--model-name-or-path", model, "--dataset_name", file, "--output-dir", out,
-        "--max_steps=6", "--learning_rate", "5e-3", "--per-device-train-batch-size=4",
-        "--max_length", "128", "--eval-fraction", "0.25", "--logging_steps", "2", "--eval_steps",
-        "3", "--device", "cpu", "--sample_max_new_tokens", "5", "--compare_plain_torch",
-    )  # fmt: skip
+        "train",
+        "--model-name-or-path",
+        model,
+        "--dataset_name",
+        file,
+        "--output-dir",
+        out,
+        "--max_steps=6",
+        "--learning_rate",
+        "5e-3",
+        "--per-device-train-batch-size=4",
+        "--max_length",
+        "128",
+        "--eval-fraction",
+        "0.25",
+        "--logging_steps",
+        "2",
+        "--eval_steps",
+        "3",
+        "--device",
+        "cpu",
+        "--sample_max_new_tokens",
+        "5",
+        "--compare_plain_torch",
+    )
     text = capsys.readouterr().out
     assert code == 0, text
     assert f"{file}:13: line: invalid JSON" in text and text.count(f"{file}:16:") == 1
@@ -96,23 +119,51 @@ def test_user_errors(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     new = tmp_path / "new"
     cases = [
         ((*train, new, "--dataset_name", bad, "--strict"), "bad.jsonl:5: line: invalid JSON"),
-        ((*train, new, "--dataset_name", "none.jsonl", "--overwrite_output_dir"),
-         "none.jsonl does not exist"),
+        (
+            (*train, new, "--dataset_name", "none.jsonl", "--overwrite_output_dir"),
+            "none.jsonl does not exist",
+        ),
         ((*train, tmp_path, "--dataset_name", good), "is not empty"),
         ((*train, new), "dataset_name is missing"),
         (("train", "--dataset_name", good), "model_name_or_path is missing"),
         ((*train, new, "--dataset_name", good, "--betta", "1"), "--betta"),
         ((*train, new, "--dataset_name", good, "--loss_type", "sigmodi"), "did you mean"),
         ((*train, new, "--dataset_name", good, "--config", "none.json"), "does not exist"),
-        ((*train, new, "--dataset_name", good, "--max_length", "3", "--overwrite_output_dir"),
-         "no pair fits max_length"),
-        ((*train, new, "--dataset_name", good, "--loss_type", "odpo", "--overwrite_output_dir"),
-         "odpo needs a margin"),
-        (("train", "--model_name_or_path", tmp_path / "x", "--dataset_name", good, "--output_dir",
-          new, "--overwrite_output_dir"), "cannot be loaded"),
-        (("train", "--model_name_or_path", tmp_path / "x.gguf", "--dataset_name", good,
-          "--output_dir", new, "--overwrite_output_dir"), "x.gguf does not exist"),
-    ]  # fmt: skip
+        (
+            (*train, new, "--dataset_name", good, "--max_length", "3", "--overwrite_output_dir"),
+            "no pair fits max_length",
+        ),
+        (
+            (*train, new, "--dataset_name", good, "--loss_type", "odpo", "--overwrite_output_dir"),
+            "odpo needs a margin",
+        ),
+        (
+            (
+                "train",
+                "--model_name_or_path",
+                tmp_path / "x",
+                "--dataset_name",
+                good,
+                "--output_dir",
+                new,
+                "--overwrite_output_dir",
+            ),
+            "cannot be loaded",
+        ),
+        (
+            (
+                "train",
+                "--model_name_or_path",
+                tmp_path / "x.gguf",
+                "--dataset_name",
+                good,
+                "--output_dir",
+                new,
+                "--overwrite_output_dir",
+            ),
+            "x.gguf does not exist",
+        ),
+    ]
     for args, message in cases:
         assert message in refused(capsys, *args)
 
@@ -122,10 +173,22 @@ def test_chat_template(model: str, tmp_path: Path, capsys: pytest.CaptureFixture
     bare = tmp_path / "bare"
     tiny_model().save_pretrained(bare)
     byte_tokenizer(template=None).save_pretrained(bare)
-    args = ("train", "--model_name_or_path", bare, "--dataset_name",
-            write(tmp_path / "a.jsonl", chats(4)), "--output_dir", tmp_path / "run", "--device",
-            "cpu", "--max_steps", "1", "--eval_fraction", "0",
-            "--overwrite_output_dir")  # fmt: skip
+    args = (
+        "train",
+        "--model_name_or_path",
+        bare,
+        "--dataset_name",
+        write(tmp_path / "a.jsonl", chats(4)),
+        "--output_dir",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "--max_steps",
+        "1",
+        "--eval_fraction",
+        "0",
+        "--overwrite_output_dir",
+    )
     assert "--chat_template FILE" in refused(capsys, *args)
     template = tmp_path / "template.jinja"
     template.write_text(byte_tokenizer().chat_template)
@@ -138,10 +201,14 @@ def test_config_file(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     """The command line wins over the file; an unknown key names the nearest."""
     file = tmp_path / "c.json"
     options = {
-        "model_name_or_path": model, "train_file": write(tmp_path / "a.jsonl", chats(6)),
-        "loss_type": ["sigmoid", "sft"], "max_steps": 9, "device": "cpu",
-        "output_dir": str(tmp_path / "run"), "sample_max_new_tokens": 0,
-    }  # fmt: skip
+        "model_name_or_path": model,
+        "train_file": write(tmp_path / "a.jsonl", chats(6)),
+        "loss_type": ["sigmoid", "sft"],
+        "max_steps": 9,
+        "device": "cpu",
+        "output_dir": str(tmp_path / "run"),
+        "sample_max_new_tokens": 0,
+    }
     file.write_text(json.dumps(options))
     assert run("train", "--config", file, "--max_steps", "1", "--ld_alpha", "none") == 0
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -155,14 +222,23 @@ def test_embedded_default(
 ) -> None:
     """Without model and data: the embedded ones, cut short here (the recipe has its own test)."""
     recipe = {
-        "sft": {"max_steps": 2, "learning_rate": 1e-3}, "dpo": {"max_steps": 2},
-        "sample": {"max_new_tokens": 4}, "seed": 1,
-    }  # fmt: skip
+        "sft": {"max_steps": 2, "learning_rate": 1e-3},
+        "dpo": {"max_steps": 2},
+        "sample": {"max_new_tokens": 4},
+        "seed": 1,
+    }
     monkeypatch.setattr(embedded, "recipe", lambda: recipe)
     assert run("train", "--output_dir", tmp_path / "run", "--device", "cpu") == 0
     text = capsys.readouterr().out
-    for words in ("reward accuracy", "log-prob accuracy", "before: ", "after: ", "backend ",
-                  "in plain torch", "left out: nothing"):  # fmt: skip
+    for words in (
+        "reward accuracy",
+        "log-prob accuracy",
+        "before: ",
+        "after: ",
+        "backend ",
+        "in plain torch",
+        "left out: nothing",
+    ):
         assert words in text
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["pairs"] >= 600 and summary["held_out_pairs"] >= 120

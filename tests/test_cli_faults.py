@@ -263,18 +263,33 @@ def test_trls_options_that_say_what_happens_anyway() -> None:
 def test_a_configuration_as_trl_writes_it() -> None:
     """`DPOConfig().to_dict()`: its defaults mean nothing here, or nothing alone."""
     dumped = {
-        "optim": "adamw_torch_fused", "label_smoothing_factor": 0.0, "log_level": "passive",
-        "log_on_each_node": True, "logging_nan_inf_filter": True, "log_level_replica": "warning",
-        "project": "huggingface", "eval_do_concat_batches": True, "hub_token": "<HUB_TOKEN>",
-        "hub_strategy": "every_save", "dataloader_in_order": True, "length_column_name": "length",
-        "do_train": False, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512,
-        "pad_token": "<PAD_TOKEN>", "discopop_tau": 0.05, "f_alpha_divergence_coef": 0.5,
+        "optim": "adamw_torch_fused",
+        "label_smoothing_factor": 0.0,
+        "log_level": "passive",
+        "log_on_each_node": True,
+        "logging_nan_inf_filter": True,
+        "log_level_replica": "warning",
+        "project": "huggingface",
+        "eval_do_concat_batches": True,
+        "hub_token": "<HUB_TOKEN>",
+        "hub_strategy": "every_save",
+        "dataloader_in_order": True,
+        "length_column_name": "length",
+        "do_train": False,
+        "ref_model_mixup_alpha": 0.6,
+        "ref_model_sync_steps": 512,
+        "pad_token": "<PAD_TOKEN>",
+        "discopop_tau": 0.05,
+        "f_alpha_divergence_coef": 0.5,
         "accelerator_config": {
-            "split_batches": False, "dispatch_batches": None, "even_batches": True,
-            "use_seedable_sampler": True, "non_blocking": False,
+            "split_batches": False,
+            "dispatch_batches": None,
+            "even_batches": True,
+            "use_seedable_sampler": True,
+            "non_blocking": False,
             "gradient_accumulation_kwargs": None,
         },
-    }  # fmt: skip
+    }
     config = load_config(dumped)
     assert config.optim == "adamw_torch_fused" and config.discopop_tau == 0.05
 

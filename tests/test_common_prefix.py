@@ -72,18 +72,31 @@ class TestCommonPrefix:
         again = dk.fused_dpo_loss(labels=labels, drop_common_prefix=True, **logits, **how)
         torch.testing.assert_close(again.loss, less.loss)
 
-    @pytest.mark.parametrize("options", [{}, {"loss_type": "ipo_sum"}, {"loss_type": "rdpo"},
-                                         {"loss_type": "aot"}, {"loss_type": ["robust", "hinge"]}],
-                             ids=str)  # fmt: skip
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"loss_type": "ipo_sum"},
+            {"loss_type": "rdpo"},
+            {"loss_type": "aot"},
+            {"loss_type": ["robust", "hinge"]},
+        ],
+        ids=str,
+    )
     def test_nothing_changes_but_the_log_probs(self, options):
         hidden, weight, ref, labels, _ = self.batch()
         results = []
         for drop in (False, True):
             x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
             out = dk.fused_linear_dpo_loss(
-                x, w, labels, ref_hidden=ref[0], ref_weight=ref[1], drop_common_prefix=drop,
+                x,
+                w,
+                labels,
+                ref_hidden=ref[0],
+                ref_weight=ref[1],
+                drop_common_prefix=drop,
                 **options,
-            )  # fmt: skip
+            )
             # The trunk sees the sum of the gradients of rows that are one state: 0 for these.
             results.append((out, *torch.autograd.grad(out.loss, (x, w))))
         (a, da, wa), (b, db, wb) = results
@@ -91,8 +104,9 @@ class TestCommonPrefix:
         torch.testing.assert_close(a.margins, b.margins, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(wa, wb, rtol=1e-4, atol=1e-6)
         for i in range(B):
-            torch.testing.assert_close((da[i] + da[B + i]).sum(0), (db[i] + db[B + i]).sum(0),
-                                       rtol=1e-4, atol=1e-6)  # fmt: skip
+            torch.testing.assert_close(
+                (da[i] + da[B + i]).sum(0), (db[i] + db[B + i]).sum(0), rtol=1e-4, atol=1e-6
+            )
         assert (a.chosen_logps[:3] < b.chosen_logps[:3]).all() and b.chosen_logps[2] == 0
 
     def test_from_logits(self):

@@ -63,15 +63,18 @@ def write(path: Path, rows: list[Any]) -> str:
 
 
 def test_forms(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", [
-        {"prompt": "Q: hi\nA:", "chosen": " yes", "rejected": " no"},
-        {"chosen": "Q: hi A: yes", "rejected": "Q: hi A: no"},
-        {"prompt": [user("hi")], "chosen": [bot("a")], "rejected": [bot("b")]},
-        {"chosen": [user("hi"), bot("a")], "rejected": [user("hi"), bot("b")]},
-        {"prompt": "hi", "chosen": [user("hi"), bot("a")], "rejected": [user("hi"), bot("b")]},
-        "",
-        {"prompt": None, "chosen": "ab", "rejected": "ac", "margin": 2},
-    ])  # fmt: skip
+    file = write(
+        tmp_path / "a.jsonl",
+        [
+            {"prompt": "Q: hi\nA:", "chosen": " yes", "rejected": " no"},
+            {"chosen": "Q: hi A: yes", "rejected": "Q: hi A: no"},
+            {"prompt": [user("hi")], "chosen": [bot("a")], "rejected": [bot("b")]},
+            {"chosen": [user("hi"), bot("a")], "rejected": [user("hi"), bot("b")]},
+            {"prompt": "hi", "chosen": [user("hi"), bot("a")], "rejected": [user("hi"), bot("b")]},
+            "",
+            {"prompt": None, "chosen": "ab", "rejected": "ac", "margin": 2},
+        ],
+    )
     left_out = LeftOut()
     pairs = read_pairs(file, left_out)
     assert not left_out.problems
@@ -89,22 +92,34 @@ BAD = [
     ("[1, 2]", "line", "broken JSON"),
     ({"prompt": "a", "chosen": "b"}, "rejected", "missing field"),
     ({"prompt": "a", "chosen": 3, "rejected": "c"}, "chosen", "mis-typed field"),
-    ({"prompt": ["a"], "chosen": [bot("x")], "rejected": [bot("y")]}, "prompt[0]",
-     "mis-typed field"),
-    ({"prompt": [{"role": "user"}], "chosen": [bot("x")], "rejected": [bot("y")]},
-     "prompt[0].content", "mis-typed field"),
+    (
+        {"prompt": ["a"], "chosen": [bot("x")], "rejected": [bot("y")]},
+        "prompt[0]",
+        "mis-typed field",
+    ),
+    (
+        {"prompt": [{"role": "user"}], "chosen": [bot("x")], "rejected": [bot("y")]},
+        "prompt[0].content",
+        "mis-typed field",
+    ),
     ({"prompt": "a", "chosen": [bot("x")], "rejected": [bot("y")]}, "prompt", "mis-typed field"),
     ({"prompt": "a", "chosen": "b", "rejected": [bot("y")]}, "rejected", "mis-typed field"),
     ({"prompt": "a", "chosen": " \n", "rejected": "c"}, "chosen", "empty completion"),
-    ({"prompt": [user("a")], "chosen": [bot("b")], "rejected": [bot("")]}, "rejected",
-     "empty completion"),
+    (
+        {"prompt": [user("a")], "chosen": [bot("b")], "rejected": [bot("")]},
+        "rejected",
+        "empty completion",
+    ),
     ({"prompt": [user("a")], "chosen": [], "rejected": [bot("b")]}, "chosen", "empty completion"),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "rejected", "chosen equals rejected"),
-    ({"prompt": [user("a")], "chosen": [bot("x")], "rejected": [user("y")]}, "rejected[-1].role",
-     "last role not assistant"),
+    (
+        {"prompt": [user("a")], "chosen": [bot("x")], "rejected": [user("y")]},
+        "rejected[-1].role",
+        "last role not assistant",
+    ),
     ({"chosen": "x", "rejected": "y"}, "prompt", "missing field"),
     ({**GOOD, "margin": "large"}, "margin", "mis-typed field"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("row", "field", "reason"), BAD)
@@ -155,8 +170,10 @@ def test_template_that_refuses_a_row() -> None:
     tokenizer = byte_tokenizer(template=refuses + TEMPLATE)
     system = [{"role": "system", "content": "x"}]
     left_out = LeftOut()
-    pairs = [PreferencePair(system, [bot("a")], [bot("b")], "f:1"),
-             PreferencePair([user("q")], [bot("a")], [bot("b")], "f:2")]  # fmt: skip
+    pairs = [
+        PreferencePair(system, [bot("a")], [bot("b")], "f:1"),
+        PreferencePair([user("q")], [bot("a")], [bot("b")], "f:2"),
+    ]
     assert [p.source for p in tokenize_pairs(pairs, tokenizer, 99, left_out)] == ["f:2"]
     assert left_out.counts() == {"chat template refuses": 1}
 

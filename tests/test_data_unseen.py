@@ -108,11 +108,14 @@ def test_a_begin_token_in_a_completion_of_a_conversation() -> None:
     assert sum(n for note, n in left_out.notes.items() if "BOS), which" in note) == 2
 
 
-@pytest.mark.parametrize("pair", [
-    chat(user("q"), bot("</s>"), bot("no")),
-    PreferencePair("q", "</s>", "no", "f:1"),
-    PreferencePair("q", "<s> </s>", "no", "f:1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pair",
+    [
+        chat(user("q"), bot("</s>"), bot("no")),
+        PreferencePair("q", "</s>", "no", "f:1"),
+        PreferencePair("q", "<s> </s>", "no", "f:1"),
+    ],
+)
 def test_special_tokens_alone_are_no_completion(pair: PreferencePair) -> None:
     ids, left_out = tokens(pair, byte_tokenizer())
     assert ids is None and left_out.counts() == {"empty completion": 1}

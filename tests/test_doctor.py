@@ -50,8 +50,11 @@ def run(
     env["PYTHONPATH"] = os.pathsep.join(map(str, (*paths, PACKAGE.parent)))
     done = subprocess.run(
         [sys.executable, *options, "-c", ISOLATE + code, *arguments],
-        env=env, cwd=os.sep, capture_output=True, text=True,  # the working folder comes first
-    )  # fmt: skip
+        env=env,
+        cwd=os.sep,
+        capture_output=True,
+        text=True,  # the working folder comes first
+    )
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     return done.returncode, done.stdout + done.stderr
 
@@ -66,7 +69,9 @@ def test_broken_torch(tmp_path: Path) -> None:
     assert code == 1 and not report["self_test"]["passed"] and len(report["problems"]) == 1
     code, text = run("train", paths=(tmp_path,))
     assert code == 2 and text.startswith("dpo-kernels: error: torch 2.9.9")
-    code, text = run(paths=(tmp_path,), code="""
+    code, text = run(
+        paths=(tmp_path,),
+        code="""
 import dpo_kernels as dk
 assert dk.__version__
 try:
@@ -74,7 +79,8 @@ try:
 except ImportError as error:
     assert isinstance(error.__cause__.__cause__, OSError)
     print(error)
-""")  # fmt: skip
+""",
+    )
     assert code == 0 and "dpo_kernels.fused_dpo_loss needs torch" in text
 
 
@@ -132,8 +138,15 @@ def test_two_openmp_pools(tmp_path: Path) -> None:
 def test_every_section_reads_well() -> None:
     report = doctor.examine()
     text = doctor.render(report)
-    for words in ("packages: torch", "devices: cpu", "GPU software", "compiled module: ", "OpenMP:",
-                  "backends:", "self-test of"):  # fmt: skip
+    for words in (
+        "packages: torch",
+        "devices: cpu",
+        "GPU software",
+        "compiled module: ",
+        "OpenMP:",
+        "backends:",
+        "self-test of",
+    ):
         assert words in text
     assert {section.key for section in doctor.SECTIONS} <= set(report)
     json.dumps(report)

@@ -110,8 +110,9 @@ def test_packed_is_padded(backend, shift):
     assert none.shape == (rows.shape[0],)
     if shift:
         assert (none[cu[1:] - 1] == 0).all()
-    by_token = dk.fused_dpo_loss(rows, flat, ref_logps=tokens, cu_seqlens=cu, shift=shift,
-                                 backend=backend)  # fmt: skip
+    by_token = dk.fused_dpo_loss(
+        rows, flat, ref_logps=tokens, cu_seqlens=cu, shift=shift, backend=backend
+    )
     assert by_token.loss.isfinite()
 
 
@@ -122,8 +123,9 @@ def test_packed_with_empty_sequences(backend):
     got = dk.sequence_logps(rows, labels, cu_seqlens=cu, backend=backend)
     first = dk.sequence_logps(rows[None, :3], labels[None, :3])
     second = dk.sequence_logps(rows[None, 3:], labels[None, 3:])
-    torch.testing.assert_close(got, torch.stack([torch.zeros(()), first[0], torch.zeros(()),
-                                                 second[0]]))  # fmt: skip
+    torch.testing.assert_close(
+        got, torch.stack([torch.zeros(()), first[0], torch.zeros(()), second[0]])
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -142,8 +144,9 @@ def test_wpo_weighs_and_is_detached(backend):
     logits, labels = batch()
     x = logits.clone().requires_grad_()
     plain = dk.fused_dpo_loss(x, labels, reference_free=True, reduction="none", backend=backend)
-    wpo = dk.fused_dpo_loss(x, labels, reference_free=True, reduction="none", backend=backend,
-                            use_weighting=True)  # fmt: skip
+    wpo = dk.fused_dpo_loss(
+        x, labels, reference_free=True, reduction="none", backend=backend, use_weighting=True
+    )
     logp = logits[:, :-1].double().log_softmax(-1)
     y = labels[:, 1:]
     aligned = logp.gather(-1, y.clamp(min=0)[..., None])[..., 0] - (2 * logp).logsumexp(-1)
@@ -176,9 +179,15 @@ def test_linear_is_logits(backend, dtype, budget):
     a = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     b = [t.double().requires_grad_() for t in (hidden, weight, bias)]
     out = dk.fused_linear_dpo_loss(
-        a[0], a[1], labels, bias=a[2], ref_hidden=ref_hidden, memory_budget=budget,
-        backend=backend, **options,
-    )  # fmt: skip
+        a[0],
+        a[1],
+        labels,
+        bias=a[2],
+        ref_hidden=ref_hidden,
+        memory_budget=budget,
+        backend=backend,
+        **options,
+    )
     reference = ref_hidden.double() @ b[1].T.detach() + b[2].detach()
     expected = dk.fused_dpo_loss(b[0] @ b[1].T + b[2], labels, reference, **options)
     # Plain torch in bf16 rounds the logits to bf16; the fused path does not.
@@ -382,7 +391,7 @@ LOGITS, LABELS = torch.randn(4, 5, 11), torch.zeros(4, 5, dtype=torch.long)
         ({"beta": -1}, ValueError, "beta"),
         ({"unknown": 1}, TypeError, "unknown loss option 'unknown'"),
     ],
-)  # fmt: skip
+)
 def test_refused(change, error, words):
     arguments = {"logits": LOGITS, "labels": LABELS, "ref_logps": torch.zeros(4), **change}
     if "ref_logits" in change and "ref_logps" not in change:
@@ -454,8 +463,12 @@ def test_tail_weights_go_by_the_partner_of_the_pair(backend, packed):
     cu = torch.arange(0, 91, 15) if packed else None
     shape = (1, 90) if packed else (6, 15)
     sums, counts = ops.sequence_sum(
-        values.view(shape), targets.view(shape), cu, ignore_index=-100, tail_weight=0.25,
+        values.view(shape),
+        targets.view(shape),
+        cu,
+        ignore_index=-100,
+        tail_weight=0.25,
         backend=backend,
-    )  # fmt: skip
+    )
     torch.testing.assert_close(sums, torch.stack(wanted), rtol=0, atol=1e-5)
     assert counts.tolist() == lengths

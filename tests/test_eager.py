@@ -34,10 +34,8 @@ def calls():
         "hidden": lambda: dk.fused_linear_dpo_loss(
             hidden, weight, labels, ref_logps=ref, backend="cpu"
         ),
-        "logps": lambda: dk.preference_loss(
-            logps[:2], logps[2:], ref[:2], ref[2:], backend="cpu"
-        ),
-    }  # fmt: skip
+        "logps": lambda: dk.preference_loss(logps[:2], logps[2:], ref[:2], ref[2:], backend="cpu"),
+    }
 
 
 @pytest.mark.parametrize("name", MOST)
@@ -154,9 +152,15 @@ def test_a_loss_that_does_not_count_gives_no_gradient(reduction):
     """0 whatever the slopes: an upstream gradient of 0 meets an infinite one."""
     x = torch.tensor([-1e200, -1.0], dtype=torch.float32).clamp(min=-3e38).requires_grad_()
     out = dk.preference_loss(
-        x, torch.zeros(2), loss_type="ipo", chosen_lengths=torch.ones(2),
-        rejected_lengths=torch.ones(2), reduction=reduction, backend="cpu", beta=1e-300,
-    )  # fmt: skip
+        x,
+        torch.zeros(2),
+        loss_type="ipo",
+        chosen_lengths=torch.ones(2),
+        rejected_lengths=torch.ones(2),
+        reduction=reduction,
+        backend="cpu",
+        beta=1e-300,
+    )
     (g,) = torch.autograd.grad(out.loss, x, torch.zeros_like(out.loss))
     assert torch.equal(g, torch.zeros(2))
 

@@ -210,12 +210,20 @@ def test_linear_head_with_an_adapter(backend, dtype, strategy):
     mine = {k: v.clone().requires_grad_(k in trained) for k, v in values.items()}
     losses = []
     for x in (mine, wide):
-        options = {} if x is wide else {
-            "strategy": strategy, "memory_budget": 40 << 20, "backend": backend}  # fmt: skip
+        options = (
+            {}
+            if x is wide
+            else {"strategy": strategy, "memory_budget": 40 << 20, "backend": backend}
+        )
         out = dk.fused_linear_dpo_loss(
-            x["hidden"], x["weight"], labels, lora=(x["A"], x["B"], 0.5), reference_free=True,
-            beta=0.02, **options,
-        )  # fmt: skip
+            x["hidden"],
+            x["weight"],
+            labels,
+            lora=(x["A"], x["B"], 0.5),
+            reference_free=True,
+            beta=0.02,
+            **options,
+        )
         (out.loss * 2.0**12).backward()
         losses.append(out.margins.double())
     assert (losses[0] - losses[1]).abs().max() < 1e-4
@@ -239,9 +247,15 @@ def test_the_linear_head_never_waits(backend, trained, scored):
 
     def run():
         out = dk.fused_linear_dpo_loss(
-            hidden, weight, labels, ref_logps=ref, scored_lengths=lengths, shift=False,
-            memory_budget=30 << 20, backend=backend,
-        )  # fmt: skip
+            hidden,
+            weight,
+            labels,
+            ref_logps=ref,
+            scored_lengths=lengths,
+            shift=False,
+            memory_budget=30 << 20,
+            backend=backend,
+        )
         out.loss.backward()
 
     run()  # compiles

@@ -19,10 +19,20 @@ TOOL = ROOT / "tools" / "gpu_check.py"
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is absent")
 def test_rehearsal(tmp_path):
-    command = [sys.executable, str(TOOL), "--rehearse", "--out", str(tmp_path), "--commit", "abc",
-               "--select", "2_to_31 and not test_gpu"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--rehearse",
+        "--out",
+        str(tmp_path),
+        "--commit",
+        "abc",
+        "--select",
+        "2_to_31 and not test_gpu",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     run = json.loads((tmp_path / "gpu-host-abc.json").read_text())
     assert run["rehearsal"] and not run["complete"]
@@ -42,8 +52,9 @@ def test_rehearsal(tmp_path):
     kernels = run["figures"]["kernels"]
     for what in ("forward", "statistics", "softcap", "backward, fp32 to bf16", "KL"):
         assert kernels[f"Llama-2 3 x 500 triton {what}"]["percent of copy"] > 0
-    judged = [row["met"] for rows in run["figures"].values() for row in rows.values()
-              if "met" in row]  # fmt: skip
+    judged = [
+        row["met"] for rows in run["figures"].values() for row in rows.values() if "met" in row
+    ]
     assert len(judged) > 20 and set(judged) <= {True, False}
     assert run["figures"]["step"]["linear"]["tokens/s"] > 0
 
@@ -61,8 +72,11 @@ def test_every_gpu_test_is_in_a_group():
     files = {file for group in load_tool().groups() for file in group.files}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    found = {line.split("::")[0].removeprefix("tests/") for line in done.stdout.splitlines()
-             if "::" in line and not line.startswith("SKIPPED")}  # fmt: skip
+    found = {
+        line.split("::")[0].removeprefix("tests/")
+        for line in done.stdout.splitlines()
+        if "::" in line and not line.startswith("SKIPPED")
+    }
     assert found and found <= files
 
 
@@ -116,7 +130,8 @@ def test_failures_count_against_what_was_launched(tmp_path):
 
 def test_a_gpu_is_needed():
     command = [sys.executable, str(TOOL)]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
     assert done.returncode == 2 and "this machine lacks" in done.stdout
     assert "--rehearse" in done.stdout

@@ -124,8 +124,11 @@ def check_waits(record):
     assert all(begun == 0 for begun, _ in record.uploads), record.uploads
 
 
-@pytest.mark.parametrize("options", ({}, {"ref": True}, {"ref": True, "loss_type": "tdpo2"},
-                                     {"rank": 8}, {"trained": False}), ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    ({}, {"ref": True}, {"ref": True, "loss_type": "tdpo2"}, {"rank": 8}, {"trained": False}),
+    ids=str,
+)
 def test_the_host_waits_for_nothing(options):
     """No value is read and nothing is copied within the loop over the chunks."""
     H, V = HEADS["SmolLM2"]

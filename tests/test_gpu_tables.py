@@ -20,10 +20,15 @@ CASE = "8192 tokens in 4 pairs, 60% scored"
 
 def row(suite, model, provider, ms, error=1e-5):
     found = {
-        "case": f"{suite} {model} bf16 {CASE}", "suite": suite, "model": model, "dtype": "bf16",
-        "provider": provider, "ours": provider.startswith("dpo-kernels"), "note": "",
+        "case": f"{suite} {model} bf16 {CASE}",
+        "suite": suite,
+        "model": model,
+        "dtype": "bf16",
+        "provider": provider,
+        "ours": provider.startswith("dpo-kernels"),
+        "note": "",
         "error": error,
-    }  # fmt: skip
+    }
     return found if ms is None else found | {"seconds": ms / 1e3, "floor": 0.020}
 
 
@@ -46,9 +51,13 @@ PEERS = [
     row("logits fwd+bwd", "GPT-2", "TRL selective_log_softmax", 1.3),
 ]
 RUN = {
-    "device": "NVIDIA H100 80GB HBM3", "driver": "580.1", "date": "2026-01-02T03:04:05+00:00",
+    "device": "NVIDIA H100 80GB HBM3",
+    "driver": "580.1",
+    "date": "2026-01-02T03:04:05+00:00",
     "versions": {"torch": "2.11.0+cu130", "cuda": "13.0", "triton": "3.6.0"},
-    "commit": "0123456789abcdef", "complete": True, "rehearsal": False,
+    "commit": "0123456789abcdef",
+    "complete": True,
+    "rehearsal": False,
     "tests": {"counts": {"passed": 450, "failed": 4, "skipped": 3}},
     "steps": {
         "build": {"outcome": "passed"},
@@ -64,23 +73,33 @@ RUN = {
             "Llama-3 4096 x 128256 triton forward": {"percent of copy": 11.0},
             "Llama-3 4096 x 128256 triton KL": {"percent of copy": 62.0},
         },
-        "rows": {"cuda 1 rows": {"ms": 0.01, "plain torch ms": 0.04, "met": True},
-                 "cuda 8 rows": {"ms": 0.05, "plain torch ms": 0.04, "met": False}},
+        "rows": {
+            "cuda 1 rows": {"ms": 0.01, "plain torch ms": 0.04, "met": True},
+            "cuda 8 rows": {"ms": 0.05, "plain torch ms": 0.04, "met": False},
+        },
         "host": {"from logits": {"us": 796.0, "plain torch us": 553.0, "met": False}},
         "head": {
             "bfloat16 bare products 3": {"ms": 33.0, "TFLOP/s": 777.0},
-            "bfloat16 trained, default budget": {"ms": 40.8, "of the products": 1.229,
-                                                 "MiB": 8692.6, "met": False},
+            "bfloat16 trained, default budget": {
+                "ms": 40.8,
+                "of the products": 1.229,
+                "MiB": 8692.6,
+                "met": False,
+            },
             "bfloat16 reference": {"ms": 14.5, "of the products": 1.34, "met": False},
         },
         "step": {
             "plain torch": {"ms": 176.0, "tokens/s": 46565.0, "peak MiB": 32861.0},
-            "linear": {"ms": 152.0, "tokens/s": 53792.0, "peak MiB": 24175.0,
-                       "of plain torch": 0.86},
+            "linear": {
+                "ms": 152.0,
+                "tokens/s": 53792.0,
+                "peak MiB": 24175.0,
+                "of plain torch": 0.86,
+            },
         },
         "peers": {f"{r['case']}: {r['provider']}": r for r in PEERS},
     },
-}  # fmt: skip
+}
 
 
 def save(folder, name="gpu-h100-0123.json", **changes):
@@ -151,8 +170,10 @@ def test_page(results):
 def test_a_run_that_was_cut_short(results):
     """Figures are kept one by one: what is there is drawn, and the rest named."""
     steps = RUN["steps"] | {"figures peers": {"outcome": "timed out after 90 s"}}
-    figures = {"kernels": {"copy of 8 GB": {"GB/s": 3027.0}},
-               "peers": {"a": PEERS[2], "b": PEERS[5]}}  # fmt: skip
+    figures = {
+        "kernels": {"copy of 8 GB": {"GB/s": 3027.0}},
+        "peers": {"a": PEERS[2], "b": PEERS[5]},
+    }
     save(results, steps=steps, figures=figures)
     assert "figures cut short: peers" in gpu_tables.state(results)
     assert "H100, Llama" not in gpu_tables.headline(results)

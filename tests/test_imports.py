@@ -139,8 +139,12 @@ def test_import_is_light():
 def test_import_is_quick():
     # Not a benchmark: a bound with much room, to notice a heavy import.
     seconds = min(
-        float(run("import torch, time; t = time.perf_counter(); import dpo_kernels;"
-                  "print(time.perf_counter() - t)"))
+        float(
+            run(
+                "import torch, time; t = time.perf_counter(); import dpo_kernels;"
+                "print(time.perf_counter() - t)"
+            )
+        )
         for _ in range(3)
-    )  # fmt: skip
+    )
     assert seconds < 1.5, seconds

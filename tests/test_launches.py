@@ -101,10 +101,15 @@ def calls(backend) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield (
                     f"sums backward {name} tail {tail}",
                     functools.partial(
-                        backend.sequence_sum_backward, empty(S, dtype=FP64), given, packed, -100,
-                        tail, FP32,
+                        backend.sequence_sum_backward,
+                        empty(S, dtype=FP64),
+                        given,
+                        packed,
+                        -100,
+                        tail,
+                        FP32,
                     ),
-                )  # fmt: skip
+                )
     for B in (2, 1000):
         u = empty(B, dtype=FP64)
         for phis in ([0], [0, 1, 2]):
@@ -133,15 +138,24 @@ class _Kernel:
             options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
             given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
             annotations = inspect.signature(self.kernel.fn).parameters
-            constants = {k: v for k, v in given.items()
-                         if "constexpr" in str(annotations[k].annotation)}  # fmt: skip
+            constants = {
+                k: v for k, v in given.items() if "constexpr" in str(annotations[k].annotation)
+            }
             free = set(_not_specialised(self.kernel))
-            special = [k for k, v in given.items() if isinstance(v, (int, float))
-                       and k not in constants and k not in free]  # fmt: skip
-            self.seen.append({
-                "grid": list(grid), "threads": 32 * options.pop("num_warps"), **options,
-                "constexprs": dict(sorted(constants.items())), "specialised": sorted(special),
-            })  # fmt: skip
+            special = [
+                k
+                for k, v in given.items()
+                if isinstance(v, (int, float)) and k not in constants and k not in free
+            ]
+            self.seen.append(
+                {
+                    "grid": list(grid),
+                    "threads": 32 * options.pop("num_warps"),
+                    **options,
+                    "constexprs": dict(sorted(constants.items())),
+                    "specialised": sorted(special),
+                }
+            )
 
         return launch
 
@@ -191,9 +205,11 @@ def cuda_cpp() -> dict[str, object]:
     # Data pointers of meta tensors are null: nothing is read.
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "launches"
-        with mock.patch.dict(os.environ, CUDA_ON_HOST_RECORD=str(file)), \
-             mock.patch.object(cuda, "_counters", {}), \
-             mock.patch.object(cuda, "on_host", build.module(record=True)):  # fmt: skip
+        with (
+            mock.patch.dict(os.environ, CUDA_ON_HOST_RECORD=str(file)),
+            mock.patch.object(cuda, "_counters", {}),
+            mock.patch.object(cuda, "on_host", build.module(record=True)),
+        ):
 
             def of(call):
                 file.write_text("")
@@ -213,8 +229,9 @@ def text(found: dict[str, object]) -> str:
 
 def difference(backend: str, found: dict[str, object]) -> str:
     then = text(json.loads(RECORDED.read_text())[backend])
-    lines = difflib.unified_diff(then.splitlines(), text(found).splitlines(), "recorded", "now",
-                                 n=0, lineterm="")  # fmt: skip
+    lines = difflib.unified_diff(
+        then.splitlines(), text(found).splitlines(), "recorded", "now", n=0, lineterm=""
+    )
     return "\n".join(lines)
 
 
@@ -248,10 +265,14 @@ def test_cuda_launches():
 def test_a_specialised_scalar_is_noticed(monkeypatch):
     kernel = TRITON["token_logps"]._forward
     fewer = tuple(n for n in launches.VARYING if n != "rows")
-    attributes = {"arg_names": kernel.arg_names, "fn": kernel.fn,
-                  "kwargs": {"do_not_specialize": fewer}}  # fmt: skip
-    monkeypatch.setattr(TRITON["token_logps"], "_forward", mock.Mock(spec_set=list(attributes),
-                                                                     **attributes))  # fmt: skip
+    attributes = {
+        "arg_names": kernel.arg_names,
+        "fn": kernel.fn,
+        "kwargs": {"do_not_specialize": fewer},
+    }
+    monkeypatch.setattr(
+        TRITON["token_logps"], "_forward", mock.Mock(spec_set=list(attributes), **attributes)
+    )
     with pytest.raises(pytest.fail.Exception, match=r'(?s)\+.*"specialised": \["rows"\]'):
         check("triton", triton())
 
@@ -274,8 +295,9 @@ def shared_memory(kernels: list[dict]) -> dict[str, object]:
 def compiled() -> list[dict]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     program = Path(__file__).with_name("triton_aot.py")
-    done = subprocess.run([sys.executable, str(program), "sm_90"], capture_output=True, text=True,
-                          env=env, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(program), "sm_90"], capture_output=True, text=True, env=env, check=True
+    )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

@@ -40,16 +40,25 @@ def test_every_loss(name, budget):
     options = {"loss_type": name, **OPTIONS.get(name, {})}
     strategy = "recompute" if TABLE[name].batch_coupled else "streaming"
     out = check(
-        (hidden, weight, bias), labels, ref if needs_reference(name) else None, options, None,
+        (hidden, weight, bias),
+        labels,
+        ref if needs_reference(name) else None,
+        options,
+        None,
         memory_budget=BUDGETS[budget],
-    )  # fmt: skip
+    )
     assert out.strategy == strategy
     if strategy == "streaming":
         other = dk.fused_linear_dpo_loss(
-            hidden, weight.requires_grad_(), labels, bias=bias, strategy="recompute",
-            memory_budget=BUDGETS[budget], **options,
+            hidden,
+            weight.requires_grad_(),
+            labels,
+            bias=bias,
+            strategy="recompute",
+            memory_budget=BUDGETS[budget],
+            **options,
             **({"ref_hidden": ref[0], "ref_weight": ref[1]} if needs_reference(name) else {}),
-        )  # fmt: skip
+        )
         assert other.strategy == "recompute"
         torch.testing.assert_close(other.loss, out.loss)
 
@@ -74,9 +83,13 @@ def test_every_loss(name, budget):
 def test_every_option(options, strategy):
     hidden, weight, bias, *ref = tensors()
     check(
-        (hidden, weight, bias), labels_of(), None if "reference_free" in options else ref, options,
-        strategy, memory_budget=BUDGETS["tight"],
-    )  # fmt: skip
+        (hidden, weight, bias),
+        labels_of(),
+        None if "reference_free" in options else ref,
+        options,
+        strategy,
+        memory_budget=BUDGETS["tight"],
+    )
 
 
 @pytest.mark.parametrize("backend", ("cpu", "triton"))
@@ -92,9 +105,15 @@ def test_backends_and_dtypes(backend, strategy, dtype):
     x, labels = hidden.requires_grad_(), labels_of()
     expected, gradients = exact(leaves, labels, ref)
     out = dk.fused_linear_dpo_loss(
-        x, weight, labels, bias=bias, ref_hidden=ref[0], ref_weight=ref[1], backend=backend,
+        x,
+        weight,
+        labels,
+        bias=bias,
+        ref_hidden=ref[0],
+        ref_weight=ref[1],
+        backend=backend,
         memory_budget=BUDGETS["tight"],
-    )  # fmt: skip
+    )
     assert out.strategy == "frozen" and abs(out.loss - expected.loss) < 1e-5
     out.loss.backward()
     close(x.grad, gradients[0], rtol)
@@ -151,9 +170,15 @@ def test_learned_options_and_weights():
         for strategy in ("streaming", "recompute"):
             mine = {k: v.clone().requires_grad_() for k, v in leaves.items()}
             out = dk.fused_linear_dpo_loss(
-                hidden, weight.requires_grad_(), labels, ref_hidden=ref[0], ref_weight=ref[1],
-                strategy=strategy, memory_budget=BUDGETS["tight"], **mine,
-            )  # fmt: skip
+                hidden,
+                weight.requires_grad_(),
+                labels,
+                ref_hidden=ref[0],
+                ref_weight=ref[1],
+                strategy=strategy,
+                memory_budget=BUDGETS["tight"],
+                **mine,
+            )
             got.append(torch.autograd.grad(3.0 * out.loss, list(mine.values())))
         for a, b in zip(*got, strict=True):
             assert (a != 0).any()
@@ -180,8 +205,9 @@ def test_sequence_logps(reduction, trained, budget):
     upstream = torch.randn(got.shape)
     leaves = slice(None) if trained else slice(1)
     grads = torch.autograd.grad(got, a[leaves], upstream)
-    for x, y in zip(grads, torch.autograd.grad(expected, b[leaves], upstream.double()),
-                    strict=True):  # fmt: skip
+    for x, y in zip(
+        grads, torch.autograd.grad(expected, b[leaves], upstream.double()), strict=True
+    ):
         close(x, y)
 
 
@@ -201,9 +227,16 @@ def test_step_zero(strategy, dtype):
     w = weight.clone().requires_grad_(strategy in ("streaming", "recompute"))
     for budget in BUDGETS.values():
         out = dk.fused_linear_dpo_loss(
-            x, w, labels, bias=bias, ref_hidden=hidden, ref_weight=weight, ref_bias=bias,
-            strategy=strategy, memory_budget=budget,
-        )  # fmt: skip
+            x,
+            w,
+            labels,
+            bias=bias,
+            ref_hidden=hidden,
+            ref_weight=weight,
+            ref_bias=bias,
+            strategy=strategy,
+            memory_budget=budget,
+        )
         assert out.strategy == strategy
         assert (out.chosen_rewards == 0).all() and (out.rejected_rewards == 0).all()
         assert abs(out.loss.item() - math.log(2)) < 1e-7

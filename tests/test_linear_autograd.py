@@ -139,9 +139,13 @@ def test_refused_strategies(strategy, options, words):
     labels = torch.randint(0, V, (2 * B, T))
     with pytest.raises(ValueError, match=words):
         dk.fused_linear_dpo_loss(
-            hidden, weight.requires_grad_(), labels, reference_free=True, strategy=strategy,
+            hidden,
+            weight.requires_grad_(),
+            labels,
+            reference_free=True,
+            strategy=strategy,
             **options,
-        )  # fmt: skip
+        )
     with pytest.raises(ValueError, match="nothing wants a gradient"):
         dk.fused_linear_dpo_loss(
             hidden, weight.detach(), labels, reference_free=True, strategy="streaming"

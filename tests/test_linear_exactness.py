@@ -41,10 +41,18 @@ def test_a_pair_is_the_same_in_any_batch(dtype, strategy, loss_type):
             x, y, r = (v.flatten(0, 1) for v in (x, y, r))
             cu = torch.arange(len(rows) + 1) * T
         out = dk.fused_linear_dpo_loss(
-            x.requires_grad_(strategy != "score"), weight, y, bias=bias, ref_hidden=r,
-            cu_seqlens=cu, memory_budget=budget, batch_invariant=True, strategy=strategy,
-            loss_type=loss_type, backend="cpu",
-        )  # fmt: skip
+            x.requires_grad_(strategy != "score"),
+            weight,
+            y,
+            bias=bias,
+            ref_hidden=r,
+            cu_seqlens=cu,
+            memory_budget=budget,
+            batch_invariant=True,
+            strategy=strategy,
+            loss_type=loss_type,
+            backend="cpu",
+        )
         assert out.strategy == strategy
         values = torch.stack([out.chosen_logps, out.rejected_logps, out.margins])
         return {pair: values[:, i] for i, pair in enumerate(chosen)}
@@ -94,9 +102,14 @@ def test_no_budget_shows(dtype, shape):
         labels = torch.randint(0, V, (4, T))
         ours = [
             dk.linear_sequence_logps(
-                hidden, weight, labels, reduction="none", memory_budget=budget,
-                batch_invariant=True, backend="cpu",
+                hidden,
+                weight,
+                labels,
+                reduction="none",
+                memory_budget=budget,
+                batch_invariant=True,
+                backend="cpu",
             )
             for budget in (1, 1 << 18, 1 << 20, None)
-        ]  # fmt: skip
+        ]
         assert all(torch.equal(x, ours[0]) for x in ours[1:])

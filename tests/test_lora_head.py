@@ -32,10 +32,16 @@ class TestLora:
         labels = labels_of()
         options = {"logit_softcap": 7.0, "temperature": 1.2, "logit_scale": 0.9}
         out = dk.fused_linear_dpo_loss(
-            mine["hidden"], mine["weight"], labels, bias=mine["bias"],
-            lora=(mine["A"], mine["B"], 0.5), ref_hidden=ref[0], strategy=strategy,
-            memory_budget=BUDGETS["tight"], **options,
-        )  # fmt: skip
+            mine["hidden"],
+            mine["weight"],
+            labels,
+            bias=mine["bias"],
+            lora=(mine["A"], mine["B"], 0.5),
+            ref_hidden=ref[0],
+            strategy=strategy,
+            memory_budget=BUDGETS["tight"],
+            **options,
+        )
         total = wide["weight"] + 0.5 * wide["B"] @ wide["A"]
         # The reference is the head without its adapter.
         reference = ref[0].double() @ wide["weight"].detach().T + wide["bias"].detach()
@@ -90,15 +96,27 @@ class TestDhiddenIsRoundedOnce:
             A.requires_grad_(), B.requires_grad_()
         backend = "torch" if strategy is None else "cpu"
         dk.fused_linear_dpo_loss(
-            hidden, weight, torch.tensor([[0, 0], [1, 1]]), lora=(A, B, 1.0), loss_type="cal_dpo",
-            beta=0.01, shift=False, reference_free=True, strategy=strategy, backend=backend,
-        ).loss.backward()  # fmt: skip
+            hidden,
+            weight,
+            torch.tensor([[0, 0], [1, 1]]),
+            lora=(A, B, 1.0),
+            loss_type="cal_dpo",
+            beta=0.01,
+            shift=False,
+            reference_free=True,
+            strategy=strategy,
+            backend=backend,
+        ).loss.backward()
         wide = hidden.detach().double().requires_grad_()
         dk.fused_linear_dpo_loss(
-            wide, weight.double() + (B @ A).detach().double(),
-            torch.tensor([[0, 0], [1, 1]]), loss_type="cal_dpo", beta=0.01, shift=False,
+            wide,
+            weight.double() + (B @ A).detach().double(),
+            torch.tensor([[0, 0], [1, 1]]),
+            loss_type="cal_dpo",
+            beta=0.01,
+            shift=False,
             reference_free=True,
-        ).loss.backward()  # fmt: skip
+        ).loss.backward()
         assert wide.grad.abs().max() > 1e4
         torch.testing.assert_close(hidden.grad.double(), wide.grad, rtol=1e-3, atol=0)
 

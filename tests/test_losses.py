@@ -56,8 +56,9 @@ def literal(name, w, l, rw, rl, b=BETA, e=E, off=None):
         "hinge": lambda: torch.relu(1 - h),
         "ipo": lambda: (u / n_w - v / n_l - 1 / (2 * b)) ** 2,
         "ipo_sum": lambda: (D - 1 / (2 * b)) ** 2,
-        "nca_pair": lambda: -logsigmoid(b * u) - 0.5 * logsigmoid(-b * u)
-        - 0.5 * logsigmoid(-b * v),
+        "nca_pair": lambda: (
+            -logsigmoid(b * u) - 0.5 * logsigmoid(-b * u) - 0.5 * logsigmoid(-b * v)
+        ),
         "bco_pair": lambda: -logsigmoid(b * u) - logsigmoid(-b * v),
         "sppo_hard": lambda: (u - 1 / (2 * b)) ** 2 + (v + 1 / (2 * b)) ** 2,
         "apo_zero": lambda: 1 - sig(b * u) + sig(b * v),
@@ -67,19 +68,23 @@ def literal(name, w, l, rw, rl, b=BETA, e=E, off=None):
         "dpop": lambda: -logsigmoid(b * (D - 50.0 * torch.relu(-u))),
         "odpo": lambda: -logsigmoid(h - off),
         "rdpo": lambda: -logsigmoid(h + 0.01 * (n_w - n_l).double()),
-        "cal_dpo": lambda: -logsigmoid(D)
-        + 0.5 * ((u - 1 / (2 * b)) ** 2 + (v + 1 / (2 * b)) ** 2),
-        "alphapo": lambda: -logsigmoid(
-            b * ((1 - p_w**-0.25) / 0.25 - (1 - p_l**-0.25) / 0.25) - 0.5
+        "cal_dpo": lambda: -logsigmoid(D) + 0.5 * ((u - 1 / (2 * b)) ** 2 + (v + 1 / (2 * b)) ** 2),
+        "alphapo": lambda: (
+            -logsigmoid(b * ((1 - p_w**-0.25) / 0.25 - (1 - p_l**-0.25) / 0.25) - 0.5)
         ),
         "orpo": lambda: nll - b * logsigmoid(odds),
         "slic": lambda: torch.relu(b - w + l) - 0.1 * w,
         "rpo": lambda: -logsigmoid(h) + nll,
-    }  # fmt: skip
+    }
     if name in others:
         return others[name]()
-    o = {"beta": b, "label_smoothing": e, "f_divergence_type": "reverse_kl",
-         "offset": 0.0 if off is None else off, "counts": (n_w, n_l)}  # fmt: skip
+    o = {
+        "beta": b,
+        "label_smoothing": e,
+        "f_divergence_type": "reverse_kl",
+        "offset": 0.0 if off is None else off,
+        "counts": (n_w, n_l),
+    }
     return pair_term(name, o, w, l, rw, rl, n_w, n_l)
 
 
@@ -97,10 +102,14 @@ def run(name, values, backend=None, **extra):
     w, l, rw, rl = values
     references = (rw, rl) if TABLE[ALIASES.get(name, name)].reference or name == "sft" else ()
     return dk.preference_loss(
-        w, l, *references, chosen_lengths=N_W.to(w.device),
-        rejected_lengths=N_L.to(w.device), backend=backend,
+        w,
+        l,
+        *references,
+        chosen_lengths=N_W.to(w.device),
+        rejected_lengths=N_L.to(w.device),
+        backend=backend,
         **{**options_for(ALIASES.get(name, name)), **extra},
-    )  # fmt: skip
+    )
 
 
 # beta_dpo draws at random; the losses of a KL have no meaning on log-probs (test_tdpo.py).
@@ -127,8 +136,9 @@ def test_values_and_gradients_of_the_papers_formulas(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LITERAL)
 def test_slopes_in_beta_and_offset(name, backend):
-    terms = TABLE[name].terms(LossOptions(label_smoothing=E if TABLE[name].smoothing is not None
-                                          else 0.0))  # fmt: skip
+    terms = TABLE[name].terms(
+        LossOptions(label_smoothing=E if TABLE[name].smoothing is not None else 0.0)
+    )
     values = logps(3)
     beta = torch.tensor([0.1, 0.5, 0.3, 1.0], dtype=torch.float64, requires_grad=True)
     offset = None
@@ -143,8 +153,9 @@ def test_slopes_in_beta_and_offset(name, backend):
     assert torch.autograd.gradcheck(f, inputs, check_undefined_grad=False)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "hinge", "robust", "discopop", "exo_pair",
-                                  "sigmoid_norm", "ipo", "rpo"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["sigmoid", "hinge", "robust", "discopop", "exo_pair", "sigmoid_norm", "ipo", "rpo"]
+)
 @pytest.mark.parametrize("kind", ["forward_kl", "js_divergence", "alpha_divergence"])
 def test_f_divergences(name, kind):
     w, l, rw, rl = logps(4, 0.5)
@@ -155,8 +166,14 @@ def test_f_divergences(name, kind):
     }[kind]
     out = run(name, (w, l, rw, rl), f_divergence_type=kind, reduction="none")
     zero = torch.zeros_like(w)
-    expected = literal("sigmoid" if name == "rpo" else name, score(w - rw), score(l - rl), zero,
-                       zero, e=0.0 if name == "rpo" else E)  # fmt: skip
+    expected = literal(
+        "sigmoid" if name == "rpo" else name,
+        score(w - rw),
+        score(l - rl),
+        zero,
+        zero,
+        e=0.0 if name == "rpo" else E,
+    )
     if name == "rpo":
         expected = expected - w * 4 / N_W.sum().double()
     torch.testing.assert_close(out.loss, expected, rtol=1e-11, atol=1e-12)
@@ -179,10 +196,13 @@ def test_aliases():
 
 def test_several_losses_are_a_weighted_sum():
     values = logps()
-    mix = run("sigmoid", values, loss_type=["sigmoid", "bco_pair", "sft"],
-              loss_weights=[0.8, 0.2, 1.5])  # fmt: skip
-    parts = [run(n, values, label_smoothing=E if n == "sigmoid" else 0.0).loss
-             for n in ("sigmoid", "bco_pair", "sft")]  # fmt: skip
+    mix = run(
+        "sigmoid", values, loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.5]
+    )
+    parts = [
+        run(n, values, label_smoothing=E if n == "sigmoid" else 0.0).loss
+        for n in ("sigmoid", "bco_pair", "sft")
+    ]
     torch.testing.assert_close(mix.loss, 0.8 * parts[0] + 0.2 * parts[1] + 1.5 * parts[2])
 
 
@@ -222,9 +242,16 @@ def test_inputs_on_which_shipping_code_fails(backend, dtype):
         zero = torch.zeros(1, dtype=dtype)
         reference = (zero, zero) if row.reference else ()
         n = [torch.tensor([x]) for x in lengths]
-        out = dk.preference_loss(chosen, rejected, *reference, chosen_lengths=n[0],
-                                 rejected_lengths=n[1], loss_type=name, backend=backend,
-                                 **options)  # fmt: skip
+        out = dk.preference_loss(
+            chosen,
+            rejected,
+            *reference,
+            chosen_lengths=n[0],
+            rejected_lengths=n[1],
+            loss_type=name,
+            backend=backend,
+            **options,
+        )
         out.loss.backward()
         assert not out.loss.isnan()
         assert not chosen.grad.isnan().any() and not rejected.grad.isnan().any()
@@ -352,7 +379,7 @@ def test_beta_dpo():
         ({"reference_free": True}, ValueError, "reference_free=True"),
         ({"loss_type": "discopop", "discopop_tau": 0.0}, ValueError, "discopop_tau"),
     ],
-)  # fmt: skip
+)
 def test_refused(options, error, words):
     with pytest.raises(error, match=words):
         dk.preference_loss(*logps(), chosen_lengths=N_W, rejected_lengths=N_L, **options)

@@ -36,8 +36,12 @@ BUDGETED = [
 @functools.cache
 def measurements() -> list[dict]:
     # Small blocks too go back to the system when they are freed: the peak is what is alive at once.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
-           "OMP_NUM_THREADS": "1"}  # fmt: skip
+    env = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(PROBE), json.dumps([*CASES, IN_PLACE, *BUDGETED])]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -88,8 +92,9 @@ def test_a_budget_is_kept_and_changes_no_value(cases):
 
 
 def test_terms_and_refusals():
-    e = memory.estimate("streaming", [5, 3, 4, 6], T=8, V=1000, H=64, dtype=torch.bfloat16,
-                        low_rank=4)  # fmt: skip
+    e = memory.estimate(
+        "streaming", [5, 3, 4, 6], T=8, V=1000, H=64, dtype=torch.bfloat16, low_rank=4
+    )
     assert e.peak == sum(e.terms.values())
     assert e.terms["accumulators"] == 4 * 1000 * (64 + 4)
     assert e.terms["packed"] == 4 * 18 * (64 + 4)

@@ -10,8 +10,15 @@ from linear_cases import B, T, V, labels_of, tensors
 import dpo_kernels as dk
 from dpo_kernels.ops import STATS
 
-FIELDS = ("loss", "chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards",
-          "margins", "accuracy")  # fmt: skip
+FIELDS = (
+    "loss",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_rewards",
+    "rejected_rewards",
+    "margins",
+    "accuracy",
+)
 BACKENDS = ("torch", "cpu", "triton")
 
 
@@ -23,9 +30,12 @@ def packed(labels):
 def test_it_is_a_tuple_of_seven_with_attributes_beside():
     hidden, weight, *_ = tensors()
     out = dk.fused_linear_dpo_loss(
-        hidden.requires_grad_(), weight.requires_grad_(), labels_of(), reference_free=True,
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        labels_of(),
+        reference_free=True,
         stats=("entropy",),
-    )  # fmt: skip
+    )
     assert out._fields == FIELDS and len(out) == 7 and len([*out]) == 7
     loss, *_, accuracy = out
     assert loss is out.loss and accuracy is out.accuracy
@@ -72,10 +82,18 @@ def test_statistics_under_every_strategy(strategy, options, backend):
     weight.requires_grad_(strategy in ("streaming", "recompute"))
     wish = None if backend == "torch" else strategy
     out = dk.fused_linear_dpo_loss(
-        hidden, weight, labels, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight,
-        stats=["is_top1", "entropy"], strategy=wish, memory_budget=1, backend=backend,
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        stats=["is_top1", "entropy"],
+        strategy=wish,
+        memory_budget=1,
+        backend=backend,
         **options,
-    )  # fmt: skip
+    )
     assert out.strategy == (wish or "plain") and list(out.stats) == ["is_top1", "entropy"]
     _, expected = dk.sequence_logps(
         hidden @ weight.T + bias, labels, reduction="none", stats=("entropy", "is_top1")
@@ -89,8 +107,11 @@ def test_statistics_in_a_module_and_of_a_wrong_name():
     labels, x = labels_of(), torch.randn(2 * B, T, V)
     out = dk.FusedDPOLoss(stats=("entropy",), reference_free=True)(x, labels)
     assert out.stats["entropy"].shape == (2 * B, T - 1)
-    for call in (lambda **o: dk.FusedDPOLoss(**o), lambda **o: dk.FusedLinearDPOLoss(**o),
-                 lambda **o: dk.fused_dpo_loss(x, labels, **o)):  # fmt: skip
+    for call in (
+        lambda **o: dk.FusedDPOLoss(**o),
+        lambda **o: dk.FusedLinearDPOLoss(**o),
+        lambda **o: dk.fused_dpo_loss(x, labels, **o),
+    ):
         with pytest.raises(ValueError, match="stats"):
             call(stats=("entropie",), reference_free=True)
 

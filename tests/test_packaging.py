@@ -109,8 +109,10 @@ int all(void) { return nowhere() + PyNone() + GOMP_x() + later() + memcpy(); }
     other = tmp_path / "later.c"
     other.write_text("int later(void) { return 0; }")
     script_ = f"-Wl,--version-script={versions}"
-    for command in ([other, script_, "-o", tmp_path / "liblater.so"],
-                    [source, f"-L{tmp_path}", "-llater", "-o", library]):  # fmt: skip
+    for command in (
+        [other, script_, "-o", tmp_path / "liblater.so"],
+        [source, f"-L{tmp_path}", "-llater", "-o", library],
+    ):
         subprocess.run([compiler, "-w", "-shared", "-fPIC", *command], check=True)
     assert glibc.too_new(library) == ["later@GLIBC_2.99", "nowhere (of no version)"]
 
@@ -216,18 +218,33 @@ def build(source: Path, *arguments: str, **env: str) -> subprocess.CompletedProc
     """`setup.py build_ext` there; DPO_KERNELS_CUDA=0 unless told otherwise."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "CUDACXX")}
     return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace", *arguments], cwd=source, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "setup.py", "build_ext", "--inplace", *arguments],
+        cwd=source,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         env={**kept, "DPO_KERNELS_CUDA": "0", **env},
-    )  # fmt: skip
+    )
 
 
 def test_sdist_holds_everything(source: Path) -> None:
-    for name in ("CHANGELOG.md", "LICENSE", "THIRD_PARTY_NOTICES", "Makefile", "constraints.txt",
-                 "csrc/CMakeLists.txt", "csrc/cuda/token_logps.cu", "csrc/cpu/simd.h",
-                 "dpo_kernels/py.typed", "dpo_kernels/_C.pyi", "tests/conftest.py",
-                 "tests/peers/cases.json.gz", "tools/dist.py", "docs/clusters.md",
-                 "dpo_kernels/data/default/train.jsonl"):  # fmt: skip
+    for name in (
+        "CHANGELOG.md",
+        "LICENSE",
+        "THIRD_PARTY_NOTICES",
+        "Makefile",
+        "constraints.txt",
+        "csrc/CMakeLists.txt",
+        "csrc/cuda/token_logps.cu",
+        "csrc/cpu/simd.h",
+        "dpo_kernels/py.typed",
+        "dpo_kernels/_C.pyi",
+        "tests/conftest.py",
+        "tests/peers/cases.json.gz",
+        "tools/dist.py",
+        "docs/clusters.md",
+        "dpo_kernels/data/default/train.jsonl",
+    ):
         assert (source / name).is_file(), name
     for tree in ("csrc", "tests", "tools", "benchmarks", "dpo_kernels"):
         for path in (ROOT / tree).rglob("*"):
@@ -282,8 +299,18 @@ def test_pip_installs_the_sdist(source: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX")}
     env = {**kept, "DPO_KERNELS_CUDA": "0", "PATH": path, "MAX_JOBS": "2"}
-    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps",
-               "--no-build-isolation", "--target", str(site), str(source)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(site),
+        str(source),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     first = compiled()
@@ -307,8 +334,11 @@ from dpo_kernels.cli import main
 sys.exit(main(["doctor"]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=os.sep, env={**kept, "PYTHONPATH": str(site)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        cwd=os.sep,
+        env={**kept, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(site) in done.stdout and "GPU code: none" in done.stdout

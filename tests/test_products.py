@@ -69,10 +69,17 @@ def test_as_float64(narrow, dtype, kind, strategy, loss_type, backend):
         tensors[name].requires_grad_()
     call = {"loss_type": loss_type, "beta": 0.03}
     out = dk.fused_linear_dpo_loss(
-        tensors["hidden"], tensors["weight"], labels, bias=tensors["bias"],
-        lora=(tensors["A"], tensors["B"], 0.5), ref_hidden=ref, strategy=strategy,
-        memory_budget=60_000, backend=backend, **call,
-    )  # fmt: skip
+        tensors["hidden"],
+        tensors["weight"],
+        labels,
+        bias=tensors["bias"],
+        lora=(tensors["A"], tensors["B"], 0.5),
+        ref_hidden=ref,
+        strategy=strategy,
+        memory_budget=60_000,
+        backend=backend,
+        **call,
+    )
     total = wide["weight"] + 0.5 * wide["B"] @ wide["A"]
     reference = ref.double() @ wide["weight"].detach().T + wide["bias"].detach()
     expected = dk.fused_dpo_loss(wide["hidden"] @ total.T + wide["bias"], labels, reference, **call)
@@ -192,11 +199,29 @@ def test_the_log_says_what_is_slow(caplog):
 class TestDefaultBudget:
     """Llama-3's head, 4096 x 128256."""
 
-    def plan(self, rows, strategy="streaming", device="cuda", V=128256, H=4096, budget=plan.DEFAULT,
-             dtype=torch.bfloat16, **options):  # fmt: skip
+    def plan(
+        self,
+        rows,
+        strategy="streaming",
+        device="cuda",
+        V=128256,
+        H=4096,
+        budget=plan.DEFAULT,
+        dtype=torch.bfloat16,
+        **options,
+    ):
         weight = torch.empty(V, H, dtype=dtype, device="meta")
-        return plan.plan_of(strategy, budget, rows, weight, None, None, False,
-                            device=torch.device(device), **options)  # fmt: skip
+        return plan.plan_of(
+            strategy,
+            budget,
+            rows,
+            weight,
+            None,
+            None,
+            False,
+            device=torch.device(device),
+            **options,
+        )
 
     @pytest.mark.parametrize("strategy", ("streaming", "frozen", "recompute", "score"))
     @pytest.mark.parametrize("rows", (500, 1024, 8192, 131072))

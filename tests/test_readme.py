@@ -18,8 +18,13 @@ import readme_tables  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
-PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/results/README.md",
-         *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]  # fmt: skip
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "benchmarks/results/README.md",
+    *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md"))),
+]
 RUN_ELSEWHERE = {"docs/integrations.md"}  # tests/integrations/test_recipes.py
 
 
@@ -114,10 +119,11 @@ def test_the_loss_that_contributing_adds():
     from torch.nn.functional import logsigmoid
 
     block = {
-        name: textwrap.dedent(re.search(rf"<!-- example: {name} -->\n```py\n(.*?)```",
-                                        CONTRIBUTING, re.DOTALL)[1])
+        name: textwrap.dedent(
+            re.search(rf"<!-- example: {name} -->\n```py\n(.*?)```", CONTRIBUTING, re.DOTALL)[1]
+        )
         for name in ("terms", "row", "formula")
-    }  # fmt: skip
+    }
     names = dict(vars(losses))
     exec("from __future__ import annotations\n" + block["terms"], names)
     row = eval(block["row"], names)
@@ -125,8 +131,9 @@ def test_the_loss_that_contributing_adds():
     object.__setattr__(option, row.options[0], 0.95)  # the field that a contributor would add
     u, v, b = torch.tensor([0.3, -2.0]), torch.tensor([-1.0, 0.5]), 0.3
     own = {row.options[0]: 0.95}
-    formula = eval("{" + block["formula"] + "}", {"own": own, "u": u, "v": v, "b": b,
-                                                  "logsigmoid": logsigmoid})  # fmt: skip
+    formula = eval(
+        "{" + block["formula"] + "}", {"own": own, "u": u, "v": v, "b": b, "logsigmoid": logsigmoid}
+    )
     assert list(formula) == [row.name]
     loss = dk.ops.pair_loss(u.double(), v.double(), row.terms(option), beta=b, backend="torch")
     torch.testing.assert_close(loss, formula[row.name]().double())

@@ -56,11 +56,18 @@ def test_packed_and_common_prefix():
     for options in ({}, {"drop_common_prefix": True}):
         results = [
             dk.fused_linear_dpo_loss(
-                x.clone().requires_grad_(), weight.clone().requires_grad_(), y, cu_seqlens=cu,
-                ref_hidden=r, ref_weight=ref[1], shift=False, **more, **options,
+                x.clone().requires_grad_(),
+                weight.clone().requires_grad_(),
+                y,
+                cu_seqlens=cu,
+                ref_hidden=r,
+                ref_weight=ref[1],
+                shift=False,
+                **more,
+                **options,
             ).loss
             for more in ({}, {"scored_lengths": lengths})
-        ]  # fmt: skip
+        ]
         assert torch.equal(*results)
 
 

@@ -77,8 +77,9 @@ def test_the_paper(backend, name, dtype, shift):
         labels[i, n:] = IGNORE
     cu = torch.tensor([0, *lengths]).cumsum(0)
     padded = dk.fused_dpo_loss(logits, labels, ref, **options)
-    packed = dk.fused_dpo_loss(*(pack(v, lengths) for v in (logits, labels, ref)), cu_seqlens=cu,
-                               **options)  # fmt: skip
+    packed = dk.fused_dpo_loss(
+        *(pack(v, lengths) for v in (logits, labels, ref)), cu_seqlens=cu, **options
+    )
     torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-6, atol=1e-6)
 
 
@@ -126,10 +127,14 @@ def test_linear(name, strategy, budget, options):
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [("cpu", torch.float32), ("cpu", torch.bfloat16), ("cpu", torch.float16),
-     ("triton", torch.bfloat16)],
+    [
+        ("cpu", torch.float32),
+        ("cpu", torch.bfloat16),
+        ("cpu", torch.float16),
+        ("triton", torch.bfloat16),
+    ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("strategy", ("streaming", "recompute", "frozen", "score"))
 def test_linear_backends(backend, dtype, strategy):
     """A reference with a hidden size of its own; the formula by hand."""
@@ -147,10 +152,18 @@ def test_linear_backends(backend, dtype, strategy):
         "tdpo2", exact["hidden"] @ exact["weight"].T + exact["bias"], ref, labels, alpha=0.8
     )
     out = dk.fused_linear_dpo_loss(
-        mine["hidden"], mine["weight"], labels, bias=mine["bias"], ref_hidden=ref_hidden,
-        ref_weight=ref_weight, loss_type="tdpo2", tdpo_alpha=0.8, strategy=strategy,
-        backend=backend, memory_budget=BUDGETS["tight"],
-    )  # fmt: skip
+        mine["hidden"],
+        mine["weight"],
+        labels,
+        bias=mine["bias"],
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        loss_type="tdpo2",
+        tdpo_alpha=0.8,
+        strategy=strategy,
+        backend=backend,
+        memory_budget=BUDGETS["tight"],
+    )
     assert out.strategy == strategy and abs(out.loss - loss) < 1e-5
     if trained:
         out.loss.backward()
@@ -179,8 +192,9 @@ def test_which_strategy_is_taken():
             x[0].requires_grad_(), weight.requires_grad_(trained), labels, **{**given, **options}
         )
         assert out.strategy == expected, (trained, options)
-    plain = dk.fused_linear_dpo_loss(hidden, weight.detach(), labels_of(), ref_hidden=ref[0],
-                                     loss_type="tdpo1", backend="torch")  # fmt: skip
+    plain = dk.fused_linear_dpo_loss(
+        hidden, weight.detach(), labels_of(), ref_hidden=ref[0], loss_type="tdpo1", backend="torch"
+    )
     assert plain.strategy == "plain"
 
 
@@ -192,12 +206,19 @@ def test_reduction_none_and_lists(strategy):
     options = {"loss_type": ["tdpo2", "tdpo1", "ipo"], "loss_weights": [1.0, 0.5, 0.2]}
     if strategy != "streaming":
         options["reduction"] = "none"
-    leaves = [[x.to(d, copy=True).requires_grad_(t) for x, t in ((hidden, True), (weight, trained))]
-              for d in (torch.float32, torch.float64)]  # fmt: skip
+    leaves = [
+        [x.to(d, copy=True).requires_grad_(t) for x, t in ((hidden, True), (weight, trained))]
+        for d in (torch.float32, torch.float64)
+    ]
     out = dk.fused_linear_dpo_loss(
-        *leaves[0], labels, ref_hidden=ref[0], ref_weight=ref[1], strategy=strategy,
-        memory_budget=BUDGETS["tight"], **options,
-    )  # fmt: skip
+        *leaves[0],
+        labels,
+        ref_hidden=ref[0],
+        ref_weight=ref[1],
+        strategy=strategy,
+        memory_budget=BUDGETS["tight"],
+        **options,
+    )
     exact = dk.fused_dpo_loss(
         leaves[1][0] @ leaves[1][1].T, labels, ref[0].double() @ ref[1].double().T, **options
     )
@@ -221,9 +242,15 @@ def test_step_zero(name, strategy, dtype):
     w = weight.clone().requires_grad_(strategy in ("streaming", "recompute"))
     for budget in BUDGETS.values():
         out = dk.fused_linear_dpo_loss(
-            x, w, labels, bias=bias, ref_hidden=hidden, strategy=strategy, memory_budget=budget,
+            x,
+            w,
+            labels,
+            bias=bias,
+            ref_hidden=hidden,
+            strategy=strategy,
+            memory_budget=budget,
             loss_type=name,
-        )  # fmt: skip
+        )
         assert out.strategy == strategy
         assert (out.chosen_rewards == 0).all() and (out.rejected_rewards == 0).all()
         assert abs(out.loss.item() - math.log(2)) < 1e-7
@@ -246,8 +273,12 @@ def test_lora_and_layouts():
     A, up = torch.randn(3, H) * 0.3, torch.randn(V, 3) * 0.3
     wide = [v.double().requires_grad_() for v in (hidden, A, up)]
     total = weight.double() + 0.5 * wide[2] @ wide[1]
-    loss, _ = by_hand("tdpo1", wide[0] @ total.T + bias.double(),
-                      ref[0].double() @ weight.double().T + bias.double(), labels)  # fmt: skip
+    loss, _ = by_hand(
+        "tdpo1",
+        wide[0] @ total.T + bias.double(),
+        ref[0].double() @ weight.double().T + bias.double(),
+        labels,
+    )
     exact = torch.autograd.grad(loss, wide)
     cu = torch.tensor([0, *lengths]).cumsum(0)
     for strategy in ("streaming", "recompute"):
@@ -255,10 +286,17 @@ def test_lora_and_layouts():
             mine = [v.clone().requires_grad_() for v in (hidden, A, up)]
             x, y, r = (pack(v, lengths) if packed else v for v in (mine[0], labels, ref[0]))
             out = dk.fused_linear_dpo_loss(
-                x, weight, y, bias=bias, lora=(mine[1], mine[2], 0.5), ref_hidden=r,
-                loss_type="tdpo1", cu_seqlens=cu if packed else None, strategy=strategy,
+                x,
+                weight,
+                y,
+                bias=bias,
+                lora=(mine[1], mine[2], 0.5),
+                ref_hidden=r,
+                loss_type="tdpo1",
+                cu_seqlens=cu if packed else None,
+                strategy=strategy,
                 memory_budget=BUDGETS["tight"],
-            )  # fmt: skip
+            )
             assert abs(out.loss - loss) < 1e-5
             for a, b in zip(torch.autograd.grad(out.loss, mine), exact, strict=True):
                 close(a, b)
@@ -311,8 +349,26 @@ def test_opcheck():
         h, w = hidden.clone(), weight.clone()
         if trained is not None:
             h.requires_grad_(), w.requires_grad_(trained)
-        arguments = (h, w, bias, None, None, *ref, None, targets, IGNORE, 1.0, 0.0, 1.0, "entropy",
-                     strategy, count, 1 << 20, False, "cpu")  # fmt: skip
+        arguments = (
+            h,
+            w,
+            bias,
+            None,
+            None,
+            *ref,
+            None,
+            targets,
+            IGNORE,
+            1.0,
+            0.0,
+            1.0,
+            "entropy",
+            strategy,
+            count,
+            1 << 20,
+            False,
+            "cpu",
+        )
         torch.library.opcheck(torch.ops.dpo_kernels.linear_kl, arguments, test_utils=utils)
 
 
@@ -341,14 +397,16 @@ def test_common_prefix():
     results = []
     for drop in (False, True):
         w = weight.clone().requires_grad_()
-        out = dk.fused_linear_dpo_loss(hidden, w, labels, loss_type="tdpo1",
-                                       drop_common_prefix=drop, **given)  # fmt: skip
+        out = dk.fused_linear_dpo_loss(
+            hidden, w, labels, loss_type="tdpo1", drop_common_prefix=drop, **given
+        )
         results.append((out.loss, *torch.autograd.grad(out.loss, w)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"drop_common_prefix .* 'tdpo2'"):
-        dk.fused_linear_dpo_loss(hidden, weight, labels, loss_type="tdpo2",
-                                 drop_common_prefix=True, **given)  # fmt: skip
+        dk.fused_linear_dpo_loss(
+            hidden, weight, labels, loss_type="tdpo2", drop_common_prefix=True, **given
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

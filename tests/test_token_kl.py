@@ -172,16 +172,20 @@ def test_no_gradient_reads_nothing(backend):
 def test_views_and_dtypes_of_their_own(backend):
     """Strided operands that lie differently against 16 bytes; a bf16 policy, an fp32 reference."""
     base, other = torch.randn(4, 7, 333).bfloat16(), torch.randn(4, 9, 257)
-    views = [(base[:, :-1, :257], other[:, 2:8]), (base[::2, 1:, 3:260], other[:2, 3:]),
-             (base[..., 70:327].transpose(0, 1), other[:, :7].transpose(0, 1))]  # fmt: skip
+    views = [
+        (base[:, :-1, :257], other[:, 2:8]),
+        (base[::2, 1:, 3:260], other[:2, 3:]),
+        (base[..., 70:327].transpose(0, 1), other[:, :7].transpose(0, 1)),
+    ]
     for x, r in views:
         targets = torch.randint(0, 257, x.shape[:2])
         weights = torch.randn(2, *targets.shape)
         expected = run(x.contiguous(), r.contiguous(), targets, weights, backend)
         leaf = x.detach().requires_grad_()
         out = ops.token_kl(leaf, r, targets, backend=backend)
-        (grad,) = torch.autograd.grad((out.policy.logps * weights[0] + out.kl * weights[1]).sum(),
-                                      leaf)  # fmt: skip
+        (grad,) = torch.autograd.grad(
+            (out.policy.logps * weights[0] + out.kl * weights[1]).sum(), leaf
+        )
         torch.testing.assert_close(out.kl, expected[2], rtol=1e-6, atol=1e-6)
         # One unit of bf16: columns may fall to other lanes.
         torch.testing.assert_close(grad, expected[3], rtol=2**-7, atol=1e-6)
@@ -264,10 +268,15 @@ def test_rows_do_not_depend_on_their_batch_or_the_threads():
     try:
         torch.set_num_threads(3)
         alone = [
-            ops.token_kl(logits[i : i + 1, j : j + 1], ref[i : i + 1, j : j + 1],
-                         targets[i : i + 1, j : j + 1], backend="cpu").kl
-            for i in range(9) for j in range(4)
-        ]  # fmt: skip
+            ops.token_kl(
+                logits[i : i + 1, j : j + 1],
+                ref[i : i + 1, j : j + 1],
+                targets[i : i + 1, j : j + 1],
+                backend="cpu",
+            ).kl
+            for i in range(9)
+            for j in range(4)
+        ]
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(together.view(-1), torch.cat(alone).view(-1))

@@ -83,8 +83,9 @@ def test_statistics(backend, V, options):
         torch.testing.assert_close(
             stats[name].double(), exact[name], rtol=3e-6, atol=2e-5, equal_nan=True
         )
-    one = dk.sequence_logps(logits, labels, backend=backend, reduction="none",
-                            stats=("is_top1",), **options)[1]  # fmt: skip
+    one = dk.sequence_logps(
+        logits, labels, backend=backend, reduction="none", stats=("is_top1",), **options
+    )[1]
     torch.testing.assert_close(one["is_top1"], stats["is_top1"], rtol=0, atol=0, equal_nan=True)
 
 
@@ -202,10 +203,12 @@ def test_rows_do_not_depend_on_their_batch_or_the_threads():
     logits = torch.randn(40, 1, 40_000).to(torch.bfloat16)
     labels = torch.randint(0, 40_000, (40, 1))
     together = dk.sequence_logps(logits, labels, shift=False, backend="cpu")
-    alone = torch.cat([
-        dk.sequence_logps(logits[i : i + 1], labels[i : i + 1], shift=False, backend="cpu")
-        for i in range(40)
-    ])  # fmt: skip
+    alone = torch.cat(
+        [
+            dk.sequence_logps(logits[i : i + 1], labels[i : i + 1], shift=False, backend="cpu")
+            for i in range(40)
+        ]
+    )
     assert torch.equal(together, alone)
     threads = torch.get_num_threads()
     try:
@@ -334,9 +337,10 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.dpo_kernels.token_logps, arguments, test_utils=utils)
     values = torch.randn(2, 3, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.dpo_kernels.sequence_sum, (values, targets, None, IGNORE, 0.5, backend),
+        torch.ops.dpo_kernels.sequence_sum,
+        (values, targets, None, IGNORE, 0.5, backend),
         test_utils=utils,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -39,10 +39,15 @@ transformers = pytest.importorskip("transformers", reason="the trainer needs tra
 VOCAB = 260
 QUIET = Console(quiet=True)
 COMMON = {
-    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 256,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
     "initializer_range": 0.2,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +67,13 @@ def tiny_model(name: str = "Llama", dtype: torch.dtype = torch.float32, **option
 
 def config_of(**options: Any) -> DPOTrainConfig:
     small = {
-        "device": "cpu", "learning_rate": 1e-3, "logging_steps": 1, "seed": 3,
-        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4,
-    }  # fmt: skip
+        "device": "cpu",
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "seed": 3,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+    }
     return load_config(small, options)
 
 
@@ -215,8 +224,13 @@ def run_train(tmp_path: Path, n: int = 8, **options: Any) -> tuple[Policy, list[
 
 def test_training_is_what_plain_torch_would_do(tmp_path: Path) -> None:
     """Three steps of AdamW with decay, clipping and warm-up, against a loop written out."""
-    options = {"max_steps": 3, "weight_decay": 0.1, "warmup_steps": 2, "max_grad_norm": 0.5,
-               "beta": 0.3}  # fmt: skip
+    options = {
+        "max_steps": 3,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+        "max_grad_norm": 0.5,
+        "beta": 0.3,
+    }
     policy, rows = run_train(tmp_path, **options)
     config = config_of(**options)
     model = tiny_model()
@@ -258,9 +272,12 @@ def test_accumulation_does_not_change_the_step(tmp_path: Path, loss: dict[str, A
     results = []
     for size, accumulation in ((6, 1), (4, 2), (1, 6)):
         _, rows = run_train(
-            tmp_path, 6, per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation, **options,
-        )  # fmt: skip
+            tmp_path,
+            6,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            **options,
+        )
         results.append([(r["loss"], r["grad_norm"], r["num_tokens"]) for r in rows])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -313,10 +330,22 @@ def test_learns_and_metrics_have_trls_names(tmp_path: Path) -> None:
     _, rows = run_train(tmp_path, max_steps=20, learning_rate=5e-3, logging_steps=5)
     assert [r["step"] for r in rows] == [5, 10, 15, 20]
     assert set(rows[0]) == {
-        "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-        "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "epoch", "step",
-        "num_tokens", "step_time", "tokens_per_s", "pairs_per_s",
-    }  # fmt: skip
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "step",
+        "num_tokens",
+        "step_time",
+        "tokens_per_s",
+        "pairs_per_s",
+    }
     assert rows[-1]["loss"] < 0.3 and rows[-1]["rewards/accuracies"] == 1.0
     assert rows[-1]["epoch"] == 10.0
     assert (tmp_path / "m.jsonl").read_text().splitlines() == [json.dumps(r) for r in rows]
@@ -425,9 +454,13 @@ def test_real_preference_data() -> None:
     for mode in ("padded", "prefix", "auto"):
         batch = make_batch(pairs, replace(policy.sharing, mode=mode), 0)
         out = dk.fused_linear_dpo_loss(
-            policy.hidden(batch), labels=batch.labels, cu_seqlens=batch.cu_seqlens, shift=False,
-            reference_free=True, **policy.head_arguments(),
-        )  # fmt: skip
+            policy.hidden(batch),
+            labels=batch.labels,
+            cu_seqlens=batch.cu_seqlens,
+            shift=False,
+            reference_free=True,
+            **policy.head_arguments(),
+        )
         losses.append(out.loss)
     assert torch.stack(losses).std() < 1e-10
 

@@ -18,8 +18,13 @@ def results(
     folder, date, kernel="cuda/pair_loss", passed=5, failed=0, hashes=HASHES, complete=True
 ):
     result = {"passed": passed, "failed": failed, "sources": hashes}
-    run = {"complete": complete, "device": "GPU", "date": date, "commit": "c" * 40,
-           "kernels": {kernel: result}}  # fmt: skip
+    run = {
+        "complete": complete,
+        "device": "GPU",
+        "date": date,
+        "commit": "c" * 40,
+        "kernels": {kernel: result},
+    }
     (folder / f"gpu-{date}.json").write_text(json.dumps(run))
 
 

@@ -44,14 +44,31 @@ def _gradients(dtype: str) -> tuple[str, ...]:
 
 def kernels():
     """name -> (function, {argument: type}, {constexpr: value}, warps)."""
-    row = {"stride_r": "i64", "stride_t": "i64", "T": "i32", "V": "i32", "ignore_index": "i32",
-           "shift": "i32", "inner": "fp32", "outer": "fp32", "k": "fp32", "unit_hi": "fp32",
-           "unit_lo": "fp32"}  # fmt: skip
+    row = {
+        "stride_r": "i64",
+        "stride_t": "i64",
+        "T": "i32",
+        "V": "i32",
+        "ignore_index": "i32",
+        "shift": "i32",
+        "inner": "fp32",
+        "outer": "fp32",
+        "k": "fp32",
+        "unit_hi": "fp32",
+        "unit_lo": "fp32",
+    }
     for dtype in ("fp32", "bf16", "fp16"):
         like = torch.empty(0, dtype=DTYPES[dtype])
         vector = launch.vector(like)
-        types = {"logits": f"*{dtype}", "targets": "*i64", "logps": "*fp32", "lse": "*fp64",
-                 "stats": "*fp32", **row, "rows": "i32"}  # fmt: skip
+        types = {
+            "logits": f"*{dtype}",
+            "targets": "*i64",
+            "logps": "*fp32",
+            "lse": "*fp64",
+            "stats": "*fp32",
+            **row,
+            "rows": "i32",
+        }
         for softcap, stats in ((False, False), (True, False), (False, True), (True, True)):
             forward = token_logps.FORWARD_STATS if stats else token_logps.FORWARD
             forward = launch.lanes(like, forward)
@@ -59,10 +76,21 @@ def kernels():
             constants = {"SOFTCAP": softcap, "STATS": stats, "VEC": vector, **forward}
             name = f"forward_{dtype}{'_softcap' * softcap}{'_stats' * stats}"
             yield name, token_logps._forward, types, constants, forward_warps
-        types = {"grad": "*fp32", "logits": f"*{dtype}", "targets": "*i64", "lse": "*fp64",
-                 **row, "out_stride_r": "i64", "out_stride_t": "i64",
-                 "out_shift": "i32", "rows": "i32", "tiles": "i32", "inv_hi": "fp32",
-                 "inv_lo": "fp32", "chain": "fp32"}  # fmt: skip
+        types = {
+            "grad": "*fp32",
+            "logits": f"*{dtype}",
+            "targets": "*i64",
+            "lse": "*fp64",
+            **row,
+            "out_stride_r": "i64",
+            "out_stride_t": "i64",
+            "out_shift": "i32",
+            "rows": "i32",
+            "tiles": "i32",
+            "inv_hi": "fp32",
+            "inv_lo": "fp32",
+            "chain": "fp32",
+        }
         backward = dict(token_logps.BACKWARD)
         backward_warps = backward.pop("num_warps")
         backward["VEC"] = vector
@@ -75,20 +103,38 @@ def kernels():
     backward = dict(token_kl.BACKWARD)
     backward_warps = backward.pop("num_warps")
     row |= {"ref_shift": "i32", "ref_stride_r": "i64", "ref_stride_t": "i64"}
-    for dtype, ref_dtype in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"),
-                             ("bf16", "fp32")):  # fmt: skip
+    for dtype, ref_dtype in (
+        ("fp32", "fp32"),
+        ("bf16", "bf16"),
+        ("fp16", "fp16"),
+        ("bf16", "fp32"),
+    ):
         forward = launch.lanes(torch.empty(0, dtype=DTYPES[dtype]), token_kl.FORWARD)
         forward_warps = forward.pop("num_warps")
-        pointers = {"logits": f"*{dtype}", "ref_logits": f"*{ref_dtype}", "targets": "*i64",
-                    "lse": "*fp64", "ref_lse": "*fp64"}  # fmt: skip
+        pointers = {
+            "logits": f"*{dtype}",
+            "ref_logits": f"*{ref_dtype}",
+            "targets": "*i64",
+            "lse": "*fp64",
+            "ref_lse": "*fp64",
+        }
         for softcap in (False, True):
             name = f"kl_{{}}_{dtype}_{ref_dtype}{'_softcap' * softcap}"
             types = {**pointers, "logps": "*fp32", "ref_logps": "*fp32", "kl": "*fp32", **row}
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **forward}
             yield name.format("forward"), token_kl._forward, types, constants, forward_warps
-            types = {**pointers, "grad_logps": "*fp32", "grad_kl": "*fp32", **row,
-                     "out_shift": "i32", "out_stride_r": "i64", "out_stride_t": "i64",
-                     "inv_hi": "fp32", "inv_lo": "fp32", "chain": "fp32"}  # fmt: skip
+            types = {
+                **pointers,
+                "grad_logps": "*fp32",
+                "grad_kl": "*fp32",
+                **row,
+                "out_shift": "i32",
+                "out_stride_r": "i64",
+                "out_stride_t": "i64",
+                "inv_hi": "fp32",
+                "inv_lo": "fp32",
+                "chain": "fp32",
+            }
             constants = {"SOFTCAP": softcap, "SAME_PHASE": True, **backward}
             for out in _gradients(dtype):
                 into = f"backward_{out}" if out != dtype else "backward"
@@ -96,20 +142,39 @@ def kernels():
                 yield name.format(into), token_kl._backward, outs, constants, backward_warps
     for tail in (False, True):
         for back in (False, True):
-            types = {"targets": "*i64", "cu_seqlens": "*i64", "T": "i32", "N": "i32", "S": "i32",
-                     "ignore_index": "i32", "tail_weight": "fp32"}  # fmt: skip
-            pointers = {"grad": "*fp64", "d_values": "*fp32"} if back else {
-                "values": "*fp32", "sums": "*fp64", "counts": "*i64"}  # fmt: skip
+            types = {
+                "targets": "*i64",
+                "cu_seqlens": "*i64",
+                "T": "i32",
+                "N": "i32",
+                "S": "i32",
+                "ignore_index": "i32",
+                "tail_weight": "fp32",
+            }
+            pointers = (
+                {"grad": "*fp64", "d_values": "*fp32"}
+                if back
+                else {"values": "*fp32", "sums": "*fp64", "counts": "*i64"}
+            )
             absent = {"values": None, "sums": None, "counts": None, "grad": None, "d_values": None}
-            constants = {"PACKED": True, "TAIL": tail, "BACKWARD": back,
-                         "BLOCK": sequence_sum.BLOCK}  # fmt: skip
+            constants = {
+                "PACKED": True,
+                "TAIL": tail,
+                "BACKWARD": back,
+                "BLOCK": sequence_sum.BLOCK,
+            }
             constants |= {n: None for n in absent if n not in pointers}
             name = f"sequence_sum{'_tail' * tail}{'_backward' * back}"
             yield name, sequence_sum._kernel, {**types, **pointers}, constants, 4
     types = {n: "*fp64" for n in ("u", "v", "beta", "offset", "numbers", "loss", "slopes")}
     for kind in range(7):
-        constants = {"PHI0": kind, "PHI1": 0, "PHI2": -1, "HAS_OFFSET": True,
-                     "BLOCK": pair_loss.BLOCK}  # fmt: skip
+        constants = {
+            "PHI0": kind,
+            "PHI1": 0,
+            "PHI2": -1,
+            "HAS_OFFSET": True,
+            "BLOCK": pair_loss.BLOCK,
+        }
         yield f"pair_loss_phi{kind}", pair_loss._kernel, {**types, "B": "i32"}, constants, 4
     copy = dict(scaled_copy.CONFIG)
     warps = copy.pop("num_warps")
@@ -139,8 +204,9 @@ def resources(compiled) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        text = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True,
-                              check=True).stdout  # fmt: skip
+        text = subprocess.run(
+            [cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"]))
     return {

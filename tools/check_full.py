@@ -31,11 +31,16 @@ CALLS, CALL_SEED = 30_000, 1
 
 def sources() -> dict[str, str]:
     """sha256 by file of what the result depends on."""
-    files = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").iterdir(),
-             *(ROOT / "tests/cuda_on_host").glob("*.[chp]*"),
-             *(ROOT / "dpo_kernels/backends/triton").glob("*.py"), *functions()]  # fmt: skip
-    return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest()
-            for f in sorted(files)}  # fmt: skip
+    files = [
+        *(ROOT / "csrc").glob("*.h"),
+        *(ROOT / "csrc/cuda").iterdir(),
+        *(ROOT / "tests/cuda_on_host").glob("*.[chp]*"),
+        *(ROOT / "dpo_kernels/backends/triton").glob("*.py"),
+        *functions(),
+    ]
+    return {
+        str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)
+    }
 
 
 def functions() -> list[Path]:
@@ -136,9 +141,10 @@ def main() -> int:
         return 1
     record = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "passed": good, "checks": checks,
+        "passed": good,
+        "checks": checks,
         "sources": before,
-    }  # fmt: skip
+    }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     UNFINISHED.unlink(missing_ok=True)
     print(f"{'all good' if good else 'FAILED'}; wrote {RECORD}")

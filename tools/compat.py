@@ -43,8 +43,11 @@ class Cell:
 
     def requirements(self) -> list[str]:
         """Pinned for pip, torch first."""
-        return [f"{package}=={version}" for package, version in asdict(self).items()
-                if package != "name"]  # fmt: skip
+        return [
+            f"{package}=={version}"
+            for package, version in asdict(self).items()
+            if package != "name"
+        ]
 
 
 # The bounds of pyproject.toml. NumPy: 2.4 breaks the interpreter of Triton 3.2.
@@ -74,8 +77,16 @@ def test(cell: Cell, wheel: Path, python: Path) -> dict:
         files = [dist.ROOT / "tests" / f"test_{n}.py" for group in TESTS.values() for n in group]
         report = Path(folder, "report.xml")
         # Not `python -m pytest`: it would put the sources before the wheel.
-        command = [python.parent / "pytest", "-q", "-p", "no:cacheprovider", "-k", "not cuda",
-                   f"--junitxml={report}", *files]  # fmt: skip
+        command = [
+            python.parent / "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "not cuda",
+            f"--junitxml={report}",
+            *files,
+        ]
         done = subprocess.run(
             list(map(str, command)), cwd=dist.ROOT, env=env, text=True, capture_output=True
         )
@@ -114,8 +125,12 @@ def table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print the table of docs/clusters.md")
-    parser.add_argument("--environments", type=Path, metavar="FOLDER",
-                        help="keep the environments there, and use those that are")  # fmt: skip
+    parser.add_argument(
+        "--environments",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the environments there, and use those that are",
+    )
     parser.add_argument("--wheel", type=Path, help="default: the newest in dist/")
     args = parser.parse_args()
     if args.table:

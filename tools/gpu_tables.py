@@ -25,8 +25,15 @@ PEERS = {
     "cut-cross-entropy": ("cut-cross-entropy",),
 }
 HEADS = ("linear trained", "linear frozen", "linear reference")
-CALLS = ("forward", "forward, half unscored", "statistics", "softcap", "KL", "backward in place",
-         "KL backward")  # fmt: skip
+CALLS = (
+    "forward",
+    "forward, half unscored",
+    "statistics",
+    "softcap",
+    "KL",
+    "backward in place",
+    "KL backward",
+)
 CPU_HEAD = "cpu-linear-head.json"
 
 
@@ -139,8 +146,10 @@ def peers_win(run: Run) -> str:
             )
     for name, row in run["figures"].get("step", {}).items():
         if row.get("of plain torch", 0) > 1:
-            lines.append(f"- a whole training step, {name}: {row['of plain torch']:.2f} times "
-                         "the time of plain torch")  # fmt: skip
+            lines.append(
+                f"- a whole training step, {name}: {row['of plain torch']:.2f} times "
+                "the time of plain torch"
+            )
     return "\n".join(lines) or "- In no case of this run."
 
 
@@ -225,8 +234,10 @@ def _first(group: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any
 
 
 def _heads(run: Run) -> str:
-    lines = [f"| case | ours | of the products | {' | '.join(PEERS)} |",
-             "|---|---|---|" + "---|" * len(PEERS)]  # fmt: skip
+    lines = [
+        f"| case | ours | of the products | {' | '.join(PEERS)} |",
+        "|---|---|---|" + "---|" * len(PEERS),
+    ]
     for case, group in results.by_case(r for r in _peers(run) if r["suite"] in HEADS).items():
         if ours := _ours(group, (_default(run),)):
             floor = f"{100 * ours['floor'] / ours['seconds']:.0f} %" if ours["floor"] else "-"
@@ -273,8 +284,10 @@ def _sentence(run: Run) -> str:
     said, name = [f"{_short(run['device'])}: {_size(_peers(run))}."], f" {_default(run)} "
     shapes = [n.partition(name)[0] for n in run["figures"].get("kernels", {}) if name in n]
     shape = next((s for s in shapes if s.startswith("Llama-3")), next(iter(shapes), ""))
-    kernels = {call: run["figures"].get("kernels", {}).get(f"{shape}{name}{call}")
-               for call in ("forward", "backward in place")}  # fmt: skip
+    kernels = {
+        call: run["figures"].get("kernels", {}).get(f"{shape}{name}{call}")
+        for call in ("forward", "backward in place")
+    }
     if all(kernels.values()):
         found = ", ".join(f"{c} {r['percent of copy']:.0f} %" for c, r in kernels.items() if r)
         said.append(f"Of a copy's bandwidth: {found} ({shape}, bf16).")

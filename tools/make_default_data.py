@@ -130,9 +130,15 @@ ferry|on|decks, cabins, railings|passengers""".splitlines()
 ]
 
 TIMES = (
-    "in the morning", "at noon", "in the evening", "on Sundays",
-    "in autumn", "after the rain", "these days", "before dinner",
-)  # fmt: skip
+    "in the morning",
+    "at noon",
+    "in the evening",
+    "on Sundays",
+    "in autumn",
+    "after the rain",
+    "these days",
+    "before dinner",
+)
 
 TONES = [
     Tone(

@@ -51,9 +51,16 @@ MATRIX = {
 # What an environment runs, where that is not the whole folder.
 ONLY = {"recipes": "test_recipes.py"}
 SHOWN = (
-    "torch", "trl", "transformers", "peft", "accelerate", "lightning", "llamafactory", "openrlhf",
+    "torch",
+    "trl",
+    "transformers",
+    "peft",
+    "accelerate",
+    "lightning",
+    "llamafactory",
+    "openrlhf",
     "torchtune",
-)  # fmt: skip
+)
 
 
 def prepare(name: str) -> Path:
@@ -86,16 +93,23 @@ def test(name: str) -> dict[str, str]:
     with log.open("w") as out:
         # From the source tree: `_C`, built for this Python, is there; the rest is Python.
         done = subprocess.run(
-            [python, "-m", "pytest", "-q", "-W", "ignore", what,
-             "-p", "no:cacheprovider"],
-            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
-            env={"PYTHONPATH": str(ROOT), "PATH": f"{python.parent}:/usr/bin:/bin",
-                 "HF_HUB_OFFLINE": "1", "HOME": str(VENVS)},
-        )  # fmt: skip
+            [python, "-m", "pytest", "-q", "-W", "ignore", what, "-p", "no:cacheprovider"],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={
+                "PYTHONPATH": str(ROOT),
+                "PATH": f"{python.parent}:/usr/bin:/bin",
+                "HF_HUB_OFFLINE": "1",
+                "HOME": str(VENVS),
+            },
+        )
     lines = log.read_text().strip().splitlines()
     print(f"{name}: {lines[-1] if lines else 'no output'} ({log})", flush=True)
-    code = "import importlib.metadata as m, sys\nfor p in sys.argv[1:]:\n" \
-           "  try: print(p, m.version(p))\n  except m.PackageNotFoundError: pass"  # fmt: skip
+    code = (
+        "import importlib.metadata as m, sys\nfor p in sys.argv[1:]:\n"
+        "  try: print(p, m.version(p))\n  except m.PackageNotFoundError: pass"
+    )
     found = subprocess.run([python, "-c", code, *SHOWN], capture_output=True, text=True).stdout
     counts = {k: v for v, k in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])}
     return {

@@ -53,9 +53,20 @@ def folder_of(release: str, timeout: int | None = None) -> Path | None:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q",
-                   "--retries", "1", "--no-deps", "--target", f"{fresh}/it",
-                   f"triton=={release}"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            "-q",
+            "--retries",
+            "1",
+            "--no-deps",
+            "--target",
+            f"{fresh}/it",
+            f"triton=={release}",
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired as late:
@@ -94,8 +105,10 @@ def most(kernels: list[dict], target: str) -> dict[str, list[int]]:
 def table() -> str:
     """Markdown for docs/kernels.md from the recorded results."""
     recorded = json.loads(RESULTS.read_text())
-    lines = ["| | " + " | ".join(f"Triton {r}" for r in recorded) + " |",
-             "|---" * (1 + len(recorded)) + "|"]  # fmt: skip
+    lines = [
+        "| | " + " | ".join(f"Triton {r}" for r in recorded) + " |",
+        "|---" * (1 + len(recorded)) + "|",
+    ]
     for name in next(iter(recorded.values()))["sm_80"]:
         cells = []
         for by_target in recorded.values():

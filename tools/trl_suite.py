@@ -34,22 +34,60 @@ CHATML = (
 # Model of TRL's tests -> configuration class and what is not common to all.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-Qwen2ForCausalLM-2.5": ("Qwen2", {}),
-    "tiny-Qwen3MoeForCausalLM": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2,
-                                              "moe_intermediate_size": 32, "head_dim": 8,
-                                              "output_router_logits": True}),
+    "tiny-Qwen3MoeForCausalLM": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "head_dim": 8,
+            "output_router_logits": True,
+        },
+    ),
     "tiny-Cohere2ForCausalLM": ("Cohere2", {"logit_scale": 0.25}),
     "tiny-Olmo3ForCausalLM": ("Olmo3", {}),
-    "tiny-Glm4MoeForCausalLM": ("Glm4Moe", {"n_routed_experts": 4, "num_experts_per_tok": 2,
-                                            "moe_intermediate_size": 32, "head_dim": 8,
-                                            "n_group": 1, "topk_group": 1}),
-}  # fmt: skip
-TOPICS = ["Beautiful is better than", "Explicit is better than", "Simple is better than",
-          "Complex is better than", "Flat is better than", "Sparse is better than",
-          "Readability", "Special cases aren't special enough to"]  # fmt: skip
-GOOD = [" ugly.", " implicit.", " complex.", " complicated.", " nested.", " dense.", " counts.",
-        " break the rules."]  # fmt: skip
-BAD = [" the moon.", " nothing at all.", " a cat.", " water.", " it looks.", " a stone.",
-       " does not.", " be simple."]  # fmt: skip
+    "tiny-Glm4MoeForCausalLM": (
+        "Glm4Moe",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "head_dim": 8,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+}
+TOPICS = [
+    "Beautiful is better than",
+    "Explicit is better than",
+    "Simple is better than",
+    "Complex is better than",
+    "Flat is better than",
+    "Sparse is better than",
+    "Readability",
+    "Special cases aren't special enough to",
+]
+GOOD = [
+    " ugly.",
+    " implicit.",
+    " complex.",
+    " complicated.",
+    " nested.",
+    " dense.",
+    " counts.",
+    " break the rules.",
+]
+BAD = [
+    " the moon.",
+    " nothing at all.",
+    " a cat.",
+    " water.",
+    " it looks.",
+    " a stone.",
+    " does not.",
+    " be simple.",
+]
 
 
 def tokenizer() -> Any:
@@ -64,9 +102,11 @@ def tokenizer() -> Any:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token=special[0], eos_token=special[2],
+        tokenizer_object=made,
+        pad_token=special[0],
+        eos_token=special[2],
         additional_special_tokens=special[1:2],
-    )  # fmt: skip
+    )
     wrapped.chat_template = CHATML
     return wrapped
 
@@ -78,10 +118,18 @@ def make_models(folder: Path) -> None:
     words = tokenizer()
     for name, (kind, extra) in MODELS.items():
         common = dict(
-            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
-            pad_token_id=0, eos_token_id=2, bos_token_id=None, dtype="float32",
-        )  # fmt: skip
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=1024,
+            pad_token_id=0,
+            eos_token_id=2,
+            bos_token_id=None,
+            dtype="float32",
+        )
         try:
             config = getattr(transformers, f"{kind}Config")(**{**common, **extra})
             torch.manual_seed(0)
@@ -106,14 +154,21 @@ def make_data(folder: Path) -> None:
             {"chosen": p + g, "rejected": p + b} for p, g, b in texts
         ],
         "conversational_preference": [
-            {"prompt": said("user", p), "chosen": said("assistant", g),
-             "rejected": said("assistant", b)} for p, g, b in texts
+            {
+                "prompt": said("user", p),
+                "chosen": said("assistant", g),
+                "rejected": said("assistant", b),
+            }
+            for p, g, b in texts
         ],
         "conversational_implicit_prompt_preference": [
-            {"chosen": said("user", p) + said("assistant", g),
-             "rejected": said("user", p) + said("assistant", b)} for p, g, b in texts
+            {
+                "chosen": said("user", p) + said("assistant", g),
+                "rejected": said("user", p) + said("assistant", b),
+            }
+            for p, g, b in texts
         ],
-    }  # fmt: skip
+    }
     zen = folder / "zen"
     zen.mkdir(parents=True)
     lines = ["---", "configs:"]
@@ -164,11 +219,23 @@ def main() -> None:
         (folder / "patch_plugin.py").write_text(PLUGIN)
         path = os.pathsep.join([str(ROOT), name])
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "patch_plugin", "-q", "-W", "ignore",
-             "tests/test_dpo_trainer.py", "-k", f"not ({LEFT_OUT})", *sys.argv[2:]],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "patch_plugin",
+                "-q",
+                "-W",
+                "ignore",
+                "tests/test_dpo_trainer.py",
+                "-k",
+                f"not ({LEFT_OUT})",
+                *sys.argv[2:],
+            ],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": name},
-        )  # fmt: skip
+        )
     sys.exit(done.returncode)
 
 

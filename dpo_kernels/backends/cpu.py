@@ -75,9 +75,18 @@ def token_kl_backward(
     grad_logps, grad_kl = grad_logps.float().contiguous(), grad_kl.float().contiguous()
     targets, lse, ref_lse = targets.contiguous(), lse.contiguous(), ref_lse.contiguous()
     params = native.token_kl_backward(
-        _C, grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, ignore_index,
-        transform, out,
-    )  # fmt: skip
+        _C,
+        grad_logps,
+        grad_kl,
+        logits,
+        ref_logits,
+        targets,
+        lse,
+        ref_lse,
+        ignore_index,
+        transform,
+        out,
+    )
     _C.token_kl_backward(params)
 
 
@@ -141,9 +150,16 @@ def pair_loss_forward(
     B = u.numel()
     loss, slopes = torch.empty_like(u), u.new_empty((4, B))
     _C.pair_loss(
-        u.data_ptr(), v.data_ptr(), beta.data_ptr(), native.pointer(offset), phis, numbers, B,
-        loss.data_ptr(), slopes.data_ptr(),
-    )  # fmt: skip
+        u.data_ptr(),
+        v.data_ptr(),
+        beta.data_ptr(),
+        native.pointer(offset),
+        phis,
+        numbers,
+        B,
+        loss.data_ptr(),
+        slopes.data_ptr(),
+    )
     return loss, slopes
 
 

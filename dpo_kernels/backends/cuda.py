@@ -160,7 +160,15 @@ def pair_loss_forward(
     B = u.numel()
     loss, slopes = torch.empty_like(u), u.new_empty((4, B))
     _module(u).cuda_pair_loss(
-        u.data_ptr(), v.data_ptr(), beta.data_ptr(), native.pointer(offset), phis, numbers, B,
-        loss.data_ptr(), slopes.data_ptr(), *_where(u),
-    )  # fmt: skip
+        u.data_ptr(),
+        v.data_ptr(),
+        beta.data_ptr(),
+        native.pointer(offset),
+        phis,
+        numbers,
+        B,
+        loss.data_ptr(),
+        slopes.data_ptr(),
+        *_where(u),
+    )
     return loss, slopes

@@ -42,11 +42,21 @@ def token_logps(
         table = targets.new_empty((len(stats), R, T), dtype=torch.float32)
         columns = {stat: table[i].data_ptr() for i, stat in enumerate(stats)}
     params = module.TokenLogps(
-        *_strided(logits), targets.data_ptr(), R, T, V, ignore_index, DTYPES[logits.dtype],
-        _numbers(transform), logps.data_ptr(), lse.data_ptr(), columns.get("entropy", 0),
-        columns.get("mean_logits", 0), columns.get("is_top1", 0),
+        *_strided(logits),
+        targets.data_ptr(),
+        R,
+        T,
+        V,
+        ignore_index,
+        DTYPES[logits.dtype],
+        _numbers(transform),
+        logps.data_ptr(),
+        lse.data_ptr(),
+        columns.get("entropy", 0),
+        columns.get("mean_logits", 0),
+        columns.get("is_top1", 0),
         columns.get("log_sum_sq_probs", 0),
-    )  # fmt: skip
+    )
     return params, (logps, lse, table)
 
 
@@ -63,9 +73,19 @@ def token_logps_backward(
     """Parameters of the backward."""
     R, T, V = logits.shape
     return module.TokenLogpsBackward(
-        pointer(grad), *_strided(logits), targets.data_ptr(), lse.data_ptr(), R, T, V,
-        ignore_index, DTYPES[logits.dtype], _numbers(transform), *_strided(out), DTYPES[out.dtype],
-    )  # fmt: skip
+        pointer(grad),
+        *_strided(logits),
+        targets.data_ptr(),
+        lse.data_ptr(),
+        R,
+        T,
+        V,
+        ignore_index,
+        DTYPES[logits.dtype],
+        _numbers(transform),
+        *_strided(out),
+        DTYPES[out.dtype],
+    )
 
 
 def token_kl(
@@ -82,10 +102,18 @@ def token_kl(
     logps, lse, ref_logps, ref_lse, kl = (targets.new_empty((R, T), dtype=kind) for kind in kinds)
     results = (logps, lse, ref_logps, ref_lse, kl)
     params = module.TokenKl(
-        *_strided(logits), *_strided(ref_logits), targets.data_ptr(), R, T, V, ignore_index,
-        DTYPES[logits.dtype], DTYPES[ref_logits.dtype], _numbers(transform),
+        *_strided(logits),
+        *_strided(ref_logits),
+        targets.data_ptr(),
+        R,
+        T,
+        V,
+        ignore_index,
+        DTYPES[logits.dtype],
+        DTYPES[ref_logits.dtype],
+        _numbers(transform),
         *(x.data_ptr() for x in results),
-    )  # fmt: skip
+    )
     return params, results
 
 
@@ -105,10 +133,22 @@ def token_kl_backward(
     """Parameters of the joint backward."""
     R, T, V = logits.shape
     return module.TokenKlBackward(
-        grad_logps.data_ptr(), grad_kl.data_ptr(), *_strided(logits), *_strided(ref_logits),
-        targets.data_ptr(), lse.data_ptr(), ref_lse.data_ptr(), R, T, V, ignore_index,
-        DTYPES[logits.dtype], DTYPES[ref_logits.dtype], _numbers(transform), *_strided(out),
-    )  # fmt: skip
+        grad_logps.data_ptr(),
+        grad_kl.data_ptr(),
+        *_strided(logits),
+        *_strided(ref_logits),
+        targets.data_ptr(),
+        lse.data_ptr(),
+        ref_lse.data_ptr(),
+        R,
+        T,
+        V,
+        ignore_index,
+        DTYPES[logits.dtype],
+        DTYPES[ref_logits.dtype],
+        _numbers(transform),
+        *_strided(out),
+    )
 
 
 def sequence_sum(
@@ -124,9 +164,17 @@ def sequence_sum(
     sums = targets.new_empty(S, dtype=torch.float64)
     counts = targets.new_empty(S, dtype=torch.int64)
     params = module.SequenceSum(
-        targets.data_ptr(), pointer(starts), S, ignore_index, tail_weight, values.data_ptr(),
-        sums.data_ptr(), counts.data_ptr(), 0, 0,
-    )  # fmt: skip
+        targets.data_ptr(),
+        pointer(starts),
+        S,
+        ignore_index,
+        tail_weight,
+        values.data_ptr(),
+        sums.data_ptr(),
+        counts.data_ptr(),
+        0,
+        0,
+    )
     return params, (sums, counts)
 
 
@@ -142,7 +190,15 @@ def sequence_sum_backward(
     """Parameters of the sums' backward, and d_values [R, T], zero so far."""
     d_values = targets.new_zeros(targets.shape, dtype=torch.float32)
     params = module.SequenceSum(
-        targets.data_ptr(), pointer(starts), S, ignore_index, tail_weight, 0, 0, 0,
-        grad.data_ptr(), d_values.data_ptr(),
-    )  # fmt: skip
+        targets.data_ptr(),
+        pointer(starts),
+        S,
+        ignore_index,
+        tail_weight,
+        0,
+        0,
+        0,
+        grad.data_ptr(),
+        d_values.data_ptr(),
+    )
     return params, d_values

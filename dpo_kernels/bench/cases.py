@@ -130,11 +130,15 @@ def _on_gpu(models: tuple[str, ...], fractions: tuple[float, ...]):
 
 # What grows in each series; the rest stays as in the first case.
 SCALING_BASE = {
-    "cpu": (Case("logits fwd+bwd", "SmolLM2-135M", "fp32", 256, 0.6),
-            Case("linear trained", "SmolLM2-135M", "fp32", 256, 0.6)),
-    "cuda": (Case("logits fwd+bwd", "Llama-3-8B", "bf16", 2048, 0.6, pairs=4),
-             Case("linear trained", "Llama-3-8B", "bf16", 2048, 0.6, pairs=4)),
-}  # fmt: skip
+    "cpu": (
+        Case("logits fwd+bwd", "SmolLM2-135M", "fp32", 256, 0.6),
+        Case("linear trained", "SmolLM2-135M", "fp32", 256, 0.6),
+    ),
+    "cuda": (
+        Case("logits fwd+bwd", "Llama-3-8B", "bf16", 2048, 0.6, pairs=4),
+        Case("linear trained", "Llama-3-8B", "bf16", 2048, 0.6, pairs=4),
+    ),
+}
 
 
 def scaling(device: str) -> dict[str, list[Case]]:

@@ -156,9 +156,13 @@ def _small_llama(case: Case, device: str, dtype: torch.dtype) -> tuple[Any, Any]
 
     H = case.shape.hidden
     config = LlamaConfig(
-        vocab_size=case.shape.vocabulary, hidden_size=H, intermediate_size=8 * H // 3,
-        num_hidden_layers=4, num_attention_heads=H // 64, num_key_value_heads=H // 64,
-    )  # fmt: skip
+        vocab_size=case.shape.vocabulary,
+        hidden_size=H,
+        intermediate_size=8 * H // 3,
+        num_hidden_layers=4,
+        num_attention_heads=H // 64,
+        num_key_value_heads=H // 64,
+    )
     model = LlamaForCausalLM(config)
     model.to(device=device, dtype=dtype)  # type: ignore[call-arg, arg-type]
     return model, torch.optim.AdamW(model.parameters(), lr=0.0)

@@ -133,9 +133,13 @@ def _from_logits(case: Case, device: str) -> dict[str, Callable[[], Provider]]:
             if forward:
                 return dk.sequence_logps(x.logits, x.labels, **options)
             return dk.fused_dpo_loss(
-                x.logits.view_as(x.logits), x.labels, ref_logps=x.ref_logps, beta=BETA,
-                inplace=inplace, **options,
-            ).loss  # fmt: skip
+                x.logits.view_as(x.logits),
+                x.labels,
+                ref_logps=x.ref_logps,
+                beta=BETA,
+                inplace=inplace,
+                **options,
+            ).loss
 
         return Provider(f"dpo-kernels {backend}{' in place' * inplace}", call, True, inplace)
 
@@ -206,8 +210,11 @@ def _from_logits(case: Case, device: str) -> dict[str, Callable[[], Provider]]:
     table["torch cross_entropy"] = lambda: Provider("torch cross_entropy", loss_of(cross_entropy))
     table["torch.compile"] = lambda: Provider("torch.compile", loss_of(compiled(eager_sums)))
     table["TRL selective_log_softmax"] = trl
-    table |= {"Liger cross-entropy": liger, "QuACK cross-entropy": quack,
-              "flash-attn cross-entropy": flash}  # fmt: skip
+    table |= {
+        "Liger cross-entropy": liger,
+        "QuACK cross-entropy": quack,
+        "flash-attn cross-entropy": flash,
+    }
     return table
 
 
@@ -240,8 +247,11 @@ def _linear(case: Case, device: str) -> dict[str, Callable[[], Provider]]:
 
         def sums(hidden, weight, labels, softcap):
             flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-            return -nll(flat, weight, labels[:, 1:].reshape(-1), softcap).view(
-                labels.shape[0], -1).sum(-1)  # fmt: skip
+            return (
+                -nll(flat, weight, labels[:, 1:].reshape(-1), softcap)
+                .view(labels.shape[0], -1)
+                .sum(-1)
+            )
 
         return sums
 
@@ -298,8 +308,9 @@ def _linear(case: Case, device: str) -> dict[str, Callable[[], Provider]]:
     def liger_scaled() -> Provider:
         if device != "cuda":
             raise Absent("needs a GPU")
-        function = _import("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss",
-                           "liger-kernel")  # fmt: skip
+        function = _import(
+            "liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", "liger-kernel"
+        )
 
         def nll(h, w, y, softcap):
             return function(reduction="none", softcap=softcap)(w, h, y)
@@ -328,8 +339,11 @@ def _linear(case: Case, device: str) -> dict[str, Callable[[], Provider]]:
     table["TRL chunked log-probs, scored rows"] = functools.partial(trl, True)
     table["Liger DPO"] = functools.partial(liger, True)
     table["Liger DPO without reference"] = functools.partial(liger, False)
-    table |= {"Liger linear cross-entropy": liger_scaled, "cut-cross-entropy": cce,
-              "QuACK linear cross-entropy": quack}  # fmt: skip
+    table |= {
+        "Liger linear cross-entropy": liger_scaled,
+        "cut-cross-entropy": cce,
+        "QuACK linear cross-entropy": quack,
+    }
     return table
 
 
@@ -370,8 +384,9 @@ def _step() -> dict[str, Callable[[], Provider]]:
 
     def ours(x: Inputs, hidden: Tensor) -> Tensor:
         weight = x.model.lm_head.weight
-        return dk.fused_linear_dpo_loss(hidden, weight, x.labels, ref_logps=x.ref_logps,
-                                        beta=BETA).loss  # fmt: skip
+        return dk.fused_linear_dpo_loss(
+            hidden, weight, x.labels, ref_logps=x.ref_logps, beta=BETA
+        ).loss
 
     def eager(x: Inputs, hidden: Tensor) -> Tensor:
         logits = x.model.lm_head(hidden).float()

@@ -70,10 +70,12 @@ def results_in(path: Path) -> list[Path]:
 
 def _section(name: str, run: dict[str, Any], charts: list[tuple[str, Path]]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-    lines = [f"<h2>{html.escape(run['device'])}</h2>",
-             f"<p>{html.escape(name)}: {run['date']}, {run['threads']} threads, load "
-             f"{run['load']} before the run, commit {run['commit'][:12]}; "
-             f"{html.escape(versions)}</p>"]  # fmt: skip
+    lines = [
+        f"<h2>{html.escape(run['device'])}</h2>",
+        f"<p>{html.escape(name)}: {run['date']}, {run['threads']} threads, load "
+        f"{run['load']} before the run, commit {run['commit'][:12]}; "
+        f"{html.escape(versions)}</p>",
+    ]
     for title, chart in charts:
         png, svg = (
             base64.b64encode(chart.with_suffix(kind).read_bytes()).decode()
@@ -128,13 +130,17 @@ def _charts(rows: list[dict[str, Any]]):
     single = [r for r in weighed if not r.get("series")]
     for suite in dict.fromkeys(r["suite"] for r in single):
         group = [r for r in single if r["suite"] == suite]
-        yield (f"{suite}: peak memory above the inputs",
-               lambda path, g=group: _bars(path, g, "peak bytes", 2**-20, "MiB"))  # fmt: skip
+        yield (
+            f"{suite}: peak memory above the inputs",
+            lambda path, g=group: _bars(path, g, "peak bytes", 2**-20, "MiB"),
+        )
     floored = [r for r in plain if r["floor"]]
     if floored:
         yield "percent of the floor", lambda path: _floor(path, floored)
-    kinds = (("time", timed, "seconds", 1e3, "ms"),
-             ("peak memory above the inputs", weighed, "peak bytes", 2**-20, "MiB"))  # fmt: skip
+    kinds = (
+        ("time", timed, "seconds", 1e3, "ms"),
+        ("peak memory above the inputs", weighed, "peak bytes", 2**-20, "MiB"),
+    )
     for what, some, key, factor, unit in kinds:
         for series in dict.fromkeys(r["series"] for r in some if r.get("series")):
             group = [r for r in some if r.get("series") == series]
@@ -165,8 +171,15 @@ def _bars(path: Path, rows: list[dict[str, Any]], key: str, factor: float, unit:
     axis = figure.subplots()
     at, ticks, labels = 0.0, [], []
     for case, group in cases.items():
-        axis.text(0.0, at, results.shown(case), fontsize=8, weight="bold", va="center",
-                  transform=axis.get_yaxis_transform())  # fmt: skip
+        axis.text(
+            0.0,
+            at,
+            results.shown(case),
+            fontsize=8,
+            weight="bold",
+            va="center",
+            transform=axis.get_yaxis_transform(),
+        )
         for row in group:
             at += 1
             value = row[key] * factor
@@ -224,9 +237,16 @@ def _lines(
         colour = COLOURS[True] if ours else OTHERS[others % len(OTHERS)]
         others += not ours
         # Ours is the wide line below: a thin one of the same values stays visible on it.
-        axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=provider, color=colour,
-                  lw=4.0 if ours else 1.2, ls="--" if "in place" in provider else "-",
-                  zorder=2 if ours else 3)  # fmt: skip
+        axis.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            ms=4,
+            label=provider,
+            color=colour,
+            lw=4.0 if ours else 1.2,
+            ls="--" if "in place" in provider else "-",
+            zorder=2 if ours else 3,
+        )
     floors = {(r["x"], r["floor"] * factor) for r in rows if r["ours"] and r.get("floor")}
     if floors:
         axis.plot(*zip(*sorted(floors), strict=True), color="black", ls=":", label="floor")
@@ -335,14 +355,18 @@ def _script_table(file: Path) -> str:
         "|---|---|---|---|---|",
     ]
     for name, r in run["results"].items():
-        lines.append(f"| {name} | {r['seconds_per_step']:.2f} | {r['speedup']:.2f}x | "
-                     f"{r['peak_mb']:.0f} | {r['training_mb']:.0f} |")  # fmt: skip
+        lines.append(
+            f"| {name} | {r['seconds_per_step']:.2f} | {r['speedup']:.2f}x | "
+            f"{r['peak_mb']:.0f} | {r['training_mb']:.0f} |"
+        )
     return "\n".join(lines)
 
 
 def _readme_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| case | ours | of the floor | " + " | ".join(README_PEERS) + " |",
-             "|---|---|---|" + "---|" * len(README_PEERS)]  # fmt: skip
+    lines = [
+        "| case | ours | of the floor | " + " | ".join(README_PEERS) + " |",
+        "|---|---|---|" + "---|" * len(README_PEERS),
+    ]
     for case, group in results.by_case(r for r in rows if not r.get("series")).items():
         ours = results.best_of_ours(group)
         if ours:
@@ -361,6 +385,9 @@ def _readme_table(rows: list[dict[str, Any]]) -> str:
 def _ratio(group: list[dict[str, Any]], names: tuple[str, ...], key: str, ours: dict) -> str:
     for row in group:
         if row["provider"] in names and row.get(key):
-            return f"{row[key] / max(ours[key], 1):.1f}x" if key == "peak bytes" else (
-                f"{row[key] / ours[key]:.1f}x")  # fmt: skip
+            return (
+                f"{row[key] / max(ours[key], 1):.1f}x"
+                if key == "peak bytes"
+                else (f"{row[key] / ours[key]:.1f}x")
+            )
     return "-"

@@ -23,8 +23,16 @@ from .cases import SUITES
 from .measure import Measurement
 
 FORMAT = "dpo-kernels benchmark 1"
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy",
-            "quack-kernels", "flash-attn")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "flash-attn",
+)
 
 
 def describe(commit: str | None = None) -> dict[str, Any]:
@@ -41,9 +49,12 @@ def describe(commit: str | None = None) -> dict[str, Any]:
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "dpo-kernels": dk.__version__,
         "commit": commit or _commit(),
-        "kernels": {name: verification.digest(verification.sources(name))
-                    for name in verification.KERNELS if verification.sources(name)},
-    }  # fmt: skip
+        "kernels": {
+            name: verification.digest(verification.sources(name))
+            for name in verification.KERNELS
+            if verification.sources(name)
+        },
+    }
 
 
 def as_row(m: Measurement) -> dict[str, Any]:
@@ -52,11 +63,21 @@ def as_row(m: Measurement) -> dict[str, Any]:
         row["shape"] = None
     else:
         row["shape"] = asdict(m.case.shape)
-    row |= {"ours": m.ours, "note": m.note, "error": m.error, "gradient error": m.gradient_error,
-            "peak bytes": m.peak_bytes}  # fmt: skip
+    row |= {
+        "ours": m.ours,
+        "note": m.note,
+        "error": m.error,
+        "gradient error": m.gradient_error,
+        "peak bytes": m.peak_bytes,
+    }
     if m.seconds:
-        row |= {"seconds": m.median, "p20": m.percentile(20), "p80": m.percentile(80),
-                "rounds": len(m.seconds), "floor": m.floor}  # fmt: skip
+        row |= {
+            "seconds": m.median,
+            "p20": m.percentile(20),
+            "p80": m.percentile(80),
+            "rounds": len(m.seconds),
+            "floor": m.floor,
+        }
     return row
 
 
@@ -100,10 +121,12 @@ def best_of_ours(rows: Iterable[dict[str, Any]], by: str = "seconds") -> dict[st
 def text(meta: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """Tables by case: median, spread, time against ours, percent of the floor, memory, error."""
     versions = ", ".join(f"{k} {v}" for k, v in meta["versions"].items())
-    lines = [f"{meta['device']}, {meta['threads']} threads, load {meta['load']} before; {versions}",
-             "time: median of rounds taken in turns (20th to 80th percentile); x ours: time over "
-             "ours", "floor: percent of a copy's bandwidth or of the bare matrix products; error: "
-             "against float64"]  # fmt: skip
+    lines = [
+        f"{meta['device']}, {meta['threads']} threads, load {meta['load']} before; {versions}",
+        "time: median of rounds taken in turns (20th to 80th percentile); x ours: time over ours",
+        "floor: percent of a copy's bandwidth or of the bare matrix products; error: "
+        "against float64",
+    ]
     for case, group in by_case(rows).items():
         ours = best_of_ours(group)
         lines += ["", f"{shown(case)}  [{SUITES.get(group[0]['suite'], group[0]['suite'])}]"]
@@ -135,14 +158,19 @@ def _version(name: str) -> str | None:
 
 def _commit() -> str:
     here = Path(__file__).parent
-    done = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40",
-                           "--exclude=*"], capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.strip() or "unknown"
 
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in
-             (info.read_text(errors="replace").splitlines() if info.is_file() else [])
-             if line.startswith("model name")]  # fmt: skip
+    names = [
+        line.partition(":")[2].strip()
+        for line in (info.read_text(errors="replace").splitlines() if info.is_file() else [])
+        if line.startswith("model name")
+    ]
     return names[0] if names else platform.machine()

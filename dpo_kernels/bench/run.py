@@ -74,6 +74,11 @@ def memory_cases(device: str) -> list[Case]:
 
 def grown(series: str, case: Case) -> float:
     """The size of what grows along a series, of one of its cases."""
-    sizes = {"tokens": case.tokens, "scored fraction": case.fraction, "pairs": case.pairs,
-             "vocabulary": case.shape.vocabulary, "hidden size": case.shape.hidden}  # fmt: skip
+    sizes = {
+        "tokens": case.tokens,
+        "scored fraction": case.fraction,
+        "pairs": case.pairs,
+        "vocabulary": case.shape.vocabulary,
+        "hidden size": case.shape.hidden,
+    }
     return sizes[_cases.grown_in(series)]

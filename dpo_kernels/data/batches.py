@@ -149,9 +149,12 @@ def make_sequence_batch(
 
 
 def _assemble(
-    calls: list[TrunkCall], indices: list[Tensor], sequences: list[TokenSequence],
-    sources: list[str], first_half: int,
-) -> ScoredBatch:  # fmt: skip
+    calls: list[TrunkCall],
+    indices: list[Tensor],
+    sequences: list[TokenSequence],
+    sources: list[str],
+    first_half: int,
+) -> ScoredBatch:
     counts = [s.num_scored for s in sequences]
     labels = [s.ids[t] for s in sequences for t in s.scored]
     return ScoredBatch(

@@ -157,9 +157,10 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         if out.aux_loss is not None:
             values["aux_loss"] = out.aux_loss.detach()
         self.log_dict(
-            {f"{prefix}{k}": v for k, v in values.items()}, batch_size=real,
+            {f"{prefix}{k}": v for k, v in values.items()},
+            batch_size=real,
             sync_dist=not self.training,
-        )  # fmt: skip
+        )
         return out.loss
 
     def _log_loss(self, name: str, sums: dict[str, Tensor], real: int) -> None:

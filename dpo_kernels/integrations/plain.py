@@ -255,10 +255,14 @@ class PreferenceLoss(nn.Module):
         rejected_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         out = dk.preference_loss(
-            policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
-            reference_rejected_logps, chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths, **self.options,
-        )  # fmt: skip
+            policy_chosen_logps,
+            policy_rejected_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            **self.options,
+        )
         return out.loss, out.chosen_rewards, out.rejected_rewards
 
 

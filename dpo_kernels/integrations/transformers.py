@@ -31,8 +31,13 @@ from .hf_trainer import check_head_of, load_state, loss_state, save_state
 from .metrics import ONE_BY_ONE, PackedMetrics, evaluation_metrics, loss_sums, mean_loss, real_pairs
 from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
 
-__all__ = ["FusedDPOMixin", "FusedDPOTrainer", "FusedOptions", "PreferenceCollator",
-           "WrongReference"]  # fmt: skip
+__all__ = [
+    "FusedDPOMixin",
+    "FusedDPOTrainer",
+    "FusedOptions",
+    "PreferenceCollator",
+    "WrongReference",
+]
 
 
 class FusedDPOMixin:

@@ -34,9 +34,20 @@ from .trl_v1 import OPT_OUT, model_dtype
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes")
 # The losses that all these versions have (`sft` came with the later ones).
 _OWN = {
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-    "aot_pair", "apo_zero", "apo_down", "discopop",
-}  # fmt: skip
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_pair",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+}
 
 
 def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:

@@ -175,9 +175,12 @@ def _compute_ref_log_probs(original: Callable) -> Callable:
         labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
         with _reference(self, model) as reference:
             logps = pair_logps(
-                reference, _model_inputs(inputs), labels, self.fused,
+                reference,
+                _model_inputs(inputs),
+                labels,
+                self.fused,
                 loss_options(self)["ld_alpha"],
-            )  # fmt: skip
+            )
         return logps[0], logps[1]
 
     return compute_ref_log_probs

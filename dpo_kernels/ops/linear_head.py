@@ -159,8 +159,9 @@ class Head:
         if low is not None:
             low, up = self._low_rank(low)
             for i in range(0, C, step):
-                multiply(low[i : i + step], up.T, z[i : i + step], add=True,
-                         scratch=self.plan.scratch)  # fmt: skip
+                multiply(
+                    low[i : i + step], up.T, z[i : i + step], add=True, scratch=self.plan.scratch
+                )
         if self.bias is not None:
             z += self.bias
         return z
@@ -258,8 +259,9 @@ class HeadGradient:
         d_low [n, r]."""
         if self.weight is not None:
             (rows,), unit = dz.meet(h)
-            multiply(dz.rows.T, rows, self.weight, add=not self._first, unit=unit,
-                     scratch=self._scratch)  # fmt: skip
+            multiply(
+                dz.rows.T, rows, self.weight, add=not self._first, unit=unit, scratch=self._scratch
+            )
         if self.up is not None:
             assert low is not None
             if dz.rows.dtype == torch.float32:

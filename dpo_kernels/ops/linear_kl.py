@@ -83,12 +83,22 @@ def linear_kl(
         if strategy == "frozen":
             policy = LinearInputs(*once(*policy))  # type: ignore[arg-type]
         logps, lse, table, ref_logps, _, kl = _op(
-            *policy, reference.hidden, reference.weight, reference.bias, targets, ignore_index,
-            transform.scale, transform.softcap, transform.inv_temperature, ",".join(stats),
+            *policy,
+            reference.hidden,
+            reference.weight,
+            reference.bias,
+            targets,
+            ignore_index,
+            transform.scale,
+            transform.softcap,
+            transform.inv_temperature,
+            ",".join(stats),
             strategy,
             count_scored(targets, ignore_index) if count is None else count,
-            budget_of(memory_budget), batch_invariant, name,
-        )[:6]  # fmt: skip
+            budget_of(memory_budget),
+            batch_invariant,
+            name,
+        )[:6]
     tokens = TokenLogps(logps, lse, dict(zip(stats, table.unbind(0), strict=True)))
     return TokenKL(tokens, ref_logps, kl)
 
@@ -149,9 +159,11 @@ def _linear_kl(
     plan = _plan(strategy, memory_budget, count, weight, down, up, ref_weight, invariant)
     index = scored_rows(targets, ignore_index, count)
     heads = _Heads(
-        plan, LinearInputs(hidden, weight, bias, down, up),
-        LinearInputs(ref_hidden, ref_weight, ref_bias), index.shape[0],
-    )  # fmt: skip
+        plan,
+        LinearInputs(hidden, weight, bias, down, up),
+        LinearInputs(ref_hidden, ref_weight, ref_bias),
+        index.shape[0],
+    )
     results = [hidden.new_zeros(s, dtype=d) for s, d in _results(targets, len(names))]
     flat = [x.flatten(-2) for x in results]
     stashes = _stashes(strategy, count, hidden, down)
@@ -176,9 +188,17 @@ def _linear_kl(
                 d = heads.head.gradient(r if i else z, impl)
                 if i:
                     impl.token_kl_backward(
-                        torch.zeros_like(g), g, z[None], r[None], y, lse, ref_lse, ignore_index,
-                        transform, d[None],
-                    )  # fmt: skip
+                        torch.zeros_like(g),
+                        g,
+                        z[None],
+                        r[None],
+                        y,
+                        lse,
+                        ref_lse,
+                        ignore_index,
+                        transform,
+                        d[None],
+                    )
                 else:
                     impl.token_logps_backward(g, z[None], y, lse, ignore_index, transform, d[None])
                 dz = heads.head.operand(d)
@@ -193,25 +213,49 @@ def _linear_kl(
 def _results(targets: Tensor, stats: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of logps, lse, statistics, ref_logps, ref_lse, kl."""
     shape, narrow, wide = tuple(targets.shape), torch.float32, torch.float64
-    return [(shape, narrow), (shape, wide), ((stats, *shape), narrow), (shape, narrow),
-            (shape, wide), (shape, narrow)]  # fmt: skip
+    return [
+        (shape, narrow),
+        (shape, wide),
+        ((stats, *shape), narrow),
+        (shape, narrow),
+        (shape, wide),
+        (shape, narrow),
+    ]
 
 
 def _stashes(strategy: str, count: int, hidden: Tensor, down: Tensor | None) -> list[Tensor]:
     """Unscaled gradients [2, N, H] and [2, N, r], of log-prob and KL, for a frozen head."""
     columns = hidden.shape[-1], None if down is None else down.shape[0]
     return [
-        hidden.new_empty((2, abs(count), n) if strategy == "frozen" and n is not None else 0,
-                         dtype=torch.float32)
+        hidden.new_empty(
+            (2, abs(count), n) if strategy == "frozen" and n is not None else 0, dtype=torch.float32
+        )
         for n in columns
-    ]  # fmt: skip
+    ]
 
 
 @_linear_kl.register_fake
 def _(
-    hidden, weight, bias, down, up, ref_hidden, ref_weight, ref_bias, targets, ignore_index, scale,
-    softcap, inv_t, stats, strategy, count, budget, invariant, backend,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    down,
+    up,
+    ref_hidden,
+    ref_weight,
+    ref_bias,
+    targets,
+    ignore_index,
+    scale,
+    softcap,
+    inv_t,
+    stats,
+    strategy,
+    count,
+    budget,
+    invariant,
+    backend,
+):
     results = [hidden.new_empty(s, dtype=d) for s, d in _results(targets, len(_names(stats)))]
     return *results, *_stashes(strategy, count, hidden, down)
 
@@ -242,9 +286,14 @@ def _backward(ctx, grad_logps, _lse, _table, _ref_logps, _ref_lse, grad_kl, *_):
             d_down = scaled_product_op(slopes, list(d_low.unbind(0)), hidden, *given)
         return dh, None, None, d_down, *[None] * 15
     grads = _backward_op(
-        grad_logps, grad_kl, *ctx.saved_tensors, ctx.ignore_index, *ctx.transform, list(wanted),
+        grad_logps,
+        grad_kl,
+        *ctx.saved_tensors,
+        ctx.ignore_index,
+        *ctx.transform,
+        list(wanted),
         *ctx.tail,
-    )  # fmt: skip
+    )
     return *(g if need else None for g, need in zip(grads, wanted, strict=True)), *[None] * 14
 
 
@@ -290,18 +339,46 @@ def _linear_kl_backward(
         g_logps, g_kl, y, row_lse, row_ref_lse = (v[part][None] for v in rows)
         d = heads.head.gradient(z, impl)
         impl.token_kl_backward(
-            g_logps, g_kl, z[None], r[None], y, row_lse, row_ref_lse, ignore_index, transform,
+            g_logps,
+            g_kl,
+            z[None],
+            r[None],
+            y,
+            row_lse,
+            row_ref_lse,
+            ignore_index,
+            transform,
             d[None],
-        )  # fmt: skip
+        )
         gradients.add(d, h, x, part)
     return gradients.finish()
 
 
 @_linear_kl_backward.register_fake
 def _(
-    grad_logps, grad_kl, hidden, weight, bias, down, up, ref_hidden, ref_weight, ref_bias, targets,
-    lse, ref_lse, ignore_index, scale, softcap, inv_t, wanted, count, budget, invariant, backend,
-):  # fmt: skip
+    grad_logps,
+    grad_kl,
+    hidden,
+    weight,
+    bias,
+    down,
+    up,
+    ref_hidden,
+    ref_weight,
+    ref_bias,
+    targets,
+    lse,
+    ref_lse,
+    ignore_index,
+    scale,
+    softcap,
+    inv_t,
+    wanted,
+    count,
+    budget,
+    invariant,
+    backend,
+):
     return fake_gradients(LinearInputs(hidden, weight, bias, down, up), wanted)
 
 

@@ -74,9 +74,18 @@ def linear_logps(
     if name != "torch":
         strategy = choose_strategy(strategy, *inputs)
     return rows_scored(
-        inputs, targets, ignore_index, transform, stats, budget_of(memory_budget), batch_invariant,
-        strategy or "", chunks_of, count, name,
-    )  # fmt: skip
+        inputs,
+        targets,
+        ignore_index,
+        transform,
+        stats,
+        budget_of(memory_budget),
+        batch_invariant,
+        strategy or "",
+        chunks_of,
+        count,
+        name,
+    )
 
 
 def rows_scored(
@@ -292,9 +301,24 @@ def _new_saved(strategy, plan, count, hidden, down):
 
 @_linear_logps.register_fake
 def _(
-    hidden, weight, bias, down, up, targets, ignore_index, scale, softcap, inv_t, stats, strategy,
-    chunks_of, count, budget, invariant, backend,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    down,
+    up,
+    targets,
+    ignore_index,
+    scale,
+    softcap,
+    inv_t,
+    stats,
+    strategy,
+    chunks_of,
+    count,
+    budget,
+    invariant,
+    backend,
+):
     logps = hidden.new_empty(targets.shape, dtype=torch.float32)
     lse = hidden.new_empty(targets.shape, dtype=torch.float64)
     table = hidden.new_empty((len(_names(stats)), *targets.shape), dtype=torch.float32)
@@ -329,9 +353,20 @@ def _backward(ctx, grad, *_):
         return dh, None, None, d_down, *[None] * 13
     hidden, weight, bias, down, up, targets, lse, kept = ctx.saved_tensors
     grads = _backward_op(
-        grad, hidden, weight, bias, down, up, targets, lse, kept, ctx.ignore_index, *ctx.transform,
-        list(wanted), *ctx.tail,
-    )  # fmt: skip
+        grad,
+        hidden,
+        weight,
+        bias,
+        down,
+        up,
+        targets,
+        lse,
+        kept,
+        ctx.ignore_index,
+        *ctx.transform,
+        list(wanted),
+        *ctx.tail,
+    )
     return *(g if need else None for g, need in zip(grads, wanted, strict=True)), *[None] * 12
 
 
@@ -445,18 +480,40 @@ def _linear_logps_backward(
         done += n
         z, out = z[:n], head.gradient(out[:n], impl)
         impl.token_logps_backward(
-            grad[part][None], z[None], labels[part][None], lse[part][None], ignore_index,
-            transform, out[None],
-        )  # fmt: skip
+            grad[part][None],
+            z[None],
+            labels[part][None],
+            lse[part][None],
+            ignore_index,
+            transform,
+            out[None],
+        )
         gradients.add(out, h[:n], None if x is None else x[:n], part)
     return gradients.finish()
 
 
 @_linear_logps_backward.register_fake
 def _(
-    grad, hidden, weight, bias, down, up, targets, lse, kept, ignore_index, scale, softcap, inv_t,
-    wanted, chunks_of, count, budget, invariant, backend,
-):  # fmt: skip
+    grad,
+    hidden,
+    weight,
+    bias,
+    down,
+    up,
+    targets,
+    lse,
+    kept,
+    ignore_index,
+    scale,
+    softcap,
+    inv_t,
+    wanted,
+    chunks_of,
+    count,
+    budget,
+    invariant,
+    backend,
+):
     return fake_gradients(LinearInputs(hidden, weight, bias, down, up), wanted)
 
 

@@ -152,14 +152,23 @@ def plan_of(
     # Sizes are symbols while a graph is traced.
     made = _plan if all(type(n) is int for n in (rows, V, H)) else Plan.of
     return made(
-        budget, abs(rows), V, H, weight.dtype, gpu=on_gpu(device),
-        products=products_of(device, weight.dtype), gradient=strategy != "score",
+        budget,
+        abs(rows),
+        V,
+        H,
+        weight.dtype,
+        gpu=on_gpu(device),
+        products=products_of(device, weight.dtype),
+        gradient=strategy != "score",
         low_rank=0 if down is None else down.shape[0],
         up_dtype=torch.float32 if up is None else up.dtype,
         keep=strategy == "recompute" and not joint,
-        stash={"streaming": 1, "frozen": 1 + joint}.get(strategy, 0), ref_H=ref_H, joint=joint,
-        invariant=invariant, largest=largest,
-    )  # fmt: skip
+        stash={"streaming": 1, "frozen": 1 + joint}.get(strategy, 0),
+        ref_H=ref_H,
+        joint=joint,
+        invariant=invariant,
+        largest=largest,
+    )
 
 
 _plan = functools.lru_cache(maxsize=256)(Plan.of)

@@ -95,8 +95,11 @@ def tell(weight: Tensor, products: Products) -> None:
     if products is WIDE and weight.device.type == "cuda" and weight.dtype in NARROW:
         logger.debug(
             "slow: %s operands are widened to fp32 (torch %s%s has no product of them that writes "
-            "fp32)", weight.dtype, torch.__version__, " on ROCm" if torch.version.hip else "",
-        )  # fmt: skip
+            "fp32)",
+            weight.dtype,
+            torch.__version__,
+            " on ROCm" if torch.version.hip else "",
+        )
 
 
 def multiply(

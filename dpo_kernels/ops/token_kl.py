@@ -77,16 +77,27 @@ def token_kl(
                 raise ValueError(f"{which} must have unit stride in V, got strides {x.stride()}")
         check_mode(logits, ref_logits)
         result = _op(
-            logits, ref_logits.detach(), targets, ignore_index, transform.scale,
-            transform.softcap, transform.inv_temperature, write, name,
-        )  # fmt: skip
+            logits,
+            ref_logits.detach(),
+            targets,
+            ignore_index,
+            transform.scale,
+            transform.softcap,
+            transform.inv_temperature,
+            write,
+            name,
+        )
     logps, lse, ref_logps, _, kl = result
     table = {}
     if stats:
         table = token_logps(
-            logits.detach(), targets, ignore_index=ignore_index, transform=transform, stats=stats,
+            logits.detach(),
+            targets,
+            ignore_index=ignore_index,
+            transform=transform,
+            stats=stats,
             backend=name,
-        ).stats  # fmt: skip
+        ).stats
     return TokenKL(TokenLogps(logps, lse, table), ref_logps, kl)
 
 
@@ -97,10 +108,14 @@ def _check_apart(logits: Tensor, ref_logits: Tensor) -> None:
     if logits.data_ptr() == ref_logits.data_ptr() and logits.stride() == ref_logits.stride():
         return  # the same tensor: each element is read where it is written
     (start, end), (ref_start, ref_end) = (
-        (x.data_ptr(), x.data_ptr() + x.element_size() * (1 + sum(
-            s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True))))
+        (
+            x.data_ptr(),
+            x.data_ptr()
+            + x.element_size()
+            * (1 + sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True))),
+        )
         for x in (logits, ref_logits)
-    )  # fmt: skip
+    )
     if start < ref_end and ref_start < end:
         raise ValueError("inplace=True needs logits that do not share memory with ref_logits")
 
@@ -173,17 +188,35 @@ def _token_kl_backward(
     # Contiguous whatever the strides of the logits: an expanded view has a full-sized gradient.
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     backends.load(backend).token_kl_backward(
-        grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, ignore_index,
-        LogitTransform(scale, softcap, inv_temperature), out,
-    )  # fmt: skip
+        grad_logps,
+        grad_kl,
+        logits,
+        ref_logits,
+        targets,
+        lse,
+        ref_lse,
+        ignore_index,
+        LogitTransform(scale, softcap, inv_temperature),
+        out,
+    )
     return out
 
 
 @_token_kl_backward.register_fake
 def _(
-    grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, ignore_index, scale, softcap,
-    inv_t, backend,
-):  # fmt: skip
+    grad_logps,
+    grad_kl,
+    logits,
+    ref_logits,
+    targets,
+    lse,
+    ref_lse,
+    ignore_index,
+    scale,
+    softcap,
+    inv_t,
+    backend,
+):
     return logits.new_empty(logits.shape)
 
 
@@ -207,9 +240,17 @@ def _token_kl_backward_(
     backend: str,
 ) -> None:
     backends.load(backend).token_kl_backward(
-        grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, ignore_index,
-        LogitTransform(scale, softcap, inv_temperature), logits,
-    )  # fmt: skip
+        grad_logps,
+        grad_kl,
+        logits,
+        ref_logits,
+        targets,
+        lse,
+        ref_lse,
+        ignore_index,
+        LogitTransform(scale, softcap, inv_temperature),
+        logits,
+    )
 
 
 _backward_in_place = Op(_token_kl_backward_, writes=2)

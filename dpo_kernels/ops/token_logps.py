@@ -180,8 +180,9 @@ def _token_logps_backward(
 ) -> Tensor:
     # Contiguous whatever the strides of the logits: an expanded view has a full-sized gradient.
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _run_backward(grad, logits, targets, lse, ignore_index, (scale, softcap, inv_temperature),
-                  backend, out)  # fmt: skip
+    _run_backward(
+        grad, logits, targets, lse, ignore_index, (scale, softcap, inv_temperature), backend, out
+    )
     return out
 
 
@@ -206,8 +207,9 @@ def _token_logps_backward_(
     inv_temperature: float,
     backend: str,
 ) -> None:
-    _run_backward(grad, logits, targets, lse, ignore_index, (scale, softcap, inv_temperature),
-                  backend, logits)  # fmt: skip
+    _run_backward(
+        grad, logits, targets, lse, ignore_index, (scale, softcap, inv_temperature), backend, logits
+    )
 
 
 backward_in_place = Op(_token_logps_backward_, writes=1)

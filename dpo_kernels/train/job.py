@@ -164,17 +164,26 @@ class _Job:
         peak = _peak_memory(policy)
         timing = self._timing(policy, data)
         summary = {
-            "output_dir": str(self.folder), "backend": backend, "steps": result.steps,
-            "pairs": len(train_pairs), "held_out_pairs": len(eval_pairs),
-            "step0_loss": result.step0_loss, "step0_expected": result.step0_expected,
-            "before": before, "after": after,
+            "output_dir": str(self.folder),
+            "backend": backend,
+            "steps": result.steps,
+            "pairs": len(train_pairs),
+            "held_out_pairs": len(eval_pairs),
+            "step0_loss": result.step0_loss,
+            "step0_expected": result.step0_expected,
+            "before": before,
+            "after": after,
             "sample": {"prompt": prompt, "before": text_before, "after": text_after},
-            "median_step_time": result.median_step_time, "peak_memory_bytes": peak, **timing,
+            "median_step_time": result.median_step_time,
+            "peak_memory_bytes": peak,
+            **timing,
             "left_out": self.left_out.counts(),
-            "left_out_rows": self.left_out.shown(), "data": dict(self.left_out.notes),
-            "seconds": time.perf_counter() - began, "version": dk.__version__,
+            "left_out_rows": self.left_out.shown(),
+            "data": dict(self.left_out.notes),
+            "seconds": time.perf_counter() - began,
+            "version": dk.__version__,
             "torch": torch.__version__,
-        }  # fmt: skip
+        }
         text = json.dumps(summary, indent=2, ensure_ascii=False)
         # Rows that were left out are quoted as they came, with what no encoding holds.
         quoted = (text + "\n").encode("utf-8", "backslashreplace")
@@ -348,13 +357,17 @@ class _Job:
             say(f"\nprompt: {sample['prompt']}")
             say(f"before: {sample['before']}")
             say(f"after:  {sample['after']}")
-        say(f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer step "
+        say(
+            f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer step "
             f"(median of {result.steps}), peak memory {summary['peak_memory_bytes'] / 2**30:.2f} "
-            "GiB")  # fmt: skip
+            "GiB"
+        )
         if "step_seconds" in summary:
             ours, plain = summary["step_seconds"], summary["plain_torch_step_seconds"]
-            say(f"forward and backward of one batch: {ours:.3f} s; the same in plain torch (model "
-                f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x")  # fmt: skip
+            say(
+                f"forward and backward of one batch: {ours:.3f} s; the same in plain torch (model "
+                f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x"
+            )
         say(self.left_out.summary())
         names = ["metrics.jsonl", "training.png", "config.json", "summary.json", "left_out.jsonl"]
         there = [name for name in names if (self.folder / name).exists()]

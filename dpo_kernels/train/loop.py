@@ -232,9 +232,13 @@ def _steps(n: int, config: DPOTrainConfig) -> int:
 
 
 def train(
-    policy: Policy, data: PairData, held_out: PairData | None, config: DPOTrainConfig,
-    metrics: MetricsFile, console: Console,
-) -> TrainResult:  # fmt: skip
+    policy: Policy,
+    data: PairData,
+    held_out: PairData | None,
+    config: DPOTrainConfig,
+    metrics: MetricsFile,
+    console: Console,
+) -> TrainResult:
     """Train the policy in place; metrics every `logging_steps`.
 
     Raises `TrainingError` on a loss or gradient that is not finite, naming the pairs of the step,
@@ -267,10 +271,14 @@ def train(
             took = sum(times[-logged:])
             row = {k: v for k, v in meter.result(logged).items() if k not in EVAL_ONLY}
             row |= {
-                "step": step, "epoch": epoch, **extra, "num_tokens": tokens_seen,
-                "step_time": took / logged, "tokens_per_s": tokens_logged / took,
+                "step": step,
+                "epoch": epoch,
+                **extra,
+                "num_tokens": tokens_seen,
+                "step_time": took / logged,
+                "tokens_per_s": tokens_logged / took,
                 "pairs_per_s": meter.pairs / took,
-            }  # fmt: skip
+            }
             metrics.write(row)
             shown = {"loss": f"{row['loss']:.4f}", "margin": f"{row['rewards/margins']:.3f}"}
             console.postfix(**shown)
@@ -282,7 +290,8 @@ def train(
             meter, logged, tokens_logged = PairMeter(), 0, 0
         if held_out and config.eval_steps and step % config.eval_steps == 0 and step < steps:
             quiet = Console(quiet=True)
-            metrics.write({"step": step, "epoch": epoch,
-                           **evaluate(policy, held_out, config, quiet, "")})  # fmt: skip
+            metrics.write(
+                {"step": step, "epoch": epoch, **evaluate(policy, held_out, config, quiet, "")}
+            )
     rest = sorted(times[1:] or times)
     return TrainResult(steps, rest[len(rest) // 2], step0, expected)

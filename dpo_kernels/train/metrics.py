@@ -22,9 +22,15 @@ from ..models.attached import HeadOutput
 from ..models.step0 import tied
 
 _NAMES = (
-    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-    "logps/chosen", "logps/rejected", "rewards/accuracies_ties_half", "logps/accuracies",
-)  # fmt: skip
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/accuracies_ties_half",
+    "logps/accuracies",
+)
 EVAL_ONLY = ("rewards/accuracies_ties_half", "logps/accuracies")
 
 

@@ -29,9 +29,12 @@ def make_optimizer(model: nn.Module, config: DPOTrainConfig) -> torch.optim.Opti
         return torch.optim.RMSprop(groups, lr=config.learning_rate)
     # fused: one pass over each parameter, where the plain loop makes several over memory
     return torch.optim.AdamW(
-        groups, lr=config.learning_rate, eps=config.adam_epsilon,
-        betas=(config.adam_beta1, config.adam_beta2), fused=True,
-    )  # fmt: skip
+        groups,
+        lr=config.learning_rate,
+        eps=config.adam_epsilon,
+        betas=(config.adam_beta1, config.adam_beta2),
+        fused=True,
+    )
 
 
 def make_schedule(

@@ -33,8 +33,15 @@ def plot_run(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             if train:
                 axis.plot(*zip(*train, strict=True), color=f"C{i}", lw=1.3, label=f"{label}train")
             if held:
-                axis.plot(*zip(*held, strict=True), color=f"C{i}", lw=1.3, ls="--", marker="o",
-                          ms=5, label=f"{label}held out")  # fmt: skip
+                axis.plot(
+                    *zip(*held, strict=True),
+                    color=f"C{i}",
+                    lw=1.3,
+                    ls="--",
+                    marker="o",
+                    ms=5,
+                    label=f"{label}held out",
+                )
         axis.set_title(name)
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -21,9 +21,12 @@ from .optim import Stepper, total_steps
 
 
 def train_sft(
-    policy: Policy, sequences: list[TokenSequence], config: DPOTrainConfig, metrics: MetricsFile,
+    policy: Policy,
+    sequences: list[TokenSequence],
+    config: DPOTrainConfig,
+    metrics: MetricsFile,
     console: Console,
-) -> float:  # fmt: skip
+) -> float:
     """Train in place; returns the mean loss per token of the last tenth of the steps."""
     n, micro = len(sequences), config.per_device_train_batch_size
     steps = total_steps(n, micro * config.gradient_accumulation_steps, config)
@@ -45,8 +48,13 @@ def train_sft(
         extra = stepper.step(total, f"SFT step {step}", [sequences[i].source for i in indices])
         losses.append(float(total))
         if step % config.logging_steps == 0 or step == steps:
-            row = {"step": step, "epoch": epoch, "loss": losses[-1], **extra,
-                   "step_time": time.perf_counter() - began}  # fmt: skip
+            row = {
+                "step": step,
+                "epoch": epoch,
+                "loss": losses[-1],
+                **extra,
+                "step_time": time.perf_counter() - began,
+            }
             metrics.write(row)
             console.postfix(loss=f"{losses[-1]:.3f}")
     tail = losses[-max(1, steps // 10) :]

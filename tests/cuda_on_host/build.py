@@ -49,8 +49,20 @@ def _compile(
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    common = [cxx, "-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread",
-              "-fPIC", f"-I{csrc}", "-include", str(HERE / "cuda_on_host.h"), *flags]  # fmt: skip
+    common = [
+        cxx,
+        "-std=c++17",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        "-pthread",
+        "-fPIC",
+        f"-I{csrc}",
+        "-include",
+        str(HERE / "cuda_on_host.h"),
+        *flags,
+    ]
 
     def one(source: Path) -> str:
         made = folder / f"{source.stem}.o"
@@ -100,8 +112,14 @@ def module(record: bool = False) -> ModuleType:
     import pybind11
 
     made = ["-O0", "-DCUDA_ON_HOST_RECORD"] if record else ["-O1", *CONFIG]
-    flags = [*made, "-DCUDA_ON_HOST", "-DDPO_CUDA", "-fvisibility=hidden",
-             f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]  # fmt: skip
+    flags = [
+        *made,
+        "-DCUDA_ON_HOST",
+        "-DDPO_CUDA",
+        "-fvisibility=hidden",
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_path('include')}",
+    ]
     name = f"_cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     path = _compile([CSRC / "bindings.cpp", *kernels()], flags, name, ["-shared"])
     spec = importlib.util.spec_from_file_location("_cuda_on_host", path)

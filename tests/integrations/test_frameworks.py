@@ -14,18 +14,32 @@ from dpo_kernels.models.options import FusedOptions
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("1.16.0", (1, 16, 0)), ("0.24.0.dev0", (0, 24, 0)), ("2.13.0+cpu", (2, 13, 0)),
-     ("1.0.0rc1", (1, 0, 0)), ("5", (5,))],
-)  # fmt: skip
+    [
+        ("1.16.0", (1, 16, 0)),
+        ("0.24.0.dev0", (0, 24, 0)),
+        ("2.13.0+cpu", (2, 13, 0)),
+        ("1.0.0rc1", (1, 0, 0)),
+        ("5", (5,)),
+    ],
+)
 def test_numbers_of_a_version(text, wanted):
     assert frameworks.number(text) == wanted
 
 
 @pytest.mark.parametrize(
     ("found", "known"),
-    [("0.17.0", False), ("0.18.0", True), ("0.24.0", True), ("0.25.0", False), ("0.29.1", False),
-     ("1.0.0", True), ("1.16.4", True), ("1.17.0", False), ("2.0.0", False)],
-)  # fmt: skip
+    [
+        ("0.17.0", False),
+        ("0.18.0", True),
+        ("0.24.0", True),
+        ("0.25.0", False),
+        ("0.29.1", False),
+        ("1.0.0", True),
+        ("1.16.4", True),
+        ("1.17.0", False),
+        ("2.0.0", False),
+    ],
+)
 def test_the_range_of_trl(found, known, monkeypatch):
     monkeypatch.setattr(frameworks, "version", lambda package: found)
     if known:

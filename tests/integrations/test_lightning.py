@@ -25,9 +25,13 @@ from dpo_kernels.integrations.lightning import (
 def fit(module, steps=3, validate=False):
     loader = DataLoader(examples(12), 4, collate_fn=PreferenceCollator(0))
     trainer = Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(module, loader, *([loader] if validate else []))
     return {k: float(v) for k, v in trainer.callback_metrics.items()}
 

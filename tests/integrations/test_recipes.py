@@ -74,10 +74,11 @@ def check_llamafactory(names, original):
     policy = tiny.model()
     for loss in ("sigmoid", "ipo"):
         stub = types.SimpleNamespace(
-            loss_type=loss, ld_alpha=None,
+            loss_type=loss,
+            ld_alpha=None,
             finetuning_args=types.SimpleNamespace(use_ref_model=True),
             accelerator=types.SimpleNamespace(unwrap_model=lambda m: m),
-        )  # fmt: skip
+        )
         batch = PreferenceCollator(0)(names["examples"][:4])
         theirs = original(stub, copy.deepcopy(policy), dict(batch))
         ours = names["concatenated_forward"](stub, policy, dict(batch))

@@ -53,10 +53,18 @@ def plain_logps(model, batch):
 # Losses are logged with four digits by transformers 4.
 def arguments(folder, **options):
     common = dict(
-        max_steps=5, per_device_train_batch_size=4, learning_rate=2e-3, logging_steps=1,
-        report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, seed=3,
-        lr_scheduler_type="constant", max_grad_norm=0.0,
-    )  # fmt: skip
+        max_steps=5,
+        per_device_train_batch_size=4,
+        learning_rate=2e-3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=3,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+    )
     return TrainingArguments(str(folder), **{**common, **options})
 
 
@@ -109,10 +117,19 @@ def test_metrics_have_trls_names(tmp_path):
     made.train()
     row = next(r for r in made.state.log_history if "loss" in r)
     names = {
-        "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-        "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy",
-        "mean_token_accuracy", "num_tokens",
-    }  # fmt: skip
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "entropy",
+        "mean_token_accuracy",
+        "num_tokens",
+    }
     assert names <= row.keys()
     evaluation = next(r for r in made.state.log_history if "eval_loss" in r)
     assert {f"eval_{n}" for n in names} <= evaluation.keys()
@@ -151,9 +168,12 @@ def test_a_mixin_over_ones_own_trainer(tmp_path):
         pass
 
     made = Mine(
-        model=tiny.model(), args=arguments(tmp_path, max_steps=2), train_dataset=examples(8),
-        data_collator=PreferenceCollator(0), loss_options={"loss_type": "simpo"},
-    )  # fmt: skip
+        model=tiny.model(),
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=examples(8),
+        data_collator=PreferenceCollator(0),
+        loss_options={"loss_type": "simpo"},
+    )
     made.train()
     assert made.state.global_step == 2
 

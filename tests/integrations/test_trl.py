@@ -86,10 +86,14 @@ def test_losses_are_the_tables(loss):
     made = make(DPOTrainer, loss_type=loss, ref_model=reference, fused=options)
     batch, logps, ref, lengths = expected_losses(made)
     wanted = dk.preference_loss(
-        *logps.chunk(2), *ref.chunk(2), loss_type=loss, beta=0.1,
-        chosen_lengths=lengths.chunk(2)[0], rejected_lengths=lengths.chunk(2)[1],
+        *logps.chunk(2),
+        *ref.chunk(2),
+        loss_type=loss,
+        beta=0.1,
+        chosen_lengths=lengths.chunk(2)[0],
+        rejected_lengths=lengths.chunk(2)[1],
         **options.get("loss_options", {}),
-    ).loss  # fmt: skip
+    ).loss
     got = made.compute_loss(made.model, batch)
     assert float(got) == pytest.approx(float(wanted), rel=1e-5)
 
@@ -97,8 +101,12 @@ def test_losses_are_the_tables(loss):
 @pytest.mark.parametrize("fused", [None, {"head_stats": False}])
 def test_label_smoothing_with_sigmoid_is_cdpo(fused):
     e = 0.2
-    made = make(DPOTrainer, label_smoothing=e, ref_model=tiny.model(seed=1),
-                fused={"check_reference": False, **(fused or {})})  # fmt: skip
+    made = make(
+        DPOTrainer,
+        label_smoothing=e,
+        ref_model=tiny.model(seed=1),
+        fused={"check_reference": False, **(fused or {})},
+    )
     made.train()
     row = made.state.log_history[0]
     # one batch of four: mean margin and loss do not determine each other, so bounds by convexity
@@ -219,8 +227,12 @@ def test_bfloat16(options, monkeypatch):
         assert b["loss"] == pytest.approx(a["loss"], abs=0.05)
         assert b["logps/chosen"] == pytest.approx(a["logps/chosen"], rel=0.02)
     with pytest.raises(WrongReference):
-        run(DPOTrainer, ref_model=tiny.model(seed=1, dtype=options.get("dtype", torch.float32)),
-            max_steps=1, **options)  # fmt: skip
+        run(
+            DPOTrainer,
+            ref_model=tiny.model(seed=1, dtype=options.get("dtype", torch.float32)),
+            max_steps=1,
+            **options,
+        )
 
 
 @pytest.mark.skipif(VERSION < (1, 10), reason="vision batches as TRL makes them since 1.10")
@@ -238,14 +250,23 @@ def test_a_vision_language_model():
     text = LlamaConfig(vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=None, **size)
     vision = CLIPVisionConfig(image_size=8, patch_size=4, **size)
     start = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=63,
-                    vision_feature_layer=-1, vision_feature_select_strategy="default")
-    )  # fmt: skip
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=63,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+        )
+    )
     ids = torch.randint(2, 60, (4, 12))
     ids[:, 1:5] = 63  # four patches an image
     completion = (torch.arange(12) >= 7).long().expand(4, 12)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
-             "completion_mask": completion, "pixel_values": torch.randn(4, 3, 8, 8)}  # fmt: skip
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "completion_mask": completion,
+        "pixel_values": torch.randn(4, 3, 8, 8),
+    }
     results = []
     for trainer in (TRLS_OWN, DPOTrainer):
         model = copy.deepcopy(start)
@@ -364,10 +385,16 @@ def test_a_reference_free_loss_is_not_checked():
 def test_prefix_sharing_changes_nothing_but_work(attention, peft):
     config = lora() if peft else None
     plain, shared = (
-        run(DPOTrainer, model=tiny.model(attn_implementation=attention), max_steps=10,
-            data=long_prompts(), peft_config=config, fused={"share_prefix": share})
+        run(
+            DPOTrainer,
+            model=tiny.model(attn_implementation=attention),
+            max_steps=10,
+            data=long_prompts(),
+            peft_config=config,
+            fused={"share_prefix": share},
+        )
         for share in (False, True)
-    )  # fmt: skip
+    )
     assert_same(plain, shared, 1e-4, 1e-4)
 
 
@@ -385,8 +412,13 @@ def test_prefix_sharing_runs_fewer_tokens():
     tokens = []
     for share in (False, True):
         seen.clear()
-        run(DPOTrainer, model=copy.deepcopy(model), data=long_prompts(), max_steps=1,
-            fused={"share_prefix": share})  # fmt: skip
+        run(
+            DPOTrainer,
+            model=copy.deepcopy(model),
+            data=long_prompts(),
+            max_steps=1,
+            fused={"share_prefix": share},
+        )
         tokens.append(sum(n for n in seen if n != CHECKED))
     assert tokens[1] < 0.8 * tokens[0]
 
@@ -400,8 +432,9 @@ def test_prefix_sharing_runs_fewer_tokens():
 )
 def test_prefix_sharing_refuses_what_one_mask_cannot_say(kind, options, message):
     with pytest.raises(ValueError, match=message):
-        run(DPOTrainer, model=tiny.model(kind, **options), max_steps=1,
-            fused={"share_prefix": True})  # fmt: skip
+        run(
+            DPOTrainer, model=tiny.model(kind, **options), max_steps=1, fused={"share_prefix": True}
+        )
 
 
 def test_without_head_stats_the_loss_streams():

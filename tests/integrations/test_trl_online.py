@@ -63,17 +63,29 @@ def train():
         pytest.skip("OnlineDPOTrainer takes reward functions since TRL 0.24")
     module = __import__(Online.__module__, fromlist=["OnlineDPOConfig"])
     args = module.OnlineDPOConfig(
-        tempfile.mkdtemp(), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
-        max_new_tokens=4, logging_steps=1, report_to=[], use_cpu=True, bf16=False, seed=3,
-        save_strategy="no", disable_tqdm=True, missing_eos_penalty=None,
-    )  # fmt: skip
+        tempfile.mkdtemp(),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_new_tokens=4,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        seed=3,
+        save_strategy="no",
+        disable_tqdm=True,
+        missing_eos_penalty=None,
+    )
     model = tiny.model()
     made = Online(
-        model=model, ref_model=copy.deepcopy(model), args=args,
+        model=model,
+        ref_model=copy.deepcopy(model),
+        args=args,
         reward_funcs=lambda prompts, completions, **_: [float(len(set(c))) for c in completions],
         train_dataset=Dataset.from_list([{"prompt": r["prompt"]} for r in tiny.rows()]),
         processing_class=tiny.tokenizer(),
-    )  # fmt: skip
+    )
     made.train()
     return [row for row in made.state.log_history if "loss" in row]
 

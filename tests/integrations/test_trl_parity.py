@@ -139,8 +139,12 @@ def test_same_for_other_heads(kind):
 
 @pytest.mark.skipif(VERSION < (1, 10), reason="TRL's auxiliary loss as it is since 1.10")
 def test_same_mixture_of_experts():
-    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True,
-               "router_aux_loss_coef": 0.1}  # fmt: skip
+    options = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.1,
+    }
     runs = [run(t, model=tiny.model("Mixtral", **options), max_steps=8) for t in (Theirs, Ours)]
     assert_same(*runs, *FLOAT32)
     assert all("aux_loss" in row for row in runs[1].history)

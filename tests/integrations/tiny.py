@@ -28,10 +28,18 @@ def model(kind: str = "Llama", dtype: torch.dtype = torch.float32, seed: int = 0
 
     torch.manual_seed(seed)
     common = dict(
-        vocab_size=WORDS + 2, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=WORDS + 2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+    )
     config = getattr(transformers, f"{kind}Config")(**{**common, **options})
     made = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():  # random weights as they come give almost flat distributions

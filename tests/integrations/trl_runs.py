@@ -37,9 +37,17 @@ def config(folder: str | None = None, **options: Any) -> Any:
     from trl import DPOConfig
 
     common = dict(
-        max_steps=3, per_device_train_batch_size=4, learning_rate=2e-3, logging_steps=1,
-        report_to=[], bf16=False, use_cpu=True, save_strategy="no", seed=3, disable_tqdm=True,
-    )  # fmt: skip
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=2e-3,
+        logging_steps=1,
+        report_to=[],
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        seed=3,
+        disable_tqdm=True,
+    )
     if V1 and isinstance(options.get("loss_type"), str):
         options["loss_type"] = [options["loss_type"]]
     return DPOConfig(folder or tempfile.mkdtemp(), **{**common, **options})

@@ -52,67 +52,143 @@ F_LOSSES = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "di
 RECIPES: dict[str, dict[str, Any]] = {
     # pairs, T, V: size; real[row]: non-padding span; spans[row]: scored positions
     "padded": dict(
-        seed=1, pairs=4, T=14, V=37, scale=2.0, ref_noise=0.7,
+        seed=1,
+        pairs=4,
+        T=14,
+        V=37,
+        scale=2.0,
+        ref_noise=0.7,
         real=[[0, 14], [0, 9], [0, 12], [0, 6], [0, 10], [0, 14], [0, 7], [0, 13]],
         spans=[[[4, 14]], [[3, 9]], [[5, 12]], [[2, 6]], [[4, 10]], [[3, 14]], [[5, 7]], [[2, 13]]],
     ),
     "left_padded": dict(
-        seed=2, pairs=3, T=12, V=41, scale=1.5, ref_noise=0.5,
+        seed=2,
+        pairs=3,
+        T=12,
+        V=41,
+        scale=1.5,
+        ref_noise=0.5,
         real=[[0, 12], [5, 12], [2, 12], [4, 12], [1, 12], [6, 12]],
         spans=[[[3, 12]], [[8, 12]], [[5, 12]], [[6, 12]], [[2, 12]], [[11, 12]]],
     ),
     "one_empty": dict(
-        seed=3, pairs=3, T=10, V=37, scale=2.0, ref_noise=0.6,
+        seed=3,
+        pairs=3,
+        T=10,
+        V=37,
+        scale=2.0,
+        ref_noise=0.6,
         real=[[0, 10], [0, 5], [0, 8], [0, 9], [0, 10], [0, 4]],
         spans=[[[2, 10]], [], [[3, 8]], [[2, 9]], [[4, 10]], []],
     ),
     "extreme": dict(
-        seed=4, pairs=4, T=26, V=37, scale=40.0, ref_noise=45.0,
+        seed=4,
+        pairs=4,
+        T=26,
+        V=37,
+        scale=40.0,
+        ref_noise=45.0,
         real=[[0, 26]] * 8,
         spans=[
-            [[2, 26]], [[4, 20]], [[3, 25]], [[1, 22]], [[2, 24]], [[4, 26]], [[3, 9]], [[1, 26]],
+            [[2, 26]],
+            [[4, 20]],
+            [[3, 25]],
+            [[1, 22]],
+            [[2, 24]],
+            [[4, 26]],
+            [[3, 9]],
+            [[1, 26]],
         ],
     ),
     "extreme_low": dict(  # a reference far flatter than the policy: log-ratios down to -1000
-        seed=14, pairs=4, T=26, V=37, scale=40.0, ref_noise=1.0, ref_scale=0.2,
+        seed=14,
+        pairs=4,
+        T=26,
+        V=37,
+        scale=40.0,
+        ref_noise=1.0,
+        ref_scale=0.2,
         real=[[0, 26]] * 8,
         spans=[
-            [[2, 26]], [[4, 20]], [[23, 25]], [[1, 22]], [[21, 24]], [[4, 26]], [[3, 9]], [[1, 26]],
+            [[2, 26]],
+            [[4, 20]],
+            [[23, 25]],
+            [[1, 22]],
+            [[21, 24]],
+            [[4, 26]],
+            [[3, 9]],
+            [[1, 26]],
         ],
     ),
     "equal": dict(
-        seed=5, pairs=3, T=9, V=37, scale=2.0, ref_noise=0.0,
+        seed=5,
+        pairs=3,
+        T=9,
+        V=37,
+        scale=2.0,
+        ref_noise=0.0,
         real=[[0, 9]] * 6,
         spans=[[[2, 9]], [[3, 8]], [[1, 9]], [[2, 6]], [[3, 9]], [[1, 5]]],
     ),
     "turns": dict(  # several answers in one conversation: holes in the mask
-        seed=6, pairs=3, T=16, V=64, scale=2.0, ref_noise=0.8,
+        seed=6,
+        pairs=3,
+        T=16,
+        V=64,
+        scale=2.0,
+        ref_noise=0.8,
         real=[[0, 16], [0, 13], [0, 15], [0, 16], [0, 11], [0, 14]],
         spans=[
-            [[3, 6], [9, 16]], [[2, 5], [8, 13]], [[4, 8], [12, 15]],
-            [[3, 9], [11, 12]], [[2, 5]], [[4, 6], [8, 14]],
+            [[3, 6], [9, 16]],
+            [[2, 5], [8, 13]],
+            [[4, 8], [12, 15]],
+            [[3, 9], [11, 12]],
+            [[2, 5]],
+            [[4, 6], [8, 14]],
         ],
     ),
     "single": dict(
-        seed=7, pairs=1, T=8, V=37, scale=3.0, ref_noise=1.0,
-        real=[[0, 8], [0, 6]], spans=[[[1, 8]], [[1, 6]]],
+        seed=7,
+        pairs=1,
+        T=8,
+        V=37,
+        scale=3.0,
+        ref_noise=1.0,
+        real=[[0, 8], [0, 6]],
+        spans=[[[1, 8]], [[1, 6]]],
     ),
     "long": dict(
-        seed=8, pairs=2, T=96, V=48, scale=2.5, ref_noise=0.4,
+        seed=8,
+        pairs=2,
+        T=96,
+        V=48,
+        scale=2.5,
+        ref_noise=0.4,
         real=[[0, 96], [0, 40], [0, 31], [0, 96]],
         spans=[[[11, 96]], [[7, 40]], [[11, 31]], [[7, 96]]],
     ),
     "whole": dict(  # a prompt of one token, so that ORPO's NLL, which includes it, is ours
-        seed=9, pairs=3, T=11, V=37, scale=2.0, ref_noise=0.5,
+        seed=9,
+        pairs=3,
+        T=11,
+        V=37,
+        scale=2.0,
+        ref_noise=0.5,
         real=[[0, 11], [0, 7], [0, 10], [0, 9], [0, 11], [0, 5]],
         spans=[[[1, 11]], [[1, 7]], [[1, 10]], [[1, 9]], [[1, 11]], [[1, 5]]],
     ),
     "hidden": dict(
-        seed=10, pairs=3, T=12, V=53, H=16, scale=2.0, ref_noise=0.3,
+        seed=10,
+        pairs=3,
+        T=12,
+        V=53,
+        H=16,
+        scale=2.0,
+        ref_noise=0.3,
         real=[[0, 12], [0, 9], [0, 11], [0, 8], [0, 12], [0, 7]],
         spans=[[[3, 12]], [[2, 9]], [[4, 11]], [[3, 8]], [[2, 12]], [[4, 7]]],
     ),
-}  # fmt: skip
+}
 
 
 def leaf(array: np.ndarray, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -170,9 +246,11 @@ def trl_grid() -> list[tuple[str, dict[str, Any], str]]:
             add(recipe, loss_type=name, f_divergence_type=div)
         for coef in (0.5, 1.0) if recipe == "padded" else (0.2, 1.5):
             add(
-                recipe, loss_type=name, f_divergence_type="alpha_divergence",
+                recipe,
+                loss_type=name,
+                f_divergence_type="alpha_divergence",
                 f_alpha_divergence_coef=coef,
-            )  # fmt: skip
+            )
     for name, div in product(F_LOSSES, ("forward_kl", "js_divergence")):
         add("extreme", loss_type=name, f_divergence_type=div, beta=0.5)
         add("extreme_low", loss_type=name, f_divergence_type=div)
@@ -218,9 +296,12 @@ def make_trl(trl: Trl) -> tuple[list[dict], list[dict]]:
         alpha = options.get("f_divergence_type") == "alpha_divergence"
         single = alpha and abs(options["f_alpha_divergence_coef"] - 1) > 1e-6
         case = {
-            "peer": "trl", "recipe": recipe, "ref": ref, "options": options,
+            "peer": "trl",
+            "recipe": recipe,
+            "ref": ref,
+            "options": options,
             "precision": "float32" if single else "float64",
-        }  # fmt: skip
+        }
         cast = torch.float32 if single else torch.float64
         results = {}
         try:
@@ -265,9 +346,11 @@ def make_head(trl: Trl) -> list[dict]:
         e = {"label_smoothing": 0.1} if name in SMOOTHED else {}
         grid.append(({"loss_type": name, **e}, {}, False))
     heads = [
-        {"logit_softcap": 3.0}, {"logit_scale": 0.25}, {"temperature": 1.7},
+        {"logit_softcap": 3.0},
+        {"logit_scale": 0.25},
+        {"temperature": 1.7},
         {"logit_softcap": 2.0, "logit_scale": 0.5, "temperature": 0.8},
-    ]  # fmt: skip
+    ]
     for head, bias in product(heads, (False, True)):
         grid.append(({"loss_type": "sigmoid"}, head, bias))
         grid.append(({"loss_type": RPO, "use_weighting": False}, head, bias))
@@ -290,10 +373,15 @@ def make_head(trl: Trl) -> list[dict]:
             expect["stats"] = {k: getattr(stats, k).double().tolist() for k in names}
         cases.append(
             {
-                "peer": "trl-head", "recipe": "hidden", "options": options, "head": head,
-                "bias": with_bias, "precision": "float32", "expect": expect,
+                "peer": "trl-head",
+                "recipe": "hidden",
+                "options": options,
+                "head": head,
+                "bias": with_bias,
+                "precision": "float32",
+                "expect": expect,
             }
-        )  # fmt: skip
+        )
     return cases
 
 
@@ -327,9 +415,13 @@ def make_cpo() -> list[dict]:
             if e == 0:
                 for alpha in (0.25, -0.3):
                     trainer = bare(
-                        CPOTrainer, loss_type="simpo", alpha=alpha, cpo_alpha=0, simpo_gamma=gamma,
+                        CPOTrainer,
+                        loss_type="simpo",
+                        alpha=alpha,
+                        cpo_alpha=0,
+                        simpo_gamma=gamma,
                         **common,
-                    )  # fmt: skip
+                    )
                     grid.append((recipe, "alphapo", own | {"alphapo_alpha": alpha}, trainer))
     for beta in (0.1, 0.5):  # ORPO's NLL covers the prompt too: only where the two coincide
         grid.append(("whole", "orpo", {"beta": beta}, bare(ORPOTrainer, beta=beta)))
@@ -365,11 +457,13 @@ def make_cpo() -> list[dict]:
         }
         cases.append(
             {
-                "peer": "trl-orpo" if name == "orpo" else "trl-cpo", "recipe": recipe,
-                "options": {"loss_type": name, **options}, "expect": expect,
+                "peer": "trl-orpo" if name == "orpo" else "trl-cpo",
+                "recipe": recipe,
+                "options": {"loss_type": name, **options},
+                "expect": expect,
                 "precision": "float32" if name == "orpo" else "float64",
             }
-        )  # fmt: skip
+        )
     return cases
 
 
@@ -423,10 +517,15 @@ def make_liger() -> list[dict]:
         expect["rewards"] = torch.cat(aux[5:7]).tolist()
         cases.append(
             {
-                "peer": "liger", "recipe": "hidden", "options": options, "bias": True,
-                "reference": use_ref, "precision": "float32", "expect": expect,
+                "peer": "liger",
+                "recipe": "hidden",
+                "options": options,
+                "bias": True,
+                "reference": use_ref,
+                "precision": "float32",
+                "expect": expect,
             }
-        )  # fmt: skip
+        )
     return cases
 
 

@@ -34,9 +34,14 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MODEL = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+)
 PAIRS_PER_BATCH, STEPS, MAX_GRAD_NORM = 4, 16, 1.0
 # loss: options of ours and of DPOConfig alike; precomputed: reference sums computed before training
 RUNS: dict[str, dict[str, Any]] = {
@@ -98,12 +103,25 @@ class Logs(TrainerCallback):
 def train(run: dict[str, Any], model: LlamaForCausalLM, folder: str) -> list[dict[str, Any]]:
     precomputed = run.get("precomputed", False)
     args = DPOConfig(
-        folder, use_cpu=True, bf16=False, report_to=[], logging_steps=1, save_strategy="no",
-        per_device_train_batch_size=PAIRS_PER_BATCH, max_steps=STEPS, optim=run["optim"],
-        learning_rate=run["lr"], lr_scheduler_type="constant", weight_decay=0.0,
-        max_grad_norm=MAX_GRAD_NORM, gradient_checkpointing=False, pad_to_multiple_of=None,
-        precompute_ref_log_probs=precomputed, disable_tqdm=True, **run["loss"],
-    )  # fmt: skip
+        folder,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        per_device_train_batch_size=PAIRS_PER_BATCH,
+        max_steps=STEPS,
+        optim=run["optim"],
+        learning_rate=run["lr"],
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=MAX_GRAD_NORM,
+        gradient_checkpointing=False,
+        pad_to_multiple_of=None,
+        precompute_ref_log_probs=precomputed,
+        disable_tqdm=True,
+        **run["loss"],
+    )
     Recorder.steps = []
     trainer = Recorder(
         model=copy.deepcopy(model),

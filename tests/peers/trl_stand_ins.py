@@ -33,9 +33,13 @@ class Trl:
 
     def __init__(self, folder: str) -> None:
         config = LlamaConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=2,
-        )  # fmt: skip
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
         self.trainer = DPOTrainer(
             model=LlamaForCausalLM(config),
             ref_model=LlamaForCausalLM(config),
@@ -58,9 +62,13 @@ class Trl:
         t.loss_types = [names] if isinstance(names, str) else list(names)
         t.loss_weights = get["loss_weights"] or [1.0] * len(t.loss_types)
         for name in (
-            "beta", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing",
+            "beta",
+            "ld_alpha",
+            "f_divergence_type",
+            "f_alpha_divergence_coef",
+            "label_smoothing",
             "use_weighting",
-        ):  # fmt: skip
+        ):
             setattr(t, name, get[name])
         t.args.discopop_tau = get["discopop_tau"]
         t.precompute_ref_logps = precomputed

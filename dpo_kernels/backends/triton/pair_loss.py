@@ -107,10 +107,20 @@ def _term(u, v, beta, offset, numbers, KIND: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def _kernel(
-    u, v, beta, offset, numbers, loss, slopes,  # [B] fp64 each, numbers [K, 10], slopes [4, B]
-    B, PHI0: tl.constexpr, PHI1: tl.constexpr, PHI2: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    u,
+    v,
+    beta,
+    offset,
+    numbers,
+    loss,
+    slopes,  # [B] fp64 each, numbers [K, 10], slopes [4, B]
+    B,
+    PHI0: tl.constexpr,
+    PHI1: tl.constexpr,
+    PHI2: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < B
     ui = tl.load(u + i, mask=inside, other=0.0)
@@ -161,8 +171,19 @@ def pair_loss_forward(
     kinds = [*phis, -1, -1][:3]
     with on(u):
         _kernel[(triton.cdiv(B, BLOCK),)](
-            u, v, beta, offset, _on_device(tuple(numbers), u.device), loss, slopes, B,
-            PHI0=kinds[0], PHI1=kinds[1], PHI2=kinds[2], HAS_OFFSET=offset is not None,
-            BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+            u,
+            v,
+            beta,
+            offset,
+            _on_device(tuple(numbers), u.device),
+            loss,
+            slopes,
+            B,
+            PHI0=kinds[0],
+            PHI1=kinds[1],
+            PHI2=kinds[2],
+            HAS_OFFSET=offset is not None,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
     return loss, slopes

@@ -34,10 +34,23 @@ def _count(targets, first, end, ignore_index, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def _kernel(
-    targets, cu_seqlens, values, sums, counts, grad, d_values,
-    T, N, S, ignore_index, tail_weight,
-    PACKED: tl.constexpr, TAIL: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    targets,
+    cu_seqlens,
+    values,
+    sums,
+    counts,
+    grad,
+    d_values,
+    T,
+    N,
+    S,
+    ignore_index,
+    tail_weight,
+    PACKED: tl.constexpr,
+    TAIL: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     s = tl.program_id(0).to(tl.int64)
     first, end = _bounds(cu_seqlens, s, T, N, PACKED)
     head = tl.full([], 9223372036854775807, tl.int64)
@@ -82,10 +95,24 @@ def _launch(targets, cu_seqlens, values, sums, counts, grad, d_values, ignore_in
         return
     with on(targets):
         _kernel[(S,)](
-            targets, cu_seqlens, values, sums, counts, grad, d_values, T, R * T, S, ignore_index,
-            float(tail), PACKED=cu_seqlens is not None, TAIL=tail != 1.0,
-            BACKWARD=d_values is not None, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+            targets,
+            cu_seqlens,
+            values,
+            sums,
+            counts,
+            grad,
+            d_values,
+            T,
+            R * T,
+            S,
+            ignore_index,
+            float(tail),
+            PACKED=cu_seqlens is not None,
+            TAIL=tail != 1.0,
+            BACKWARD=d_values is not None,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
 
 
 def sequence_sum(
@@ -99,8 +126,17 @@ def sequence_sum(
     S = targets.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     sums = values.new_empty(S, dtype=torch.float64)
     counts = values.new_empty(S, dtype=torch.int64)
-    _launch(targets.contiguous(), cu_seqlens, values.contiguous(), sums, counts, None, None,
-            ignore_index, tail_weight)  # fmt: skip
+    _launch(
+        targets.contiguous(),
+        cu_seqlens,
+        values.contiguous(),
+        sums,
+        counts,
+        None,
+        None,
+        ignore_index,
+        tail_weight,
+    )
     return sums, counts
 
 
@@ -114,6 +150,15 @@ def sequence_sum_backward(
 ) -> Tensor:
     """As `backends.torch.sequence_sum_backward`."""
     d_values = grad.new_zeros(targets.shape, dtype=torch.float32)
-    _launch(targets.contiguous(), cu_seqlens, None, None, None, grad.double().contiguous(),
-            d_values, ignore_index, tail_weight)  # fmt: skip
+    _launch(
+        targets.contiguous(),
+        cu_seqlens,
+        None,
+        None,
+        None,
+        grad.double().contiguous(),
+        d_values,
+        ignore_index,
+        tail_weight,
+    )
     return d_values.to(dtype)

@@ -45,10 +45,22 @@ def _move(m, top, k):
 
 @triton.jit
 def _add_tile(
-    mx, lx, mr, lr, gap,  # [LANES] running maxima and sums of both, and the gap
-    row, ref_row, cols, head, end, inner, outer, k,
-    SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    mx,
+    lx,
+    mr,
+    lr,
+    gap,  # [LANES] running maxima and sums of both, and the gap
+    row,
+    ref_row,
+    cols,
+    head,
+    end,
+    inner,
+    outer,
+    k,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     if MASKED:
         inside = (cols >= head) & (cols < end)
         x = tl.load(row + cols, mask=inside, other=0.0).to(tl.float32)
@@ -95,13 +107,33 @@ def _meet(m, l, k):
 
 @triton.jit(do_not_specialize=VARYING)
 def _forward(
-    logits, ref_logits,  # [R, T, V] at `shift` and `ref_shift`, strides (stride_r, stride_t, 1)
+    logits,
+    ref_logits,  # [R, T, V] at `shift` and `ref_shift`, strides (stride_r, stride_t, 1)
     targets,  # [R, T]
-    logps, lse, ref_logps, ref_lse, kl,  # [R, T] fp32, fp64, fp32, fp64, fp32
-    shift, stride_r, stride_t, ref_shift, ref_stride_r, ref_stride_t, T, V, ignore_index,
-    inner, outer, k, unit_hi, unit_lo,
-    SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    logps,
+    lse,
+    ref_logps,
+    ref_lse,
+    kl,  # [R, T] fp32, fp64, fp32, fp64, fp32
+    shift,
+    stride_r,
+    stride_t,
+    ref_shift,
+    ref_stride_r,
+    ref_stride_t,
+    T,
+    V,
+    ignore_index,
+    inner,
+    outer,
+    k,
+    unit_hi,
+    unit_lo,
+    SOFTCAP: tl.constexpr,
+    SAME_PHASE: tl.constexpr,
+    K: tl.constexpr,
+    LANES: tl.constexpr,
+):
     index = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + index)
     if (y == ignore_index) | (y < 0) | (y >= V):
@@ -135,14 +167,40 @@ def _forward(
         inner_end = end // tile * tile
         for first in tl.range(tile, inner_end, tile):
             mx, lx, mr, lr, gap = _add_tile(
-                mx, lx, mr, lr, gap, row, ref_row, first + cols, head, end, inner, outer, k,
-                SOFTCAP, False,
-            )  # fmt: skip
+                mx,
+                lx,
+                mr,
+                lr,
+                gap,
+                row,
+                ref_row,
+                first + cols,
+                head,
+                end,
+                inner,
+                outer,
+                k,
+                SOFTCAP,
+                False,
+            )
         if (end > tile) & (inner_end < end):
             mx, lx, mr, lr, gap = _add_tile(
-                mx, lx, mr, lr, gap, row, ref_row, inner_end + cols, head, end, inner, outer, k,
-                SOFTCAP, True,
-            )  # fmt: skip
+                mx,
+                lx,
+                mr,
+                lr,
+                gap,
+                row,
+                ref_row,
+                inner_end + cols,
+                head,
+                end,
+                inner,
+                outer,
+                k,
+                SOFTCAP,
+                True,
+            )
         top_x, drop_x, _, sum_x = _meet(mx, lx, k)
         top_r, drop_r, shrink_r, sum_r = _meet(mr, lr, k)
         unit = tl.zeros([], tl.float64) + unit_hi + unit_lo
@@ -180,17 +238,35 @@ def _origin(row_lse, unit, inverse, k):
 @triton.jit
 def _values(row, cols, inside, inner, outer, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
     if MASKED:
-        return _value(tl.load(row + cols, mask=inside, other=0.0).to(tl.float32), inner, outer,
-                      SOFTCAP)  # fmt: skip
+        return _value(
+            tl.load(row + cols, mask=inside, other=0.0).to(tl.float32), inner, outer, SOFTCAP
+        )
     return _value(tl.load(row + cols).to(tl.float32), inner, outer, SOFTCAP)
 
 
 @triton.jit
 def _store_gradient(
-    row, ref_row, row_out, cols, inside, first, y, g_logp, g_kl, lse, ref_lse,
-    inner, outer, k, chain, unit, inverse,
-    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    row,
+    ref_row,
+    row_out,
+    cols,
+    inside,
+    first,
+    y,
+    g_logp,
+    g_kl,
+    lse,
+    ref_lse,
+    inner,
+    outer,
+    k,
+    chain,
+    unit,
+    inverse,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    TILE: tl.constexpr,
+):
     hi, rounding = _origin(lse, unit, inverse, k)
     x = _values(row, cols, inside, inner, outer, SOFTCAP, MASKED)
     p = _softmax(x, hi, rounding, k)
@@ -222,12 +298,38 @@ def _store_gradient(
 
 @triton.jit(do_not_specialize=VARYING)
 def _backward(
-    grad_logps, grad_kl, logits, ref_logits, targets, lse, ref_lse, out,
-    shift, stride_r, stride_t, ref_shift, ref_stride_r, ref_stride_t,
-    out_shift, out_stride_r, out_stride_t, T, V, ignore_index,
-    inner, outer, k, unit_hi, unit_lo, inv_hi, inv_lo, chain,
-    SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    grad_logps,
+    grad_kl,
+    logits,
+    ref_logits,
+    targets,
+    lse,
+    ref_lse,
+    out,
+    shift,
+    stride_r,
+    stride_t,
+    ref_shift,
+    ref_stride_r,
+    ref_stride_t,
+    out_shift,
+    out_stride_r,
+    out_stride_t,
+    T,
+    V,
+    ignore_index,
+    inner,
+    outer,
+    k,
+    unit_hi,
+    unit_lo,
+    inv_hi,
+    inv_lo,
+    chain,
+    SOFTCAP: tl.constexpr,
+    SAME_PHASE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     # Rows backwards: the last rows the forward read may still lie in L2.
     index = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
     first = tl.program_id(1) * TILE
@@ -261,14 +363,50 @@ def _backward(
             row_ref_lse = tl.load(ref_lse + index)
         if (first >= head) & (first + TILE <= head + V):
             _store_gradient(
-                row, ref_row, row_out, cols, inside, first, y + head, g_logp, g_kl, row_lse,
-                row_ref_lse, inner, outer, k, chain, unit, inverse, SOFTCAP, False, TILE,
-            )  # fmt: skip
+                row,
+                ref_row,
+                row_out,
+                cols,
+                inside,
+                first,
+                y + head,
+                g_logp,
+                g_kl,
+                row_lse,
+                row_ref_lse,
+                inner,
+                outer,
+                k,
+                chain,
+                unit,
+                inverse,
+                SOFTCAP,
+                False,
+                TILE,
+            )
         else:
             _store_gradient(
-                row, ref_row, row_out, cols, inside, first, y + head, g_logp, g_kl, row_lse,
-                row_ref_lse, inner, outer, k, chain, unit, inverse, SOFTCAP, True, TILE,
-            )  # fmt: skip
+                row,
+                ref_row,
+                row_out,
+                cols,
+                inside,
+                first,
+                y + head,
+                g_logp,
+                g_kl,
+                row_lse,
+                row_ref_lse,
+                inner,
+                outer,
+                k,
+                chain,
+                unit,
+                inverse,
+                SOFTCAP,
+                True,
+                TILE,
+            )
 
 
 def _placed(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -297,11 +435,24 @@ def token_kl(
         (base, place), (ref_base, ref_place) = _placed(logits), _placed(ref_logits)
         with on(logits):
             _forward[(R * T,)](
-                base, ref_base, targets.contiguous(), logps, lse, ref_logps, ref_lse, kl,
-                *place, *ref_place,
-                T, V, ignore_index, **_scalars(transform), SOFTCAP=transform.softcap != 0,
-                SAME_PHASE=_same_phase(place, ref_place), **lanes(logits, FORWARD),
-            )  # fmt: skip
+                base,
+                ref_base,
+                targets.contiguous(),
+                logps,
+                lse,
+                ref_logps,
+                ref_lse,
+                kl,
+                *place,
+                *ref_place,
+                T,
+                V,
+                ignore_index,
+                **_scalars(transform),
+                SOFTCAP=transform.softcap != 0,
+                SAME_PHASE=_same_phase(place, ref_place),
+                **lanes(logits, FORWARD),
+            )
     return logps, lse, ref_logps, ref_lse, kl
 
 
@@ -327,9 +478,22 @@ def token_kl_backward(
     out_base, out_place = _placed(out)
     with on(logits):
         _backward[(R * T, tiles)](
-            grad_logps.float().contiguous(), grad_kl.float().contiguous(), base, ref_base,
-            targets.contiguous(), lse.contiguous(), ref_lse.contiguous(), out_base,
-            *place, *ref_place, *out_place, T, V, ignore_index, **_scalars_backward(transform),
+            grad_logps.float().contiguous(),
+            grad_kl.float().contiguous(),
+            base,
+            ref_base,
+            targets.contiguous(),
+            lse.contiguous(),
+            ref_lse.contiguous(),
+            out_base,
+            *place,
+            *ref_place,
+            *out_place,
+            T,
+            V,
+            ignore_index,
+            **_scalars_backward(transform),
             SOFTCAP=transform.softcap != 0,
-            SAME_PHASE=_same_phase(out_place, place, ref_place), **BACKWARD,
-        )  # fmt: skip
+            SAME_PHASE=_same_phase(out_place, place, ref_place),
+            **BACKWARD,
+        )

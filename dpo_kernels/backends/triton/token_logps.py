@@ -80,10 +80,23 @@ def _edge(head, end, lo, hi, VEC: tl.constexpr):
 
 @triton.jit
 def _add_tile(
-    m, l, weighted, squares, total,  # [LANES] running maximum, sums, statistics
-    row, cols, lo, hi, inner, outer, k,
-    SOFTCAP: tl.constexpr, STATS: tl.constexpr, MASKED: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
+    m,
+    l,
+    weighted,
+    squares,
+    total,  # [LANES] running maximum, sums, statistics
+    row,
+    cols,
+    lo,
+    hi,
+    inner,
+    outer,
+    k,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    MASKED: tl.constexpr,
+    VEC: tl.constexpr,
+):
     if MASKED:
         inside = _in_vectors(cols, lo, hi, VEC)
         x = tl.load(row + cols, mask=inside, other=0.0).to(tl.float32)
@@ -115,11 +128,28 @@ def _add_tile(
 def _forward(
     logits,  # [R, T, V] at `shift`, strides (stride_r, stride_t, 1)
     targets,  # [R, T]
-    logps, lse, stats,  # [R, T] fp32, [R, T] fp64, [4, R, T] fp32: entropy, mean, top1, squares
-    shift, stride_r, stride_t, T, V, rows, ignore_index, inner, outer, k, unit_hi, unit_lo,
-    SOFTCAP: tl.constexpr, STATS: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
-    VEC: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    logps,
+    lse,
+    stats,  # [R, T] fp32, [R, T] fp64, [4, R, T] fp32: entropy, mean, top1, squares
+    shift,
+    stride_r,
+    stride_t,
+    T,
+    V,
+    rows,
+    ignore_index,
+    inner,
+    outer,
+    k,
+    unit_hi,
+    unit_lo,
+    SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    K: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     index = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + index)
     if (y == ignore_index) | (y < 0) | (y >= V):
@@ -155,24 +185,66 @@ def _forward(
         begin = cut.to(tl.int32) * tile
         if cut:
             m, l, weighted, squares, total = _add_tile(
-                m, l, weighted, squares, total, row, cols, lo, hi, inner, outer, k,
-                SOFTCAP, STATS, True, VEC,
-            )  # fmt: skip
+                m,
+                l,
+                weighted,
+                squares,
+                total,
+                row,
+                cols,
+                lo,
+                hi,
+                inner,
+                outer,
+                k,
+                SOFTCAP,
+                STATS,
+                True,
+                VEC,
+            )
             if STATS:
                 before = tl.where(target_tile > 0, m, before)
         inner_end = hi // tile * tile
         for first in tl.range(begin, inner_end, tile, num_stages=STAGES):
             m, l, weighted, squares, total = _add_tile(
-                m, l, weighted, squares, total, row, first + cols, lo, hi, inner, outer, k,
-                SOFTCAP, STATS, False, VEC,
-            )  # fmt: skip
+                m,
+                l,
+                weighted,
+                squares,
+                total,
+                row,
+                first + cols,
+                lo,
+                hi,
+                inner,
+                outer,
+                k,
+                SOFTCAP,
+                STATS,
+                False,
+                VEC,
+            )
             if STATS:
                 before = tl.where(first < target_tile, m, before)
         if (hi > tile) & (inner_end < hi):
             m, l, weighted, squares, total = _add_tile(
-                m, l, weighted, squares, total, row, inner_end + cols, lo, hi, inner, outer, k,
-                SOFTCAP, STATS, True, VEC,
-            )  # fmt: skip
+                m,
+                l,
+                weighted,
+                squares,
+                total,
+                row,
+                inner_end + cols,
+                lo,
+                hi,
+                inner,
+                outer,
+                k,
+                SOFTCAP,
+                STATS,
+                True,
+                VEC,
+            )
 
         top = tl.maximum(tl.max(m, 0), tl.max(edge_zz, 0))
         base = tl.where(top == -float("inf"), 0.0, top)
@@ -223,8 +295,22 @@ def _forward(
 
 
 @triton.jit
-def _gradient(x, cols, y, g, hi, lse, inner, outer, k, chain, unit, rounding,
-              SOFTCAP: tl.constexpr, HAS_TARGET: tl.constexpr):  # fmt: skip
+def _gradient(
+    x,
+    cols,
+    y,
+    g,
+    hi,
+    lse,
+    inner,
+    outer,
+    k,
+    chain,
+    unit,
+    rounding,
+    SOFTCAP: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+):
     """-g dz/dx p, and at the target g dz/dx (1 - p) without cancellation."""
     slope = chain
     zz = outer * x
@@ -244,11 +330,35 @@ def _gradient(x, cols, y, g, hi, lse, inner, outer, k, chain, unit, rounding,
 
 @triton.jit(do_not_specialize=VARYING)
 def _backward(
-    grad, logits, targets, lse, out,  # [R, T], [R, T, V], [R, T], [R, T] fp64, [R, T, V]
-    shift, stride_r, stride_t, out_shift, out_stride_r, out_stride_t, T, V, rows, tiles,
-    ignore_index, inner, outer, k, unit_hi, unit_lo, inv_hi, inv_lo, chain,
-    SOFTCAP: tl.constexpr, SAME_PHASE: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
+    grad,
+    logits,
+    targets,
+    lse,
+    out,  # [R, T], [R, T, V], [R, T], [R, T] fp64, [R, T, V]
+    shift,
+    stride_r,
+    stride_t,
+    out_shift,
+    out_stride_r,
+    out_stride_t,
+    T,
+    V,
+    rows,
+    tiles,
+    ignore_index,
+    inner,
+    outer,
+    k,
+    unit_hi,
+    unit_lo,
+    inv_hi,
+    inv_lo,
+    chain,
+    SOFTCAP: tl.constexpr,
+    SAME_PHASE: tl.constexpr,
+    TILE: tl.constexpr,
+    VEC: tl.constexpr,
+):
     # Rows backwards: the last rows the forward read may still lie in L2.
     program = tl.program_id(0)
     index = (rows - 1 - program // tiles).to(tl.int64)
@@ -287,16 +397,58 @@ def _backward(
             rounding = tl.exp(-row_lse).to(tl.float32)
         target = head + y.to(tl.int32)
         if (target >= first) & (target < first + TILE):
-            d = _gradient(x, cols, target, g, near, row_lse, inner, outer, k, chain, unit,
-                          rounding, SOFTCAP, True)  # fmt: skip
+            d = _gradient(
+                x,
+                cols,
+                target,
+                g,
+                near,
+                row_lse,
+                inner,
+                outer,
+                k,
+                chain,
+                unit,
+                rounding,
+                SOFTCAP,
+                True,
+            )
         else:
-            d = _gradient(x, cols, target, g, near, row_lse, inner, outer, k, chain, unit,
-                          rounding, SOFTCAP, False)  # fmt: skip
+            d = _gradient(
+                x,
+                cols,
+                target,
+                g,
+                near,
+                row_lse,
+                inner,
+                outer,
+                k,
+                chain,
+                unit,
+                rounding,
+                SOFTCAP,
+                False,
+            )
         tl.store(row_out + cols, d.to(out.dtype.element_ty), mask=whole)
         if ragged:
             edge_x = tl.load(row + edge, mask=at_edge, other=0.0).to(tl.float32)
-            edge_d = _gradient(edge_x, edge, target, g, near, row_lse, inner, outer, k, chain, unit,
-                               rounding, SOFTCAP, True)  # fmt: skip
+            edge_d = _gradient(
+                edge_x,
+                edge,
+                target,
+                g,
+                near,
+                row_lse,
+                inner,
+                outer,
+                k,
+                chain,
+                unit,
+                rounding,
+                SOFTCAP,
+                True,
+            )
             tl.store(row_out + edge, edge_d.to(out.dtype.element_ty), mask=at_edge)
 
 
@@ -308,8 +460,13 @@ def _scalars(t: LogitTransform) -> dict[str, float]:
         factor = t.scale * t.inv_temperature
         inner, outer, unit = 0.0, -1.0 if factor < 0 else 1.0, abs(factor)
     hi, lo = _halves(unit)
-    return {"inner": inner, "outer": outer, "k": unit * math.log2(math.e), "unit_hi": hi,
-            "unit_lo": lo}  # fmt: skip
+    return {
+        "inner": inner,
+        "outer": outer,
+        "k": unit * math.log2(math.e),
+        "unit_hi": hi,
+        "unit_lo": lo,
+    }
 
 
 def _scalars_backward(t: LogitTransform) -> dict[str, float]:
@@ -345,10 +502,24 @@ def token_logps(
     if R * T:
         with on(logits):
             _forward[(R * T,)](
-                base, targets, logps, lse, table, shift, logits.stride(0), logits.stride(1),
-                T, V, R * T, ignore_index, **_scalars(transform), SOFTCAP=transform.softcap != 0,
-                STATS=bool(stats), VEC=vector(logits), **lanes(logits, config),
-            )  # fmt: skip
+                base,
+                targets,
+                logps,
+                lse,
+                table,
+                shift,
+                logits.stride(0),
+                logits.stride(1),
+                T,
+                V,
+                R * T,
+                ignore_index,
+                **_scalars(transform),
+                SOFTCAP=transform.softcap != 0,
+                STATS=bool(stats),
+                VEC=vector(logits),
+                **lanes(logits, config),
+            )
     order = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
     if stats and tuple(stats) != order:
         table = torch.stack([table[order.index(stat)] for stat in stats])
@@ -375,11 +546,25 @@ def token_logps_backward(
     tiles = triton.cdiv(V + ALIGN - 1, BACKWARD["TILE"])
     with on(logits):
         _backward[(R * T * tiles,)](
-            grad.float().contiguous(), base, targets.contiguous(), lse.contiguous(), base_out,
-            shift, logits.stride(0), logits.stride(1), out_shift, out.stride(0), out.stride(1),
-            T, V, R * T, tiles, ignore_index, **_scalars_backward(transform),
+            grad.float().contiguous(),
+            base,
+            targets.contiguous(),
+            lse.contiguous(),
+            base_out,
+            shift,
+            logits.stride(0),
+            logits.stride(1),
+            out_shift,
+            out.stride(0),
+            out.stride(1),
+            T,
+            V,
+            R * T,
+            tiles,
+            ignore_index,
+            **_scalars_backward(transform),
             SOFTCAP=transform.softcap != 0,
             SAME_PHASE=not any(n % ALIGN for n in (shift - out_shift, *apart)),
             VEC=vector(out),
             **BACKWARD,
-        )  # fmt: skip
+        )
