@@ -42,8 +42,8 @@ if not GPU:
 import dpo_kernels as dk  # noqa: E402
 from dpo_kernels.backends import available, load  # noqa: E402
 from dpo_kernels.bench import cases, measure, results  # noqa: E402
+from dpo_kernels.inputs.transform import LogitTransform  # noqa: E402
 from dpo_kernels.ops.token_logps import STATS  # noqa: E402
-from dpo_kernels.transform import LogitTransform  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 IGNORE = -100

@@ -3,7 +3,7 @@
 import conftest
 import pytest
 
-from dpo_kernels.bench import memory, providers, results
+from dpo_kernels.bench import peak_memory, providers, results
 from dpo_kernels.bench.run import memory_cases
 
 QUICK = (
@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc):
 
 
 def test_memory(case, provider):
-    found = memory.weigh(case, provider, conftest.DEVICE)
+    found = peak_memory.weigh(case, provider, conftest.DEVICE)
     if found.note:
         assert not found.ours, found.note
         pytest.skip(f"{provider}: {found.note}")

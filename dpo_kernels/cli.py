@@ -18,14 +18,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from .requirements import torch_problem
 from .train import trl_options
-from .train.config import (
-    ALIASES,
-    DPOTrainConfig,
-    UserError,
-    load_config,
-    nearest,
-    read_config_file,
-)
+from .train.config import ALIASES, DPOTrainConfig, UserError, load_config, nearest, read_config_file
 from .train.console import silence
 from .version import __version__
 

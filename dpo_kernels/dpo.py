@@ -1,8 +1,8 @@
-"""The front functions over logits or log-probs; those over hidden states are in `linear.py`.
+"""The front functions over logits or log-probs; those over hidden states are in `linear_dpo.py`.
 
 Each is a composition of ops: token log-probs -> sequence sums -> pair loss. The heavy op sees one
 scalar a sequence from the loss, so any loss of `losses.TABLE` costs the same. Called eagerly with
-an ordinary loss, the three and their backwards are one autograd function (`ordinary.py`).
+an ordinary loss, the three and their backwards are one autograd function (`loss/ordinary.py`).
 
 Letters: `B` pairs, `T` positions, `N` rows of packed input, `V` vocabulary. A batch of pairs is
 [chosen; rejected]: sequence i is chosen, sequence B + i its rejected partner.
@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import ops
 from .backends import choose, load
-from .call import settle
-from .layout import Layout, Scored
+from .inputs import checks
+from .inputs.call import settle
+from .inputs.layout import Layout, Scored
+from .loss.from_pairs import DPOOutput, Pairs, check_pair_options, loss_of
+from .loss.from_tokens import TokenLoss, last_size, op_of, reduce, wide_dtype
+from .loss.ordinary import SumsCall, from_sums
 from .ops import TokenLogps
 from .ops.direct import eager
-from .ordinary import SumsCall, from_sums
-from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
-from .tokens import TokenLoss, last_size, op_of, reduce, wide_dtype
 
 
 def fused_dpo_loss(

@@ -1,9 +1,9 @@
 """The functions and classes that the package offers, in one place; importing this needs torch."""
 
 from .dpo import fused_dpo_loss, preference_loss, sequence_logps
-from .linear import fused_linear_dpo_loss, linear_sequence_logps
+from .linear_dpo import fused_linear_dpo_loss, linear_sequence_logps
+from .loss.from_pairs import DPOOutput
 from .modules import FusedDPOLoss, FusedLinearDPOLoss
-from .pairs import DPOOutput
 
 __all__ = [
     "DPOOutput",

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import checks
+from .inputs import checks
 from .loss_options import DEFAULTS as _DEFAULTS
 from .loss_options import OPTIONS as OPTIONS
 from .loss_options import PER_PAIR as PER_PAIR

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import checks
 from .backends import FUSED_DTYPES
+from .inputs import checks
 from .ops import Plan, budget_of, chunks_of_pairs, plan_of
 from .ops.products import low_rank_columns, products_of
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, checks
 from . import losses as _losses
 from .dpo import fused_dpo_loss
-from .linear import fused_linear_dpo_loss
-from .pairs import DPOOutput
+from .inputs import arguments, checks
+from .linear_dpo import fused_linear_dpo_loss
+from .loss.from_pairs import DPOOutput
 
 
 class _LossModule(torch.nn.Module):

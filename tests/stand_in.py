@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_kernels import backends, linear
-from dpo_kernels.call import settle
-from dpo_kernels.layout import Layout
+from dpo_kernels import backends, linear_dpo
+from dpo_kernels.inputs.call import settle
+from dpo_kernels.inputs.layout import Layout
+from dpo_kernels.inputs.transform import LogitTransform
+from dpo_kernels.loss.from_tokens import TokenLoss
 from dpo_kernels.ops import LinearInputs, plan, products
 from dpo_kernels.ops import linear_head as head_module
-from dpo_kernels.tokens import TokenLoss
-from dpo_kernels.transform import LogitTransform
 
 # The package's attribute of this name is the function.
 ops_of_logps = importlib.import_module("dpo_kernels.ops.linear_logps")
@@ -277,10 +277,10 @@ def step(
     reference = LinearInputs(leaf(1, N, H), weight).detached() if ref else None
     transform = LogitTransform()
     with gpu(kind) as record:
-        streamed = linear._streamable(run, policy, reference, memory_budget, False, None)
+        streamed = linear_dpo._streamable(run, policy, reference, memory_budget, False, None)
         assert (streamed is not None) == (trained or rank > 0 or run.needs_kl)
         if streamed is not None:
-            out = linear._streamed(run, policy, reference, None, streamed, transform)
+            out = linear_dpo._streamed(run, policy, reference, None, streamed, transform)
             out.loss.backward()
         else:
             _frozen(policy, layout, memory_budget)

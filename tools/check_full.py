@@ -1,10 +1,11 @@
 """What the test suite has no time for: the CUDA kernels under the sanitizers at length, kernels
-edited on purpose (tests/mutants.py), every one of which must be noticed, and the functions against
-an oracle of their own (tests/fuzz.py) for 30,000 calls: `make check-full`.
+edited on purpose (tests/proof/mutants.py), every one of which must be noticed, and the functions
+against an oracle of their own (tests/proof/fuzz.py) for 30,000 calls: `make check-full`.
 
-Leaves its result in `tests/check_full.json` with the sha256 of every source it depends on; the test
-suite says which of them have changed since. Takes an hour on two cores; what has passed with the
-sources as they are (Triton's, or those of the CUDA kernels) is not run again, unless with --again.
+Leaves its result in `tests/proof/check_full.json` with the sha256 of every source it depends on;
+the test suite says which of them have changed since. Takes an hour on two cores; what has passed
+with the sources as they are (Triton's, or those of the CUDA kernels) is not run again, unless with
+--again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = ROOT / "tests" / "check_full.json"
+RECORD = ROOT / "tests/proof/check_full.json"
 UNFINISHED = ROOT / "build" / "check_full.json"
 # Cases by sanitizer, for each seed; the test suite runs a few of the first.
 CASES = {"": 300, "address": 30, "thread": 4}
@@ -46,14 +47,15 @@ def sources() -> dict[str, str]:
 def functions() -> list[Path]:
     """What the calls against the oracle depend on, besides the headers of the kernels."""
     package = ROOT / "dpo_kernels"
-    ours = [*package.glob("*.py"), *(package / "ops").glob("*.py"), *package.glob("backends/*.py")]
+    rooms = ("", "inputs", "loss", "ops", "backends")
+    ours = [file for room in rooms for file in (package / room).glob("*.py")]
     command_line = {"__main__", "cli", "doctor", "verification"}
     kept = [f for f in ours if f.stem not in command_line]
     return [
         *kept,
         ROOT / "csrc/bindings.cpp",
         *(ROOT / "csrc/cpu").iterdir(),
-        ROOT / "tests/fuzz.py",
+        ROOT / "tests/proof/fuzz.py",
         ROOT / "tests/oracle.py",
     ]
 
@@ -100,7 +102,7 @@ def _of(check: str, files: dict[str, str]) -> dict[str, str]:
 
 
 def main() -> int:
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+    sys.path[:0] = [str(ROOT / "tests/proof"), str(ROOT / "tests"), str(ROOT)]
     import mutants
     from cuda_on_host import build
 
@@ -119,7 +121,7 @@ def main() -> int:
         return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
 
     def calls() -> str:
-        call = [sys.executable, "tests/fuzz.py", f"--calls={CALLS}", f"--seed={CALL_SEED}"]
+        call = [sys.executable, "tests/proof/fuzz.py", f"--calls={CALLS}", f"--seed={CALL_SEED}"]
         end = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
         return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
 

@@ -27,8 +27,21 @@ import dist
 
 RESULTS = dist.ROOT / "docs" / "compatibility.json"
 TESTS = {
-    "ops": ["token_logps", "token_kl", "losses", "dpo", "linear", "linear_autograd", "imports"],
-    "trainer": ["data", "default_data", "train", "cli"],
+    "ops": [
+        "ops/test_token_logps.py",
+        "ops/test_token_kl.py",
+        "loss/test_losses.py",
+        "loss/test_dpo.py",
+        "loss/test_linear.py",
+        "loss/test_linear_autograd.py",
+        "test_imports.py",
+    ],
+    "trainer": [
+        "data/test_data.py",
+        "data/test_default_data.py",
+        "train/test_train.py",
+        "train/test_cli.py",
+    ],
 }
 COLUMNS = {"ops": "ops on CPU", "interpreter": "Triton, interpreted", "trainer": "trainer"}
 
@@ -74,7 +87,7 @@ def test(cell: Cell, wheel: Path, python: Path) -> dict:
         smoke = shutil.copy(dist.ROOT / "tools" / "smoke.py", folder)
         plain = {k: v for k, v in env.items() if k != "TRITON_INTERPRET"}
         print(dist.run(python, smoke, cwd=folder, env=plain), end="")
-        files = [dist.ROOT / "tests" / f"test_{n}.py" for group in TESTS.values() for n in group]
+        files = [dist.ROOT / "tests" / n for group in TESTS.values() for n in group]
         report = Path(folder, "report.xml")
         # Not `python -m pytest`: it would put the sources before the wheel.
         command = [
@@ -100,8 +113,9 @@ def counted(report: Path) -> dict[str, dict[str, int]]:
     """Outcomes by group; a test whose parameters name Triton counts as the interpreter's."""
     counts: dict[str, Counter] = {name: Counter() for name in COLUMNS}
     for case in ElementTree.parse(report).iter("testcase"):
-        module = (case.get("classname") or "").split("test_")[-1]
-        group = "trainer" if module in TESTS["trainer"] else "ops"
+        file = (case.get("classname") or "").split(".")[-1] + ".py"
+        of_trainer = any(name.endswith(f"/{file}") for name in TESTS["trainer"])
+        group = "trainer" if of_trainer else "ops"
         if "triton" in (case.get("name") or ""):
             group = "interpreter"
         outcomes = {child.tag for child in case} & {"failure", "error", "skipped"}

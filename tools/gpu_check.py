@@ -62,20 +62,20 @@ class Group:
 def groups() -> list[Group]:
     found = []
     parts = {
-        "token_logps": (("test_token_logps.py",), ("token_logps", "token_logps_backward")),
-        "token_kl": (("test_token_kl.py", "test_tdpo.py"), ("token_kl",)),
-        "pair_loss": (("test_losses.py", "test_scaled_copy.py"), ("pair_loss",)),
+        "token_logps": (("ops/test_token_logps.py",), ("token_logps", "token_logps_backward")),
+        "token_kl": (("ops/test_token_kl.py", "loss/test_tdpo.py"), ("token_kl",)),
+        "pair_loss": (("loss/test_losses.py", "ops/test_scaled_copy.py"), ("pair_loss",)),
         "composed": (
             (
-                "test_dpo.py",
-                "test_derivatives.py",
-                "test_eager.py",
-                "test_gpu.py",
-                "test_linear.py",
-                "test_options.py",
-                "test_output.py",
-                "test_triton_places.py",
-                "test_unscored_rows.py",
+                "loss/test_dpo.py",
+                "ops/test_derivatives.py",
+                "loss/test_eager.py",
+                "backends/test_gpu.py",
+                "loss/test_linear.py",
+                "inputs/test_options.py",
+                "loss/test_output.py",
+                "backends/test_triton_places.py",
+                "loss/test_unscored_rows.py",
             ),
             ("token_logps", "token_logps_backward", "sequence_sum", "pair_loss"),
         ),
@@ -85,10 +85,10 @@ def groups() -> list[Group]:
             own = tuple(f"{backend}/{k}" for k in kernels)
             found.append(Group(f"{backend} {name}", files, backend, own))
     rest = (
-        "test_products.py",
-        "test_gpu.py",
+        "ops/test_products.py",
+        "backends/test_gpu.py",
         "integrations/test_two_processes.py",
-        "test_triton_places.py",
+        "backends/test_triton_places.py",
     )
     return [*found, Group("the rest", rest, "not triton and not cuda", ())]
 
@@ -178,7 +178,7 @@ def main() -> int:
     run = Run(logs, path, result, options.seconds)
 
     built = build(run, machine, options.rehearse)
-    small = [sys.executable, str(ROOT / "tests/gpu_small.py")]
+    small = [sys.executable, str(ROOT / "tests/proof/gpu_small.py")]
     for backend in ("cuda", "triton"):
         if built or backend == "triton":
             run.step(f"smoke {backend}", SMOKE, [*small, "--backend", backend])

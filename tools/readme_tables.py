@@ -36,7 +36,7 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
 
 def budgets() -> str:
     """Registers a thread that each family of kernels may take, by backend."""
-    tests = ROOT / "tests"
+    tests = ROOT / "tests/proof"
     cuda = json.loads((tests / "cuda_budget.json").read_text())["registers"]
     found = json.loads((tests / "triton_budget.json").read_text())
     triton = {name: row[0] for name, row in found.items() if name != "what"}

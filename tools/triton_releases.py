@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "docs" / "triton.json", ROOT / "docs" / "kernels.md"
 START, END = "<!-- generated from docs/triton.json -->\n", "\n<!-- /triton -->"
-PROGRAM = ROOT / "tests" / "triton_aot.py"
+PROGRAM = ROOT / "tests/proof/triton_aot.py"
 # The first is the oldest that pyproject.toml allows, the last the one that constraints.txt pins.
 RELEASES = ("3.2.0", "3.3.1", "3.4.0", "3.6.0", "3.9.0")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -79,7 +79,7 @@ def folder_of(release: str, timeout: int | None = None) -> Path | None:
 
 
 def compiled(release: str, targets: tuple[str, ...], timeout: int | None = None) -> list[dict]:
-    """What `tests/triton_aot.py` prints there, of every kernel."""
+    """What `tests/proof/triton_aot.py` prints there, of every kernel."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     before = folder_of(release, timeout)
     path = [str(p) for p in (before, ROOT) if p] + [env.get("PYTHONPATH", "")]

@@ -8,7 +8,7 @@ import torch  # before _C: both then share torch's OpenMP pool
 from torch import Tensor
 
 from .. import _C
-from ..transform import LogitTransform
+from ..inputs.transform import LogitTransform
 from . import native
 
 name = "cpu"

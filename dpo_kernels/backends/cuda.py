@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..transform import LogitTransform
+from ..inputs.transform import LogitTransform
 from . import native
 
 name = "cuda"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transform import LogitTransform
+from ..inputs.transform import LogitTransform
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

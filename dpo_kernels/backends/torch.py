@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..inputs.transform import LogitTransform
 from ..losses import DISCOPOP, EXO, IDENTITY, RELU, SIGMOID, SOFTPLUS, SQUARE, Term
-from ..transform import LogitTransform
+from .terms import unflatten
 
 name = "torch"
 ROUNDS = False  # whether a backward may write a gradient narrower than its logits
@@ -304,7 +305,6 @@ def pair_loss_forward(
     numbers: list[float],
 ) -> tuple[Tensor, Tensor]:
     """Loss [B] and its slopes [4, B] in u, v, beta, offset: what the fused backends compute."""
-    from ..ops.pair_loss import unflatten
 
     with torch.enable_grad():
         shift = torch.zeros_like(u) if offset is None else offset

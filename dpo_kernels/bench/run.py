@@ -10,7 +10,7 @@ import torch
 from . import cases as _cases
 from .cases import Case
 from .measure import measure
-from .memory import weigh
+from .peak_memory import weigh
 from .providers import providers
 from .results import as_row
 

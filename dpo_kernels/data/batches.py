@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..transfer import to_device
+from ..inputs.transfer import to_device
 from .sequences import Ids, TokenPair, TokenSequence
 
 # What one more trunk call costs, in tokens: rows are padded into a common call as long as the

@@ -25,8 +25,8 @@ from ..models.options import FusedOptions
 from ..models.references import needs_reference
 from ..models.step0 import WrongReference, tied
 from .frameworks import check_version, require
-from .metrics import LOSS_SUMS, ONE_BY_ONE, loss_sums, mean_loss
 from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
+from .trainer_metrics import LOSS_SUMS, ONE_BY_ONE, loss_sums, mean_loss
 
 __all__ = ["DPOModule", "FusedOptions", "PreferenceCollator", "WrongReference"]
 

@@ -28,8 +28,15 @@ from ..models.references import needs_reference
 from ..models.step0 import WrongReference
 from .frameworks import check_version
 from .hf_trainer import check_head_of, load_state, loss_state, save_state
-from .metrics import ONE_BY_ONE, PackedMetrics, evaluation_metrics, loss_sums, mean_loss, real_pairs
 from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
+from .trainer_metrics import (
+    ONE_BY_ONE,
+    PackedMetrics,
+    evaluation_metrics,
+    loss_sums,
+    mean_loss,
+    real_pairs,
+)
 
 __all__ = [
     "FusedDPOMixin",

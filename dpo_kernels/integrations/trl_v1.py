@@ -31,8 +31,15 @@ from ..models.step0 import check_first_step
 from ..models.structure import base_model_of, deterministic
 from . import hf_trainer
 from .announce import announce
-from .metrics import ONE_BY_ONE, PackedMetrics, evaluation_metrics, loss_sums, mean_loss, real_pairs
 from .rows import WithRowColumns, check_row_columns, take_row_options
+from .trainer_metrics import (
+    ONE_BY_ONE,
+    PackedMetrics,
+    evaluation_metrics,
+    loss_sums,
+    mean_loss,
+    real_pairs,
+)
 
 _NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 OPT_OUT = "DPOTrainer(..., fused={'check_reference': False}) or patch_trl(check_reference=False)"

@@ -1,6 +1,6 @@
 """The ops: schema, checks, fake implementation and backward of each, in one file an op."""
 
-from .. import checks
+from ..inputs import checks
 from .autocast import autocast_dtype, no_autocast
 from .linear_head import LinearInputs
 from .linear_kl import linear_kl

@@ -15,7 +15,7 @@ more for the reference's logits, and for a KL a gradient of its own:
     recompute  the backward projects both again (nothing is kept: two tensors of logits would be)
                and accumulates. Six products
 
-and streaming (`dpo_kernels/stream.py`), which forms the gradient of a pair while both chunks are
+and streaming (`loss/stream_pairs.py`), which forms the gradient of a pair while both chunks are
 there: four products, three with a frozen head. Letters as `linear_logps.py`.
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import torch as reference_backend
-from ..transform import LogitTransform
+from ..inputs.transform import LogitTransform
 from .derivatives import check_mode, once, refuse_second
 from .direct import Op
 from .linear_head import Head, InputGradients, LinearInputs, count_scored, scored_rows

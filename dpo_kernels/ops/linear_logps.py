@@ -12,7 +12,7 @@ backward needs is had in one of three ways, by strategy:
     recompute  the backward projects again what the budget could not keep, turns logits into their
                gradient and accumulates. Three products for what was kept, four for the rest
 
-The fourth way, pair streaming, needs the loss: `dpo_kernels/stream.py`. Letters: `R` rows, `T`
+The fourth way, pair streaming, needs the loss: `loss/stream_pairs.py`. Letters: `R` rows, `T`
 positions, `N` scored rows, `H` hidden size, `V` vocabulary, `r` rank, `C` rows a chunk.
 """
 
@@ -24,9 +24,10 @@ from typing import List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends
 from ..backends import torch as reference
-from ..transform import LogitTransform
+from ..inputs import checks
+from ..inputs.transform import LogitTransform
 from .autocast import no_autocast
 from .derivatives import check_mode, once, refuse_second
 from .direct import Op

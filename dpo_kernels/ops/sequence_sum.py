@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends
 from ..backends import torch as reference
+from ..inputs import checks
 from .derivatives import check_mode
 from .direct import Op
 

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends
 from ..backends import torch as reference
-from ..transform import LogitTransform
+from ..inputs import checks
+from ..inputs.transform import LogitTransform
 from .derivatives import check_mode, refuse_inplace, refuse_second
 from .direct import Op
 from .token_logps import TokenLogps, check_writable, token_logps

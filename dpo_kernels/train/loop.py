@@ -18,12 +18,12 @@ from torch import Tensor
 import dpo_kernels as dk
 
 from ..data import ScoredBatch, TokenPair
+from ..inputs.transfer import to_device
 from ..models.attached import HeadOutput
 from ..models.forward import PairTask, run_pairs
 from ..models.step0 import WrongReference
 from ..models.step0 import check_step0 as check_same
 from ..models.structure import deterministic
-from ..transfer import to_device
 from .config import DPOTrainConfig
 from .console import Console
 from .metrics import EVAL_ONLY, MetricsFile, PairMeter

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..data import TokenPair
+from ..inputs.transfer import to_device
 from ..models.references import needs_reference
 from ..models.structure import deterministic
-from ..transfer import to_device
 from .config import DPOTrainConfig
 from .console import Console
 from .model import Policy

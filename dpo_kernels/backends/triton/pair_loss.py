@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...inputs.transfer import to_device
 from ...losses import DISCOPOP, EXO, IDENTITY, RELU, SIGMOID, SOFTPLUS, SQUARE
-from ...transfer import to_device
 from .launch import VARYING, on
 
 _SOFTPLUS, _SIGMOID, _SQUARE, _RELU, _EXO, _DISCOPOP, _IDENTITY = (

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...transform import LogitTransform
+from ...inputs.transform import LogitTransform
 from .launch import ALIGN, VARYING, aligned, lanes, on
 from .token_logps import _ALIGN, _scalars, _scalars_backward, _value
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...transform import LogitTransform
+from ...inputs.transform import LogitTransform
 from .launch import ALIGN, VARYING, aligned, lanes, on, vector
 
 # Launch configurations, one place; LANES is what `num_warps` warps load at once. Chosen on an H100,

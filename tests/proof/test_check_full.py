@@ -4,7 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-TOOL = Path(__file__).parent.parent / "tools" / "check_full.py"
+TOOL = Path(__file__).parents[2] / "tools" / "check_full.py"
 
 
 def tool():

@@ -19,9 +19,14 @@ from pathlib import Path
 
 from cuda_on_host import build
 
-HERE = Path(__file__).parent
-PACKAGE = HERE.parent / "dpo_kernels"
-TRITON_TESTS = ("test_token_logps.py", "test_token_kl.py", "test_losses.py", "test_dpo.py")
+TESTS = Path(__file__).parents[1]
+PACKAGE = TESTS.parent / "dpo_kernels"
+TRITON_TESTS = (
+    "ops/test_token_logps.py",
+    "ops/test_token_kl.py",
+    "loss/test_losses.py",
+    "loss/test_dpo.py",
+)
 
 
 @dataclass(frozen=True)
@@ -128,13 +133,13 @@ def triton_caught(mutant: Mutant, select: str = "triton") -> bool:
             f"assert dpo_kernels.__file__.startswith({folder!r});"
             "sys.exit(pytest.main(sys.argv[1:]))"
         )
-        tests = [str(HERE / name) for name in TRITON_TESTS]
+        tests = [str(TESTS / name) for name in TRITON_TESTS]
         options = ["-x", "-q", "-k", select, "-p", "no:cacheprovider"]
         done = subprocess.run(
             [sys.executable, "-c", code, *options, *tests],
             capture_output=True,
             text=True,
-            cwd=HERE.parent,
+            cwd=TESTS.parent,
             timeout=900,
         )
         assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]

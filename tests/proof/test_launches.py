@@ -3,7 +3,7 @@
 On meta tensors of real shapes, so that nothing runs. `launches.json` holds what they were; a
 difference is shown, and where it is meant the file is written anew:
 
-    python tests/test_launches.py
+    python tests/proof/test_launches.py
 
 Shared memory of the Triton kernels is the compiler's: `test_triton_aot.py` compares it.
 """
@@ -30,7 +30,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dpo_kernels.backends import cuda
 from dpo_kernels.backends.triton import launch as launches
-from dpo_kernels.transform import LogitTransform
+from dpo_kernels.inputs.transform import LogitTransform
 
 RECORDED = Path(__file__).with_name("launches.json")
 SHARED = "triton shared memory, sm_90"

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, ops
-from . import losses as _losses
-from .backends import FUSED_DTYPES, choose, load
-from .call import Settled
-from .layout import Layout
-from .ops import TokenLogps
-from .ops.direct import eager
+from .. import losses as _losses
+from .. import ops
+from ..backends import FUSED_DTYPES, choose, load
+from ..inputs import checks
+from ..inputs.call import Settled
+from ..inputs.layout import Layout
+from ..inputs.transform import LogitTransform
+from ..ops import TokenLogps
+from ..ops.direct import eager
+from .from_pairs import DPOOutput, Pairs, check_pair_options, loss_of
 from .ordinary import LogitsCall, Ordinary, SumsCall, from_logits, from_sums
-from .pairs import DPOOutput, Pairs, check_pair_options, loss_of
-from .transform import LogitTransform
 
 
 @dataclass(frozen=True)

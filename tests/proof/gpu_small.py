@@ -6,8 +6,12 @@ Without a GPU it runs on the host, to rehearse.
 
 import argparse
 import os
+import sys
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # cuda_on_host
 
 GPU = torch.cuda.is_available()
 if not GPU:

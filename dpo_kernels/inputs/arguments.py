@@ -1,7 +1,8 @@
 """The arguments that the public functions and modules share, each checked in this one place.
 
 A wrong one raises `TypeError` or `ValueError` that names it, what was expected and what came. What
-depends on the batch (shapes, devices) is checked where the batch is known: `layout.py`, `pairs.py`.
+depends on the batch (shapes, devices) is checked where the batch is known: `layout.py`,
+`loss/from_pairs.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..ops.linear_logps import STRATEGIES, budget_of
+from ..ops.token_logps import check_stats
 from . import checks
-from .ops.linear_logps import STRATEGIES, budget_of
-from .ops.token_logps import check_stats
 from .transform import LogitTransform
 
 _TRANSFORM = ("temperature", "logit_softcap", "logit_scale")
@@ -27,7 +28,7 @@ def _ignore_index(name: str, value: object) -> None:
 
 
 def _backend(name: str, value: object) -> None:
-    from .backends import NAMES
+    from ..backends import NAMES
 
     if value is not None:
         checks.choice(name, value, NAMES, " or None")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dpo_kernels.bench import cases, measure, memory, providers, report, results, run
+from dpo_kernels.bench import cases, measure, peak_memory, providers, report, results, run
 from dpo_kernels.bench.cases import MODELS, Case, Model
 from dpo_kernels.bench.measure import Measurement
 from dpo_kernels.bench.providers import Absent, Provider
@@ -119,10 +119,10 @@ def test_scored_rows_are_those_of_the_case():
 def test_peak_memory_is_that_of_the_call():
     c = case("logits fwd+bwd", model="GPT-2", tokens=256, fraction=1.0)
     size = 260 * 50257 * 4
-    inplace = memory.peak_bytes(c, "dpo-kernels cpu in place", "cpu")
-    plain = memory.peak_bytes(c, "dpo-kernels cpu", "cpu")
+    inplace = peak_memory.peak_bytes(c, "dpo-kernels cpu in place", "cpu")
+    plain = peak_memory.peak_bytes(c, "dpo-kernels cpu", "cpu")
     assert inplace < 0.3 * size and 0.9 * size < plain < 1.4 * size, (inplace, plain, size)
-    assert "no_such" in str(memory.peak_bytes(c, "no_such", "cpu"))
+    assert "no_such" in str(peak_memory.peak_bytes(c, "no_such", "cpu"))
 
 
 def rows():
@@ -218,7 +218,7 @@ def test_liger_has_a_frozen_head(monkeypatch):
 
 
 def test_memory_set_has_series(monkeypatch):
-    monkeypatch.setattr(memory, "peak_bytes", lambda case, name, device: case.tokens)
+    monkeypatch.setattr(peak_memory, "peak_bytes", lambda case, name, device: case.tokens)
     rows = list(run.run_set("memory", "by tokens", "dpo-kernels cpu", report=lambda line: None))
     assert {r["series"] for r in rows} == {"logits fwd+bwd by tokens", "linear trained by tokens"}
     assert all(r["x"] == r["peak bytes"] for r in rows)

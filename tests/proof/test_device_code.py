@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 RECORDED = Path(__file__).with_name("device_code.json")
 
 
@@ -27,7 +27,7 @@ def test_device_code_is_as_recorded():
     changed = {key: text for key, text in now.items() if then.get(key) != text}
     assert not changed and set(now) == set(then), (
         f"code that only a GPU executes has changed: {changed or set(then) - set(now)}; check it "
-        "by eye and by make gpu-check, then write device_only() to tests/device_code.json"
+        "by eye and by make gpu-check, then write device_only() to tests/proof/device_code.json"
     )
 
 

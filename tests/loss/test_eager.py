@@ -6,7 +6,8 @@ from linear_cases import B, H, T, V, labels_of, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo_kernels as dk
-from dpo_kernels import call, losses
+from dpo_kernels import losses
+from dpo_kernels.inputs import call
 from dpo_kernels.ops.direct import eager
 
 MOST = {"logits": 25, "hidden": 60, "logps": 32}
@@ -109,7 +110,7 @@ def test_the_closed_form_is_the_composition(options, packed, backend, monkeypatc
         return [*out, *linear, *grads, *torch.autograd.grad(linear.loss.sum(), (hidden, weight))]
 
     direct = both()
-    monkeypatch.setattr("dpo_kernels.call.Ordinary.of", lambda *_: None)
+    monkeypatch.setattr("dpo_kernels.inputs.call.Ordinary.of", lambda *_: None)
     monkeypatch.setattr(call, "_kept", {})
     for mine, expected in zip(direct, both(), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)

@@ -3,7 +3,7 @@
 What is computed never depends on the strategy, only what it costs does:
 
     streaming  loss is a sum over pairs and the head is trained: gradients are formed while a
-               pair's logits are there (`stream.py`). Three products
+               pair's logits are there (`loss/stream_pairs.py`). Three products
     frozen     the head is not trained: two products, any loss (`ops/linear_logps.py`)
     recompute  the head is trained and the loss couples the batch, or is wanted a pair, or a pair
                is larger than the budget: three products for the rows whose logits the budget can
@@ -26,15 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import ops
 from .backends import choose
-from .call import settle
-from .layout import Layout, Scored
+from .inputs import checks
+from .inputs.call import settle
+from .inputs.layout import Layout, Scored
+from .inputs.transform import LogitTransform
+from .loss.from_pairs import DPOOutput
+from .loss.from_tokens import TokenLoss, head_size, op_of, reduce, wide_dtype
+from .loss.stream_pairs import Streaming, stream
 from .ops import LinearInputs, TokenLogps
-from .pairs import DPOOutput
-from .stream import Streaming, stream
-from .tokens import TokenLoss, head_size, op_of, reduce, wide_dtype
-from .transform import LogitTransform
 
 logger = logging.getLogger("dpo_kernels")
 
@@ -99,7 +100,7 @@ def fused_linear_dpo_loss(
             same log-probs whatever shares its batch and whatever the budget. Without it that
             holds wherever the BLAS sums a row alike in any product of 16 rows or more (MKL does).
         strategy: "streaming", "frozen", "recompute" or "score" instead of the cheapest that gives
-            the gradients wanted (see `linear.py`); `DPOOutput.strategy` and the debug log of
+            the gradients wanted (see `linear_dpo.py`); `DPOOutput.strategy` and the debug log of
             `logging.getLogger("dpo_kernels")` say which was taken. Under torch.compile
             "streaming" is not available.
         stats: as `fused_dpo_loss`, under every strategy.

@@ -1,6 +1,6 @@
 """Calls drawn at random, held to a float64 oracle that shares no code with the package.
 
-    python tests/fuzz.py --calls 30000 --seed 1        what `make check-full` runs
+    python tests/proof/fuzz.py --calls 30000 --seed 1        what `make check-full` runs
 
 The oracle is LOSSES.md's formulas in plain torch, over full distributions. A call is drawn from a
 seed of its own, so that one that fails is run again by `--only SEED`.
@@ -10,8 +10,11 @@ import argparse
 import random
 import sys
 import traceback
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from oracle import (
     DEFAULTS,
     DIVERGENT,

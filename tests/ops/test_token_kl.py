@@ -7,7 +7,7 @@ from torch.nn.functional import kl_div
 import dpo_kernels as dk
 from dpo_kernels import _C, ops
 from dpo_kernels.backends import interpreted
-from dpo_kernels.transform import LogitTransform
+from dpo_kernels.inputs.transform import LogitTransform
 
 BACKENDS = ("cpu", "triton")  # cuda has no kernel: test_cuda_says_what_is_missing
 ALL = (*BACKENDS, "torch")

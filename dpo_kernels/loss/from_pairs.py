@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import checks, ops
-from .losses import PER_PAIR, Loss, LossOptions, Terms
+from .. import ops
+from ..inputs import checks
+from ..losses import PER_PAIR, Loss, LossOptions, Terms
 
 # Past this argument exp is continued by its tangent: still rising, never inf - inf.
 _EXP_MAX = 600.0

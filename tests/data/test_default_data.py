@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "dpo_kernels" / "data" / "default"
 Row = dict[str, list[dict[str, str]]]
 

@@ -26,7 +26,7 @@ class TestCommonPrefix:
         return hidden, weight, ref, labels, same
 
     def test_which_tokens(self):
-        from dpo_kernels.layout import Layout
+        from dpo_kernels.inputs.layout import Layout
 
         _, _, _, labels, same = self.batch()
         for packed in (False, True):
@@ -40,7 +40,7 @@ class TestCommonPrefix:
             assert left.tolist() == expected.tolist()
 
     def test_a_hole_ends_it(self):
-        from dpo_kernels.layout import Layout
+        from dpo_kernels.inputs.layout import Layout
 
         labels = torch.arange(8).repeat(2, 1)
         labels[:, 3] = IGNORE  # a tool's output, which may differ

@@ -7,7 +7,7 @@ import torch
 from linear_cases import BUDGETS, IGNORE, B, T, V, labels_of, pack, tensors
 
 import dpo_kernels as dk
-from dpo_kernels.layout import Layout
+from dpo_kernels.inputs.layout import Layout
 from dpo_kernels.ops import linear_head
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import test_launches
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BUDGET = json.loads(Path(__file__).with_name("triton_budget.json").read_text())
 sys.path.insert(0, str(ROOT / "tools"))
 

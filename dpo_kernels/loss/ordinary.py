@@ -4,7 +4,7 @@ Most rows of the table, taken alone, are a function of u - v, or of u and v, whe
 log-ratios, or log-ratios per scored token. `pair_loss_forward` of a backend gives their value and
 slopes in one call, so that all between the log-probs and the loss is one autograd function. What
 else a loss may have (a list of losses, an SFT term, weights, sorting, a KL, a learned beta) is
-composed of ops in `pairs.py`, which says what both mean.
+composed of ops in `from_pairs.py`, which says what both mean.
 
 Letters: `B` pairs, `S` = 2B sequences, chosen then rejected, `R` rows, `T` positions.
 """
@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from .layout import Layout
-from .losses import Loss, LossOptions, Terms
-from .ops.derivatives import refuse_inplace
-from .ops.direct import eager
-from .ops.pair_loss import flatten
-from .ops.sequence_sum import backward_op as sums_backward
-from .ops.token_logps import backward_in_place, backward_op
-from .pairs import DPOOutput, Pairs, length_offset, loss_of
-from .transform import LogitTransform
+from ..backends.terms import flatten
+from ..inputs import checks
+from ..inputs.layout import Layout
+from ..inputs.transform import LogitTransform
+from ..losses import Loss, LossOptions, Terms
+from ..ops.derivatives import refuse_inplace
+from ..ops.direct import eager
+from ..ops.sequence_sum import backward_op as sums_backward
+from ..ops.token_logps import backward_in_place, backward_op
+from .from_pairs import DPOOutput, Pairs, length_offset, loss_of
 
 
 class Evaluated(NamedTuple):

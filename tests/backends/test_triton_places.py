@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_kernels.backends import torch as plain
-from dpo_kernels.transform import LogitTransform
+from dpo_kernels.inputs.transform import LogitTransform
 
 pytest.importorskip("triton")
 launch, kl, rows = (

@@ -12,7 +12,7 @@ from cuda_on_host import build
 
 from dpo_kernels.verification import KERNELS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "gpu_check.py"
 
 

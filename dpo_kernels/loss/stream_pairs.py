@@ -27,18 +27,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
-from .layout import Layout
-from .ops import TokenLogps, no_autocast
-from .ops.derivatives import check_mode, refuse
-from .ops.linear_head import Head, HeadGradient, LinearInputs, placed, scored_rows
-from .ops.plan import Plan, chunks_of_pairs
-from .ops.products import ceil
+from .. import backends
+from ..inputs.layout import Layout
+from ..inputs.transfer import to_device
+from ..inputs.transform import LogitTransform
+from ..ops import TokenLogps, no_autocast
+from ..ops.derivatives import check_mode, refuse
+from ..ops.linear_head import Head, HeadGradient, LinearInputs, placed, scored_rows
+from ..ops.plan import Plan, chunks_of_pairs
+from ..ops.products import ceil
+from .from_pairs import DPOOutput
+from .from_tokens import TokenLoss
 from .ordinary import Evaluated
-from .pairs import DPOOutput
-from .tokens import TokenLoss
-from .transfer import to_device
-from .transform import LogitTransform
 
 
 @dataclass(frozen=True)

@@ -440,7 +440,7 @@ def test_plot_and_plain_step(tmp_path: Path) -> None:
 
 def test_real_preference_data() -> None:
     """Real conversations, where they are at hand: both layouts give the same loss and gradient."""
-    file = Path(__file__).parents[2] / "shared" / "data" / "preferences_en.jsonl"
+    file = Path(__file__).parents[3] / "shared" / "data" / "preferences_en.jsonl"
     if not file.is_file():
         pytest.skip(f"{file.name} is not beside this checkout")
     from dpo_kernels.data import read_pairs

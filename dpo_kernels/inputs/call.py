@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from .. import losses as _losses
+from ..loss.ordinary import Ordinary
+from ..ops import check_stats
 from . import arguments
-from . import losses as _losses
-from .ops import check_stats
-from .ordinary import Ordinary
 from .transform import LogitTransform
 
 _SIMPLE = (bool, int, float, str, type(None))

@@ -24,7 +24,9 @@ def peak_bytes(case: Case, provider: str, device: str) -> int | str:
         return _call(case, provider, device)
     words = [json.dumps(asdict(case)), json.dumps(asdict(case.shape)), provider]
     done = subprocess.run(
-        [sys.executable, "-m", "dpo_kernels.bench.memory", *words], capture_output=True, text=True
+        [sys.executable, "-m", "dpo_kernels.bench.peak_memory", *words],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no output"]
