@@ -32,6 +32,7 @@ FLOORS = [
     ["verification"],
     ["train", "integrations", "bench"],
     ["doctor"],
+    ["commands"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,0 +1,8 @@
+"""The commands: a module each, with `add(commands)`, which registers its parser and `run(args)`.
+
+Importing one is light: what it works with is imported when it runs.
+"""
+
+from . import bench_command, data_command, doctor_command, report_command, train_command
+
+COMMANDS = (train_command, data_command, bench_command, report_command, doctor_command)
