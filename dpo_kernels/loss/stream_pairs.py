@@ -135,7 +135,7 @@ def _chunks(call: LinearCall) -> list[_Chunk]:
     assert plan is not None and lengths is not None
     B, starts = len(lengths) // 2, [0, *itertools.accumulate(lengths)]
     N, numbers, ignore = starts[-1], layout.numbers, layout.ignore_index
-    whole = N <= plan.chunk
+    whole = plan.chunk >= N
     if whole and numbers is not None and N:
         # Few rows: one tensor of what the host knows takes less time than ops to find it.
         flat = list(itertools.chain.from_iterable(numbers))

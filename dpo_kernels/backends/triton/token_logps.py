@@ -56,6 +56,31 @@ def _value(x, inner, outer, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _base(top):
+    """What is subtracted for a maximum: a lane that has only seen -inf has nothing to subtract,
+    -inf - -inf is NaN."""
+    return tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
+def _fall(m, base, k):
+    """For a maximum that rises from m to base: how far it moved, how the sums shrink."""
+    drop = tl.where(m == -float("inf"), 0.0, m - base)
+    return drop, tl.where(m == -float("inf"), 0.0, tl.exp2(drop * k))
+
+
+@triton.jit
+def _origin(row_lse, unit, inverse, k):
+    """lse / unit as fp32, 0 of unit 0, and the factor that makes up for its rounding."""
+    exact = row_lse * inverse
+    near = exact.to(tl.float32)
+    rounding = tl.exp2((near.to(tl.float64) - exact).to(tl.float32) * k)
+    if unit == 0.0:
+        rounding = tl.exp(-row_lse).to(tl.float32)
+    return near, rounding
+
+
+@triton.jit
 def _whole_vectors(head, end, VEC: tl.constexpr):
     """The columns [lo, hi) of a row [head, end) that lie in whole vectors of it."""
     lo = (head + VEC - 1) // VEC * VEC
@@ -104,14 +129,12 @@ def _add_tile(
     else:
         zz = _value(tl.load(row + cols).to(tl.float32), inner, outer, SOFTCAP)
     top = tl.maximum(m, tl.max(zz, 0))
-    # A lane that has only seen -inf has nothing to subtract: -inf - -inf is NaN.
-    base = tl.where(top == -float("inf"), 0.0, top)
+    base = _base(top)
     d = zz - base[None, :]
     e = tl.exp2(d * k)
     if k == 0.0:  # logit_scale=0: flat, but what is outside the row still does not count
         e = tl.where(zz == -float("inf"), 0.0, e)
-    drop = tl.where(m == -float("inf"), 0.0, m - base)
-    shrink = tl.where(m == -float("inf"), 0.0, tl.exp2(drop * k))
+    drop, shrink = _fall(m, base, k)
     if STATS:
         # -inf times a weight of 0 would be NaN; a NaN still goes through `e`.
         weighted = shrink * (weighted + l * drop) + tl.sum(e * tl.maximum(d, -1e30), 0)
@@ -247,9 +270,8 @@ def _forward(
             )
 
         top = tl.maximum(tl.max(m, 0), tl.max(edge_zz, 0))
-        base = tl.where(top == -float("inf"), 0.0, top)
-        drop = tl.where(m == -float("inf"), 0.0, m - base)
-        shrink = tl.where(m == -float("inf"), 0.0, tl.exp2(drop * k))
+        base = _base(top)
+        drop, shrink = _fall(m, base, k)
         edge_d = edge_zz - base
         edge_e = tl.where(at_edge, tl.exp2(edge_d * k), 0.0)
         # The terms of the maximum itself, 1 each, are counted apart: beside them the rest of a
@@ -390,11 +412,8 @@ def _backward(
         x = tl.load(row + cols, mask=whole, other=0.0).to(tl.float32)
         row_lse = tl.load(lse + index)
         unit = tl.zeros([], tl.float64) + unit_hi + unit_lo
-        exact = row_lse * (tl.zeros([], tl.float64) + inv_hi + inv_lo)  # lse / unit; 0 of unit 0
-        near = exact.to(tl.float32)
-        rounding = tl.exp2((near.to(tl.float64) - exact).to(tl.float32) * k)
-        if unit == 0.0:
-            rounding = tl.exp(-row_lse).to(tl.float32)
+        inverse = tl.zeros([], tl.float64) + inv_hi + inv_lo
+        near, rounding = _origin(row_lse, unit, inverse, k)
         target = head + y.to(tl.int32)
         if (target >= first) & (target < first + TILE):
             d = _gradient(
