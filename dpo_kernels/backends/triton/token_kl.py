@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...inputs.transform import LogitTransform
 from .launch import ALIGN, VARYING, aligned, lanes, on
-from .token_logps import _ALIGN, _base, _fall, _origin, _scalars, _scalars_backward, _value
+from .token_logps import _ALIGN, _origin, _scalars, _scalars_backward, _value
 
 # As in token_logps.py.
 FORWARD = {"K": 1, "num_warps": 4}
@@ -30,6 +30,17 @@ BACKWARD = {"TILE": 1024, "num_warps": 2}
 def _scaled(gap, shrink):
     """shrink * gap, where an infinite gap stays infinite."""
     return tl.where(gap == float("inf"), gap, shrink * gap)
+
+
+@triton.jit
+def _move(m, top, k):
+    """For a maximum that rises from m to top: base, how far it moved, how the sums shrink.
+
+    A lane that has only seen -inf has nothing to subtract: -inf - -inf is NaN.
+    """
+    base = tl.where(top == -float("inf"), 0.0, top)
+    drop = tl.where(m == -float("inf"), 0.0, m - base)
+    return base, drop, tl.where(m == -float("inf"), 0.0, tl.exp2(drop * k))
 
 
 @triton.jit
@@ -61,10 +72,8 @@ def _add_tile(
         r = _value(tl.load(ref_row + cols).to(tl.float32), inner, outer, SOFTCAP)
     top_x = tl.maximum(mx, tl.max(x, 0))
     top_r = tl.maximum(mr, tl.max(r, 0))
-    base_x = _base(top_x)
-    drop_x, shrink_x = _fall(mx, base_x, k)
-    base_r = _base(top_r)
-    drop_r, shrink_r = _fall(mr, base_r, k)
+    base_x, drop_x, shrink_x = _move(mx, top_x, k)
+    base_r, drop_r, shrink_r = _move(mr, top_r, k)
     dx = x - base_x[None, :]
     dr = r - base_r[None, :]
     ex = tl.exp2(dx * k)
@@ -87,7 +96,7 @@ def _meet(m, l, k):
     The terms of the maximum itself, 1 each, are counted apart, as in token_logps.py.
     """
     top = tl.max(m, 0)
-    drop, shrink = _fall(m, _base(top), k)
+    _, drop, shrink = _move(m, top, k)
     tied = m == top
     ones = tl.sum(tied.to(tl.float32), 0)
     rest = tl.sum(tl.where(tied, l - 1.0, l * shrink), 0)

@@ -56,31 +56,6 @@ def _value(x, inner, outer, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _base(top):
-    """What is subtracted for a maximum: a lane that has only seen -inf has nothing to subtract,
-    -inf - -inf is NaN."""
-    return tl.where(top == -float("inf"), 0.0, top)
-
-
-@triton.jit
-def _fall(m, base, k):
-    """For a maximum that rises from m to base: how far it moved, how the sums shrink."""
-    drop = tl.where(m == -float("inf"), 0.0, m - base)
-    return drop, tl.where(m == -float("inf"), 0.0, tl.exp2(drop * k))
-
-
-@triton.jit
-def _origin(row_lse, unit, inverse, k):
-    """lse / unit as fp32, 0 of unit 0, and the factor that makes up for its rounding."""
-    exact = row_lse * inverse
-    near = exact.to(tl.float32)
-    rounding = tl.exp2((near.to(tl.float64) - exact).to(tl.float32) * k)
-    if unit == 0.0:
-        rounding = tl.exp(-row_lse).to(tl.float32)
-    return near, rounding
-
-
-@triton.jit
 def _whole_vectors(head, end, VEC: tl.constexpr):
     """The columns [lo, hi) of a row [head, end) that lie in whole vectors of it."""
     lo = (head + VEC - 1) // VEC * VEC
@@ -129,12 +104,14 @@ def _add_tile(
     else:
         zz = _value(tl.load(row + cols).to(tl.float32), inner, outer, SOFTCAP)
     top = tl.maximum(m, tl.max(zz, 0))
-    base = _base(top)
+    # A lane that has only seen -inf has nothing to subtract: -inf - -inf is NaN.
+    base = tl.where(top == -float("inf"), 0.0, top)
     d = zz - base[None, :]
     e = tl.exp2(d * k)
     if k == 0.0:  # logit_scale=0: flat, but what is outside the row still does not count
         e = tl.where(zz == -float("inf"), 0.0, e)
-    drop, shrink = _fall(m, base, k)
+    drop = tl.where(m == -float("inf"), 0.0, m - base)
+    shrink = tl.where(m == -float("inf"), 0.0, tl.exp2(drop * k))
     if STATS:
         # -inf times a weight of 0 would be NaN; a NaN still goes through `e`.
         weighted = shrink * (weighted + l * drop) + tl.sum(e * tl.maximum(d, -1e30), 0)
@@ -270,8 +247,9 @@ def _forward(
             )
 
         top = tl.maximum(tl.max(m, 0), tl.max(edge_zz, 0))
-        base = _base(top)
-        drop, shrink = _fall(m, base, k)
+        base = tl.where(top == -float("inf"), 0.0, top)
+        drop = tl.where(m == -float("inf"), 0.0, m - base)
+        shrink = tl.where(m == -float("inf"), 0.0, tl.exp2(drop * k))
         edge_d = edge_zz - base
         edge_e = tl.where(at_edge, tl.exp2(edge_d * k), 0.0)
         # The terms of the maximum itself, 1 each, are counted apart: beside them the rest of a
@@ -314,6 +292,17 @@ def _forward(
             tl.store(stats + 2 * rows + index, (top1 + nan).to(tl.float32))
             log_squares = tl.log(sum_s.to(tl.float64)) - 2 * log_l
             tl.store(stats + 3 * rows + index, (log_squares + nan).to(tl.float32))
+
+
+@triton.jit
+def _origin(row_lse, unit, inverse, k):
+    """lse / unit as fp32, 0 of unit 0, and the factor that makes up for its rounding."""
+    exact = row_lse * inverse
+    hi = exact.to(tl.float32)
+    rounding = tl.exp2((hi.to(tl.float64) - exact).to(tl.float32) * k)
+    if unit == 0.0:
+        rounding = tl.exp(-row_lse).to(tl.float32)
+    return hi, rounding
 
 
 @triton.jit
