@@ -187,7 +187,7 @@ def _reference(layout: Layout, policy: GivenHead, given: GivenHead) -> LinearInp
     assert policy.weight is not None
     V, head = policy.weight.shape[0], given
     if head.weight is None:
-        head = given._replace(weight=policy.weight, bias=policy.bias)
+        head = GivenHead(given.hidden, policy.weight, policy.bias)
     weight = checks.floating("ref_weight", head.weight)
     if tuple(weight.shape[:1]) != (V,):
         raise ValueError(

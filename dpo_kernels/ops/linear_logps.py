@@ -79,13 +79,17 @@ def rows_scored(
         r = None if reference is None else plain_logits(reference, scored)
         result = forward(reference_backend, x, targets, ignore_index, transform, stats, r)
         return TokenLogps.of(result, stats, r is not None)
-    beside = LinearInputs(None, None) if reference is None else reference  # type: ignore[arg-type]
+    beside = (None, None, None) if reference is None else tuple(reference)[:3]
     check_mode(*inputs, *beside)
+    hidden, weight, bias, down, up = inputs
     if strategy == "frozen":
-        gated = once(inputs.hidden, inputs.down)
-        inputs = inputs._replace(hidden=gated[0], down=gated[1])  # type: ignore[arg-type]
+        hidden, down = once(hidden, down)  # type: ignore[assignment]
     result = _op(
-        *inputs,
+        hidden,
+        weight,
+        bias,
+        down,
+        up,
         targets,
         ignore_index,
         transform.scale,
@@ -98,7 +102,7 @@ def rows_scored(
         budget,
         invariant,
         backend,
-        *beside[:3],
+        *beside,
     )
     return TokenLogps.of(result[:6], stats, reference is not None)
 
