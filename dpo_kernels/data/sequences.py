@@ -26,6 +26,7 @@ class TokenPair:
     weight: float | None = None
     beta: float | None = None
     unscored: tuple[Spans, Spans] = ((), ())  # of (chosen, rejected), as in `TokenSequence`
+    group: str | None = None  # of annotators or data, with an offset and temperature of its own
 
     @property
     def sequences(self) -> tuple[TokenSequence, TokenSequence]:

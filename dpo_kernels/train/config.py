@@ -38,7 +38,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 @dataclass
 class DPOTrainConfig:
-    """Everything a run depends on; saved as `config.json` in its folder."""
+    """Everything a run depends on; saved as `config.yaml` in its folder."""
 
     model_name_or_path: str | None = _option(
         None, "model", "model name or folder; without it (and without data) the embedded default"
@@ -160,6 +160,15 @@ class DPOTrainConfig:
     eval_steps: int | None = _option(
         None, "output", "steps between evaluations; None: before and after training only"
     )
+    save_steps: int = _option(
+        500, "output", "steps between checkpoints (the last step has one as well); 0: none"
+    )
+    save_total_limit: int | None = _option(
+        None, "output", "checkpoints to keep, the newest; None: all"
+    )
+    resume_from_checkpoint: str | None = _option(
+        None, "output", "go on from a checkpoint: its folder, or true for output_dir's newest"
+    )
     sample_prompt: str | None = _option(
         None, "output", "text to complete before and after; None: a held-out prompt"
     )
@@ -168,6 +177,9 @@ class DPOTrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        resume = str(self.resume_from_checkpoint).lower()
+        if resume in ("true", "false", "none"):
+            self.resume_from_checkpoint = "true" if resume == "true" else None
         for f in fields(self):
             _check_type(f.name, getattr(self, f.name), _HINTS[f.name])
             choices = f.metadata["choices"]
@@ -195,6 +207,12 @@ class DPOTrainConfig:
             raise UserError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         if self.sft_steps is not None and self.sft_steps < 0:
             raise UserError(f"sft_steps must be at least 0 or null, got {self.sft_steps}")
+        if self.save_steps < 0:
+            raise UserError(f"save_steps must be at least 0, got {self.save_steps}")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise UserError(
+                f"save_total_limit must be at least 1 or null, got {self.save_total_limit}"
+            )
         if self.dataset_name == self.eval_file == "-":
             raise UserError("dataset_name and eval_file are both standard input (-)")
         for name in (
@@ -288,8 +306,15 @@ class DPOTrainConfig:
         return mine
 
     def save(self, path: Path) -> None:
-        """Write the resolved configuration as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write the resolved configuration, as YAML or, by the file's name, as JSON."""
+        content = {**asdict(self), "resume_from_checkpoint": None}
+        if path.suffix == ".json":
+            text = json.dumps(content, indent=2) + "\n"
+        else:
+            import yaml  # transformers brings it
+
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
 
 
 _HINTS = get_type_hints(DPOTrainConfig)

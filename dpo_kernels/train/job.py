@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,22 @@ from ..data import (
     tokenize_conversations,
     tokenize_pairs,
 )
+from ..models.references import needs_reference
 from ..models.versions import dtype_option
+from .checkpoints import Checkpoints, check_space, newest, of_the_disk, reason, run_of
 from .compare import step_times
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
+from .identity import identity, model_digest
 from .loop import TrainResult, evaluate, train, visited
-from .metrics import MetricsFile
+from .metrics import MetricsFile, read_metrics
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
-from .optim import epoch_order, total_steps
+from .optim import TrainingError, epoch_order, total_steps
 from .plots import plot_run
-from .reference import PairData, with_reference
+from .reference import PairData, Reference, with_reference
 from .sft import train_sft
 from .start import RunFolder, check_device, find_model, refuse_many_processes
+from .state import Keeper, Resumed, load_reference, resumed_from, save_reference
 
 
 def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -76,19 +81,27 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     if own and config.sft_steps:
         raise UserError("sft_steps is of the embedded default: your own model is not fine-tuned")
     check_device(config.device)
+    resumed = resumed_from(config, dk.__version__, console.say)
     if not console.is_terminal:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # a log file needs no bars of loading and saving
-    return _Job(config, own, RunFolder(config), console).run()
+    run_folder = RunFolder(config, resumed.path if resumed else None)
+    return _Job(config, own, run_folder, console, resumed).run()
 
 
 class _Job:
     """One run, its folder and what was left out of its data."""
 
     def __init__(
-        self, config: DPOTrainConfig, own: bool, run_folder: RunFolder, console: Console
+        self,
+        config: DPOTrainConfig,
+        own: bool,
+        run_folder: RunFolder,
+        console: Console,
+        resumed: Resumed | None = None,
     ) -> None:
+        self.resumed = resumed
         self.config, self.own, self.console = config, own, console
         self.run_folder, self.folder = run_folder, run_folder.path
         self.policy: Policy | None = None
@@ -100,6 +113,11 @@ class _Job:
         """Run; whatever ends it early keeps the weights, or leaves nothing if there are none."""
         try:
             return self._run()
+        except Exception as error:
+            self._keep()
+            if of_the_disk(error) and not isinstance(error, UserError | DataError | TrainingError):
+                raise TrainingError(f"{self.folder}: {reason(error)}") from error
+            raise
         except BaseException:
             self._keep()
             raise
@@ -110,14 +128,23 @@ class _Job:
         if self.policy is None or not begun:
             self.run_folder.drop()
             return
-        if not self.saved:
-            with self.console.held():
-                save_policy(self.policy, self.folder / "model")
         what = "" if "training" in begun else " (SFT alone: training on pairs had not begun)"
-        print(
-            f"dpo-kernels: the run did not end; its weights are in {self.folder / 'model'}{what}",
-            file=sys.stderr,
-        )
+        kept = f"its weights are in {self.folder / 'model'}{what}"
+        if not self.saved:
+            try:
+                with self.console.held():
+                    save_policy(self.policy, self.folder / "model")
+            except Exception as error:  # told beside the error that ended the run
+                kept = f"its weights could not be saved: {reason(error)}"
+        _tell(f"the run did not end; {kept}")
+        last = newest(self.folder / "checkpoints")
+        if last is not None:
+            _tell(f"go on from {last.name} with: {self._command()}")
+
+    def _command(self) -> str:
+        """How this run is taken up again."""
+        file = shlex.quote(str(self.folder / "config.yaml"))
+        return f"dpo-kernels train --config {file} --resume_from_checkpoint true"
 
     def _run(self) -> dict[str, Any]:
         config, say = self.config, self.console.say
@@ -126,29 +153,37 @@ class _Job:
         if self.own:
             policy = self._users_model()
             train_pairs, eval_pairs = self._pairs(policy)
-            self._open_folder()
+            identity = self._identity(policy, train_pairs, eval_pairs)
+            self._open_folder(policy)
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
                 train_pairs, eval_pairs = self._pairs(policy, source)
-                self._open_folder()
+                identity = self._identity(policy, train_pairs, eval_pairs)
+                self._open_folder(policy)
                 self.policy = policy
-                self._sft(policy, source, len(train_pairs))
+                if self.resumed is None:
+                    self._sft(policy, source, len(train_pairs))
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-        used = visited(len(train_pairs), config)
-        data = with_reference(policy, train_pairs, config, self.console, "training pairs", used)
-        held_out = None
-        metrics = MetricsFile(self.folder / "metrics.jsonl")
-        before: dict[str, float] = {}
-        if eval_pairs:
-            held_out = with_reference(policy, eval_pairs, config, self.console, "held-out pairs")
-            before = evaluate(policy, held_out, config, self.console, "before training")
-            metrics.write({"step": 0, "epoch": 0.0, **before})
+        data, held_out = self._references(policy, train_pairs, eval_pairs)
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
-        text_before = self._complete(policy, ids)
-        result = train(policy, data, held_out, config, metrics, self.console)
+        metrics = self._metrics()
+        if self.resumed is None:
+            found: dict[str, Any] = {"before": {}, "text_before": ""}
+            if held_out is not None:
+                found["before"] = evaluate(
+                    policy, held_out, config, self.console, "before training"
+                )
+                metrics.write({"step": 0, "epoch": 0.0, **found["before"]})
+            found["text_before"] = self._complete(policy, ids)
+        else:
+            found = {k: self.resumed.values["found"][k] for k in ("before", "text_before")}
+        before, text_before = found["before"], found["text_before"]
+        kept = {"version": dk.__version__, "identity": identity, "found": found}
+        keeper = Keeper.of(self._checkpoints(), config.save_steps, kept, self.resumed)
+        result = train(policy, data, held_out, config, metrics, self.console, keeper)
         with self.console.held():  # before anything that could still fail
             save_policy(policy, self.folder / "model")
         self.saved = True
@@ -193,15 +228,81 @@ class _Job:
 
     # --- parts ---
 
-    def _open_folder(self) -> None:
+    def _identity(
+        self, policy: Policy, pairs: list[TokenPair], held_out: list[TokenPair]
+    ) -> dict[str, Any]:
+        """What the run's checkpoints belong to; one that is resumed must belong to the same."""
+        config = self.config
+        digest = model_digest(policy.model)
+        now = identity(config, asdict(config), digest, policy.tokenizer, pairs, held_out)
+        if self.resumed is not None:
+            self.resumed.check(now)
+        return now
+
+    def _checkpoints(self) -> Checkpoints | None:
+        if not self.config.save_steps:
+            return None
+        return Checkpoints(self.folder / "checkpoints", self.config.save_total_limit)
+
+    def _references(
+        self, policy: Policy, pairs: list[TokenPair], held_out: list[TokenPair]
+    ) -> tuple[PairData, PairData | None]:
+        """What the starting policy gives to all pairs that will be asked for, kept for a resume."""
+        config, console, folder = self.config, self.console, self.folder / "checkpoints"
+        used = visited(len(pairs), config)
+        if self.resumed is not None and needs_reference(config.loss_options()):
+            found = load_reference(self.resumed.path.parent)
+            kept = found.get("training", Reference({}, {}))
+            missing = [i for i in used if i not in kept.chosen]
+            if missing and not self.own:
+                raise UserError(f"max_steps: {config.max_steps} asks for pairs without a reference")
+            # Not restored yet: the policy is still the one that the run started from.
+            more = with_reference(policy, pairs, config, console, "more pairs", missing).reference
+            if more is not None:
+                kept = Reference(kept.chosen | more.chosen, kept.rejected | more.rejected)
+            data = PairData(pairs, kept)
+            evaluated = PairData(held_out, found.get("held out"))
+        else:
+            data = with_reference(policy, pairs, config, console, "training pairs", used)
+            evaluated = PairData(held_out)
+            if held_out:
+                evaluated = with_reference(policy, held_out, config, console, "held-out pairs")
+        if config.save_steps and data.reference is not None:
+            sets = {"training": data.reference, "held out": evaluated.reference}
+            save_reference(folder, sets)
+        return data, evaluated if held_out else None
+
+    def _metrics(self) -> MetricsFile:
+        """The run's metrics; of a resumed one those that its checkpoint knew."""
+        file = self.folder / "metrics.jsonl"
+        if self.resumed is None:
+            return MetricsFile(file)
+        source = run_of(self.resumed.path) / "metrics.jsonl"
+        rows = read_metrics(source, self.resumed.values["metrics_rows"])
+        return MetricsFile(file, rows)
+
+    def _open_folder(self, policy: Policy) -> None:
+        if self.config.save_steps:
+            self._check_space(policy)
         self.run_folder.open(self.console.say)
-        self.config.save(self.folder / "config.json")
+        self.config.save(self.folder / "config.yaml")
         every = self.folder / "left_out.jsonl"
         self.left_out.write(every)
         if len(self.left_out.problems) > len(self.left_out.shown()):
             self.console.say(f"every row that is left out is in {every}")
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
+
+    def _check_space(self, policy: Policy) -> None:
+        """Model and checkpoints (weights, and up to two moments of each) fit on the disk."""
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in policy.model.parameters()]
+        trained = sum(size for size, grad in sizes if grad)
+        each = trained * (1 + {"sgd": 0, "rmsprop": 1}.get(self.config.optim, 2))
+        config = self.config
+        many = config.save_total_limit or max(config.max_steps, 0) // config.save_steps + 1
+        say = check_space(self.folder, each, many, sum(size for size, _ in sizes))
+        if say:
+            self.console.say(say)
 
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
@@ -369,7 +470,7 @@ class _Job:
                 f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x"
             )
         say(self.left_out.summary())
-        names = ["metrics.jsonl", "training.png", "config.json", "summary.json", "left_out.jsonl"]
+        names = ["metrics.jsonl", "training.png", "config.yaml", "summary.json", "left_out.jsonl"]
         there = [name for name in names if (self.folder / name).exists()]
         say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
 
@@ -396,6 +497,10 @@ def loss_title(config: DPOTrainConfig) -> str:
     if config.sft_weight:
         parts.append((config.sft_weight, "SFT"))
     return "DPO: " + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)
+
+
+def _tell(text: str) -> None:
+    print(f"dpo-kernels: {text}", file=sys.stderr)
 
 
 def _peak_memory(policy: Policy) -> int:

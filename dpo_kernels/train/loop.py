@@ -7,6 +7,7 @@ that unequal batches do not weigh unequally, and batch losses are shares that ad
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
 from .optim import Stepper, TrainingError, epoch_order, total_steps
 from .reference import PairData
+from .state import Keeper, Progress, TrainingState
 
 
 @dataclass(frozen=True)
@@ -238,60 +240,124 @@ def train(
     config: DPOTrainConfig,
     metrics: MetricsFile,
     console: Console,
+    keeper: Keeper | None = None,
 ) -> TrainResult:
-    """Train the policy in place; metrics every `logging_steps`.
+    """Train the policy in place; metrics every `logging_steps`, checkpoints as `keeper` has it.
 
     Raises `TrainingError` on a loss or gradient that is not finite, naming the pairs of the step,
-    or if the policy is not the reference before the first step.
+    or if the policy is not the reference before the first step; `Interrupted` between two steps,
+    behind a checkpoint of the last one.
     """
-    n = len(data.pairs)
-    steps = _steps(n, config)
-    stepper = Stepper(policy.model, config, steps)
-    loss = PairLoss(policy, config)
-    first = next(step_indices(n, config, steps))[0][: config.per_device_train_batch_size]
-    step0, expected = check_step0(policy, data, config, first)
-    console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")
-    meter, logged, tokens_seen, tokens_logged = PairMeter(), 0, 0, 0
-    times: list[float] = []
-    plan = step_indices(n, config, steps)
-    for step, (indices, epoch) in enumerate(
-        console.progress(plan, "training", steps, "steps", lines=False), start=1
-    ):
+    loop = _Loop(policy, data, held_out, config, metrics, console, keeper or Keeper(None, 0, {}))
+    return loop.run()
+
+
+class _Loop:
+    """Steps, lines of metrics, evaluations and checkpoints, in this order."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        data: PairData,
+        held_out: PairData | None,
+        config: DPOTrainConfig,
+        metrics: MetricsFile,
+        console: Console,
+        keeper: Keeper,
+    ) -> None:
+        self.policy, self.data, self.held_out = policy, data, held_out
+        self.config, self.metrics, self.console = config, metrics, console
+        self.keeper = keeper
+        self.steps = _steps(len(data.pairs), config)
+        self.stepper = Stepper(policy.model, config, self.steps)
+        self.loss = PairLoss(policy, config)
+        self.progress = Progress()
+        self.state = TrainingState(
+            policy.model, self.stepper, {"loss": self.loss.function}, self.progress
+        )
+        self.times: list[float] = []
+        self.between = True  # two steps: weights, optimizer and counters are of one step
+
+    def run(self) -> TrainResult:
+        progress, config = self.progress, self.config
+        plan = step_indices(len(self.data.pairs), config, self.steps)
+        if self.keeper.resumed:
+            self.keeper.resumed.restore(self.state)
+            self.console.say(f"resumed at step {progress.step}: {self.keeper.resumed.path}")
+        else:
+            first = next(step_indices(len(self.data.pairs), config, self.steps))[0]
+            first = first[: config.per_device_train_batch_size]
+            progress.step0 = check_step0(self.policy, self.data, config, first)
+            step0, expected = progress.step0
+            self.console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")
+        rest = itertools.islice(plan, progress.step, None)
+        left = self.steps - progress.step
+        try:
+            for indices, epoch in self.console.progress(
+                rest, "training", left, "steps", lines=False
+            ):
+                self.between = False
+                self._step(indices, epoch)
+                self.between = True
+        except KeyboardInterrupt:
+            if self.between:
+                with self.console.held():
+                    self.keeper.save(self.state, len(self.metrics.rows), wait=True)
+            raise
+        self.keeper.finish()
+        rest_times = sorted(self.times[1:] or self.times or [0.0])
+        return TrainResult(self.steps, rest_times[len(rest_times) // 2], *progress.step0)
+
+    def _step(self, indices: list[int], epoch: float) -> None:
+        progress, config = self.progress, self.config
         began = time.perf_counter()
-        total, tokens = _gradients(loss, data, indices, config, meter)
-        tokens_seen += tokens
-        tokens_logged += tokens
-        extra = stepper.step(total, f"step {step}", [data.pairs[i].source for i in indices])
-        times.append(time.perf_counter() - began)
-        if stepper.warning:
-            console.say(stepper.warning)
-            stepper.warning = ""
-        logged += 1
-        if step % config.logging_steps == 0 or step == steps:
-            took = sum(times[-logged:])
-            row = {k: v for k, v in meter.result(logged).items() if k not in EVAL_ONLY}
-            row |= {
-                "step": step,
-                "epoch": epoch,
-                **extra,
-                "num_tokens": tokens_seen,
-                "step_time": took / logged,
-                "tokens_per_s": tokens_logged / took,
-                "pairs_per_s": meter.pairs / took,
-            }
-            metrics.write(row)
-            shown = {"loss": f"{row['loss']:.4f}", "margin": f"{row['rewards/margins']:.3f}"}
-            console.postfix(**shown)
-            console.note(
-                f"step {step}/{steps}: loss {row['loss']:.4f}, margin "
-                f"{row['rewards/margins']:.4f}, accuracy {row['rewards/accuracies']:.3f}, "
-                f"{row['step_time']:.2f} s a step"
-            )
-            meter, logged, tokens_logged = PairMeter(), 0, 0
-        if held_out and config.eval_steps and step % config.eval_steps == 0 and step < steps:
-            quiet = Console(quiet=True)
-            metrics.write(
-                {"step": step, "epoch": epoch, **evaluate(policy, held_out, config, quiet, "")}
-            )
-    rest = sorted(times[1:] or times)
-    return TrainResult(steps, rest[len(rest) // 2], step0, expected)
+        step = progress.step + 1
+        total, tokens = _gradients(self.loss, self.data, indices, config, progress.meter)
+        sources = [self.data.pairs[i].source for i in indices]
+        extra = self.stepper.step(total, f"step {step}", sources)
+        self.times.append(time.perf_counter() - began)
+        if self.stepper.warning:
+            self.console.say(self.stepper.warning)
+            self.stepper.warning = ""
+        progress.step = step
+        progress.tokens += tokens
+        progress.logged_steps += 1
+        progress.logged_tokens += tokens
+        if step % config.logging_steps == 0 or step == self.steps:
+            self._log(epoch, extra)
+        if (
+            self.held_out
+            and config.eval_steps
+            and step % config.eval_steps == 0
+            and step < self.steps
+        ):
+            found = evaluate(self.policy, self.held_out, config, Console(quiet=True), "")
+            self.metrics.write({"step": step, "epoch": epoch, **found})
+        if self.keeper.due(step) or (step == self.steps and self.keeper.every):
+            self.keeper.save(self.state, len(self.metrics.rows))
+
+    def _log(self, epoch: float, extra: dict[str, Any]) -> None:
+        progress = self.progress
+        meter, logged = progress.meter, progress.logged_steps
+        times = self.times[-logged:]  # a resumed run has those since then alone
+        took = sum(times) * logged / len(times)
+        row = {k: v for k, v in meter.result(logged).items() if k not in EVAL_ONLY}
+        row |= {
+            "step": progress.step,
+            "epoch": epoch,
+            **extra,
+            "num_tokens": progress.tokens,
+            "step_time": took / logged,
+            "tokens_per_s": progress.logged_tokens / took,
+            "pairs_per_s": meter.pairs / took,
+        }
+        self.metrics.write(row)
+        shown = {"loss": f"{row['loss']:.4f}", "margin": f"{row['rewards/margins']:.3f}"}
+        self.console.postfix(**shown)
+        self.console.note(
+            f"step {progress.step}/{self.steps}: loss {row['loss']:.4f}, margin "
+            f"{row['rewards/margins']:.4f}, accuracy {row['rewards/accuracies']:.3f}, "
+            f"{row['step_time']:.2f} s a step"
+        )
+        progress.meter = PairMeter()
+        progress.logged_steps = progress.logged_tokens = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,9 +63,12 @@ class Stepper:
     def __init__(self, model: nn.Module, config: DPOTrainConfig, steps: int) -> None:
         self.optimizer = make_optimizer(model, config)
         self.schedule = make_schedule(self.optimizer, config, steps)
+        names = {p: name for name, p in model.named_parameters()}
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise UserError("the model has no parameter that requires a gradient")
+        # In the optimizer's order, which its own state goes by.
+        self.names = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
         self.max_norm = config.max_grad_norm or math.inf
         self.warning = ""  # set by the first step that should move anything
         self._watch = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)
@@ -96,6 +100,38 @@ class Stepper:
         # None, not zeros: gradients then take no memory while the next forward runs
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": float(norm), "learning_rate": rate}
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What the optimizer keeps of each parameter, by its name."""
+        every = [p for group in self.optimizer.param_groups for p in group["params"]]
+        pairs = zip(self.names, every, strict=True)
+        return {n: dict(self.optimizer.state[p]) for n, p in pairs if p in self.optimizer.state}
+
+    def group_options(self) -> list[dict[str, Any]]:
+        """Rates and the like of the optimizer's groups."""
+        return [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+        ]
+
+    def schedule_state(self) -> dict[str, Any]:
+        """The schedule's position; its functions are made anew."""
+        return {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
+
+    def restore(
+        self,
+        state: Mapping[str, dict[str, Any]],
+        groups: list[dict[str, Any]],
+        schedule: dict[str, Any],
+    ) -> None:
+        """Put back what `state`, `group_options` and `schedule_state` gave."""
+        whole = self.optimizer.state_dict()
+        whole["state"] = {i: state[name] for i, name in enumerate(self.names) if name in state}
+        for group, kept in zip(whole["param_groups"], groups, strict=True):
+            group |= {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
+        self.optimizer.load_state_dict(whole)
+        functions = self.schedule.state_dict().get("lr_lambdas", [])
+        self.schedule.load_state_dict({**schedule, "lr_lambdas": functions})
 
     def _sample(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(a parameter, some of its weights, whether each of them has a gradient)."""

@@ -12,7 +12,7 @@ from typing import Any
 
 _OFF: tuple[Any, ...] = (None, False, "", [], {}, 0, "none", "no")
 
-_NO_CHECKPOINTS = "no checkpoints are written: the model is saved at the end, and when a run stops"
+_CHECKPOINTS = "checkpoints hold the whole run, every save_steps; the model is saved at the end"
 _ONE_PROCESS = "training runs on one device in one process"
 _NO_ADAPTERS = "adapters and quantised weights are not trained here (TRL with our integration is)"
 _NO_WORKERS = "batches are made in the process itself, without a data loader"
@@ -25,9 +25,9 @@ _PRECISION = "the dtype of the weights is the option dtype"
 
 # reason -> names
 _REFUSED: dict[str, str] = {
-    _NO_CHECKPOINTS: "save_steps save_strategy save_total_limit save_only_model save_on_each_node "
-    "enable_jit_checkpoint resume_from_checkpoint load_best_model_at_end metric_for_best_model "
-    "greater_is_better ignore_data_skip restore_callback_states_from_checkpoint",
+    _CHECKPOINTS: "save_only_model save_on_each_node enable_jit_checkpoint "
+    "load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip "
+    "restore_callback_states_from_checkpoint",
     _ONE_PROCESS: "fsdp fsdp_config deepspeed ddp_find_unused_parameters ddp_bucket_cap_mb "
     "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout accelerator_config "
     "parallelism_config local_rank ignore_bias_buffers log_on_each_node log_level_replica "
@@ -76,7 +76,7 @@ _REFUSED: dict[str, str] = {
 
 # What happens here anyway, beside `_OFF`.
 _TAKEN: dict[str, tuple[Any, ...]] = {
-    "save_only_model": (True,),
+    "enable_jit_checkpoint": (True,),
     "local_rank": (-1,),
     "ddp_timeout": (1800,),
     "logging_strategy": ("steps",),
@@ -123,7 +123,7 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
 _NOT_OFF = ("disable_dropout", "logging_strategy")
 
 REASONS = {name: reason for reason, names in _REFUSED.items() for name in names.split()}
-TRANSLATED = ("warmup_ratio", "use_cpu", "activation_checkpointing")
+TRANSLATED = ("save_strategy", "warmup_ratio", "use_cpu", "activation_checkpointing")
 NAMES = (*REASONS, *TRANSLATED)
 
 
@@ -151,6 +151,10 @@ def translate(name: str, value: Any, others: Mapping[str, Any]) -> dict[str, Any
 
 
 def _translated(name: str, value: Any, others: Mapping[str, Any]) -> dict[str, Any]:
+    if name == "save_strategy":
+        if value not in ("steps", "no"):
+            raise ValueError(f"save_strategy must be steps or no, got {value!r}: see save_steps")
+        return {} if value == "steps" else {"save_steps": 0}
     if name == "warmup_ratio":
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {value!r}")
