@@ -59,6 +59,32 @@ class DPOTrainConfig:
     device: str = _option("auto", "model", "cpu, cuda, cuda:0, ...; auto: a GPU if there is one")
     trust_remote_code: bool = _option(False, "model", "run modelling code that comes with a model")
 
+    use_peft: bool = _option(False, "adapter", "train a LoRA adapter alone; needs peft")
+    lora_r: int = _option(16, "adapter", "rank")
+    lora_alpha: int = _option(32, "adapter", "the update is scaled by lora_alpha / lora_r")
+    lora_dropout: float = _option(
+        0.05, "adapter", "taken for TRL's sake: dropout is always off, as its disable_dropout"
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata=_about(
+            "adapter", "layers by name, or all-linear; None: those that peft knows of the model"
+        ),
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata=_about("adapter", "parameters by name (experts that are no layers)")
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata=_about("adapter", "layers to train whole, beside the adapter")
+    )
+    use_rslora: bool = _option(False, "adapter", "scale by lora_alpha / sqrt(lora_r)")
+    use_dora: bool = _option(False, "adapter", "DoRA: magnitude and direction apart")
+    load_in_4bit: bool = _option(False, "adapter", "QLoRA: 4-bit weights; needs bitsandbytes")
+    load_in_8bit: bool = _option(False, "adapter", "8-bit weights; needs bitsandbytes")
+    bnb_4bit_quant_type: str = _option("nf4", "adapter", "of load_in_4bit", ("nf4", "fp4"))
+    use_bnb_nested_quant: bool = _option(False, "adapter", "of load_in_4bit: quantise the scales")
+    bnb_4bit_quant_storage: str | None = _option(None, "adapter", "dtype that holds 4-bit weights")
+
     dataset_name: str | None = _option(
         None, "data", "JSONL file of training pairs (alias: --train_file)"
     )

@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 import torch
@@ -88,16 +88,15 @@ def _sha(*texts: str) -> str:
 
 def identity(
     config: DPOTrainConfig,
-    options: Mapping[str, Any],
-    model: str,
+    model: nn.Module,
     tokenizer: Any,
     pairs: list[TokenPair],
     held_out: list[TokenPair],
 ) -> dict[str, Any]:
-    """All of it, as a checkpoint keeps it; `options` are the configuration's fields."""
+    """All of it, as a checkpoint keeps it; the model is as it was before training."""
     return {
-        "options": {k: v for k, v in options.items() if k not in FREE},
-        "model": {"name": config.model_name_or_path, "digest": model},
+        "options": {k: v for k, v in asdict(config).items() if k not in FREE},
+        "model": {"name": config.model_name_or_path, "digest": model_digest(model)},
         "tokenizer": {"digest": tokenizer_digest(tokenizer)},
         "training pairs": {"count": len(pairs), "digest": pairs_digest(pairs)},
         "held-out pairs": {"count": len(held_out), "digest": pairs_digest(held_out)},

@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,23 @@ from ..data import (
     tokenize_conversations,
     tokenize_pairs,
 )
-from ..models.references import needs_reference
 from ..models.versions import dtype_option
-from .checkpoints import Checkpoints, check_space, newest, of_the_disk, reason, run_of
+from .adapters import check_adapter, name_base
+from .checkpoints import newest, of_the_disk, reason
 from .compare import step_times
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
-from .identity import identity, model_digest
-from .loop import TrainResult, evaluate, train, visited
-from .metrics import MetricsFile, read_metrics
+from .identity import identity
+from .loop import TrainResult, evaluate, train
+from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
-from .optim import TrainingError, epoch_order, total_steps
+from .optim import TrainingError
+from .order import epoch_order, steps_of, visited
 from .plots import plot_run
-from .reference import PairData, Reference, with_reference
+from .reference import PairData
+from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .sft import train_sft
 from .start import RunFolder, check_device, find_model, refuse_many_processes
-from .state import Keeper, Resumed, load_reference, resumed_from, save_reference
 
 
 def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -81,6 +82,7 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     if own and config.sft_steps:
         raise UserError("sft_steps is of the embedded default: your own model is not fine-tuned")
     check_device(config.device)
+    check_adapter(config, bool(own))
     resumed = resumed_from(config, dk.__version__, console.say)
     if not console.is_terminal:
         from transformers.utils import logging
@@ -167,9 +169,11 @@ class _Job:
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-        data, held_out = self._references(policy, train_pairs, eval_pairs)
+        data, held_out = references(
+            policy, train_pairs, eval_pairs, config, self.console, self.folder, self.resumed
+        )
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
-        metrics = self._metrics()
+        metrics = metrics_of(self.folder, self.resumed)
         if self.resumed is None:
             found: dict[str, Any] = {"before": {}, "text_before": ""}
             if held_out is not None:
@@ -182,7 +186,7 @@ class _Job:
             found = {k: self.resumed.values["found"][k] for k in ("before", "text_before")}
         before, text_before = found["before"], found["text_before"]
         kept = {"version": dk.__version__, "identity": identity, "found": found}
-        keeper = Keeper.of(self._checkpoints(), config.save_steps, kept, self.resumed)
+        keeper = Keeper.of(self.folder, config, kept, self.resumed)
         result = train(policy, data, held_out, config, metrics, self.console, keeper)
         with self.console.held():  # before anything that could still fail
             save_policy(policy, self.folder / "model")
@@ -232,58 +236,14 @@ class _Job:
         self, policy: Policy, pairs: list[TokenPair], held_out: list[TokenPair]
     ) -> dict[str, Any]:
         """What the run's checkpoints belong to; one that is resumed must belong to the same."""
-        config = self.config
-        digest = model_digest(policy.model)
-        now = identity(config, asdict(config), digest, policy.tokenizer, pairs, held_out)
+        now = identity(self.config, policy.model, policy.tokenizer, pairs, held_out)
         if self.resumed is not None:
             self.resumed.check(now)
         return now
 
-    def _checkpoints(self) -> Checkpoints | None:
-        if not self.config.save_steps:
-            return None
-        return Checkpoints(self.folder / "checkpoints", self.config.save_total_limit)
-
-    def _references(
-        self, policy: Policy, pairs: list[TokenPair], held_out: list[TokenPair]
-    ) -> tuple[PairData, PairData | None]:
-        """What the starting policy gives to all pairs that will be asked for, kept for a resume."""
-        config, console, folder = self.config, self.console, self.folder / "checkpoints"
-        used = visited(len(pairs), config)
-        if self.resumed is not None and needs_reference(config.loss_options()):
-            found = load_reference(self.resumed.path.parent)
-            kept = found.get("training", Reference({}, {}))
-            missing = [i for i in used if i not in kept.chosen]
-            if missing and not self.own:
-                raise UserError(f"max_steps: {config.max_steps} asks for pairs without a reference")
-            # Not restored yet: the policy is still the one that the run started from.
-            more = with_reference(policy, pairs, config, console, "more pairs", missing).reference
-            if more is not None:
-                kept = Reference(kept.chosen | more.chosen, kept.rejected | more.rejected)
-            data = PairData(pairs, kept)
-            evaluated = PairData(held_out, found.get("held out"))
-        else:
-            data = with_reference(policy, pairs, config, console, "training pairs", used)
-            evaluated = PairData(held_out)
-            if held_out:
-                evaluated = with_reference(policy, held_out, config, console, "held-out pairs")
-        if config.save_steps and data.reference is not None:
-            sets = {"training": data.reference, "held out": evaluated.reference}
-            save_reference(folder, sets)
-        return data, evaluated if held_out else None
-
-    def _metrics(self) -> MetricsFile:
-        """The run's metrics; of a resumed one those that its checkpoint knew."""
-        file = self.folder / "metrics.jsonl"
-        if self.resumed is None:
-            return MetricsFile(file)
-        source = run_of(self.resumed.path) / "metrics.jsonl"
-        rows = read_metrics(source, self.resumed.values["metrics_rows"])
-        return MetricsFile(file, rows)
-
     def _open_folder(self, policy: Policy) -> None:
         if self.config.save_steps:
-            self._check_space(policy)
+            check_room(policy, self.config, self.folder, self.console.say)
         self.run_folder.open(self.console.say)
         self.config.save(self.folder / "config.yaml")
         every = self.folder / "left_out.jsonl"
@@ -293,21 +253,13 @@ class _Job:
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
 
-    def _check_space(self, policy: Policy) -> None:
-        """Model and checkpoints (weights, and up to two moments of each) fit on the disk."""
-        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in policy.model.parameters()]
-        trained = sum(size for size, grad in sizes if grad)
-        each = trained * (1 + {"sgd": 0, "rmsprop": 1}.get(self.config.optim, 2))
-        config = self.config
-        many = config.save_total_limit or max(config.max_steps, 0) // config.save_steps + 1
-        say = check_space(self.folder, each, many, sum(size for size, _ in sizes))
-        if say:
-            self.console.say(say)
-
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
         found = replace(self.config, model_name_or_path=find_model(name))
-        return load_policy(found, self.console.say)
+        policy = load_policy(found, self.console.say)
+        if self.config.use_peft:
+            name_base(policy.model, name)
+        return policy
 
     def _small_model(self, source: Path) -> Policy:
         """A fresh model of the embedded configuration."""
@@ -330,11 +282,11 @@ class _Job:
         config = load_config(shared, sft)
         rows = read_conversations(source / "sft.jsonl", self.left_out)
         sequences = tokenize_conversations(rows, policy.tokenizer, config.max_length, self.left_out)
-        whole = _steps(len(sequences), config)
+        whole = steps_of(len(sequences), config)
         steps = self.config.sft_steps
         if steps is None:
             # A run cut short is cut short here as well: the recipe's two parts keep their ratio.
-            share = _steps(num_pairs, self.config) / _steps(num_pairs, load_config(dpo))
+            share = steps_of(num_pairs, self.config) / steps_of(num_pairs, load_config(dpo))
             steps = max(1, round(whole * min(share, 1.0)))
         if steps < whole:
             self.console.say(f"SFT: {steps} steps of the recipe's {whole} (--sft_steps sets them)")
@@ -483,11 +435,6 @@ def no_pair_left(file: str, left_out: LeftOut, since: int) -> NoUsableRow:
     reasons = {p.reason for p in left_out.problems[since:]}
     what = "no pair fits max_length" if reasons <= _LENGTH_REASONS else "no pair is left"
     return left_out.nothing(file, what, since)
-
-
-def _steps(n: int, config: DPOTrainConfig) -> int:
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return total_steps(n, per_step, config)
 
 
 def loss_title(config: DPOTrainConfig) -> str:

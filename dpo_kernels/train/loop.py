@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,11 @@ from .config import DPOTrainConfig
 from .console import Console
 from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
-from .optim import Stepper, TrainingError, epoch_order, total_steps
+from .optim import Stepper, TrainingError
+from .order import step_indices, steps_of
 from .reference import PairData
-from .state import Keeper, Progress, TrainingState
+from .resume import Keeper
+from .state import Progress, TrainingState
 
 
 @dataclass(frozen=True)
@@ -152,22 +154,6 @@ def check_step0(
     return float(out.loss), float(out.zero_loss)
 
 
-def step_indices(n: int, config: DPOTrainConfig, steps: int) -> Iterator[tuple[list[int], float]]:
-    """(indices of the step's pairs, epochs done after it), a function of the seed alone."""
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    shuffle = config.train_sampling_strategy == "random"
-    done = epoch = 0
-    while True:
-        order = epoch_order(n, config.seed, epoch, shuffle)
-        for start in range(0, n, per_step):
-            if done == steps:
-                return
-            chunk = order[start : start + per_step]
-            done += 1
-            yield chunk, epoch + (start + len(chunk)) / n
-        epoch += 1
-
-
 # On a CPU a batch is run in parts of about this many tokens: as fast (the matrix products are large
 # enough), and only one part's activations are alive at a time. Results differ by rounding alone.
 CPU_PART_TOKENS = 1024
@@ -222,17 +208,6 @@ def _gradients(
     return total, tokens
 
 
-def visited(n: int, config: DPOTrainConfig) -> list[int]:
-    """The pairs out of `n` that the run's steps visit."""
-    steps = _steps(n, config)
-    return sorted({i for indices, _ in step_indices(n, config, steps) for i in indices})
-
-
-def _steps(n: int, config: DPOTrainConfig) -> int:
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return total_steps(n, per_step, config)
-
-
 def train(
     policy: Policy,
     data: PairData,
@@ -268,14 +243,13 @@ class _Loop:
         self.policy, self.data, self.held_out = policy, data, held_out
         self.config, self.metrics, self.console = config, metrics, console
         self.keeper = keeper
-        self.steps = _steps(len(data.pairs), config)
+        self.steps = steps_of(len(data.pairs), config)
         self.stepper = Stepper(policy.model, config, self.steps)
         self.loss = PairLoss(policy, config)
         self.progress = Progress()
         self.state = TrainingState(
             policy.model, self.stepper, {"loss": self.loss.function}, self.progress
         )
-        self.times: list[float] = []
         self.between = True  # two steps: weights, optimizer and counters are of one step
 
     def run(self) -> TrainResult:
@@ -305,7 +279,7 @@ class _Loop:
                     self.keeper.save(self.state, len(self.metrics.rows), wait=True)
             raise
         self.keeper.finish()
-        rest_times = sorted(self.times[1:] or self.times or [0.0])
+        rest_times = sorted(progress.times[1:] or progress.times)
         return TrainResult(self.steps, rest_times[len(rest_times) // 2], *progress.step0)
 
     def _step(self, indices: list[int], epoch: float) -> None:
@@ -315,7 +289,7 @@ class _Loop:
         total, tokens = _gradients(self.loss, self.data, indices, config, progress.meter)
         sources = [self.data.pairs[i].source for i in indices]
         extra = self.stepper.step(total, f"step {step}", sources)
-        self.times.append(time.perf_counter() - began)
+        progress.times.append(time.perf_counter() - began)
         if self.stepper.warning:
             self.console.say(self.stepper.warning)
             self.stepper.warning = ""
@@ -339,7 +313,7 @@ class _Loop:
     def _log(self, epoch: float, extra: dict[str, Any]) -> None:
         progress = self.progress
         meter, logged = progress.meter, progress.logged_steps
-        times = self.times[-logged:]  # a resumed run has those since then alone
+        times = progress.times[-logged:]  # a resumed run has the latest alone
         took = sum(times) * logged / len(times)
         row = {k: v for k, v in meter.result(logged).items() if k not in EVAL_ONLY}
         row |= {

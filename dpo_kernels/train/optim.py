@@ -155,18 +155,3 @@ class Stepper:
 def _some(x: Tensor) -> Tensor:
     """Every n-th of the elements, `_SAMPLE` of them."""
     return x.detach().reshape(-1)[:: max(x.numel() // _SAMPLE, 1)]
-
-
-def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """The order of `n` pairs in an epoch: a function of (seed, epoch) alone."""
-    if not shuffle:
-        return list(range(n))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator).tolist()
-
-
-def total_steps(n: int, per_step: int, config: DPOTrainConfig) -> int:
-    """Optimizer steps of the run: `max_steps`, or epochs of ceil(n / per_step) steps."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return math.ceil(config.num_train_epochs * math.ceil(n / per_step))

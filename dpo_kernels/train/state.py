@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import Checkpoints, find, newest, read_tensors, read_values, reason
-from .config import DPOTrainConfig, UserError
-from .identity import differences
+from .checkpoints import reason
+from .config import UserError
 from .metrics import PairMeter
 from .optim import Stepper
 from .reference import Reference
@@ -41,10 +40,11 @@ class Progress:
     step0: tuple[float, float] = (0.0, 0.0)  # loss of the first batch, and at zero log-ratios
     best: float | None = None  # of early stopping
     worse: int = 0  # evaluations since the best
+    times: list[float] = field(default_factory=list)  # seconds of each step
     meter: PairMeter = field(default_factory=PairMeter)
 
     def values(self) -> dict[str, Any]:
-        return {**vars(self), "meter": self.meter.state()}
+        return {**vars(self), "times": self.times[-256:], "meter": self.meter.state()}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
@@ -201,97 +201,3 @@ def load_reference(folder: Path) -> dict[str, Reference]:
             sides.append({i: v.clone() for i, v in zip(indices, rows, strict=True)})
         found[name] = Reference(*sides)
     return found
-
-
-# --- a run that writes checkpoints, or goes on from one ---
-
-
-@dataclass
-class Resumed:
-    """A checkpoint to go on from."""
-
-    path: Path
-    values: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.values["progress"]["step"])
-
-    def check(self, now: Mapping[str, Any]) -> None:
-        """`UserError` with every difference between its run and this one."""
-        found = differences(self.values["identity"], now)
-        if found:
-            raise UserError(
-                f"resume_from_checkpoint: {self.path} is of another run: {'; '.join(found)}"
-            )
-
-    def restore(self, state: TrainingState) -> None:
-        what = f"resume_from_checkpoint: {self.path}"
-        state.restore(read_tensors(self.path), self.values, what)
-
-
-def resumed_from(
-    config: DPOTrainConfig, version: str, say: Callable[[str], None]
-) -> Resumed | None:
-    """What `resume_from_checkpoint` asks for; None where a run is to start from its beginning."""
-    wanted = config.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted != "true":
-        path = find(Path(wanted).expanduser())
-    else:
-        if config.output_dir is None:
-            raise UserError(
-                "resume_from_checkpoint=true goes on in output_dir: pass --output_dir FOLDER"
-            )
-        found = newest(Path(config.output_dir) / "checkpoints")
-        if found is None:
-            say(f"no checkpoint in {config.output_dir}: the run starts from its beginning")
-            return None
-        path = found
-    return Resumed(path, read_values(path, version))
-
-
-@dataclass
-class Keeper:
-    """When checkpoints are written, with what besides the training state."""
-
-    checkpoints: Checkpoints | None
-    every: int
-    values: dict[str, Any]  # identity, version, and what the job found before training
-    resumed: Resumed | None = None
-    saved: int = -1  # the last step of a save
-
-    @classmethod
-    def of(
-        cls,
-        checkpoints: Checkpoints | None,
-        every: int,
-        values: dict[str, Any],
-        resumed: Resumed | None,
-    ) -> Keeper:
-        """A keeper that, beside a resumed run, knows its checkpoint to be the newest."""
-        keeper = cls(checkpoints, every, values, resumed)
-        if resumed and checkpoints and resumed.path.absolute().parent == checkpoints.absolute():
-            checkpoints.drop_after(resumed.step)
-            keeper.saved = resumed.step
-        return keeper
-
-    def save(self, state: TrainingState, metrics_rows: int, wait: bool = False) -> None:
-        """Write the state unless this step is written already."""
-        if self.checkpoints is None:
-            return
-        step = state.progress.step
-        if step != self.saved:
-            values = {**self.values, "metrics_rows": metrics_rows, **state.values()}
-            self.checkpoints.save(step, state.tensors(), values)
-            self.saved = step
-        if wait:
-            self.checkpoints.finish()
-
-    def due(self, step: int) -> bool:
-        return bool(self.every) and step % self.every == 0
-
-    def finish(self) -> None:
-        if self.checkpoints is not None:
-            self.checkpoints.finish()

@@ -14,7 +14,6 @@ _OFF: tuple[Any, ...] = (None, False, "", [], {}, 0, "none", "no")
 
 _CHECKPOINTS = "checkpoints hold the whole run, every save_steps; the model is saved at the end"
 _ONE_PROCESS = "training runs on one device in one process"
-_NO_ADAPTERS = "adapters and quantised weights are not trained here (TRL with our integration is)"
 _NO_WORKERS = "batches are made in the process itself, without a data loader"
 _LOCAL_FILE = "data comes from a file (dataset_name, eval_file)"
 _NO_HUB = "nothing is uploaded: the trained model is a folder"
@@ -32,9 +31,7 @@ _REFUSED: dict[str, str] = {
     "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout accelerator_config "
     "parallelism_config local_rank ignore_bias_buffers log_on_each_node log_level_replica "
     "average_tokens_across_devices",
-    _NO_ADAPTERS: "use_peft lora_r lora_alpha lora_dropout lora_target_modules "
-    "lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora load_in_8bit "
-    "load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+    "adapters are those of causal language models": "lora_task_type",
     _NO_WORKERS: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
     "dataloader_multiprocessing_context dataset_num_proc length_column_name group_by_length",
@@ -94,6 +91,7 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "report_to": (["none"],),
     # What `DPOConfig().to_dict()` writes of settings that mean nothing here, or nothing alone.
     "label_smoothing_factor": (0.0,),
+    "lora_task_type": ("causal_lm",),
     "log_on_each_node": (True,),
     "logging_nan_inf_filter": (True,),
     "log_level": ("passive",),

@@ -27,7 +27,7 @@ import torch.distributed.checkpoint  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
 from dpo_kernels.cli import main
-from dpo_kernels.train import checkpoints, job, model
+from dpo_kernels.train import checkpoints, job, model, resume
 from dpo_kernels.train.metrics import MetricsFile
 
 TIMES = {"step_time", "tokens_per_s", "pairs_per_s", "eval_runtime"}
@@ -107,7 +107,7 @@ PLACES: dict[str, Callable[[], None]] = {
     ),
     "while old ones go": lambda: _at(checkpoints.Checkpoints, "_prune", lambda _, step: step == 6),
     "in a line of metrics": _torn_metrics,
-    "before the reference is kept": lambda: _at(job, "save_reference", _nth(0)),
+    "before the reference is kept": lambda: _at(resume, "save_reference", _nth(0)),
     "while the model is saved": lambda: _at(job, "save_policy", _nth(0), behind=True),
 }
 
@@ -163,7 +163,7 @@ def outcome(run: Path) -> dict[str, Any]:
     """What of a run must be equal to the bit."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
-    weights = (run / "model/model.safetensors").read_bytes()
+    weights = next((run / "model").glob("*model.safetensors")).read_bytes()
     return {
         "weights": hashlib.sha256(weights).hexdigest(),
         "metrics": [{k: v for k, v in row.items() if k not in TIMES} for row in rows],
@@ -222,6 +222,7 @@ def cli() -> int:
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--places", nargs="*")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON, over those here")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     code = forked(lambda: prepare(args.folder), args.folder / "log")
@@ -230,7 +231,7 @@ def cli() -> int:
     cases = random_cases(args.cases, args.seed)
     if args.places:
         cases = [*args.places, *cases[len(PLACES) :]]
-    wrong = check(args.folder, cases)
+    wrong = check(args.folder, cases, **args.options)
     print("\n".join(wrong) or f"{len(cases)} runs killed and resumed: equal to the bit")
     return 1 if wrong else 0
 

@@ -224,7 +224,7 @@ def test_trls_options_are_taken_or_refused_by_name(train: list[Any], capsys: Cap
     [
         ({"warmup_ratio": 2}, "warmup_ratio must be in"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, "give one of them"),
-        ({"use_peft": True}, "use_peft=True is an option of TRL's"),
+        ({"push_to_hub": True}, "push_to_hub=True is an option of TRL's"),
         ({"disable_dropout": False}, "dropout is always off"),
         ({"eval_strategy": "epoch"}, "eval_strategy='epoch'"),
         ({"eval_strategy": "steps"}, "eval_strategy='steps'"),
@@ -431,12 +431,12 @@ def test_a_failed_start_leaves_nothing(train: list[Any], tmp_path: Path, capsys:
 def test_a_start_interrupted_before_training_leaves_nothing(
     train: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from dpo_kernels.train import job
+    from dpo_kernels.train import resume
 
     def killed(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(job, "with_reference", killed)
+    monkeypatch.setattr(resume, "with_reference", killed)
     assert run(*train) == 143
     assert not folder_of(train).exists()
 
