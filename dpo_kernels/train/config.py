@@ -151,6 +151,15 @@ class DPOTrainConfig:
     train_sampling_strategy: str = _option(
         "random", "training", "order of the pairs in each epoch (by seed)", ("random", "sequential")
     )
+    learn_groups: bool = _option(
+        False,
+        "training",
+        "train an offset and a temperature of each `group` of rows beside the model",
+    )
+    group_learning_rate: float = _option(1e-2, "training", "learning rate of learn_groups")
+    group_l2: float = _option(
+        1e-3, "training", "L2 of learn_groups: pulls temperatures to 1 and offsets to 0"
+    )
     sft_steps: int | None = _option(
         None,
         "training",
@@ -243,6 +252,8 @@ class DPOTrainConfig:
             raise UserError("dataset_name and eval_file are both standard input (-)")
         for name in (
             "learning_rate",
+            "group_learning_rate",
+            "group_l2",
             "warmup_steps",
             "weight_decay",
             "max_grad_norm",
@@ -274,7 +285,7 @@ class DPOTrainConfig:
             )
         options = self.loss_options()
         try:
-            if self.uses_offset:
+            if self.uses_offset or self.learn_groups:
                 options["offset"] = torch.zeros(1)
             _, losses = dk.losses.resolve(options)
         except (ValueError, TypeError) as error:

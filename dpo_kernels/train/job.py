@@ -39,10 +39,12 @@ from ..data import (
 )
 from ..models.versions import dtype_option
 from .adapters import check_adapter, name_base
+from .calibration import calibration
 from .checkpoints import newest, of_the_disk, reason
 from .compare import step_times
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
+from .groups import Groups, group_summary, one_sided
 from .identity import identity
 from .loop import TrainResult, evaluate, train
 from .metrics import MetricsFile
@@ -172,6 +174,7 @@ class _Job:
         data, held_out = references(
             policy, train_pairs, eval_pairs, config, self.console, self.folder, self.resumed
         )
+        groups = self._groups(policy, train_pairs)
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
         metrics = metrics_of(self.folder, self.resumed)
         if self.resumed is None:
@@ -187,13 +190,16 @@ class _Job:
         before, text_before = found["before"], found["text_before"]
         kept = {"version": dk.__version__, "identity": identity, "found": found}
         keeper = Keeper.of(self.folder, config, kept, self.resumed)
-        result = train(policy, data, held_out, config, metrics, self.console, keeper)
+        result = train(policy, data, held_out, config, metrics, self.console, keeper, groups)
         with self.console.held():  # before anything that could still fail
             save_policy(policy, self.folder / "model")
         self.saved = True
         after: dict[str, float] = {}
+        margins: list[float] = []
         if held_out is not None:
-            after = evaluate(policy, held_out, config, self.console, "after training")
+            after = evaluate(
+                policy, held_out, config, self.console, "after training", groups, margins
+            )
             metrics.write({"step": result.steps, "epoch": metrics.rows[-1]["epoch"], **after})
         text_after = self._complete(policy, ids)
         try:
@@ -212,6 +218,8 @@ class _Job:
             "step0_expected": result.step0_expected,
             "before": before,
             "after": after,
+            "calibration": calibration(margins),
+            **({"groups": group_summary(groups, train_pairs)} if groups is not None else {}),
             "sample": {"prompt": prompt, "before": text_before, "after": text_after},
             "median_step_time": result.median_step_time,
             "peak_memory_bytes": peak,
@@ -252,6 +260,22 @@ class _Job:
             self.console.say(f"every row that is left out is in {every}")
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
+
+    def _groups(self, policy: Policy, pairs: list[TokenPair]) -> Groups | None:
+        """What is learned of the rows' groups beside the model."""
+        if not self.config.learn_groups:
+            return None
+        groups = Groups.of(pairs, self.config.group_l2).to(policy.device)
+        if not groups.names:
+            raise DataError("learn_groups: no row has a `group`")
+        loose = one_sided(pairs, self.config.label_smoothing > 0)
+        if loose:
+            self.console.say(
+                f"warning: learn_groups: all rows of {', '.join(loose[:8])} point one way, so "
+                "only group_l2 bounds the offset and the loss says little; write -GROUP where the "
+                "bias speaks for the rejected one, or give uncertain labels (label_smoothing)"
+            )
+        return groups
 
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)

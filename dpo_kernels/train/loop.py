@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dpo_kernels as dk
 
@@ -27,6 +27,7 @@ from ..models.step0 import check_step0 as check_same
 from ..models.structure import deterministic
 from .config import DPOTrainConfig
 from .console import Console
+from .groups import Groups
 from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
 from .optim import Stepper, TrainingError
@@ -49,7 +50,10 @@ class TrainResult:
 class PairLoss:
     """The configured loss of batches of pairs."""
 
-    def __init__(self, policy: Policy, config: DPOTrainConfig) -> None:
+    def __init__(
+        self, policy: Policy, config: DPOTrainConfig, groups: Groups | None = None
+    ) -> None:
+        self.groups = groups
         # The module form, because beta-DPO keeps a running margin between batches.
         self.function = dk.FusedLinearDPOLoss(**config.loss_options())
         self.policy, self.uses_offset = policy, config.uses_offset
@@ -95,7 +99,14 @@ class PairLoss:
             found["weights"] = [1.0 if p.weight is None else p.weight for p in pairs]
         if any(p.beta is not None for p in pairs):
             found["beta"] = [p.beta or self.function.options["beta"] for p in pairs]
-        return {k: to_device(torch.tensor(v), self.policy.device) for k, v in found.items()}
+        given = {k: to_device(torch.tensor(v), self.policy.device) for k, v in found.items()}
+        if self.groups is None:
+            return given
+        plain = given.get("beta", torch.full((len(pairs),), float(self.function.options["beta"])))
+        learned = self.groups.options(pairs, plain)
+        if "offset" in given:
+            learned["offset"] = learned["offset"] + given["offset"]
+        return {**given, **learned}
 
 
 def chosen_tokens(pairs: Sequence[TokenPair]) -> int:
@@ -105,10 +116,16 @@ def chosen_tokens(pairs: Sequence[TokenPair]) -> int:
 
 @torch.no_grad()
 def evaluate(
-    policy: Policy, data: PairData, config: DPOTrainConfig, console: Console, what: str
+    policy: Policy,
+    data: PairData,
+    config: DPOTrainConfig,
+    console: Console,
+    what: str,
+    groups: Groups | None = None,
+    margins: list[float] | None = None,
 ) -> dict[str, float]:
-    """Loss and metrics of held-out pairs, names prefixed `eval_`."""
-    loss = PairLoss(policy, config)
+    """Loss and metrics of held-out pairs, names prefixed `eval_`; `margins` takes the pairs'."""
+    loss = PairLoss(policy, config, groups)
     loss.function.eval()
     meter, n, size = PairMeter(), len(data.pairs), config.per_device_eval_batch_size
     tokens = chosen_tokens(data.pairs)
@@ -117,6 +134,8 @@ def evaluate(
     with deterministic(policy.model):
         for start in console.progress(starts, f"evaluation {what}", len(starts), "batches"):
             out, _ = loss(data, range(start, min(start + size, n)), n, tokens)
+            if margins is not None and out.rewards is not None:
+                margins += (out.rewards[0] - out.rewards[1]).tolist()
             meter.add(out, config.beta if data.reference else None)
     result = meter.result()
     result["runtime"] = time.perf_counter() - began
@@ -205,6 +224,8 @@ def _gradients(
             meter.add(out, config.beta if data.reference else None)
             tokens += batch.num_tokens
             del out, batch  # the graph's last references: free it before the next forward
+    if loss.groups is not None:
+        loss.groups.penalty([data.pairs[i] for i in indices]).backward()
     return total, tokens
 
 
@@ -216,6 +237,7 @@ def train(
     metrics: MetricsFile,
     console: Console,
     keeper: Keeper | None = None,
+    groups: Groups | None = None,
 ) -> TrainResult:
     """Train the policy in place; metrics every `logging_steps`, checkpoints as `keeper` has it.
 
@@ -223,8 +245,8 @@ def train(
     or if the policy is not the reference before the first step; `Interrupted` between two steps,
     behind a checkpoint of the last one.
     """
-    loop = _Loop(policy, data, held_out, config, metrics, console, keeper or Keeper(None, 0, {}))
-    return loop.run()
+    keeper = keeper or Keeper(None, 0, {})
+    return _Loop(policy, data, held_out, config, metrics, console, keeper, groups).run()
 
 
 class _Loop:
@@ -239,17 +261,20 @@ class _Loop:
         metrics: MetricsFile,
         console: Console,
         keeper: Keeper,
+        groups: Groups | None,
     ) -> None:
         self.policy, self.data, self.held_out = policy, data, held_out
         self.config, self.metrics, self.console = config, metrics, console
         self.keeper = keeper
         self.steps = steps_of(len(data.pairs), config)
-        self.stepper = Stepper(policy.model, config, self.steps)
-        self.loss = PairLoss(policy, config)
+        self.groups = groups
+        self.stepper = Stepper(policy.model, config, self.steps, groups)
+        self.loss = PairLoss(policy, config, groups)
         self.progress = Progress()
-        self.state = TrainingState(
-            policy.model, self.stepper, {"loss": self.loss.function}, self.progress
-        )
+        beside: dict[str, nn.Module] = {"loss": self.loss.function}
+        if groups is not None:
+            beside["groups"] = groups
+        self.state = TrainingState(policy.model, self.stepper, beside, self.progress)
         self.between = True  # two steps: weights, optimizer and counters are of one step
 
     def run(self) -> TrainResult:
@@ -305,7 +330,7 @@ class _Loop:
             and step % config.eval_steps == 0
             and step < self.steps
         ):
-            found = evaluate(self.policy, self.held_out, config, Console(quiet=True), "")
+            found = evaluate(self.policy, self.held_out, config, Console(quiet=True), "", self.groups)
             self.metrics.write({"step": step, "epoch": epoch, **found})
         if self.keeper.due(step) or (step == self.steps and self.keeper.every):
             self.keeper.save(self.state, len(self.metrics.rows))
@@ -320,6 +345,7 @@ class _Loop:
             "step": progress.step,
             "epoch": epoch,
             **extra,
+            **(self.groups.metrics() if self.groups is not None else {}),
             "num_tokens": progress.tokens,
             "step_time": took / logged,
             "tokens_per_s": progress.logged_tokens / took,

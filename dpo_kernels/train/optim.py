@@ -16,21 +16,29 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says where and why. The weights are as before the step."""
 
 
-def make_optimizer(model: nn.Module, config: DPOTrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters; norms and biases are not decayed."""
+def make_optimizer(
+    model: nn.Module, config: DPOTrainConfig, groups: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters; norms and biases are not decayed.
+
+    `groups`: what is trained beside the model, at `group_learning_rate`.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    parts: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
+    if groups is not None:
+        rate = config.group_learning_rate
+        parts.append({"params": list(groups.parameters()), "weight_decay": 0.0, "lr": rate})
+    parts = [part for part in parts if part["params"]]
     if config.optim == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate)
+        return torch.optim.SGD(parts, lr=config.learning_rate)
     if config.optim == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=config.learning_rate)
+        return torch.optim.RMSprop(parts, lr=config.learning_rate)
     # fused: one pass over each parameter, where the plain loop makes several over memory
     return torch.optim.AdamW(
-        groups,
+        parts,
         lr=config.learning_rate,
         eps=config.adam_epsilon,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -60,10 +68,18 @@ _SAMPLE = 4096  # weights looked at in each parameter
 class Stepper:
     """Clip, check, step, schedule: what ends every optimizer step."""
 
-    def __init__(self, model: nn.Module, config: DPOTrainConfig, steps: int) -> None:
-        self.optimizer = make_optimizer(model, config)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DPOTrainConfig,
+        steps: int,
+        groups: nn.Module | None = None,
+    ) -> None:
+        self.optimizer = make_optimizer(model, config, groups)
         self.schedule = make_schedule(self.optimizer, config, steps)
         names = {p: name for name, p in model.named_parameters()}
+        if groups is not None:
+            names |= {p: f"groups.{name}" for name, p in groups.named_parameters()}
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise UserError("the model has no parameter that requires a gradient")
