@@ -26,6 +26,8 @@ class TokenPair:
     weight: float | None = None
     beta: float | None = None
     unscored: tuple[Spans, Spans] = ((), ())  # of (chosen, rejected), as in `TokenSequence`
+    label_smoothing: float | None = None
+    group: str | None = None
 
     @property
     def sequences(self) -> tuple[TokenSequence, TokenSequence]:
