@@ -330,7 +330,9 @@ class _Loop:
             and step % config.eval_steps == 0
             and step < self.steps
         ):
-            found = evaluate(self.policy, self.held_out, config, Console(quiet=True), "", self.groups)
+            found = evaluate(
+                self.policy, self.held_out, config, Console(quiet=True), "", self.groups
+            )
             self.metrics.write({"step": step, "epoch": epoch, **found})
         if self.keeper.due(step) or (step == self.steps and self.keeper.every):
             self.keeper.save(self.state, len(self.metrics.rows))
