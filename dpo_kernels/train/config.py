@@ -32,7 +32,17 @@ def _option(default: Any, group: str, help: str, choices: tuple[str, ...] | None
 
 
 # The fused AdamW is AdamW; it is what TRL names by default.
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad", "adafactor")
+# transformers' that need nothing but the steps
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -139,9 +149,7 @@ class DPOTrainConfig:
     max_steps: int = _option(-1, "training", "optimizer steps in place of epochs; -1: epochs")
     optim: str = _option("adamw_torch", "training", "optimizer", OPTIMIZERS)
     learning_rate: float = _option(1e-6, "training", "peak learning rate")
-    lr_scheduler_type: str = _option(
-        "linear", "training", "schedule after the warm-up", ("linear", "cosine", "constant")
-    )
+    lr_scheduler_type: str = _option("linear", "training", "schedule after the warm-up", SCHEDULES)
     warmup_steps: float = _option(0, "training", "warm-up steps; below 1: a share of all steps")
     weight_decay: float = _option(0.0, "training", "decay of matrices (not of norms and biases)")
     adam_beta1: float = _option(0.9, "training", "AdamW's beta1")
@@ -150,6 +158,15 @@ class DPOTrainConfig:
     max_grad_norm: float = _option(1.0, "training", "clip the gradient's norm; 0: do not")
     train_sampling_strategy: str = _option(
         "random", "training", "order of the pairs in each epoch (by seed)", ("random", "sequential")
+    )
+    ema_decay: float = _option(
+        0.0, "training", "keep an average of the weights, which is what is saved (0.999); 0: none"
+    )
+    skip_nonfinite: int = _option(
+        0, "training", "steps that may be left out because their loss or gradient is not finite"
+    )
+    early_stopping_patience: int | None = _option(
+        None, "training", "stop after so many evaluations without a lower eval_loss"
     )
     learn_groups: bool = _option(
         False,
@@ -182,6 +199,11 @@ class DPOTrainConfig:
         "recompute activations in the backward: less memory for about a third more "
         "time (TRL's default is on)",
     )
+    torch_compile: bool = _option(False, "speed", "compile the model below its head")
+    torch_compile_backend: str | None = _option(None, "speed", "of torch_compile; None: inductor")
+    torch_compile_mode: str | None = _option(
+        None, "speed", "of torch_compile: default, reduce-overhead, max-autotune, ..."
+    )
     compare_plain_torch: bool | None = _option(
         None,
         "speed",
@@ -192,6 +214,12 @@ class DPOTrainConfig:
     output_dir: str | None = _option(None, "output", "folder of the run; None: runs/<time>")
     overwrite_output_dir: bool = _option(False, "output", "write into a folder that is not empty")
     logging_steps: int = _option(10, "output", "steps between lines of metrics")
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata=_about("output", "trackio, tensorboard, wandb: metrics go there as well"),
+    )
+    run_name: str | None = _option(None, "output", "name of the run there; None: its folder's")
+    project: str = _option("dpo-kernels", "output", "project of the run there")
     eval_steps: int | None = _option(
         None, "output", "steps between evaluations; None: before and after training only"
     )
@@ -212,6 +240,10 @@ class DPOTrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if isinstance(self.report_to, str):
+            self.report_to = [self.report_to]
+        if isinstance(self.report_to, list):
+            self.report_to = [r for r in self.report_to if str(r).lower() not in ("none", "")]
         resume = str(self.resume_from_checkpoint).lower()
         if resume in ("true", "false", "none"):
             self.resume_from_checkpoint = "true" if resume == "true" else None
@@ -236,8 +268,23 @@ class DPOTrainConfig:
             raise UserError(f"max_length must be at least 2 or null, got {self.max_length}")
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise UserError(f"max_steps must be at least 1, or -1 (epochs), got {self.max_steps}")
+        if self.max_steps < -1:
+            raise UserError(
+                f"max_steps must be at least 1, 0 (evaluate only) or -1 (epochs), got "
+                f"{self.max_steps}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.skip_nonfinite < 0:
+            raise UserError(f"skip_nonfinite must be at least 0, got {self.skip_nonfinite}")
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise UserError(
+                    "early_stopping_patience must be at least 1 or null, got "
+                    f"{self.early_stopping_patience}"
+                )
+            if self.eval_steps is None:
+                raise UserError("early_stopping_patience needs eval_steps: evaluations to look at")
         if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
             raise UserError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         if self.sft_steps is not None and self.sft_steps < 0:

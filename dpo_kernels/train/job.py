@@ -9,11 +9,11 @@ set that ship with the package.
 from __future__ import annotations
 
 import json
-import resource
 import shlex
 import statistics
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from ..data import (
 from ..models.versions import dtype_option
 from .adapters import check_adapter, name_base
 from .calibration import calibration
+from .card import write_card
 from .checkpoints import newest, of_the_disk, reason
 from .compare import step_times
 from .config import DPOTrainConfig, UserError, load_config
@@ -47,6 +48,7 @@ from .console import Console
 from .groups import Groups, group_summary, one_sided
 from .identity import identity
 from .loop import TrainResult, evaluate, train
+from .machine import peak_memory
 from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
 from .optim import TrainingError
@@ -55,6 +57,7 @@ from .plots import plot_run
 from .reference import PairData
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .sft import train_sft
+from .sinks import Run, Sinks, check_sinks
 from .start import RunFolder, check_device, find_model, refuse_many_processes
 
 
@@ -85,6 +88,7 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
         raise UserError("sft_steps is of the embedded default: your own model is not fine-tuned")
     check_device(config.device)
     check_adapter(config, bool(own))
+    check_sinks(config.report_to)
     resumed = resumed_from(config, dk.__version__, console.say)
     if not console.is_terminal:
         from transformers.utils import logging
@@ -106,6 +110,7 @@ class _Job:
         resumed: Resumed | None = None,
     ) -> None:
         self.resumed = resumed
+        self.sinks: Sinks | None = None
         self.config, self.own, self.console = config, own, console
         self.run_folder, self.folder = run_folder, run_folder.path
         self.policy: Policy | None = None
@@ -125,6 +130,9 @@ class _Job:
         except BaseException:
             self._keep()
             raise
+        finally:
+            if self.sinks is not None:
+                self.sinks.close()
 
     def _keep(self) -> None:
         """Save a policy that has been trained; take a folder back in which nothing was trained."""
@@ -174,44 +182,58 @@ class _Job:
         data, held_out = references(
             policy, train_pairs, eval_pairs, config, self.console, self.folder, self.resumed
         )
+        if config.max_steps == 0 and held_out is None:
+            raise UserError(
+                "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
+                "eval_fraction"
+            )
         groups = self._groups(policy, train_pairs)
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
         metrics = metrics_of(self.folder, self.resumed)
+        margins: list[float] = []
         if self.resumed is None:
-            found: dict[str, Any] = {"before": {}, "text_before": ""}
+            found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
+        else:
+            found = self.resumed.values["found"]
+        run = Run(self.folder, config, found["run_id"], self.resumed.step if self.resumed else 0)
+        self.sinks = Sinks(run, say)
+        metrics.beside = self.sinks.write
+        if self.resumed is None:
             if held_out is not None:
                 found["before"] = evaluate(
-                    policy, held_out, config, self.console, "before training"
+                    policy, held_out, config, self.console, "before training", margins=margins
                 )
                 metrics.write({"step": 0, "epoch": 0.0, **found["before"]})
             found["text_before"] = self._complete(policy, ids)
-        else:
-            found = {k: self.resumed.values["found"][k] for k in ("before", "text_before")}
         before, text_before = found["before"], found["text_before"]
-        kept = {"version": dk.__version__, "identity": identity, "found": found}
-        keeper = Keeper.of(self.folder, config, kept, self.resumed)
-        result = train(policy, data, held_out, config, metrics, self.console, keeper, groups)
-        with self.console.held():  # before anything that could still fail
-            save_policy(policy, self.folder / "model")
-        self.saved = True
-        after: dict[str, float] = {}
-        margins: list[float] = []
-        if held_out is not None:
-            after = evaluate(
-                policy, held_out, config, self.console, "after training", groups, margins
-            )
-            metrics.write({"step": result.steps, "epoch": metrics.rows[-1]["epoch"], **after})
-        text_after = self._complete(policy, ids)
+        if config.max_steps == 0:  # to evaluate only
+            result, after, text_after = TrainResult(0, 0.0, 0.0, 0.0), before, text_before
+        else:
+            kept = {"version": dk.__version__, "identity": identity, "found": found}
+            keeper = Keeper.of(self.folder, config, kept, self.resumed)
+            result = train(policy, data, held_out, config, metrics, self.console, keeper, groups)
+            with self.console.held():  # before anything that could still fail
+                save_policy(policy, self.folder / "model")
+            self.saved = True
+            after, margins = {}, []
+            if held_out is not None:
+                after = evaluate(
+                    policy, held_out, config, self.console, "after training", groups, margins
+                )
+                epoch = metrics.rows[-1]["epoch"]
+                metrics.write({"step": result.steps, "epoch": epoch, **after})
+            text_after = self._complete(policy, ids)
         try:
             plot_run(metrics.rows, self.folder / "training.png", loss_title(config))
         except Exception as error:  # matplotlib is absent or broken: the run is none the worse
             say(f"warning: training.png was not drawn: {error}")
-        peak = _peak_memory(policy)
+        peak = peak_memory(policy.device)
         timing = self._timing(policy, data)
         summary = {
             "output_dir": str(self.folder),
             "backend": backend,
             "steps": result.steps,
+            "skipped_steps": result.skipped_steps,
             "pairs": len(train_pairs),
             "held_out_pairs": len(eval_pairs),
             "step0_loss": result.step0_loss,
@@ -235,6 +257,8 @@ class _Job:
         # Rows that were left out are quoted as they came, with what no encoding holds.
         quoted = (text + "\n").encode("utf-8", "backslashreplace")
         (self.folder / "summary.json").write_bytes(quoted)
+        if self.saved:
+            write_card(self.folder / "model", config, summary, loss_title(config))
         self._report(summary, result)
         return summary
 
@@ -308,6 +332,8 @@ class _Job:
         sequences = tokenize_conversations(rows, policy.tokenizer, config.max_length, self.left_out)
         whole = steps_of(len(sequences), config)
         steps = self.config.sft_steps
+        if self.config.max_steps == 0 and steps is None:
+            steps = 0
         if steps is None:
             # A run cut short is cut short here as well: the recipe's two parts keep their ratio.
             share = steps_of(num_pairs, self.config) / steps_of(num_pairs, load_config(dpo))
@@ -434,11 +460,12 @@ class _Job:
             say(f"\nprompt: {sample['prompt']}")
             say(f"before: {sample['before']}")
             say(f"after:  {sample['after']}")
-        say(
-            f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer step "
-            f"(median of {result.steps}), peak memory {summary['peak_memory_bytes'] / 2**30:.2f} "
-            "GiB"
-        )
+        if result.steps:
+            say(
+                f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer "
+                f"step (median of {result.steps}), peak memory "
+                f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+            )
         if "step_seconds" in summary:
             ours, plain = summary["step_seconds"], summary["plain_torch_step_seconds"]
             say(
@@ -472,11 +499,3 @@ def loss_title(config: DPOTrainConfig) -> str:
 
 def _tell(text: str) -> None:
     print(f"dpo-kernels: {text}", file=sys.stderr)
-
-
-def _peak_memory(policy: Policy) -> int:
-    """Bytes: on a GPU what torch allocated, on a CPU the resident set of the process."""
-    if policy.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(policy.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -25,6 +25,8 @@ RUN_FILES = (
     "training.png",
     "model",
     "checkpoints",
+    "tensorboard",
+    "wandb",
     "summary.json",
 )
 
