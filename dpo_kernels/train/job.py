@@ -64,6 +64,17 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     Raises `UserError`, `DataError` (both say what to change) or `TrainingError`.
     """
     refuse_many_processes()
+    config, own = resolve(options)
+    check_device(config.device)
+    if not console.is_terminal:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # a log file needs no bars of loading and saving
+    return _Job(config, own, RunFolder(config), console).run()
+
+
+def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
+    """(the configuration that `options` give, whether model and data are the user's own)."""
     own = any(options.get(k) for k in ("model_name_or_path", "dataset_name", "train_file"))
     recipe = {} if own else embedded_layers()[0]
     if options.get("num_train_epochs") is not None:
@@ -75,12 +86,7 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
         raise UserError("model_name_or_path is missing: pass a model's name or folder")
     if own and config.sft_steps:
         raise UserError("sft_steps is of the embedded default: your own model is not fine-tuned")
-    check_device(config.device)
-    if not console.is_terminal:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # a log file needs no bars of loading and saving
-    return _Job(config, own, RunFolder(config), console).run()
+    return config, own
 
 
 class _Job:
@@ -195,7 +201,7 @@ class _Job:
 
     def _open_folder(self) -> None:
         self.run_folder.open(self.console.say)
-        self.config.save(self.folder / "config.json")
+        self.config.save(self.folder / "config.yaml")
         every = self.folder / "left_out.jsonl"
         self.left_out.write(every)
         if len(self.left_out.problems) > len(self.left_out.shown()):
@@ -369,7 +375,7 @@ class _Job:
                 f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x"
             )
         say(self.left_out.summary())
-        names = ["metrics.jsonl", "training.png", "config.json", "summary.json", "left_out.jsonl"]
+        names = ["metrics.jsonl", "training.png", "config.yaml", "summary.json", "left_out.jsonl"]
         there = [name for name in names if (self.folder / name).exists()]
         say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
 

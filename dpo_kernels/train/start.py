@@ -17,7 +17,7 @@ from .config import DPOTrainConfig, UserError
 
 # What a run writes into its folder.
 RUN_FILES = (
-    "config.json",
+    "config.yaml",
     "metrics.jsonl",
     "sft_metrics.jsonl",
     "left_out.jsonl",
