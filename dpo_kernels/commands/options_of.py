@@ -21,12 +21,14 @@ def add_options(
     parser: argparse.ArgumentParser,
     groups: Iterable[Any],
     aliases: Mapping[str, str],
+    defaults: Mapping[str, Any] | None = None,
     skip: Iterable[str] = (),
 ) -> None:
     """One option for each field of the dataclasses, each in a group of its own.
 
-    `aliases`: other name -> name of the field. Of what is not given the namespace has nothing, if
-    the parser was made with `argument_default=argparse.SUPPRESS`.
+    `aliases`: other name -> name of the field; `defaults`: those that differ here. Of what is not
+    given the namespace has nothing, if the parser was made with
+    `argument_default=argparse.SUPPRESS`.
     """
     for kind in groups:
         hints = get_type_hints(kind)
@@ -34,7 +36,7 @@ def add_options(
         for field in dataclasses.fields(kind):
             if field.name not in skip:
                 names = [field.name, *(a for a, name in aliases.items() if name == field.name)]
-                _add(group, names, field, hints[field.name])
+                _add(group, names, field, hints[field.name], defaults or {})
     parser.add_argument(
         f"--{PRINT_CONFIG}",
         action="store_true",
@@ -42,8 +44,8 @@ def add_options(
     )
 
 
-def _add(group: Any, names: list[str], field: Any, hint: Any) -> None:
-    default = field.default
+def _add(group: Any, names: list[str], field: Any, hint: Any, defaults: Mapping[str, Any]) -> None:
+    default = defaults.get(field.name, field.default)
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     shown = " ".join(map(str, default)) if isinstance(default, list) else default

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -20,6 +20,7 @@ from .config_files import nearest as nearest
 from .config_files import read_config_file as read_config_file
 from .config_files import yaml_text
 from .run_options import (
+    GROUPS,
     DataOptions,
     LossPart,
     ModelOptions,
@@ -174,12 +175,12 @@ class DPOTrainConfig(
             mine["loss_type"] = mine["loss_type"][0]
         return mine
 
-    def save(self, path: Path) -> None:
-        """Write the resolved configuration, as JSON or YAML by the file's ending."""
+    def save(self, path: Path, groups: Sequence[Any] = GROUPS) -> None:
+        """Write the resolved configuration as YAML (or JSON, by the file's ending)."""
         if path.suffix == ".json":
             path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         else:
-            path.write_text(yaml_text(self), encoding="utf-8")
+            path.write_text(yaml_text(self, groups), encoding="utf-8")
 
 
 _HINTS = get_type_hints(DPOTrainConfig)

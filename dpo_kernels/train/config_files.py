@@ -52,11 +52,11 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
-def yaml_text(config: Any) -> str:
+def yaml_text(config: Any, groups: Iterable[Any] = GROUPS) -> str:
     """A configuration as YAML, its groups apart; what `read_config_file` reads gives it again."""
     values = dataclasses.asdict(config)
     lines = []
-    for group in GROUPS:
+    for group in groups:
         mine = {f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values}
         if mine:
             text = _yaml().safe_dump(mine, sort_keys=False, allow_unicode=True, width=10**6)

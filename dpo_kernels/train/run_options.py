@@ -203,3 +203,6 @@ GROUPS: tuple[Any, ...] = (
     SpeedOptions,
     OutputOptions,
 )
+# Of `dpo-kernels sft`, which has no pairs.
+SFT_GROUPS = tuple(g for g in GROUPS if g not in (LossPart, SupervisedOptions))
+SFT_DEFAULTS = {"learning_rate": 2e-5}  # TRL's; one of DPO's would learn next to nothing

@@ -100,8 +100,8 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
     "dataset_train_split": ("train",),
     "dataset_test_split": ("test",),
-    "assistant_only_loss": (True,),
-    "completion_only_loss": (True,),
+    "assistant_only_loss": (True, None),
+    "completion_only_loss": (True, None),
     "dataset_text_field": ("text",),
     "shuffle_dataset": (True,),
     "packing_strategy": ("bfd",),
@@ -134,7 +134,7 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     ),
 }
 # Off would change what happens here.
-_NOT_OFF = ("disable_dropout", "logging_strategy", "completion_only_loss")
+_NOT_OFF = ("disable_dropout", "logging_strategy", "assistant_only_loss", "completion_only_loss")
 
 REASONS = {name: reason for reason, names in _REFUSED.items() for name in names.split()}
 TRANSLATED = ("warmup_ratio", "use_cpu", "activation_checkpointing")
