@@ -125,12 +125,6 @@ class DPOTrainConfig(
             _, losses = dk.losses.resolve(options)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
-        for row, _, _ in losses:
-            if row.needs_kl:
-                raise UserError(
-                    f"loss_type {row.name!r} compares whole distributions, and training keeps the "
-                    "reference's log-probs alone; use fused_linear_dpo_loss with ref_hidden"
-                )
         self._check_applies([row for row, _, _ in losses])
 
     def _check_applies(self, rows: list[Any]) -> None:

@@ -46,7 +46,7 @@ from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
 from .optim import epoch_order, total_steps
 from .plots import plot_run
-from .reference import PairData, with_reference
+from .reference import PairData, reference_model, with_reference
 from .run_options import GROUPS
 from .sft import SupervisedRows, train_sft
 from .start import RunFolder, check_device, find_model, quiet_bars, refuse_many_processes
@@ -88,8 +88,9 @@ def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
             "sft_steps is of the embedded default: your own model is not fine-tuned, unless "
             "sft_file gives it conversations"
         )
-    if not own and config.sft_file is not None:
-        raise UserError("sft_file goes with a model and pairs of your own; the embedded has both")
+    for option in ("sft_file", "ref_model_name_or_path"):
+        if not own and getattr(config, option) is not None:
+            raise UserError(f"{option} goes with a model and pairs of your own (the default's fit)")
     return config, own
 
 
@@ -154,14 +155,16 @@ class Job:
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
         used = visited(len(train_pairs), config)
-        data = with_reference(policy, train_pairs, config, self.console, "training pairs", used)
+        reference = reference_model(policy, config, say) or policy
+        data = with_reference(reference, train_pairs, config, self.console, "training pairs", used)
         held_out = None
         metrics = MetricsFile(self.folder / "metrics.jsonl")
         before: dict[str, float] = {}
         if eval_pairs:
-            held_out = with_reference(policy, eval_pairs, config, self.console, "held-out pairs")
+            held_out = with_reference(reference, eval_pairs, config, self.console, "held-out pairs")
             before = evaluate(policy, held_out, config, self.console, "before training")
             metrics.write({"step": 0, "epoch": 0.0, **before})
+        del reference  # let go, unless the loss needs more than its log-probs
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
         text_before = self._complete(policy, ids)
         beside = SupervisedRows(policy, conversations, config) if config.sft_rows else None
@@ -234,8 +237,12 @@ class Job:
 
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
-        found = replace(self.config, model_name_or_path=find_model(name))
-        return load_policy(found, self.console.say)
+        reference = self.config.ref_model_name_or_path
+        if reference is not None:
+            find_model(reference, "ref_model_name_or_path")  # before the data is read
+        return load_policy(
+            replace(self.config, model_name_or_path=find_model(name)), self.console.say
+        )
 
     def _small_model(self, source: Path) -> Policy:
         """A fresh model of the embedded configuration."""

@@ -20,7 +20,7 @@ import dpo_kernels as dk
 from ..data import ScoredBatch, TokenPair
 from ..inputs.transfer import to_device
 from ..models.attached import HeadOutput
-from ..models.forward import PairTask, run_pairs
+from ..models.forward import PairTask, Reference, run_pairs
 from ..models.step0 import WrongReference
 from ..models.step0 import check_step0 as check_same
 from ..models.structure import deterministic
@@ -29,7 +29,7 @@ from .console import Console
 from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
 from .optim import Stepper, TrainingError, epoch_order, total_steps
-from .reference import PairData
+from .reference import LiveReference, PairData
 
 if TYPE_CHECKING:
     from .sft import SupervisedRows
@@ -74,7 +74,7 @@ class PairLoss:
         batch = self.policy.batch(pairs)
         return PairTask(
             batch.labels,
-            self.reference(data, indices),
+            self.reference(data, indices, batch),
             {**(options or {}), **self.offset(pairs)},
             self.policy.fused,
             batch,
@@ -82,7 +82,11 @@ class PairLoss:
             self.function,
         )
 
-    def reference(self, data: PairData, indices: Sequence[int]) -> Tensor | None:
+    def reference(
+        self, data: PairData, indices: Sequence[int], batch: ScoredBatch
+    ) -> Reference | None:
+        if isinstance(data.reference, LiveReference):
+            return data.reference.states(batch)
         return data.reference.of(indices, self.policy.device) if data.reference else None
 
     def offset(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
@@ -128,8 +132,9 @@ def check_step0(
 ) -> tuple[float, float]:
     """(loss, loss at zero log-ratios) of one batch before the first step; they must be equal.
 
-    The policy is the reference and its noise is off, so every log-ratio is zero: for `sigmoid` the
-    loss is log 2. Anything else means another reference, or kernels that disagree.
+    The policy is the reference (unless that is a model of its own) and its noise is off, so every
+    log-ratio is zero: for `sigmoid` the loss is log 2. Anything else means another reference, or
+    kernels that disagree.
     """
     loss = PairLoss(policy, config)
     loss.function.eval()
@@ -137,7 +142,7 @@ def check_step0(
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
     assert out.rewards is not None and out.pair_logps is not None
-    if data.reference:
+    if data.reference and config.ref_model_name_or_path is None:
         options = config.loss_options()
         try:
             check_same(

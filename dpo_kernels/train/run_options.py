@@ -41,6 +41,9 @@ class ModelOptions:
     gguf_file: str | None = option(
         None, "GGUF file inside model_name_or_path (which may also be a .gguf itself)"
     )
+    ref_model_name_or_path: str | None = option(
+        None, "the reference, a model name or folder; None: the policy as it starts"
+    )
     chat_template: str | None = option(
         None, "file with a Jinja chat template, for tokenizers that have none"
     )

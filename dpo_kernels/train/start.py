@@ -61,7 +61,7 @@ def check_device(name: str) -> None:
         raise UserError(f"device: {name!r} cannot be used here: {first}") from None
 
 
-def find_model(name: str) -> str:
+def find_model(name: str, option: str = "model_name_or_path") -> str:
     """`name`, or the folder of the cache that holds it where the hub cannot be reached.
 
     transformers asks the hub again and again before it gives up, for each file; one question
@@ -71,7 +71,7 @@ def find_model(name: str) -> str:
     if path.exists() or path.suffix == ".gguf":
         return str(path)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no name of the hub
-        raise UserError(f"model_name_or_path: {name} cannot be loaded: there is no such folder")
+        raise UserError(f"{option}: {name} cannot be loaded: there is no such folder")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import get_session
 
@@ -86,7 +86,7 @@ def find_model(name: str) -> str:
         return snapshot_download(name, local_files_only=True)
     except Exception:
         raise UserError(
-            f"model_name_or_path: {name} cannot be loaded: there is no such folder here, it is not "
+            f"{option}: {name} cannot be loaded: there is no such folder here, it is not "
             f"in the cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} cannot be reached "
             f"({why})"
         ) from None

@@ -20,7 +20,9 @@ _LOCAL_FILE = "data comes from a file (dataset_name, eval_file)"
 _NO_HUB = "nothing is uploaded: the trained model is a folder"
 _LOGGED = "metrics are written to metrics.jsonl in the run's folder"
 _PLAIN_OPTIMIZER = "optimizers are set by learning_rate, weight_decay, adam_* and max_grad_norm"
-_REFERENCE_ONCE = "the reference is the starting policy, and its log-probs are computed once"
+_REFERENCE_ONCE = (
+    "the reference (the starting policy, or ref_model_name_or_path) scores every pair once"
+)
 _PRECISION = "the dtype of the weights is the option dtype"
 
 # reason -> names
@@ -65,7 +67,7 @@ _REFUSED: dict[str, str] = {
     "the layout is batch_layout": "padding_free pad_to_multiple_of use_logits_to_keep",
     _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model "
     "ref_model_mixup_alpha "
-    "ref_model_sync_steps ref_model_name_or_path ref_adapter_name model_adapter_name",
+    "ref_model_sync_steps ref_adapter_name model_adapter_name",
     "dropout is always off: policy and reference are one function": "disable_dropout",
     "a router's loss is not added here": "router_aux_loss_coef",
     "model options are dtype, attn_implementation and trust_remote_code": "model_init_kwargs "
