@@ -8,8 +8,17 @@ from . import (
     data_command,
     doctor_command,
     report_command,
+    score_command,
     sft_command,
     train_command,
 )
 
-COMMANDS = (train_command, sft_command, data_command, bench_command, report_command, doctor_command)
+COMMANDS = (
+    train_command,
+    sft_command,
+    score_command,
+    data_command,
+    bench_command,
+    report_command,
+    doctor_command,
+)

@@ -46,13 +46,7 @@ class DPOTrainConfig(
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type: Any = [self.loss_type]
-        for f in fields(self):
-            _check_type(f.name, getattr(self, f.name), _HINTS[f.name])
-            choices = f.metadata.get("choices")
-            if choices and getattr(self, f.name) not in choices:
-                raise UserError(
-                    f"{f.name} must be one of {', '.join(choices)}, got {getattr(self, f.name)!r}"
-                )
+        check_fields(self)
         for name in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -179,6 +173,16 @@ class DPOTrainConfig(
 
 _HINTS = get_type_hints(DPOTrainConfig)
 ALIASES = {"torch_dtype": "dtype", "train_file": "dataset_name"}
+
+
+def check_fields(config: Any) -> None:
+    """Types and choices of the fields of a configuration."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        _check_type(f.name, value, hints[f.name])
+        if choices and value not in choices:
+            raise UserError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:

@@ -42,7 +42,9 @@ class ModelOptions:
         None, "GGUF file inside model_name_or_path (which may also be a .gguf itself)"
     )
     ref_model_name_or_path: str | None = option(
-        None, "the reference, a model name or folder; None: the policy as it starts"
+        None,
+        "model name or folder of the reference; None: train takes the policy as it starts, score "
+        "has none",
     )
     chat_template: str | None = option(
         None, "file with a Jinja chat template, for tokenizers that have none"
@@ -196,6 +198,31 @@ class OutputOptions:
     sample_max_new_tokens: int = option(64, "length of that completion; 0: none")
 
 
+@dataclass
+class ScoreOptions:
+    """scores"""
+
+    dataset_name: str | None = option(
+        None, "JSONL file of pairs (`chosen`, `rejected`) or completions (as of sft)"
+    )
+    output_file: str | None = option(None, "file to write: .jsonl, or .parquet (needs pyarrow)")
+    overwrite: bool = option(False, "write over a file that exists")
+    beta: float = option(0.1, "reward of a log-ratio of 1")
+    per_token: bool = option(False, "also token ids, log-probs and log-ratios of every token")
+    max_length: int | None = option(
+        1024, "tokens of prompt + completion; sequences keep their start"
+    )
+    max_tokens_per_batch: int = option(8192, "tokens of one forward, padding included")
+    strict: bool = option(False, "refuse the first bad row instead of leaving it out")
+    batch_layout: str = option(
+        "auto",
+        "of pairs, prefix: the prompt is computed once; padded: twice; auto: whichever is cheaper",
+        ("auto", "prefix", "padded"),
+    )
+    backend: str | None = option(None, "cuda, triton, cpu, torch; None: by device")
+
+
+SCORE_GROUPS = (ModelOptions, ScoreOptions)
 # As `--help` shows them.
 GROUPS: tuple[Any, ...] = (
     ModelOptions,
