@@ -41,6 +41,7 @@ from ..models.versions import dtype_option
 from .compare import step_times
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
+from .fit import check_fits
 from .loop import TrainResult, evaluate, train, visited
 from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
@@ -240,9 +241,9 @@ class Job:
         reference = self.config.ref_model_name_or_path
         if reference is not None:
             find_model(reference, "ref_model_name_or_path")  # before the data is read
-        return load_policy(
-            replace(self.config, model_name_or_path=find_model(name)), self.console.say
-        )
+        found = find_model(name)
+        check_fits(found, self.config)
+        return load_policy(replace(self.config, model_name_or_path=found), self.console.say)
 
     def _small_model(self, source: Path) -> Policy:
         """A fresh model of the embedded configuration."""
