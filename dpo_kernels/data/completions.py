@@ -11,16 +11,16 @@ left out with file and line.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import pairs as pair_rows
-from .files import kind_of, read_rows
+from .files import Source, name_of, read_rows
 from .left_out import BadField, LeftOut, Problem
-from .pairs import PreferencePair, Turn
+from .pairs import PairReader, PreferencePair, Turn
+from .row import kind_of
 from .sequences import Ids, Limits, Spans, TokenPair, TokenSequence
 from .tokenize import (
     LONG,
@@ -53,7 +53,7 @@ class Completion:
 Scorable = Completion | PreferencePair
 
 
-def read_conversations(path: str | os.PathLike[str], left_out: LeftOut) -> list[Completion]:
+def read_conversations(path: Source, left_out: LeftOut) -> list[Completion]:
     """All usable completions of a file; the rest goes to `left_out`.
 
     Raises `DataError` if the file cannot be read, holds no usable row, or if a row is bad and
@@ -62,35 +62,39 @@ def read_conversations(path: str | os.PathLike[str], left_out: LeftOut) -> list[
     since = len(left_out.problems)
     rows = [row for row in _read(path, left_out, False) if isinstance(row, Completion)]
     if not rows:
-        raise left_out.nothing(path, "no usable conversation", since)
+        raise left_out.nothing(name_of(path), "no usable conversation", since)
     return rows
 
 
-def read_scorable(path: str | os.PathLike[str], left_out: LeftOut) -> Iterator[Scorable]:
+def read_scorable(path: Source, left_out: LeftOut) -> Iterator[Scorable]:
     """Pairs (rows with `chosen`) and completions of a file, as they come."""
     yield from _read(path, left_out, True)
 
 
-def _read(path: str | os.PathLike[str], left_out: LeftOut, with_pairs: bool) -> Iterator[Scorable]:
+def _read(path: Source, left_out: LeftOut, with_pairs: bool) -> Iterator[Scorable]:
     unused: Counter[str] = Counter()
+    reader = PairReader(left_out)
     for where, row in read_rows(path):
+        single = isinstance(row, dict) and any(k in row for k in ("messages", "completion", "text"))
+        if with_pairs and not single:
+            pair = reader.pair(row, where)
+            if pair is not None:
+                yield pair
+            continue
         try:
             if isinstance(row, BadField):
                 raise row
-            pair = with_pairs and not any(k in row for k in ("messages", "completion", "text"))
-            known = pair_rows._KNOWN if pair else _KNOWN
-            unknown = [k for k in row if k not in known and row[k] not in (None, "", [])]
-            found: Scorable = (
-                pair_rows._pair(row, where, unknown, left_out) if pair else _completion(row, where)
-            )
-            unused.update(unknown)
+            found = _completion(row, where)
         except BadField as bad:
             left_out.add(bad.at(where))
-        else:
-            yield found
+            continue
+        unused.update(k for k in row if k not in _KNOWN and row[k] not in (None, "", []))
+        yield found
     if unused:
         names = ", ".join(f"{name} ({n} rows)" for name, n in unused.most_common())
-        left_out.once(f"{path}: columns that are not used: {names}")
+        left_out.once(f"{name_of(path)}: columns that are not used: {names}")
+    for remark in reader.remarks(path):
+        left_out.once(remark)
 
 
 def _completion(row: dict[str, Any], where: str) -> Completion:

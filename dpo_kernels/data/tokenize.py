@@ -395,6 +395,8 @@ class _PairTokenizer:
             pair.weight,
             pair.beta,
             (unscored[0], unscored[1]),
+            pair.label_smoothing,
+            pair.group,
         )
 
     def _check_limits(self, name: str, ids: Ids) -> None:

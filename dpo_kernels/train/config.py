@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -21,7 +21,9 @@ from .config_files import read_config_file as read_config_file
 from .config_files import yaml_text
 from .run_options import (
     GROUPS,
+    AdapterOptions,
     DataOptions,
+    LearnedGroupOptions,
     LossPart,
     ModelOptions,
     OutputOptions,
@@ -36,9 +38,11 @@ class DPOTrainConfig(
     OutputOptions,
     SpeedOptions,
     SupervisedOptions,
+    LearnedGroupOptions,
     TrainingOptions,
     LossPart,
     DataOptions,
+    AdapterOptions,
     ModelOptions,
 ):
     """Everything a run depends on; saved as `config.yaml` in its folder."""
@@ -46,6 +50,9 @@ class DPOTrainConfig(
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type: Any = [self.loss_type]
+        resume = str(self.resume_from_checkpoint).lower()
+        if resume in ("true", "false", "none"):
+            self.resume_from_checkpoint = "true" if resume == "true" else None
         check_fields(self)
         for name in (
             "per_device_train_batch_size",
@@ -67,12 +74,20 @@ class DPOTrainConfig(
             raise UserError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         if self.sft_steps is not None and self.sft_steps < 0:
             raise UserError(f"sft_steps must be at least 0 or null, got {self.sft_steps}")
+        if self.save_steps < 0:
+            raise UserError(f"save_steps must be at least 0, got {self.save_steps}")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise UserError(
+                f"save_total_limit must be at least 1 or null, got {self.save_total_limit}"
+            )
         if [self.dataset_name, self.eval_file, self.sft_file].count("-") > 1:
             raise UserError("of dataset_name, eval_file and sft_file one alone can be - (stdin)")
         if self.sft_rows and self.sft_file is None:
             raise UserError("sft_rows needs sft_file: the file that the rows come from")
         for name in (
             "learning_rate",
+            "group_learning_rate",
+            "group_l2",
             "warmup_steps",
             "weight_decay",
             "max_grad_norm",
@@ -114,7 +129,7 @@ class DPOTrainConfig(
             )
         options = self.loss_options()
         try:
-            if self.uses_offset:
+            if self.uses_offset or self.learn_groups:
                 options["offset"] = torch.zeros(1)
             _, losses = dk.losses.resolve(options)
         except (ValueError, TypeError) as error:
@@ -165,10 +180,11 @@ class DPOTrainConfig(
 
     def save(self, path: Path, groups: Sequence[Any] = GROUPS) -> None:
         """Write the resolved configuration as YAML (or JSON, by the file's ending)."""
+        kept = replace(self, resume_from_checkpoint=None)
         if path.suffix == ".json":
-            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(asdict(kept), indent=2) + "\n", encoding="utf-8")
         else:
-            path.write_text(yaml_text(self, groups), encoding="utf-8")
+            path.write_text(yaml_text(kept, groups), encoding="utf-8")
 
 
 _HINTS = get_type_hints(DPOTrainConfig)

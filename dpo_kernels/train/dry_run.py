@@ -17,11 +17,13 @@ import torch
 from ..data import ScoredBatch, TokenPair, embedded
 from .config import DPOTrainConfig, UserError, refusals
 from .console import Console
+from .ending import peak_memory
 from .fit import ADVICE, available, device_of, shown, step_memory
-from .job import Job, peak_memory, resolve
-from .loop import PairLoss, chosen_tokens, parts_of, step_indices
+from .job import Job, resolve
+from .loop import PairLoss, chosen_tokens, parts_of
 from .model import Policy
-from .optim import Stepper, total_steps
+from .optim import Stepper
+from .order import step_indices, total_steps
 from .reference import PairData, reference_model, with_reference
 from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
 

@@ -27,6 +27,7 @@ from ..models.lm_head import head_parts, head_scaling
 from ..models.options import FusedOptions
 from ..models.shared_prompt import choose_sharing, trunk_states
 from ..models.structure import base_model_of, deterministic, trunk_of
+from .adapters import quantisation, with_adapter
 from .config import DPOTrainConfig, UserError
 from .start import find_model
 
@@ -108,7 +109,8 @@ def load_policy(config: DPOTrainConfig, say: Callable[[str], None] = print) -> P
         raise UserError("model_name_or_path is missing: pass a model's name or folder")
     name = config.model_name_or_path
     tokenizer = load_tokenizer(name, config.gguf_file, config.chat_template)
-    return prepare_policy(_load(name, config.gguf_file, config, say), tokenizer, config, say)
+    model = with_adapter(_load(name, config.gguf_file, config, say), config)
+    return prepare_policy(model, tokenizer, config, say)
 
 
 def load_reference(
@@ -160,6 +162,7 @@ def _load(
             dtype=torch.float32 if config.bf16 else dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            quantisation=quantisation(config),
             say=say,
         )
 

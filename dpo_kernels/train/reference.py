@@ -40,7 +40,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class LiveReference:
+class WholeReference:
     """The reference itself, for losses of whole distributions."""
 
     policy: Policy
@@ -57,7 +57,7 @@ class PairData:
     """Tokenised pairs and the reference of them (None: the loss has no reference)."""
 
     pairs: list[TokenPair]
-    reference: Reference | LiveReference | None = None
+    reference: Reference | WholeReference | None = None
 
 
 def reference_model(
@@ -88,7 +88,7 @@ def with_reference(
     if not needs_reference(config.loss_options()):
         return PairData(pairs)
     if needs_states(config.loss_options()):
-        return PairData(pairs, LiveReference(policy))
+        return PairData(pairs, WholeReference(policy))
     per_token = config.ld_alpha is not None
     size = config.per_device_eval_batch_size
     reference = Reference({}, {})

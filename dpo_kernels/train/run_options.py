@@ -59,6 +59,34 @@ class ModelOptions:
 
 
 @dataclass
+class AdapterOptions:
+    """adapter"""
+
+    use_peft: bool = option(False, "train a LoRA adapter alone; needs peft")
+    lora_r: int = option(16, "rank")
+    lora_alpha: int = option(32, "the update is scaled by lora_alpha / lora_r")
+    lora_dropout: float = option(
+        0.05, "taken for TRL's sake: dropout is always off, as its disable_dropout"
+    )
+    lora_target_modules: list[str] | None = option(
+        None, "layers by name, or all-linear; None: those that peft knows of the model"
+    )
+    lora_target_parameters: list[str] | None = option(
+        None, "parameters by name (experts that are no layers)"
+    )
+    lora_modules_to_save: list[str] | None = option(
+        None, "layers to train whole, beside the adapter"
+    )
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(lora_r)")
+    use_dora: bool = option(False, "DoRA: magnitude and direction apart")
+    load_in_4bit: bool = option(False, "QLoRA: 4-bit weights; needs bitsandbytes")
+    load_in_8bit: bool = option(False, "8-bit weights; needs bitsandbytes")
+    bnb_4bit_quant_type: str = option("nf4", "of load_in_4bit", ("nf4", "fp4"))
+    use_bnb_nested_quant: bool = option(False, "of load_in_4bit: quantise the scales")
+    bnb_4bit_quant_storage: str | None = option(None, "dtype that holds 4-bit weights")
+
+
+@dataclass
 class DataOptions:
     """data"""
 
@@ -141,6 +169,17 @@ class TrainingOptions:
 
 
 @dataclass
+class LearnedGroupOptions:
+    """learned offsets and temperatures"""
+
+    learn_groups: bool = option(
+        False, "train an offset and a temperature of each `group` of rows beside the model"
+    )
+    group_learning_rate: float = option(1e-2, "learning rate of learn_groups")
+    group_l2: float = option(1e-3, "L2 of learn_groups: pulls temperatures to 1 and offsets to 0")
+
+
+@dataclass
 class SupervisedOptions:
     """supervised data beside the pairs"""
 
@@ -192,6 +231,13 @@ class OutputOptions:
     eval_steps: int | None = option(
         None, "steps between evaluations; None: before and after training only"
     )
+    save_steps: int = option(
+        500, "steps between checkpoints (the last step has one as well); 0: none"
+    )
+    save_total_limit: int | None = option(None, "checkpoints to keep, the newest; None: all")
+    resume_from_checkpoint: str | None = option(
+        None, "go on from a checkpoint: its folder, or true for output_dir's newest"
+    )
     sample_prompt: str | None = option(
         None, "text to complete before and after; None: a held-out prompt"
     )
@@ -226,13 +272,15 @@ SCORE_GROUPS = (ModelOptions, ScoreOptions)
 # As `--help` shows them.
 GROUPS: tuple[Any, ...] = (
     ModelOptions,
+    AdapterOptions,
     DataOptions,
     LossPart,
     TrainingOptions,
+    LearnedGroupOptions,
     SupervisedOptions,
     SpeedOptions,
     OutputOptions,
 )
 # Of `dpo-kernels sft`, which has no pairs.
-SFT_GROUPS = tuple(g for g in GROUPS if g not in (LossPart, SupervisedOptions))
+SFT_GROUPS = tuple(g for g in GROUPS if g not in (LossPart, LearnedGroupOptions, SupervisedOptions))
 SFT_DEFAULTS = {"learning_rate": 2e-5}  # TRL's; one of DPO's would learn next to nothing
