@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..data import TokenPair
+from ..data import TokenPair, TokenSequence
 from .config import DPOTrainConfig
 
 # Options that change what is written or shown, or where, and nothing of what is trained.
@@ -72,10 +72,14 @@ def _vocabulary(tokenizer: Any) -> Iterable[tuple[str, int]]:
     return tokenizer.get_vocab().items()
 
 
-def pairs_digest(pairs: Iterable[TokenPair]) -> str:
-    """sha256 over the token ids and numbers of pairs, in their order."""
+def pairs_digest(pairs: Iterable[TokenPair | TokenSequence]) -> str:
+    """sha256 over the token ids and numbers of pairs (or sequences), in their order."""
     digest = hashlib.sha256()
     for p in pairs:
+        if isinstance(p, TokenSequence):
+            digest.update(array("q", [len(p.ids), p.start, *p.ids]).tobytes())
+            digest.update(repr(p.unscored).encode())
+            continue
         for ids in (p.prompt, p.chosen, p.rejected):
             digest.update(array("q", [len(ids), *ids]).tobytes())
         digest.update(repr((p.offset, p.weight, p.beta, p.unscored, p.group)).encode())
@@ -90,8 +94,8 @@ def identity(
     config: DPOTrainConfig,
     model: nn.Module,
     tokenizer: Any,
-    pairs: list[TokenPair],
-    held_out: list[TokenPair],
+    pairs: Sequence[TokenPair | TokenSequence],
+    held_out: Sequence[TokenPair | TokenSequence],
 ) -> dict[str, Any]:
     """All of it, as a checkpoint keeps it; the model is as it was before training."""
     return {

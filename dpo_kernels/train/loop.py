@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ import dpo_kernels as dk
 from ..data import ScoredBatch, TokenPair
 from ..inputs.transfer import to_device
 from ..models.attached import HeadOutput
-from ..models.forward import PairTask, run_pairs
+from ..models.forward import PairTask, Reference, run_pairs
 from ..models.step0 import WrongReference
 from ..models.step0 import check_step0 as check_same
 from ..models.structure import deterministic
@@ -34,9 +34,12 @@ from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
 from .optim import Stepper, TrainingError
 from .order import step_indices, steps_of
-from .reference import PairData
+from .reference import PairData, WholeReference
 from .resume import Keeper
 from .state import Progress, TrainingState
+
+if TYPE_CHECKING:
+    from .sft import SupervisedRows
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class PairLoss:
         batch = self.policy.batch(pairs)
         return PairTask(
             batch.labels,
-            self.reference(data, indices),
+            self.reference(data, indices, batch),
             {**(options or {}), **self.offset(pairs)},
             self.policy.fused,
             batch,
@@ -90,7 +93,11 @@ class PairLoss:
             self.function,
         )
 
-    def reference(self, data: PairData, indices: Sequence[int]) -> Tensor | None:
+    def reference(
+        self, data: PairData, indices: Sequence[int], batch: ScoredBatch
+    ) -> Reference | None:
+        if isinstance(data.reference, WholeReference):
+            return data.reference.states(batch)
         return data.reference.of(indices, self.policy.device) if data.reference else None
 
     def offset(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
@@ -151,8 +158,9 @@ def check_step0(
 ) -> tuple[float, float]:
     """(loss, loss at zero log-ratios) of one batch before the first step; they must be equal.
 
-    The policy is the reference and its noise is off, so every log-ratio is zero: for `sigmoid` the
-    loss is log 2. Anything else means another reference, or kernels that disagree.
+    The policy is the reference (unless that is a model of its own) and its noise is off, so every
+    log-ratio is zero: for `sigmoid` the loss is log 2. Anything else means another reference, or
+    kernels that disagree.
     """
     loss = PairLoss(policy, config)
     loss.function.eval()
@@ -160,7 +168,7 @@ def check_step0(
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
     assert out.rewards is not None and out.pair_logps is not None
-    if data.reference:
+    if data.reference and config.ref_model_name_or_path is None:
         options = config.loss_options()
         try:
             check_same(
@@ -257,15 +265,18 @@ def train(
     console: Console,
     keeper: Keeper | None = None,
     groups: Groups | None = None,
+    beside: SupervisedRows | None = None,
 ) -> TrainResult:
-    """Train the policy in place; metrics every `logging_steps`, checkpoints as `keeper` has it.
+    """Train the policy in place, `beside` supervised rows of its own.
+
+    Metrics are written every `logging_steps`, checkpoints as `keeper` has it.
 
     Raises `TrainingError` on a loss or gradient that is not finite, naming the pairs of the step,
     or if the policy is not the reference before the first step; `Interrupted` between two steps,
     behind a checkpoint of the last one.
     """
     keeper = keeper or Keeper(None, 0, {})
-    return _Loop(policy, data, held_out, config, metrics, console, keeper, groups).run()
+    return _Loop(policy, data, held_out, config, metrics, console, keeper, groups, beside).run()
 
 
 class _Loop:
@@ -281,7 +292,10 @@ class _Loop:
         console: Console,
         keeper: Keeper,
         groups: Groups | None,
+        beside: SupervisedRows | None,
     ) -> None:
+        self.beside = beside
+        self.added: dict[str, Any] = {}  # metrics of the rows beside the pairs
         self.policy, self.data, self.held_out = policy, data, held_out
         self.config, self.metrics, self.console = config, metrics, console
         self.keeper = keeper
@@ -291,12 +305,12 @@ class _Loop:
         self.loss = PairLoss(policy, config, groups)
         self.progress = Progress()
         self.average = Average(policy.model, config.ema_decay) if config.ema_decay else None
-        beside: dict[str, Any] = {"loss": self.loss.function}
+        modules: dict[str, Any] = {"loss": self.loss.function}
         if groups is not None:
-            beside["groups"] = groups
+            modules["groups"] = groups
         if self.average is not None:
-            beside["average"] = self.average
-        self.state = TrainingState(policy.model, self.stepper, beside, self.progress)
+            modules["average"] = self.average
+        self.state = TrainingState(policy.model, self.stepper, modules, self.progress)
         self.between = True  # two steps: weights, optimizer and counters are of one step
 
     def run(self) -> TrainResult:
@@ -354,6 +368,9 @@ class _Loop:
         state = None if self.loss.function.state is None else self.loss.function.state.clone()
         meter = PairMeter()
         total, work = _gradients(self.loss, self.data, indices, config, meter)
+        if self.beside is not None:
+            more, self.added = self.beside.gradients(step)
+            total = total + more
         sources = [self.data.pairs[i].source for i in indices]
         may_skip = progress.skipped_steps < config.skip_nonfinite
         extra = self.stepper.step(total, f"step {step}", sources, may_skip)
@@ -405,7 +422,7 @@ class _Loop:
         since = progress.step % config.logging_steps or config.logging_steps
         times = progress.times[-since:]  # a resumed run has the latest alone
         took = sum(times) * since / len(times)
-        row: dict[str, Any] = {"step": progress.step, "epoch": epoch, **extra}
+        row: dict[str, Any] = {"step": progress.step, "epoch": epoch, **extra, **self.added}
         if config.skip_nonfinite:
             row["skipped_steps"] = progress.skipped_steps
         if not meter.pairs:  # all that was not finite

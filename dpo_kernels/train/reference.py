@@ -1,25 +1,28 @@
 """The reference's log-probs, computed once before training.
 
-The reference is the starting policy, so its log-probs are one forward pass over all pairs: no
-second model is held or run during training. Sums per sequence are kept, or values per token where
-the loss needs them (LD-DPO weighs tokens).
+The reference is the starting policy, or a model that is let go afterwards: its log-probs are one
+forward pass over all pairs, and no second model is held or run during training. Sums per sequence
+are kept, or values per token where the loss needs them (LD-DPO weighs tokens). A loss of whole
+distributions (TDPO) needs more than log-probs: for it alone the reference stays, frozen, and runs
+over every batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..data import TokenPair
+from ..data import ScoredBatch, TokenPair
 from ..inputs.transfer import to_device
-from ..models.references import needs_reference
+from ..models.forward import ReferenceStates
+from ..models.references import needs_reference, needs_states
 from ..models.structure import deterministic
 from .config import DPOTrainConfig
 from .console import Console
-from .model import Policy
+from .model import Policy, frozen_copy, load_reference
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,34 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class WholeReference:
+    """The reference itself, for losses of whole distributions."""
+
+    policy: Policy
+
+    @torch.no_grad()
+    def states(self, batch: ScoredBatch) -> ReferenceStates:
+        """What the head of the policy compares its own states of `batch` with."""
+        with deterministic(self.policy.model):
+            return ReferenceStates(self.policy.hidden(batch), self.policy.head_arguments())
+
+
+@dataclass(frozen=True)
 class PairData:
-    """Tokenised pairs and the reference's log-probs of them (None: the loss has no reference)."""
+    """Tokenised pairs and the reference of them (None: the loss has no reference)."""
 
     pairs: list[TokenPair]
-    reference: Reference | None = None
+    reference: Reference | WholeReference | None = None
+
+
+def reference_model(
+    policy: Policy, config: DPOTrainConfig, say: Callable[[str], None]
+) -> Policy | None:
+    """The reference where it is a model of its own; None: the policy as it starts."""
+    options = config.loss_options()
+    if config.ref_model_name_or_path is not None:
+        return load_reference(config, policy, say) if needs_reference(options) else None
+    return frozen_copy(policy) if needs_states(options) else None
 
 
 @torch.no_grad()
@@ -53,7 +79,7 @@ def with_reference(
     what: str,
     used: Sequence[int] | None = None,
 ) -> PairData:
-    """The pairs with the log-probs that `policy`, as it is now, gives them.
+    """The pairs with the log-probs that `policy` (the reference), as it is now, gives them.
 
     `used`: the only pairs that will be asked for (a run of few steps does not visit all). Else the
     batches are those of `evaluate`, so that an evaluation of the unchanged policy repeats the
@@ -61,6 +87,8 @@ def with_reference(
     """
     if not needs_reference(config.loss_options()):
         return PairData(pairs)
+    if needs_states(config.loss_options()):
+        return PairData(pairs, WholeReference(policy))
     per_token = config.ld_alpha is not None
     size = config.per_device_eval_batch_size
     reference = Reference({}, {})

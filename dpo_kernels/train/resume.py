@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import TokenPair
-from ..models.references import needs_reference
+from ..models.references import needs_reference, needs_states
 from .checkpoints import Checkpoints, check_space, find, newest, read_tensors, read_values, run_of
 from .config import DPOTrainConfig, UserError
 from .console import Console
@@ -21,7 +21,7 @@ from .identity import differences
 from .metrics import MetricsFile, read_metrics
 from .model import Policy
 from .order import visited
-from .reference import PairData, Reference, with_reference
+from .reference import PairData, Reference, reference_model, with_reference
 from .state import TrainingState, load_reference, save_reference
 
 
@@ -141,6 +141,13 @@ def metrics_of(folder: Path, resumed: Resumed | None) -> MetricsFile:
     return MetricsFile(file, read_metrics(source, resumed.values["metrics_rows"]))
 
 
+def fine_tuned_first(config: DPOTrainConfig) -> bool:
+    """Whether the reference is the policy behind supervised steps of the same run."""
+    own = config.sft_file is not None and config.sft_steps != 0
+    mixed_only = config.sft_steps is None and bool(config.sft_rows)
+    return config.model_name_or_path is None or (own and not mixed_only)
+
+
 def references(
     policy: Policy,
     pairs: list[TokenPair],
@@ -152,28 +159,41 @@ def references(
 ) -> tuple[PairData, PairData | None]:
     """The pairs with what the starting policy gives to them: computed, or as the run kept it."""
     used = visited(len(pairs), config)
-    if resumed is not None and needs_reference(config.loss_options()):
+    changed = fine_tuned_first(config)
+    if resumed is not None and changed and needs_states(config.loss_options()):
+        raise UserError(
+            "resume_from_checkpoint: this loss needs the reference itself, which was the policy "
+            "behind its supervised steps and is not kept"
+        )
+    # Of a resumed run nothing is put back yet: the policy is still the one it started from.
+    reference = reference_model(policy, config, console.say) or policy
+    if needs_states(config.loss_options()):
+        data = with_reference(reference, pairs, config, console, "")
+        evaluated = with_reference(reference, held_out, config, console, "")
+    elif resumed is not None and needs_reference(config.loss_options()):
         found = load_reference(resumed.path.parent)
         kept = found.get("training", Reference({}, {}))
         missing = [i for i in used if i not in kept.chosen]
         if missing:
-            if config.model_name_or_path is None:
+            if changed:
                 raise UserError(
                     f"max_steps: {config.max_steps} asks for pairs that the run did not score "
                     "before it began"
                 )
-            # Nothing is put back yet: the policy is still the one that the run started from.
-            more = with_reference(policy, pairs, config, console, "more pairs", missing).reference
-            assert more is not None
+            more = with_reference(
+                reference, pairs, config, console, "more pairs", missing
+            ).reference
+            assert isinstance(more, Reference)
             kept = Reference(kept.chosen | more.chosen, kept.rejected | more.rejected)
         data = PairData(pairs, kept)
         evaluated = PairData(held_out, found.get("held out"))
     else:
-        data = with_reference(policy, pairs, config, console, "training pairs", used)
+        data = with_reference(reference, pairs, config, console, "training pairs", used)
         evaluated = PairData(held_out)
         if held_out:
-            evaluated = with_reference(policy, held_out, config, console, "held-out pairs")
-    if config.save_steps and data.reference is not None:
-        sets = {"training": data.reference, "held out": evaluated.reference}
-        save_reference(folder / "checkpoints", sets)
+            evaluated = with_reference(reference, held_out, config, console, "held-out pairs")
+    sets = {"training": data.reference, "held out": evaluated.reference}
+    kept_sets = {k: v for k, v in sets.items() if isinstance(v, Reference)}
+    if config.save_steps and kept_sets:
+        save_reference(folder / "checkpoints", kept_sets)
     return data, evaluated if held_out else None
