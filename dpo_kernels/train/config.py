@@ -104,6 +104,23 @@ class DPOTrainConfig:
     beta_dpo_momentum: float | None = _option(None, "loss", "momentum of beta_dpo (0.9)")
     beta_dpo_keep: float | None = _option(None, "loss", "share of pairs beta_dpo keeps (0.8)")
 
+    ref_model_name_or_path: str | None = _option(
+        None, "reference", "another checkpoint as the reference; None: the policy as it starts"
+    )
+    reference_cache: str | None = _option(
+        "auto",
+        "reference",
+        "folder that keeps the reference's log-probs for other runs; auto: in the user's cache; "
+        "none: do not keep them",
+    )
+    sync_ref_model: bool = _option(
+        False, "reference", "the reference follows the policy (TR-DPO); a copy of it is held"
+    )
+    ref_model_mixup_alpha: float = _option(
+        0.6, "reference", "the policy's share at each sync; 1: a hard copy"
+    )
+    ref_model_sync_steps: int = _option(512, "reference", "steps between syncs")
+
     per_device_train_batch_size: int = _option(8, "training", "pairs of one forward and backward")
     per_device_eval_batch_size: int = _option(8, "training", "pairs of one evaluation forward")
     gradient_accumulation_steps: int = _option(
@@ -180,6 +197,7 @@ class DPOTrainConfig:
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "logging_steps",
+            "ref_model_sync_steps",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -187,6 +205,10 @@ class DPOTrainConfig:
             raise UserError(f"eval_steps must be at least 1 or null, got {self.eval_steps}")
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"max_length must be at least 2 or null, got {self.max_length}")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise UserError(
+                f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}"
+            )
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
         if self.max_steps != -1 and self.max_steps < 1:

@@ -45,7 +45,7 @@ from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
 from .optim import epoch_order, total_steps
 from .plots import plot_run
-from .reference import PairData, with_reference
+from .reference import PairData, Referee
 from .sft import train_sft
 from .start import RunFolder, check_device, find_model, refuse_many_processes
 
@@ -138,14 +138,16 @@ class _Job:
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
         used = visited(len(train_pairs), config)
-        data = with_reference(policy, train_pairs, config, self.console, "training pairs", used)
+        referee = Referee(policy, config, self.console, self.own)
+        data = referee.data(train_pairs, "training pairs", used)
         held_out = None
         metrics = MetricsFile(self.folder / "metrics.jsonl")
         before: dict[str, float] = {}
         if eval_pairs:
-            held_out = with_reference(policy, eval_pairs, config, self.console, "held-out pairs")
+            held_out = referee.data(eval_pairs, "held-out pairs")
             before = evaluate(policy, held_out, config, self.console, "before training")
             metrics.write({"step": 0, "epoch": 0.0, **before})
+        referee.done()
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
         text_before = self._complete(policy, ids)
         result = train(policy, data, held_out, config, metrics, self.console)

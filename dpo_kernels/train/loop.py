@@ -134,7 +134,7 @@ def check_step0(
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
     assert out.rewards is not None and out.pair_logps is not None
-    if data.reference:
+    if data.reference and not config.ref_model_name_or_path:
         options = config.loss_options()
         try:
             check_same(
@@ -263,6 +263,8 @@ def train(
         tokens_logged += tokens
         extra = stepper.step(total, f"step {step}", [data.pairs[i].source for i in indices])
         times.append(time.perf_counter() - began)
+        if data.reference:
+            data.reference.after_step(policy, step)
         if stepper.warning:
             console.say(stepper.warning)
             stepper.warning = ""

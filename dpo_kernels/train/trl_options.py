@@ -62,9 +62,8 @@ _REFUSED: dict[str, str] = {
     "sequences keep their start": "truncation_mode",
     "max_length cuts the whole sequence": "max_prompt_length max_completion_length",
     "the layout is batch_layout": "padding_free pad_to_multiple_of use_logits_to_keep",
-    _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model "
-    "ref_model_mixup_alpha "
-    "ref_model_sync_steps ref_model_name_or_path ref_adapter_name model_adapter_name",
+    _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size ref_adapter_name "
+    "model_adapter_name",
     "dropout is always off: policy and reference are one function": "disable_dropout",
     "a router's loss is not added here": "router_aux_loss_coef",
     "model options are dtype, attn_implementation and trust_remote_code": "model_init_kwargs "
@@ -106,8 +105,6 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "dataset_num_proc": (1,),
     "length_column_name": ("length",),
     "pad_token": ("<pad_token>",),
-    "ref_model_mixup_alpha": (0.6,),
-    "ref_model_sync_steps": (512,),
     "accelerator_config": (
         {
             "split_batches": False,
