@@ -142,6 +142,18 @@ class DPOTrainConfig:
     train_sampling_strategy: str = _option(
         "random", "training", "order of the pairs in each epoch (by seed)", ("random", "sequential")
     )
+    check_first_step: bool = _option(
+        True,
+        "training",
+        "end at step 1 where nothing can be learned: masked labels, no gradients, weights that do "
+        "not move",
+    )
+    on_falling_logps: str = _option(
+        "warn",
+        "training",
+        "where the log-probs of chosen and rejected fall together",
+        ("warn", "stop", "ignore"),
+    )
     sft_steps: int | None = _option(
         None,
         "training",

@@ -20,9 +20,11 @@ import dpo_kernels as dk
 from ..data import ScoredBatch, TokenPair
 from ..inputs.transfer import to_device
 from ..models.attached import HeadOutput
+from ..models.falling import FallingWatch
 from ..models.forward import PairTask, run_pairs
 from ..models.step0 import WrongReference
 from ..models.step0 import check_step0 as check_same
+from ..models.step1 import FirstStepError, check_ends, check_scored
 from ..models.structure import deterministic
 from .config import DPOTrainConfig
 from .console import Console
@@ -150,6 +152,18 @@ def check_step0(
     return float(out.loss), float(out.zero_loss)
 
 
+def check_first_rows(policy: Policy, pairs: Sequence[TokenPair]) -> None:
+    """The first batch has tokens that are scored, and its completions end once."""
+    sequences = [p.sequences[0] for p in pairs] + [p.sequences[1] for p in pairs]
+    ends = [[s.ids[t] for t in list(s.scored)[-2:]] for s in sequences]
+    eos = [policy.tokenizer.eos_token_id]
+    try:
+        check_scored([s.num_scored for s in sequences])
+        check_ends(ends, eos, [p.source for p in pairs], "--check_first_step false")
+    except FirstStepError as error:
+        raise TrainingError(str(error)) from None
+
+
 def step_indices(n: int, config: DPOTrainConfig, steps: int) -> Iterator[tuple[list[int], float]]:
     """(indices of the step's pairs, epochs done after it), a function of the seed alone."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -200,7 +214,12 @@ def parts_of(
 
 
 def _gradients(
-    loss: PairLoss, data: PairData, indices: list[int], config: DPOTrainConfig, meter: PairMeter
+    loss: PairLoss,
+    data: PairData,
+    indices: list[int],
+    config: DPOTrainConfig,
+    meter: PairMeter,
+    falling: FallingWatch,
 ) -> tuple[Tensor, int]:
     """Accumulate the gradients of one optimizer step's pairs; (loss, tokens) of the step."""
     micro = config.per_device_train_batch_size
@@ -215,6 +234,9 @@ def _gradients(
             out.loss.backward()
             total = total + out.loss.detach()
             meter.add(out, config.beta if data.reference else None)
+            if data.reference and out.rewards is not None and out.pair_logps is not None:
+                names = batch.sources[: len(part)]
+                falling.add(out.rewards, out.pair_logps, config.beta, names)
             tokens += batch.num_tokens
             del out, batch  # the graph's last references: free it before the next forward
     return total, tokens
@@ -249,6 +271,9 @@ def train(
     stepper = Stepper(policy.model, config, steps)
     loss = PairLoss(policy, config)
     first = next(step_indices(n, config, steps))[0][: config.per_device_train_batch_size]
+    if config.check_first_step:
+        check_first_rows(policy, [data.pairs[i] for i in first])
+    falling = FallingWatch(said=config.on_falling_logps == "ignore")
     step0, expected = check_step0(policy, data, config, first)
     console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")
     meter, logged, tokens_seen, tokens_logged = PairMeter(), 0, 0, 0
@@ -258,7 +283,7 @@ def train(
         console.progress(plan, "training", steps, "steps", lines=False), start=1
     ):
         began = time.perf_counter()
-        total, tokens = _gradients(loss, data, indices, config, meter)
+        total, tokens = _gradients(loss, data, indices, config, meter, falling)
         tokens_seen += tokens
         tokens_logged += tokens
         extra = stepper.step(total, f"step {step}", [data.pairs[i].source for i in indices])
@@ -290,6 +315,10 @@ def train(
                 f"{row['step_time']:.2f} s a step"
             )
             meter, logged, tokens_logged = PairMeter(), 0, 0
+            if text := falling.look():
+                if config.on_falling_logps == "stop":
+                    raise TrainingError(f"step {step}: {text} (--on_falling_logps warn goes on)")
+                console.say(f"warning: step {step}: {text}")
         if held_out and config.eval_steps and step % config.eval_steps == 0 and step < steps:
             quiet = Console(quiet=True)
             metrics.write(

@@ -435,7 +435,7 @@ def test_a_start_interrupted_before_training_leaves_nothing(
     def killed(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(job, "with_reference", killed)
+    monkeypatch.setattr(job.Referee, "data", killed)
     assert run(*train) == 143
     assert not folder_of(train).exists()
 
