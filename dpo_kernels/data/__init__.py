@@ -5,9 +5,10 @@ read_pairs (files) -> tokenize_pairs (ids, TRL's rule) -> make_batch (trunk call
 
 from .batches import ScoredBatch, Sharing, TrunkCall, make_batch, make_sequence_batch
 from .left_out import DataError, LeftOut, NoUsableRow, Problem
-from .pairs import Message, PreferencePair, read_conversations, read_pairs
+from .pairs import Message, PairReader, PreferencePair, read_conversations, read_pairs
 from .sequences import Limits, TokenPair, TokenSequence
-from .tokenize import tokenize_conversations, tokenize_pairs
+from .tokenize import PairTokenizer, tokenize_conversations, tokenize_pairs
+from .truncation import Truncation
 
 __all__ = [
     "DataError",
@@ -15,12 +16,15 @@ __all__ = [
     "Limits",
     "Message",
     "NoUsableRow",
+    "PairReader",
+    "PairTokenizer",
     "PreferencePair",
     "Problem",
     "ScoredBatch",
     "Sharing",
     "TokenPair",
     "TokenSequence",
+    "Truncation",
     "TrunkCall",
     "make_batch",
     "make_sequence_batch",

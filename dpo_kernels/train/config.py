@@ -69,8 +69,26 @@ class DPOTrainConfig:
         0.1, "data", "share of the training pairs held out by seed if there is no eval_file"
     )
     max_length: int | None = _option(
-        1024, "data", "tokens of prompt + completion; sequences keep their start"
+        1024, "data", "tokens of prompt + completion; what is longer is cut as truncation_mode says"
     )
+    truncation_mode: str = _option(
+        "keep_start",
+        "data",
+        "keep_start: cut the completion's end; keep_end: the prompt's start; drop: leave the pair "
+        "out",
+        ("keep_start", "keep_end", "drop"),
+    )
+    max_prompt_length: int | None = _option(
+        None, "data", "tokens of the prompt, which keeps its end"
+    )
+    max_completion_length: int | None = _option(
+        None, "data", "tokens of a completion, which keeps its start"
+    )
+    column_mapping: list[str] | None = field(
+        default=None,
+        metadata=_about("data", "columns of other names, as prompt=question chosen=good"),
+    )
+    dataset_num_proc: int | None = _option(None, "data", "processes that tokenise; None: one")
     strict: bool = _option(False, "data", "refuse the first bad row instead of leaving it out")
 
     loss_type: list[str] = field(
@@ -221,6 +239,15 @@ class DPOTrainConfig:
             raise UserError(
                 f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}"
             )
+        for name in ("max_prompt_length", "max_completion_length", "dataset_num_proc"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
+        for entry in self.column_mapping or []:
+            ours, equals, theirs = entry.partition("=")
+            if not (ours and equals and theirs):
+                raise UserError(
+                    f"column_mapping: {entry!r}, expected ours=theirs (prompt=question)"
+                )
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
         if self.max_steps != -1 and self.max_steps < 1:

@@ -30,6 +30,7 @@ from ..data import (
     NoUsableRow,
     PreferencePair,
     TokenPair,
+    Truncation,
     embedded,
     read_conversations,
     read_pairs,
@@ -271,7 +272,7 @@ class _Job:
 
     def _read(self, policy: Policy, file: str) -> list[TokenPair]:
         since = len(self.left_out.problems)
-        texts = read_pairs(file, self.left_out)
+        texts = read_pairs(file, self.left_out, columns(self.config))
         if self.config.uses_offset and any(t.offset is None for t in texts):
             where = next(t.source for t in texts if t.offset is None)
             raise DataError(f"{where}: margin: missing, but odpo needs a margin in every row")
@@ -283,7 +284,7 @@ class _Job:
         pairs = tokenize_pairs(
             texts,
             policy.tokenizer,
-            self.config.max_length,
+            truncation(self.config),
             self.left_out,
             self.console.say,
             limits,
@@ -376,7 +377,27 @@ class _Job:
         say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
 
 
-_LENGTH_REASONS = {"prompt too long", "completion too short", "same after truncation"}
+def truncation(config: Any) -> Truncation:
+    """What becomes of pairs that are too long, by the options of these names."""
+    return Truncation(
+        config.max_length,
+        config.truncation_mode,
+        config.max_prompt_length,
+        config.max_completion_length,
+    )
+
+
+def columns(config: Any) -> dict[str, str]:
+    """Our column -> the data's, by the option column_mapping."""
+    return dict(entry.split("=", 1) for entry in config.column_mapping or [])
+
+
+_LENGTH_REASONS = {
+    "longer than max_length",
+    "prompt too long",
+    "completion too short",
+    "same after truncation",
+}
 
 
 def no_pair_left(file: str, left_out: LeftOut, since: int) -> NoUsableRow:

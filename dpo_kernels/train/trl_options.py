@@ -37,7 +37,7 @@ _REFUSED: dict[str, str] = {
     "load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
     _NO_WORKERS: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
-    "dataloader_multiprocessing_context dataset_num_proc length_column_name group_by_length",
+    "dataloader_multiprocessing_context length_column_name group_by_length",
     _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split dataset_streaming",
     _NO_HUB: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
     "hub_revision",
@@ -59,8 +59,6 @@ _REFUSED: dict[str, str] = {
     "eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
     "label_names generate_during_eval",
     "order and sampling follow seed alone": "data_seed full_determinism",
-    "sequences keep their start": "truncation_mode",
-    "max_length cuts the whole sequence": "max_prompt_length max_completion_length",
     "the layout is batch_layout": "padding_free pad_to_multiple_of use_logits_to_keep",
     _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size ref_adapter_name "
     "model_adapter_name",
@@ -83,7 +81,6 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "disable_dropout": (True,),
     "remove_unused_columns": (True,),
     "eval_on_start": (True,),
-    "truncation_mode": ("keep_start",),
     "do_train": (True,),
     "do_eval": (True,),
     "skip_memory_metrics": (True,),
@@ -102,7 +99,6 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "hub_token": ("<hub_token>",),
     "hub_strategy": ("every_save",),
     "dataloader_in_order": (True,),
-    "dataset_num_proc": (1,),
     "length_column_name": ("length",),
     "pad_token": ("<pad_token>",),
     "accelerator_config": (

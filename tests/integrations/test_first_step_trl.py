@@ -75,7 +75,7 @@ def test_masked_labels() -> None:
 
 
 def test_doubled_end_token() -> None:
-    rows = [{k: v + " <eos>" * (k != "prompt") for k, v in r.items()} for r in tiny.rows(12)]
+    rows = [{k: v + " <eos> <eos>" * (k != "prompt") for k, v in r.items()} for r in tiny.rows(12)]
     with pytest.raises(FirstStepError, match=r"end token \(EOS, id 1\) twice"):
         run(of_rows=rows)
 

@@ -227,7 +227,7 @@ def test_trls_options_are_taken_or_refused_by_name(train: list[Any], capsys: Cap
         ({"disable_dropout": False}, "dropout is always off"),
         ({"eval_strategy": "epoch"}, "eval_strategy='epoch'"),
         ({"eval_strategy": "steps"}, "eval_strategy='steps'"),
-        ({"truncation_mode": "keep_end"}, "keep their start"),
+        ({"truncation_mode": "keep_middle"}, "truncation_mode must be one of keep_start"),
         ({"use_cpu": True, "device": "cuda"}, "contradicts"),
         ({"neftune_noise_alpha": 5.0}, "policy and reference differ"),
         ({"deepspeed": "ds.json"}, "one device"),
