@@ -26,7 +26,6 @@ from ..data import (
     LeftOut,
     Limits,
     Message,
-    NoUsableRow,
     PreferencePair,
     TokenPair,
     TokenSequence,
@@ -53,6 +52,7 @@ from .model import Policy, complete, load_policy, prepare_policy, save_policy
 from .optim import TrainingError
 from .order import epoch_order, steps_of
 from .plots import plot_run
+from .reading import columns, no_pair_left, truncation
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .run_options import GROUPS
 from .sft import SupervisedRows, train_sft
@@ -190,7 +190,14 @@ class Job:
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
         data, held_out = references(
-            policy, train_pairs, eval_pairs, config, self.console, self.folder, self.resumed
+            policy,
+            train_pairs,
+            eval_pairs,
+            config,
+            self.console,
+            self.folder,
+            self.resumed,
+            self.own,
         )
         groups = self._learned_groups(policy, train_pairs)
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
@@ -375,7 +382,7 @@ class Job:
         sequences = tokenize_conversations(
             rows,
             policy.tokenizer,
-            self.config.max_length,
+            truncation(self.config),
             self.left_out,
             Limits.of(policy.model.config),
             self.console.progress,
@@ -427,7 +434,7 @@ class Job:
 
     def _read(self, policy: Policy, file: str) -> list[TokenPair]:
         since = len(self.left_out.problems)
-        texts = read_pairs(file, self.left_out)
+        texts = read_pairs(file, self.left_out, columns(self.config))
         if self.config.uses_offset and any(t.offset is None for t in texts):
             where = next(t.source for t in texts if t.offset is None)
             raise DataError(f"{where}: margin: missing, but odpo needs a margin in every row")
@@ -439,7 +446,7 @@ class Job:
         pairs = tokenize_pairs(
             texts,
             policy.tokenizer,
-            self.config.max_length,
+            truncation(self.config),
             self.left_out,
             self.console.say,
             limits,
@@ -485,16 +492,6 @@ class Job:
     def _complete(self, policy: Policy, ids: list[int]) -> str:
         n = self.config.sample_max_new_tokens
         return complete(policy, ids, n) if n > 0 and ids else ""
-
-
-_LENGTH_REASONS = {"prompt too long", "completion too short", "same after truncation"}
-
-
-def no_pair_left(file: str, left_out: LeftOut, since: int, kind: str = "pair") -> NoUsableRow:
-    """The error of a file whose rows were all left out, the last of them by tokenisation."""
-    reasons = {p.reason for p in left_out.problems[since:]}
-    what = f"no {kind} fits max_length" if reasons <= _LENGTH_REASONS else f"no {kind} is left"
-    return left_out.nothing(file, what, since)
 
 
 def _tell(text: str) -> None:
