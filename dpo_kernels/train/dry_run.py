@@ -182,8 +182,8 @@ class _DryRun(Job):
 
 def _step(policy: Policy, data: PairData, indices: list[int], config: DPOTrainConfig) -> float:
     """Seconds of one optimizer step that changes no weight."""
-    still = {"learning_rate": 0.0, "weight_decay": 0.0, "check_first_step": False}
-    config = replace(config, warmup_steps=0, **still)
+    config = replace(config, learning_rate=0.0, weight_decay=0.0, warmup_steps=0)
+    config = replace(config, check_first_step=False)  # which asks for weights that move
     stepper, loss = Stepper(policy.model, config, 1), PairLoss(policy, config)
     chosen = chosen_tokens([data.pairs[i] for i in indices])
     total = torch.zeros((), device=policy.device)
