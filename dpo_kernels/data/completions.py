@@ -18,19 +18,12 @@ from typing import Any
 
 from . import pairs as pair_rows
 from .files import Source, name_of, read_rows
-from .left_out import BadField, LeftOut, Problem
+from .left_out import BadField, LeftOut, Problem, Refused
 from .pairs import PairReader, PreferencePair, Turn
 from .row import kind_of
 from .sequences import Ids, Limits, Spans, TokenPair, TokenSequence
-from .tokenize import (
-    LONG,
-    Progress,
-    _between,
-    _common,
-    _PairTokenizer,
-    _Refused,
-    _require_template,
-)
+from .tokenize import LONG, PairTokenizer, Progress, _between, _common, _require_template
+from .truncation import Truncation, shortened
 
 _KNOWN = {"messages", "prompt", "completion", "text", "system", "tools", "chat_template_kwargs"}
 
@@ -128,17 +121,17 @@ def _completion(row: dict[str, Any], where: str) -> Completion:
     return Completion(prompt, completion, where, *pair_rows._for_template(row, prompt))
 
 
-class RowTokenizer(_PairTokenizer):
+class RowTokenizer(PairTokenizer):
     """One tokenizer at work on pairs and completions; `None` for what goes to `left_out`."""
 
     def of(self, row: Scorable) -> TokenPair | TokenSequence | None:
+        if isinstance(row, PreferencePair):
+            return self.usable(row)
         _require_template(self.tokenizer, row.conversational)
         notes = self.left_out.notes.copy()
         try:
-            if isinstance(row, PreferencePair):
-                return self.tokenize(row)
             return self._sequence(row)
-        except _Refused as refused:
+        except Refused as refused:
             self.left_out.notes = notes  # they count what is in the rows that are used
             self.left_out.add(Problem(row.source, *refused.args))
             return None
@@ -153,20 +146,16 @@ class RowTokenizer(_PairTokenizer):
             self._words(name, str(row.completion))
             alone = self._plain(str(row.prompt), "")
             ids = self._plain(str(row.prompt), str(row.completion))
-        start, limit = _common(alone, ids), self.max_length
-        if limit is not None and start >= limit:
-            raise _Refused(
-                "prompt", f"{start} tokens", f"fewer than max_length={limit}", "prompt too long"
-            )
-        kept = ids[:limit]
+        notes = self.left_out.notes
+        (kept,), start, (spans,), _ = shortened(
+            self.truncation, [ids], _common(alone, ids), [spans], notes
+        )
         unscored = () if spans is None else _between(start, spans, len(kept))
         sequence = TokenSequence(kept, start, row.source, unscored)
         if sequence.num_scored == 0:
             wanted = "at least one token of completion"
-            raise _Refused(name, "no token left to score", wanted, "completion too short")
+            raise Refused(name, "no token left to score", wanted, "completion too short")
         self._check_limits(name, kept)
-        if len(kept) < len(ids):
-            self.left_out.notes[f"completions cut at max_length={limit}"] += 1
         return sequence
 
     def _conversation(self, row: Completion) -> tuple[Ids, Ids, Spans | None]:
@@ -196,7 +185,7 @@ class RowTokenizer(_PairTokenizer):
         try:
             spans = self._spans("completion", prompt, completion, ids, render, template, pair)
             return (render(prompt, True) if prompt else ()), ids, spans
-        except _Refused:
+        except Refused:
             what = "conversations whose turns the template does not keep apart (the last is scored)"
             self.left_out.notes[what] += 1
             return render((prompt + completion)[:-1], True), ids, None
@@ -205,7 +194,7 @@ class RowTokenizer(_PairTokenizer):
 def tokenize_conversations(
     rows: Sequence[Scorable],
     tokenizer: Any,
-    max_length: int | None,
+    max_length: Truncation | int | None,
     left_out: LeftOut,
     limits: Limits | None = None,
     progress: Progress | None = None,

@@ -28,6 +28,7 @@ from .run_options import (
     LossPart,
     ModelOptions,
     OutputOptions,
+    ReferenceOptions,
     SpeedOptions,
     SupervisedOptions,
     TrainingOptions,
@@ -42,6 +43,7 @@ class DPOTrainConfig(
     LearnedGroupOptions,
     GuardOptions,
     TrainingOptions,
+    ReferenceOptions,
     LossPart,
     DataOptions,
     AdapterOptions,
@@ -65,6 +67,7 @@ class DPOTrainConfig(
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "logging_steps",
+            "ref_model_sync_steps",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -72,6 +75,19 @@ class DPOTrainConfig(
             raise UserError(f"eval_steps must be at least 1 or null, got {self.eval_steps}")
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"max_length must be at least 2 or null, got {self.max_length}")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise UserError(
+                f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}"
+            )
+        for name in ("max_prompt_length", "max_completion_length", "dataset_num_proc"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
+        for entry in self.column_mapping or []:
+            ours, equals, theirs = entry.partition("=")
+            if not (ours and equals and theirs):
+                raise UserError(
+                    f"column_mapping: {entry!r}, expected ours=theirs (prompt=question)"
+                )
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
         if self.max_steps < -1:

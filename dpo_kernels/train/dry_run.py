@@ -24,7 +24,7 @@ from .machine import peak_memory
 from .model import Policy
 from .optim import Stepper
 from .order import step_indices, total_steps
-from .reference import PairData, reference_model, with_reference
+from .reference import PairData, Referee, Reference
 from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
 
 _SAMPLED = 64  # batches whose layout is counted
@@ -145,10 +145,11 @@ class _DryRun(Job):
         config, say = self.config, self.console.say
         batches = sorted(_micro_batches(pairs, config), key=lambda b: _tokens(pairs, b))
         indices = batches[len(batches) // 2]
-        reference = reference_model(policy, config, say) or policy
         quiet = Console(quiet=True)
+        # No cache: what this run would find there is not what is to be timed.
+        referee = Referee(policy, replace(config, reference_cache=None), quiet, self.own)
         began = time.perf_counter()
-        data = with_reference(reference, pairs, config, quiet, "", indices)
+        data = referee.data(pairs, "", indices)
         forward = time.perf_counter() - began
         try:
             seconds = [_step(policy, data, indices, config) for _ in range(2)]
@@ -160,7 +161,7 @@ class _DryRun(Job):
         evaluated = sum(_size(p) for p in held_out)
         passes = 0 if not held_out else 3 + counts["steps"] // (config.eval_steps or 10**12)
         every = min(counts["tokens"], sum(_size(p) for p in pairs))
-        scored = every if data.reference is not None else 0
+        scored = every if isinstance(data.reference, Reference) else 0
         scoring = forward / tokens * scored
         if forward < 1e-3 or data.reference is None:
             forward = step / 3
@@ -182,6 +183,7 @@ class _DryRun(Job):
 def _step(policy: Policy, data: PairData, indices: list[int], config: DPOTrainConfig) -> float:
     """Seconds of one optimizer step that changes no weight."""
     config = replace(config, learning_rate=0.0, weight_decay=0.0, warmup_steps=0)
+    config = replace(config, check_first_step=False)  # which asks for weights that move
     stepper, loss = Stepper(policy.model, config, 1), PairLoss(policy, config)
     chosen = chosen_tokens([data.pairs[i] for i in indices])
     total = torch.zeros((), device=policy.device)

@@ -155,7 +155,8 @@ def check_fits(name: str, config: DPOTrainConfig) -> None:
     """
     device = device_of(config)
     room = available(device)
-    if room is None or config.gguf_file or name.endswith(".gguf"):
+    quantised = config.load_in_4bit or config.load_in_8bit
+    if room is None or quantised or config.gguf_file or name.endswith(".gguf"):
         return
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -167,11 +168,14 @@ def check_fits(name: str, config: DPOTrainConfig) -> None:
     except Exception:  # loading it will say what is wrong
         return
     numbers = sum(p.numel() for p in shell.parameters())
-    need = numbers * _width(config, found) * (2 + MOMENTS.get(config.optim, 2))
+    # Of an adapter's gradients and moments there are few.
+    copies = 1 if config.use_peft else 2 + MOMENTS.get(config.optim, 2)
+    what = "its weights" if config.use_peft else "weights, gradients and optimizer"
+    need = numbers * _width(config, found) * copies
     if need > room:
         raise UserError(
-            f"{name} has {numbers:,} parameters: weights, gradients and optimizer take "
-            f"{shown(need)}, and {device} has {shown(room)} free ({ADVICE})"
+            f"{name} has {numbers:,} parameters: {what} take {shown(need)}, and {device} has "
+            f"{shown(room)} free ({ADVICE})"
         )
 
 

@@ -27,7 +27,6 @@ from ..data import (
     LeftOut,
     Limits,
     Message,
-    NoUsableRow,
     PreferencePair,
     TokenPair,
     TokenSequence,
@@ -47,7 +46,7 @@ from .console import Console
 from .ending import loss_title as loss_title
 from .ending import plain_torch_times, report
 from .fit import check_fits
-from .groups import Groups, group_summary, one_sided
+from .groups import group_summary, learned_groups
 from .identity import identity
 from .loop import TrainResult, evaluate, train
 from .machine import peak_memory
@@ -56,6 +55,7 @@ from .model import Policy, complete, load_policy, prepare_policy, save_policy
 from .optim import TrainingError
 from .order import epoch_order, steps_of
 from .plots import plot_run
+from .reading import columns, no_pair_left, truncation
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .run_options import GROUPS
 from .sft import SupervisedRows, train_sft
@@ -199,14 +199,21 @@ class Job:
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
         data, held_out = references(
-            policy, train_pairs, eval_pairs, config, self.console, self.folder, self.resumed
+            policy,
+            train_pairs,
+            eval_pairs,
+            config,
+            self.console,
+            self.folder,
+            self.resumed,
+            self.own,
         )
         if config.max_steps == 0 and held_out is None:
             raise UserError(
                 "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
                 "eval_fraction"
             )
-        groups = self._learned_groups(policy, train_pairs)
+        groups = learned_groups(config, policy.device, train_pairs, say)
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
         metrics = metrics_of(self.folder, self.resumed)
         margins: list[float] = []
@@ -325,22 +332,6 @@ class Job:
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
 
-    def _learned_groups(self, policy: Policy, pairs: list[TokenPair]) -> Groups | None:
-        """What is learned of the rows' groups beside the model."""
-        if not self.config.learn_groups:
-            return None
-        groups = Groups.of(pairs, self.config.group_l2).to(policy.device)
-        if not groups.names:
-            raise DataError("learn_groups: no row has a `group`")
-        loose = one_sided(pairs, self.config.label_smoothing > 0)
-        if loose:
-            self.console.say(
-                f"warning: learn_groups: all rows of {', '.join(loose[:8])} point one way, so "
-                "only group_l2 bounds the offset and the loss says little; write -GROUP where the "
-                "bias speaks for the rejected one, or give uncertain labels (label_smoothing)"
-            )
-        return groups
-
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
         reference = self.config.ref_model_name_or_path
@@ -405,7 +396,7 @@ class Job:
         sequences = tokenize_conversations(
             rows,
             policy.tokenizer,
-            self.config.max_length,
+            truncation(self.config),
             self.left_out,
             Limits.of(policy.model.config),
             self.console.progress,
@@ -457,7 +448,7 @@ class Job:
 
     def _read(self, policy: Policy, file: str) -> list[TokenPair]:
         since = len(self.left_out.problems)
-        texts = read_pairs(file, self.left_out)
+        texts = read_pairs(file, self.left_out, columns(self.config))
         if self.config.uses_offset and any(t.offset is None for t in texts):
             where = next(t.source for t in texts if t.offset is None)
             raise DataError(f"{where}: margin: missing, but odpo needs a margin in every row")
@@ -469,7 +460,7 @@ class Job:
         pairs = tokenize_pairs(
             texts,
             policy.tokenizer,
-            self.config.max_length,
+            truncation(self.config),
             self.left_out,
             self.console.say,
             limits,
@@ -515,16 +506,6 @@ class Job:
     def _complete(self, policy: Policy, ids: list[int]) -> str:
         n = self.config.sample_max_new_tokens
         return complete(policy, ids, n) if n > 0 and ids else ""
-
-
-_LENGTH_REASONS = {"prompt too long", "completion too short", "same after truncation"}
-
-
-def no_pair_left(file: str, left_out: LeftOut, since: int, kind: str = "pair") -> NoUsableRow:
-    """The error of a file whose rows were all left out, the last of them by tokenisation."""
-    reasons = {p.reason for p in left_out.problems[since:]}
-    what = f"no {kind} fits max_length" if reasons <= _LENGTH_REASONS else f"no {kind} is left"
-    return left_out.nothing(file, what, since)
 
 
 def _tell(text: str) -> None:

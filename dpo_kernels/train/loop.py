@@ -21,9 +21,11 @@ import dpo_kernels as dk
 from ..data import ScoredBatch, TokenPair
 from ..inputs.transfer import to_device
 from ..models.attached import HeadOutput
+from ..models.falling import FallingWatch
 from ..models.forward import PairTask, Reference, run_pairs
 from ..models.step0 import WrongReference
 from ..models.step0 import check_step0 as check_same
+from ..models.step1 import FirstStepError, check_ends, check_scored
 from ..models.structure import deterministic
 from .averages import Average
 from .config import DPOTrainConfig
@@ -34,8 +36,8 @@ from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
 from .optim import Stepper, TrainingError
 from .order import step_indices, steps_of
-from .reference import PairData, WholeReference
-from .resume import Keeper
+from .reference import LiveReference, PairData
+from .resume import Keeper, fine_tuned_first
 from .state import Progress, TrainingState
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ class PairLoss:
     def reference(
         self, data: PairData, indices: Sequence[int], batch: ScoredBatch
     ) -> Reference | None:
-        if isinstance(data.reference, WholeReference):
+        if isinstance(data.reference, LiveReference) and data.reference.whole:
             return data.reference.states(batch)
         return data.reference.of(indices, self.policy.device) if data.reference else None
 
@@ -184,6 +186,18 @@ def check_step0(
     return float(out.loss), float(out.zero_loss)
 
 
+def check_first_rows(policy: Policy, pairs: Sequence[TokenPair]) -> None:
+    """The first batch has tokens that are scored, and its completions end once."""
+    sequences = [p.sequences[0] for p in pairs] + [p.sequences[1] for p in pairs]
+    ends = [[s.ids[t] for t in list(s.scored)[-2:]] for s in sequences]
+    eos = [policy.tokenizer.eos_token_id]
+    try:
+        check_scored([s.num_scored for s in sequences])
+        check_ends(ends, eos, [p.source for p in pairs], "--check_first_step false")
+    except FirstStepError as error:
+        raise TrainingError(str(error)) from None
+
+
 # On a CPU a batch is run in parts of about this many tokens: as fast (the matrix products are large
 # enough), and only one part's activations are alive at a time. Results differ by rounding alone.
 CPU_PART_TOKENS = 1024
@@ -227,7 +241,12 @@ class Work:
 
 
 def _gradients(
-    loss: PairLoss, data: PairData, indices: list[int], config: DPOTrainConfig, meter: PairMeter
+    loss: PairLoss,
+    data: PairData,
+    indices: list[int],
+    config: DPOTrainConfig,
+    meter: PairMeter,
+    falling: FallingWatch,
 ) -> tuple[Tensor, Work]:
     """Accumulate the gradients of one optimizer step's pairs; the step's loss, and its work."""
     micro = config.per_device_train_batch_size
@@ -243,6 +262,9 @@ def _gradients(
             out.loss.backward()
             total = total + out.loss.detach()
             meter.add(out, config.beta if data.reference else None)
+            if data.reference and out.rewards is not None and out.pair_logps is not None:
+                names = batch.sources[: len(part)]
+                falling.add(out.rewards, out.pair_logps, config.beta, names)
             work.tokens += batch.num_tokens
             work.computed += sum(call.input_ids.numel() for call in batch.calls)
             del out, batch  # the graph's last references: free it before the next forward
@@ -310,7 +332,11 @@ class _Loop:
             modules["groups"] = groups
         if self.average is not None:
             modules["average"] = self.average
+        live = data.reference if isinstance(data.reference, LiveReference) else None
+        if live is not None and (live.every or fine_tuned_first(config)):
+            modules["reference"] = live.reference.model  # no start of the run gives it again
         self.state = TrainingState(policy.model, self.stepper, modules, self.progress)
+        self.falling = FallingWatch(said=config.on_falling_logps == "ignore")
         self.between = True  # two steps: weights, optimizer and counters are of one step
 
     def run(self) -> TrainResult:
@@ -322,6 +348,8 @@ class _Loop:
         else:
             first = next(step_indices(len(self.data.pairs), config, self.steps))[0]
             first = first[: config.per_device_train_batch_size]
+            if config.check_first_step:
+                check_first_rows(self.policy, [self.data.pairs[i] for i in first])
             progress.step0 = check_step0(self.policy, self.data, config, first)
             step0, expected = progress.step0
             self.console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")
@@ -367,7 +395,7 @@ class _Loop:
         step = progress.step + 1
         state = None if self.loss.function.state is None else self.loss.function.state.clone()
         meter = PairMeter()
-        total, work = _gradients(self.loss, self.data, indices, config, meter)
+        total, work = _gradients(self.loss, self.data, indices, config, meter, self.falling)
         if self.beside is not None:
             more, self.added = self.beside.gradients(step)
             total = total + more
@@ -386,6 +414,8 @@ class _Loop:
             if self.average is not None:
                 self.average.follow(step)
         progress.times.append(time.perf_counter() - began)
+        if self.data.reference:
+            self.data.reference.after_step(self.policy, step)
         if self.stepper.warning:
             self.console.say(self.stepper.warning)
             self.stepper.warning = ""
@@ -450,3 +480,9 @@ class _Loop:
         progress.meter = PairMeter()
         progress.logged_steps = progress.logged_tokens = 0
         progress.computed = progress.padded = 0
+        if text := self.falling.look():
+            if self.config.on_falling_logps == "stop":
+                raise TrainingError(
+                    f"step {progress.step}: {text} (--on_falling_logps warn goes on)"
+                )
+            self.console.say(f"warning: step {progress.step}: {text}")

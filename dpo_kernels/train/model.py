@@ -133,7 +133,13 @@ def load_reference(
     except ValueError:
         own = None  # a folder of weights alone
     if own is not None and own.get_vocab() != policy.tokenizer.get_vocab():
-        raise UserError(f"ref_model_name_or_path: {name} has another tokenizer than the policy")
+        mine, theirs = policy.tokenizer.get_vocab(), own.get_vocab()
+        differ = sorted(set(mine.items()) ^ set(theirs.items()))[:3]
+        raise UserError(
+            f"ref_model_name_or_path: {name} has another tokenizer than the model (for one, "
+            f"{', '.join(repr(token) for token, _ in differ)}): its log-probs would be of other "
+            "texts"
+        )
     config = replace(config, gradient_checkpointing=False)
     reference = prepare_policy(model, policy.tokenizer, config, say)
     reference.model.requires_grad_(False)

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.step1 import MOVED, FirstStep, FirstStepError
 from .config import DPOTrainConfig, UserError
+
+__all__ = [
+    "MOVED",
+    "Stepper",
+    "TrainingError",
+    "make_optimizer",
+    "make_schedule",
+]
 
 
 class TrainingError(RuntimeError):
@@ -67,11 +76,6 @@ def make_schedule(
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
-# Below this share of weights that a step has moved, training in a narrow dtype is called vain.
-MOVED = 0.5
-_SAMPLE = 4096  # weights looked at in each parameter
-
-
 class Stepper:
     """Clip, check, step, schedule: what ends every optimizer step."""
 
@@ -94,7 +98,8 @@ class Stepper:
         self.names = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
         self.max_norm = config.max_grad_norm or math.inf
         self.warning = ""  # set by the first step that should move anything
-        self._watch = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)
+        self._first = FirstStep(model, "--check_first_step false")
+        self._first.done = not config.check_first_step
 
     @property
     def learning_rate(self) -> float:
@@ -123,11 +128,14 @@ class Stepper:
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
             return {"learning_rate": rate, "skipped": text}
-        watched = self._sample() if self._watch and rate > 0 else None
-        self.optimizer.step()
-        if watched is not None:
-            self._watch = False
-            self._compare(watched, rate)
+        try:
+            self._first.after_backward()
+            self.optimizer.step()
+            self._first.after_step(self.optimizer)
+        except FirstStepError as error:
+            raise TrainingError(f"{what}: {error}") from None
+        self.warning = "\n".join(f"warning: {text}" for text in self._first.warnings)
+        self._first.warnings.clear()
         self.schedule.step()
         # None, not zeros: gradients then take no memory while the next forward runs
         self.optimizer.zero_grad(set_to_none=True)
@@ -164,26 +172,3 @@ class Stepper:
         self.optimizer.load_state_dict(whole)
         functions = self.schedule.state_dict().get("lr_lambdas", [])
         self.schedule.load_state_dict({**schedule, "lr_lambdas": functions})
-
-    def _sample(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(a parameter, some of its weights, whether each of them has a gradient)."""
-        return [
-            (p, _some(p).clone(), _some(p.grad) != 0) for p in self.parameters if p.grad is not None
-        ]
-
-    def _compare(self, samples: list[tuple[Tensor, Tensor, Tensor]], rate: float) -> None:
-        counts = [torch.stack([((_some(p) != b) & g).sum(), g.sum()]) for p, b, g in samples]
-        moved, wanted = torch.stack(counts).sum(0).tolist()
-        if moved < MOVED * wanted:
-            dtype = str(self.parameters[0].dtype).removeprefix("torch.")
-            self.warning = (
-                f"warning: the first step moved {moved / wanted:.1%} of the weights that have a "
-                f"gradient (sampled): at learning_rate {rate:g} most updates are too small for "
-                f"{dtype} and are lost. Train with --dtype float32 --bf16 true (fp32 weights, bf16 "
-                "arithmetic) or with a larger learning_rate"
-            )
-
-
-def _some(x: Tensor) -> Tensor:
-    """Every n-th of the elements, `_SAMPLE` of them."""
-    return x.detach().reshape(-1)[:: max(x.numel() // _SAMPLE, 1)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import TokenPair
-from ..models.references import needs_reference, needs_states
+from ..models.references import needs_reference
 from .checkpoints import Checkpoints, check_space, find, newest, read_tensors, read_values, run_of
 from .config import DPOTrainConfig, UserError
 from .console import Console
@@ -21,7 +21,7 @@ from .identity import differences
 from .metrics import MetricsFile, read_metrics
 from .model import Policy
 from .order import visited
-from .reference import PairData, Reference, reference_model, with_reference
+from .reference import PairData, Referee, Reference
 from .state import TrainingState, load_reference, save_reference
 
 
@@ -156,44 +156,35 @@ def references(
     console: Console,
     folder: Path,
     resumed: Resumed | None,
+    own: bool = True,
 ) -> tuple[PairData, PairData | None]:
     """The pairs with what the starting policy gives to them: computed, or as the run kept it."""
     used = visited(len(pairs), config)
-    changed = fine_tuned_first(config)
-    if resumed is not None and changed and needs_states(config.loss_options()):
-        raise UserError(
-            "resume_from_checkpoint: this loss needs the reference itself, which was the policy "
-            "behind its supervised steps and is not kept"
-        )
     # Of a resumed run nothing is put back yet: the policy is still the one it started from.
-    reference = reference_model(policy, config, console.say) or policy
-    if needs_states(config.loss_options()):
-        data = with_reference(reference, pairs, config, console, "")
-        evaluated = with_reference(reference, held_out, config, console, "")
-    elif resumed is not None and needs_reference(config.loss_options()):
+    referee = Referee(policy, config, console, own)
+    if resumed is not None and needs_reference(config.loss_options()) and not referee.stays:
         found = load_reference(resumed.path.parent)
         kept = found.get("training", Reference({}, {}))
         missing = [i for i in used if i not in kept.chosen]
         if missing:
-            if changed:
+            if fine_tuned_first(config):
                 raise UserError(
                     f"max_steps: {config.max_steps} asks for pairs that the run did not score "
                     "before it began"
                 )
-            more = with_reference(
-                reference, pairs, config, console, "more pairs", missing
-            ).reference
+            more = referee.data(pairs, "more pairs", missing).reference
             assert isinstance(more, Reference)
             kept = Reference(kept.chosen | more.chosen, kept.rejected | more.rejected)
         data = PairData(pairs, kept)
         evaluated = PairData(held_out, found.get("held out"))
     else:
-        data = with_reference(reference, pairs, config, console, "training pairs", used)
+        data = referee.data(pairs, "training pairs", used)
         evaluated = PairData(held_out)
         if held_out:
-            evaluated = with_reference(reference, held_out, config, console, "held-out pairs")
+            evaluated = referee.data(held_out, "held-out pairs")
+    referee.done()
     sets = {"training": data.reference, "held out": evaluated.reference}
-    kept_sets = {k: v for k, v in sets.items() if isinstance(v, Reference)}
-    if config.save_steps and kept_sets:
-        save_reference(folder / "checkpoints", kept_sets)
+    scored = {k: v for k, v in sets.items() if isinstance(v, Reference)}
+    if config.save_steps and scored:
+        save_reference(folder / "checkpoints", scored)
     return data, evaluated if held_out else None

@@ -51,11 +51,6 @@ class ModelOptions:
     gguf_file: str | None = option(
         None, "GGUF file inside model_name_or_path (which may also be a .gguf itself)"
     )
-    ref_model_name_or_path: str | None = option(
-        None,
-        "model name or folder of the reference; None: train takes the policy as it starts, score "
-        "has none",
-    )
     chat_template: str | None = option(
         None, "file with a Jinja chat template, for tokenizers that have none"
     )
@@ -108,8 +103,22 @@ class DataOptions:
         0.1, "share of the training rows held out by seed if there is no eval_file"
     )
     max_length: int | None = option(
-        1024, "tokens of prompt + completion; sequences keep their start"
+        1024, "tokens of prompt + completion; what is longer is cut as truncation_mode says"
     )
+    truncation_mode: str = option(
+        "keep_start",
+        "keep_start: cut the completion's end; keep_end: the prompt's start; drop: leave the pair "
+        "out",
+        ("keep_start", "keep_end", "drop"),
+    )
+    max_prompt_length: int | None = option(None, "tokens of the prompt, which keeps its end")
+    max_completion_length: int | None = option(
+        None, "tokens of a completion, which keeps its start"
+    )
+    column_mapping: list[str] | None = option(
+        None, "columns of other names, as prompt=question chosen=good"
+    )
+    dataset_num_proc: int | None = option(None, "processes that tokenise; None: one")
     strict: bool = option(False, "refuse the first bad row instead of leaving it out")
 
 
@@ -151,6 +160,33 @@ LossPart.__doc__ = "loss"
 
 
 @dataclass
+class RefModel:
+    """reference"""
+
+    ref_model_name_or_path: str | None = option(
+        None,
+        "model name or folder of the reference; None: train takes the policy as it starts, score "
+        "has none",
+    )
+
+
+@dataclass
+class ReferenceOptions(RefModel):
+    """reference"""
+
+    reference_cache: str | None = option(
+        "auto",
+        "folder that keeps the reference's log-probs for other runs; auto: in the user's cache; "
+        "none: do not keep them",
+    )
+    sync_ref_model: bool = option(
+        False, "the reference follows the policy (TR-DPO); a copy of it is held"
+    )
+    ref_model_mixup_alpha: float = option(0.6, "the policy's share at each sync; 1: a hard copy")
+    ref_model_sync_steps: int = option(512, "steps between syncs")
+
+
+@dataclass
 class TrainingOptions:
     """training"""
 
@@ -174,6 +210,16 @@ class TrainingOptions:
     max_grad_norm: float = option(1.0, "clip the gradient's norm; 0: do not")
     train_sampling_strategy: str = option(
         "random", "order of the pairs in each epoch (by seed)", ("random", "sequential")
+    )
+    check_first_step: bool = option(
+        True,
+        "end at step 1 where nothing can be learned: masked labels, no gradients, weights that do "
+        "not move",
+    )
+    on_falling_logps: str = option(
+        "warn",
+        "where the log-probs of chosen and rejected fall together",
+        ("warn", "stop", "ignore"),
     )
     seed: int = option(42, "seed of the order of pairs, the split and the sampling")
 
@@ -303,13 +349,14 @@ class ScoreOptions:
     backend: str | None = option(None, "cuda, triton, cpu, torch; None: by device")
 
 
-SCORE_GROUPS = (ModelOptions, ScoreOptions)
+SCORE_GROUPS = (ModelOptions, RefModel, ScoreOptions)
 # As `--help` shows them.
 GROUPS: tuple[Any, ...] = (
     ModelOptions,
     AdapterOptions,
     DataOptions,
     LossPart,
+    ReferenceOptions,
     TrainingOptions,
     GuardOptions,
     LearnedGroupOptions,
@@ -318,6 +365,12 @@ GROUPS: tuple[Any, ...] = (
     OutputOptions,
 )
 # Of `dpo-kernels sft`, which has no pairs.
-_OF_PAIRS = (LossPart, GuardOptions, LearnedGroupOptions, SupervisedOptions)
+_OF_PAIRS = (
+    LossPart,
+    ReferenceOptions,
+    GuardOptions,
+    LearnedGroupOptions,
+    SupervisedOptions,
+)
 SFT_GROUPS = tuple(g for g in GROUPS if g not in _OF_PAIRS)
 SFT_DEFAULTS = {"learning_rate": 2e-5}  # TRL's; one of DPO's would learn next to nothing

@@ -36,7 +36,7 @@ from ..models.structure import deterministic
 from .config import DPOTrainConfig, UserError, check_fields
 from .console import Console
 from .model import Policy, load_policy, load_reference
-from .run_options import ModelOptions, ScoreOptions
+from .run_options import ModelOptions, RefModel, ScoreOptions
 from .start import check_device, find_model, quiet_bars, refuse_many_processes
 from .tables import TableWriter
 
@@ -46,7 +46,7 @@ Scored = TokenPair | TokenSequence
 
 
 @dataclass
-class ScoreConfig(ScoreOptions, ModelOptions):
+class ScoreConfig(ScoreOptions, RefModel, ModelOptions):
     """Everything that the scores depend on."""
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ _REFUSED: dict[str, str] = {
     "adapters are those of causal language models": "lora_task_type",
     _NO_WORKERS: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
-    "dataloader_multiprocessing_context dataset_num_proc length_column_name group_by_length",
+    "dataloader_multiprocessing_context length_column_name group_by_length",
     _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split dataset_streaming "
     "datasets streaming test_split_size dataset_kwargs",
     _NO_HUB: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
@@ -58,12 +58,9 @@ _REFUSED: dict[str, str] = {
     "eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
     "label_names generate_during_eval",
     "order and sampling follow seed alone": "data_seed full_determinism",
-    "sequences keep their start": "truncation_mode",
-    "max_length cuts the whole sequence": "max_prompt_length max_completion_length",
     "the layout is batch_layout": "padding_free pad_to_multiple_of use_logits_to_keep",
-    _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model "
-    "ref_model_mixup_alpha "
-    "ref_model_sync_steps ref_adapter_name model_adapter_name",
+    _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size ref_adapter_name "
+    "model_adapter_name",
     "dropout is always off: policy and reference are one function": "disable_dropout",
     "a router's loss is not added here": "router_aux_loss_coef",
     "model options are dtype, attn_implementation and trust_remote_code": "model_init_kwargs "
@@ -90,7 +87,6 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "disable_dropout": (True,),
     "remove_unused_columns": (True,),
     "eval_on_start": (True,),
-    "truncation_mode": ("keep_start",),
     "do_train": (True,),
     "do_eval": (True,),
     "skip_memory_metrics": (True,),
@@ -114,11 +110,8 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "hub_token": ("<hub_token>",),
     "hub_strategy": ("every_save",),
     "dataloader_in_order": (True,),
-    "dataset_num_proc": (1,),
     "length_column_name": ("length",),
     "pad_token": ("<pad_token>",),
-    "ref_model_mixup_alpha": (0.6,),
-    "ref_model_sync_steps": (512,),
     "accelerator_config": (
         {
             "split_batches": False,

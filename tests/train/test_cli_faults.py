@@ -226,7 +226,7 @@ def test_trls_options_are_taken_or_refused_by_name(train: list[Any], capsys: Cap
         ({"disable_dropout": False}, "dropout is always off"),
         ({"eval_strategy": "epoch"}, "eval_strategy='epoch'"),
         ({"eval_strategy": "steps"}, "eval_strategy='steps'"),
-        ({"truncation_mode": "keep_end"}, "keep their start"),
+        ({"truncation_mode": "keep_middle"}, "truncation_mode must be one of keep_start"),
         ({"use_cpu": True, "device": "cuda"}, "contradicts"),
         ({"neftune_noise_alpha": 5.0}, "policy and reference differ"),
         ({"deepspeed": "ds.json"}, "one device"),
@@ -429,12 +429,12 @@ def test_a_failed_start_leaves_nothing(train: list[Any], tmp_path: Path, capsys:
 def test_a_start_interrupted_before_training_leaves_nothing(
     train: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from dpo_kernels.train import resume
+    from dpo_kernels.train import reference
 
     def killed(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(resume, "with_reference", killed)
+    monkeypatch.setattr(reference.Referee, "data", killed)
     assert run(*train) == 143
     assert not folder_of(train).exists()
 

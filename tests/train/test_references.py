@@ -15,7 +15,7 @@ from test_train import QUIET, config_of, one_thread, tiny_model, tiny_policy  # 
 import dpo_kernels as dk
 from dpo_kernels.train import loop
 from dpo_kernels.train.metrics import MetricsFile, read_metrics
-from dpo_kernels.train.reference import WholeReference, reference_model, with_reference
+from dpo_kernels.train.reference import LiveReference, Referee
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs transformers")
 
@@ -29,10 +29,10 @@ def test_tdpo_trains_against_a_frozen_copy(name: str, tmp_path: Path) -> None:
     config = config_of(**options)
     policy = tiny_policy(**options)
     pairs = random_pairs(4)
-    reference = reference_model(policy, config, print)
-    assert reference is not None and reference.model is not policy.model
-    data = with_reference(reference, pairs, config, QUIET, "")
-    assert isinstance(data.reference, WholeReference)
+    data = Referee(policy, config, QUIET).data(pairs, "")
+    assert isinstance(data.reference, LiveReference) and data.reference.whole
+    reference = data.reference.reference
+    assert reference.model is not policy.model
     metrics = MetricsFile(tmp_path / "m.jsonl")
     before = [p.clone() for p in reference.model.parameters()]
     loop.train(policy, data, data, config, metrics, QUIET)
