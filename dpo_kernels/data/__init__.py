@@ -7,6 +7,7 @@ from .batches import ScoredBatch, Sharing, TrunkCall, make_batch, make_sequence_
 from .left_out import DataError, LeftOut, NoUsableRow, Problem
 from .pairs import Message, PairReader, PreferencePair, read_conversations, read_pairs
 from .sequences import Limits, TokenPair, TokenSequence
+from .stream import RowFile, StreamedPairs, row_file
 from .tokenize import PairTokenizer, tokenize_conversations, tokenize_pairs
 from .truncation import Truncation
 
@@ -20,8 +21,10 @@ __all__ = [
     "PairTokenizer",
     "PreferencePair",
     "Problem",
+    "RowFile",
     "ScoredBatch",
     "Sharing",
+    "StreamedPairs",
     "TokenPair",
     "TokenSequence",
     "Truncation",
@@ -30,6 +33,7 @@ __all__ = [
     "make_sequence_batch",
     "read_conversations",
     "read_pairs",
+    "row_file",
     "tokenize_conversations",
     "tokenize_pairs",
 ]

@@ -88,6 +88,12 @@ class DPOTrainConfig:
         default=None,
         metadata=_about("data", "columns of other names, as prompt=question chosen=good"),
     )
+    dataset_streaming: bool | None = _option(
+        None,
+        "data",
+        "read rows as they are asked for, with a copy of the policy as the reference; None: where "
+        "the data is larger than 256 MB",
+    )
     dataset_num_proc: int | None = _option(None, "data", "processes that tokenise; None: one")
     strict: bool = _option(False, "data", "refuse the first bad row instead of leaving it out")
 

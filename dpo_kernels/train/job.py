@@ -13,7 +13,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,20 @@ from ..data import (
     Message,
     NoUsableRow,
     PreferencePair,
+    StreamedPairs,
     TokenPair,
-    Truncation,
     embedded,
     read_conversations,
     read_pairs,
     tokenize_conversations,
     tokenize_pairs,
 )
+from ..data.left_out import Problem
 from ..models.versions import dtype_option
 from .compare import step_times
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
+from .data_options import columns, is_streamed, streamed_pairs, truncation
 from .loop import TrainResult, evaluate, train, visited
 from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
@@ -138,9 +140,10 @@ class _Job:
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-        used = visited(len(train_pairs), config)
         referee = Referee(policy, config, self.console, self.own)
-        data = referee.data(train_pairs, "training pairs", used)
+        streamed = isinstance(train_pairs, StreamedPairs)
+        used = None if streamed else visited(len(train_pairs), config)
+        data = referee.data(train_pairs, "training pairs", used, live=streamed)
         held_out = None
         metrics = MetricsFile(self.folder / "metrics.jsonl")
         before: dict[str, float] = {}
@@ -149,7 +152,7 @@ class _Job:
             before = evaluate(policy, held_out, config, self.console, "before training")
             metrics.write({"step": 0, "epoch": 0.0, **before})
         referee.done()
-        prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
+        prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs[:64])
         text_before = self._complete(policy, ids)
         result = train(policy, data, held_out, config, metrics, self.console)
         with self.console.held():  # before anything that could still fail
@@ -206,6 +209,12 @@ class _Job:
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
 
+    def _note_left_out(self, problem: Problem) -> None:
+        """A row that is left out while training goes on."""
+        if self.run_folder.opened:
+            with (self.folder / "left_out.jsonl").open("a", encoding="utf-8") as file:
+                file.write(problem.as_json())
+
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
         found = replace(self.config, model_name_or_path=find_model(name))
@@ -252,11 +261,18 @@ class _Job:
 
     def _pairs(
         self, policy: Policy, source: Path | None = None
-    ) -> tuple[list[TokenPair], list[TokenPair]]:
+    ) -> tuple[Sequence[TokenPair], Sequence[TokenPair]]:
         """Training and held-out pairs, tokenised."""
         config = self.config
         train_file = config.dataset_name or str(source and source / "train.jsonl")
         eval_file = config.eval_file or (str(source / "eval.jsonl") if source else None)
+        if is_streamed(config, train_file):
+            self.left_out.sink = self._note_left_out
+            stream, apart, self.texts = streamed_pairs(
+                train_file, policy, config, self.left_out, self.console.say, not eval_file
+            )
+            self._check_row_options(train_file, list(self.texts.values()))
+            return stream, self._read(policy, eval_file) if eval_file else apart
         pairs = self._read(policy, train_file)
         if eval_file:
             return pairs, self._read(policy, eval_file)
@@ -309,12 +325,16 @@ class _Job:
                 f"{file}: the column weight or beta does not fit the loss: {error}"
             ) from None
 
-    def _sample_prompt(self, policy: Policy, pairs: list[TokenPair]) -> tuple[str, list[int]]:
+    def _sample_prompt(self, policy: Policy, pairs: Sequence[TokenPair]) -> tuple[str, list[int]]:
         """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""
         wanted = self.config.sample_prompt
         if wanted is None:
             pair = min(pairs, key=lambda p: len(p.prompt))
-            prompt = self.texts[pair.source].prompt
+            text = self.texts.get(pair.source)
+            if text is None:
+                ids = list(pair.prompt)
+                return policy.tokenizer.decode(ids), ids
+            prompt = text.prompt
             shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             return shown, list(pair.prompt)
         if policy.tokenizer.chat_template:
@@ -375,21 +395,6 @@ class _Job:
         names = ["metrics.jsonl", "training.png", "config.json", "summary.json", "left_out.jsonl"]
         there = [name for name in names if (self.folder / name).exists()]
         say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
-
-
-def truncation(config: Any) -> Truncation:
-    """What becomes of pairs that are too long, by the options of these names."""
-    return Truncation(
-        config.max_length,
-        config.truncation_mode,
-        config.max_prompt_length,
-        config.max_completion_length,
-    )
-
-
-def columns(config: Any) -> dict[str, str]:
-    """Our column -> the data's, by the option column_mapping."""
-    return dict(entry.split("=", 1) for entry in config.column_mapping or [])
 
 
 _LENGTH_REASONS = {

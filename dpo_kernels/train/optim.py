@@ -95,7 +95,7 @@ class Stepper:
             )
         rate = self.learning_rate
         try:
-            self._first.after_backward()
+            self._first.after_backward(loss)
             self.optimizer.step()
             self._first.after_step(self.optimizer)
         except FirstStepError as error:
