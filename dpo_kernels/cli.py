@@ -80,6 +80,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's drops the error of a reader that has left while a long text is written."""
+        if message:
+            (file or sys.stderr).write(message)
+
 
 def _others(rest: list[str], command: argparse.ArgumentParser, train: bool) -> dict[str, Any]:
     """Options of TRL's among the arguments that argparse does not know; the rest is a mistake."""

@@ -8,6 +8,7 @@ met, and the next usable one stands in its place, so that a step has its pairs w
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -52,6 +53,14 @@ class RowFile:
             where, row = json.loads(line)
             return where, row
         return f"{self.name}:{int(self.lines[number])}", object_of(line.strip())
+
+    def digest(self) -> str:
+        """sha256 of the file's bytes."""
+        found = hashlib.sha256()
+        self._file.seek(0)
+        while block := self._file.read(_BLOCK):
+            found.update(block)
+        return found.hexdigest()
 
     def close(self) -> None:
         self._file.close()
@@ -138,6 +147,12 @@ class StreamedPairs(Sequence[TokenPair]):
 
     def __iter__(self) -> Iterator[TokenPair]:
         return (self[i] for i in range(len(self)))
+
+    def digest(self) -> str:
+        """sha256 of the file and of which of its rows these are."""
+        found = hashlib.sha256(self.rows.astype("<i8").tobytes())
+        found.update(self.file.digest().encode())
+        return found.hexdigest()
 
     def text(self, number: int) -> PreferencePair | None:
         """The pair of a row of the file as texts."""

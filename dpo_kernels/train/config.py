@@ -32,13 +32,23 @@ def _option(default: Any, group: str, help: str, choices: tuple[str, ...] | None
 
 
 # The fused AdamW is AdamW; it is what TRL names by default.
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad", "adafactor")
+# transformers' that need nothing but the steps
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass
 class DPOTrainConfig:
-    """Everything a run depends on; saved as `config.json` in its folder."""
+    """Everything a run depends on; saved as `config.yaml` in its folder."""
 
     model_name_or_path: str | None = _option(
         None, "model", "model name or folder; without it (and without data) the embedded default"
@@ -58,6 +68,32 @@ class DPOTrainConfig:
     )
     device: str = _option("auto", "model", "cpu, cuda, cuda:0, ...; auto: a GPU if there is one")
     trust_remote_code: bool = _option(False, "model", "run modelling code that comes with a model")
+
+    use_peft: bool = _option(False, "adapter", "train a LoRA adapter alone; needs peft")
+    lora_r: int = _option(16, "adapter", "rank")
+    lora_alpha: int = _option(32, "adapter", "the update is scaled by lora_alpha / lora_r")
+    lora_dropout: float = _option(
+        0.05, "adapter", "taken for TRL's sake: dropout is always off, as its disable_dropout"
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata=_about(
+            "adapter", "layers by name, or all-linear; None: those that peft knows of the model"
+        ),
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata=_about("adapter", "parameters by name (experts that are no layers)")
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata=_about("adapter", "layers to train whole, beside the adapter")
+    )
+    use_rslora: bool = _option(False, "adapter", "scale by lora_alpha / sqrt(lora_r)")
+    use_dora: bool = _option(False, "adapter", "DoRA: magnitude and direction apart")
+    load_in_4bit: bool = _option(False, "adapter", "QLoRA: 4-bit weights; needs bitsandbytes")
+    load_in_8bit: bool = _option(False, "adapter", "8-bit weights; needs bitsandbytes")
+    bnb_4bit_quant_type: str = _option("nf4", "adapter", "of load_in_4bit", ("nf4", "fp4"))
+    use_bnb_nested_quant: bool = _option(False, "adapter", "of load_in_4bit: quantise the scales")
+    bnb_4bit_quant_storage: str | None = _option(None, "adapter", "dtype that holds 4-bit weights")
 
     dataset_name: str | None = _option(
         None, "data", "JSONL file of training pairs (alias: --train_file)"
@@ -154,9 +190,7 @@ class DPOTrainConfig:
     max_steps: int = _option(-1, "training", "optimizer steps in place of epochs; -1: epochs")
     optim: str = _option("adamw_torch", "training", "optimizer", OPTIMIZERS)
     learning_rate: float = _option(1e-6, "training", "peak learning rate")
-    lr_scheduler_type: str = _option(
-        "linear", "training", "schedule after the warm-up", ("linear", "cosine", "constant")
-    )
+    lr_scheduler_type: str = _option("linear", "training", "schedule after the warm-up", SCHEDULES)
     warmup_steps: float = _option(0, "training", "warm-up steps; below 1: a share of all steps")
     weight_decay: float = _option(0.0, "training", "decay of matrices (not of norms and biases)")
     adam_beta1: float = _option(0.9, "training", "AdamW's beta1")
@@ -177,6 +211,24 @@ class DPOTrainConfig:
         "training",
         "where the log-probs of chosen and rejected fall together",
         ("warn", "stop", "ignore"),
+    )
+    ema_decay: float = _option(
+        0.0, "training", "keep an average of the weights, which is what is saved (0.999); 0: none"
+    )
+    skip_nonfinite: int = _option(
+        0, "training", "steps that may be left out because their loss or gradient is not finite"
+    )
+    early_stopping_patience: int | None = _option(
+        None, "training", "stop after so many evaluations without a lower eval_loss"
+    )
+    learn_groups: bool = _option(
+        False,
+        "training",
+        "train an offset and a temperature of each `group` of rows beside the model",
+    )
+    group_learning_rate: float = _option(1e-2, "training", "learning rate of learn_groups")
+    group_l2: float = _option(
+        1e-3, "training", "L2 of learn_groups: pulls temperatures to 1 and offsets to 0"
     )
     sft_steps: int | None = _option(
         None,
@@ -200,6 +252,11 @@ class DPOTrainConfig:
         "recompute activations in the backward: less memory for about a third more "
         "time (TRL's default is on)",
     )
+    torch_compile: bool = _option(False, "speed", "compile the model below its head")
+    torch_compile_backend: str | None = _option(None, "speed", "of torch_compile; None: inductor")
+    torch_compile_mode: str | None = _option(
+        None, "speed", "of torch_compile: default, reduce-overhead, max-autotune, ..."
+    )
     compare_plain_torch: bool | None = _option(
         None,
         "speed",
@@ -210,8 +267,23 @@ class DPOTrainConfig:
     output_dir: str | None = _option(None, "output", "folder of the run; None: runs/<time>")
     overwrite_output_dir: bool = _option(False, "output", "write into a folder that is not empty")
     logging_steps: int = _option(10, "output", "steps between lines of metrics")
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata=_about("output", "trackio, tensorboard, wandb: metrics go there as well"),
+    )
+    run_name: str | None = _option(None, "output", "name of the run there; None: its folder's")
+    project: str = _option("dpo-kernels", "output", "project of the run there")
     eval_steps: int | None = _option(
         None, "output", "steps between evaluations; None: before and after training only"
+    )
+    save_steps: int = _option(
+        500, "output", "steps between checkpoints (the last step has one as well); 0: none"
+    )
+    save_total_limit: int | None = _option(
+        None, "output", "checkpoints to keep, the newest; None: all"
+    )
+    resume_from_checkpoint: str | None = _option(
+        None, "output", "go on from a checkpoint: its folder, or true for output_dir's newest"
     )
     sample_prompt: str | None = _option(
         None, "output", "text to complete before and after; None: a held-out prompt"
@@ -221,6 +293,13 @@ class DPOTrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if isinstance(self.report_to, str):
+            self.report_to = [self.report_to]
+        if isinstance(self.report_to, list):
+            self.report_to = [r for r in self.report_to if str(r).lower() not in ("none", "")]
+        resume = str(self.resume_from_checkpoint).lower()
+        if resume in ("true", "false", "none"):
+            self.resume_from_checkpoint = "true" if resume == "true" else None
         for f in fields(self):
             _check_type(f.name, getattr(self, f.name), _HINTS[f.name])
             choices = f.metadata["choices"]
@@ -256,16 +335,39 @@ class DPOTrainConfig:
                 )
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise UserError(f"max_steps must be at least 1, or -1 (epochs), got {self.max_steps}")
+        if self.max_steps < -1:
+            raise UserError(
+                f"max_steps must be at least 1, 0 (evaluate only) or -1 (epochs), got "
+                f"{self.max_steps}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.skip_nonfinite < 0:
+            raise UserError(f"skip_nonfinite must be at least 0, got {self.skip_nonfinite}")
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise UserError(
+                    "early_stopping_patience must be at least 1 or null, got "
+                    f"{self.early_stopping_patience}"
+                )
+            if self.eval_steps is None:
+                raise UserError("early_stopping_patience needs eval_steps: evaluations to look at")
         if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
             raise UserError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         if self.sft_steps is not None and self.sft_steps < 0:
             raise UserError(f"sft_steps must be at least 0 or null, got {self.sft_steps}")
+        if self.save_steps < 0:
+            raise UserError(f"save_steps must be at least 0, got {self.save_steps}")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise UserError(
+                f"save_total_limit must be at least 1 or null, got {self.save_total_limit}"
+            )
         if self.dataset_name == self.eval_file == "-":
             raise UserError("dataset_name and eval_file are both standard input (-)")
         for name in (
             "learning_rate",
+            "group_learning_rate",
+            "group_l2",
             "warmup_steps",
             "weight_decay",
             "max_grad_norm",
@@ -297,7 +399,7 @@ class DPOTrainConfig:
             )
         options = self.loss_options()
         try:
-            if self.uses_offset:
+            if self.uses_offset or self.learn_groups:
                 options["offset"] = torch.zeros(1)
             _, losses = dk.losses.resolve(options)
         except (ValueError, TypeError) as error:
@@ -355,8 +457,15 @@ class DPOTrainConfig:
         return mine
 
     def save(self, path: Path) -> None:
-        """Write the resolved configuration as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write the resolved configuration, as YAML or, by the file's name, as JSON."""
+        content = {**asdict(self), "resume_from_checkpoint": None}
+        if path.suffix == ".json":
+            text = json.dumps(content, indent=2) + "\n"
+        else:
+            import yaml  # transformers brings it
+
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
 
 
 _HINTS = get_type_hints(DPOTrainConfig)

@@ -9,10 +9,11 @@ set that ship with the package.
 from __future__ import annotations
 
 import json
-import resource
+import shlex
 import statistics
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,6 @@ from ..data import (
     Message,
     NoUsableRow,
     PreferencePair,
-    StreamedPairs,
     TokenPair,
     embedded,
     read_conversations,
@@ -39,17 +39,27 @@ from ..data import (
 )
 from ..data.left_out import Problem
 from ..models.versions import dtype_option
+from .adapters import check_adapter, name_base
+from .calibration import calibration
+from .card import write_card
+from .checkpoints import newest, of_the_disk, reason
 from .compare import step_times
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
 from .data_options import columns, is_streamed, streamed_pairs, truncation
-from .loop import TrainResult, evaluate, train, visited
+from .groups import Groups, group_summary, one_sided
+from .identity import identity
+from .loop import TrainResult, evaluate, train
+from .machine import peak_memory
 from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
-from .optim import epoch_order, total_steps
+from .optim import TrainingError
+from .order import epoch_order, steps_of, visited
 from .plots import plot_run
 from .reference import PairData, Referee
+from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .sft import train_sft
+from .sinks import Run, Sinks, check_sinks
 from .start import RunFolder, check_device, find_model, refuse_many_processes
 
 
@@ -79,19 +89,30 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     if own and config.sft_steps:
         raise UserError("sft_steps is of the embedded default: your own model is not fine-tuned")
     check_device(config.device)
+    check_adapter(config, bool(own))
+    check_sinks(config.report_to)
+    resumed = resumed_from(config, dk.__version__, console.say)
     if not console.is_terminal:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # a log file needs no bars of loading and saving
-    return _Job(config, own, RunFolder(config), console).run()
+    run_folder = RunFolder(config, resumed.path if resumed else None)
+    return _Job(config, own, run_folder, console, resumed).run()
 
 
 class _Job:
     """One run, its folder and what was left out of its data."""
 
     def __init__(
-        self, config: DPOTrainConfig, own: bool, run_folder: RunFolder, console: Console
+        self,
+        config: DPOTrainConfig,
+        own: bool,
+        run_folder: RunFolder,
+        console: Console,
+        resumed: Resumed | None = None,
     ) -> None:
+        self.resumed = resumed
+        self.sinks: Sinks | None = None
         self.config, self.own, self.console = config, own, console
         self.run_folder, self.folder = run_folder, run_folder.path
         self.policy: Policy | None = None
@@ -103,9 +124,17 @@ class _Job:
         """Run; whatever ends it early keeps the weights, or leaves nothing if there are none."""
         try:
             return self._run()
+        except Exception as error:
+            self._keep()
+            if of_the_disk(error) and not isinstance(error, UserError | DataError | TrainingError):
+                raise TrainingError(f"{self.folder}: {reason(error)}") from error
+            raise
         except BaseException:
             self._keep()
             raise
+        finally:
+            if self.sinks is not None:
+                self.sinks.close()
 
     def _keep(self) -> None:
         """Save a policy that has been trained; take a folder back in which nothing was trained."""
@@ -113,14 +142,23 @@ class _Job:
         if self.policy is None or not begun:
             self.run_folder.drop()
             return
-        if not self.saved:
-            with self.console.held():
-                save_policy(self.policy, self.folder / "model")
         what = "" if "training" in begun else " (SFT alone: training on pairs had not begun)"
-        print(
-            f"dpo-kernels: the run did not end; its weights are in {self.folder / 'model'}{what}",
-            file=sys.stderr,
-        )
+        kept = f"its weights are in {self.folder / 'model'}{what}"
+        if not self.saved:
+            try:
+                with self.console.held():
+                    save_policy(self.policy, self.folder / "model")
+            except Exception as error:  # told beside the error that ended the run
+                kept = f"its weights could not be saved: {reason(error)}"
+        _tell(f"the run did not end; {kept}")
+        last = newest(self.folder / "checkpoints")
+        if last is not None:
+            _tell(f"go on from {last.name} with: {self._command()}")
+
+    def _command(self) -> str:
+        """How this run is taken up again."""
+        file = shlex.quote(str(self.folder / "config.yaml"))
+        return f"dpo-kernels train --config {file} --resume_from_checkpoint true"
 
     def _run(self) -> dict[str, Any]:
         config, say = self.config, self.console.say
@@ -129,56 +167,82 @@ class _Job:
         if self.own:
             policy = self._users_model()
             train_pairs, eval_pairs = self._pairs(policy)
-            self._open_folder()
+            identity = self._identity(policy, train_pairs, eval_pairs)
+            self._open_folder(policy)
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
                 train_pairs, eval_pairs = self._pairs(policy, source)
-                self._open_folder()
+                identity = self._identity(policy, train_pairs, eval_pairs)
+                self._open_folder(policy)
                 self.policy = policy
-                self._sft(policy, source, len(train_pairs))
+                if self.resumed is None:
+                    self._sft(policy, source, len(train_pairs))
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
         referee = Referee(policy, config, self.console, self.own)
-        streamed = isinstance(train_pairs, StreamedPairs)
-        used = None if streamed else visited(len(train_pairs), config)
-        data = referee.data(train_pairs, "training pairs", used, live=streamed)
-        held_out = None
-        metrics = MetricsFile(self.folder / "metrics.jsonl")
-        before: dict[str, float] = {}
-        if eval_pairs:
-            held_out = referee.data(eval_pairs, "held-out pairs")
-            before = evaluate(policy, held_out, config, self.console, "before training")
-            metrics.write({"step": 0, "epoch": 0.0, **before})
-        referee.done()
+        data, held_out = references(referee, train_pairs, eval_pairs, self.folder, self.resumed)
+        if config.max_steps == 0 and held_out is None:
+            raise UserError(
+                "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
+                "eval_fraction"
+            )
+        groups = self._groups(policy, train_pairs)
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs[:64])
-        text_before = self._complete(policy, ids)
-        result = train(policy, data, held_out, config, metrics, self.console)
-        with self.console.held():  # before anything that could still fail
-            save_policy(policy, self.folder / "model")
-        self.saved = True
-        after: dict[str, float] = {}
-        if held_out is not None:
-            after = evaluate(policy, held_out, config, self.console, "after training")
-            metrics.write({"step": result.steps, "epoch": metrics.rows[-1]["epoch"], **after})
-        text_after = self._complete(policy, ids)
+        metrics = metrics_of(self.folder, self.resumed)
+        margins: list[float] = []
+        if self.resumed is None:
+            found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
+        else:
+            found = self.resumed.values["found"]
+        run = Run(self.folder, config, found["run_id"], self.resumed.step if self.resumed else 0)
+        self.sinks = Sinks(run, say)
+        metrics.beside = self.sinks.write
+        if self.resumed is None:
+            if held_out is not None:
+                found["before"] = evaluate(
+                    policy, held_out, config, self.console, "before training", margins=margins
+                )
+                metrics.write({"step": 0, "epoch": 0.0, **found["before"]})
+            found["text_before"] = self._complete(policy, ids)
+        before, text_before = found["before"], found["text_before"]
+        if config.max_steps == 0:  # to evaluate only
+            result, after, text_after = TrainResult(0, 0.0, 0.0, 0.0), before, text_before
+        else:
+            kept = {"version": dk.__version__, "identity": identity, "found": found}
+            keeper = Keeper.of(self.folder, config, kept, self.resumed)
+            result = train(policy, data, held_out, config, metrics, self.console, keeper, groups)
+            with self.console.held():  # before anything that could still fail
+                save_policy(policy, self.folder / "model")
+            self.saved = True
+            after, margins = {}, []
+            if held_out is not None:
+                after = evaluate(
+                    policy, held_out, config, self.console, "after training", groups, margins
+                )
+                epoch = metrics.rows[-1]["epoch"]
+                metrics.write({"step": result.steps, "epoch": epoch, **after})
+            text_after = self._complete(policy, ids)
         try:
             plot_run(metrics.rows, self.folder / "training.png", loss_title(config))
         except Exception as error:  # matplotlib is absent or broken: the run is none the worse
             say(f"warning: training.png was not drawn: {error}")
-        peak = _peak_memory(policy)
+        peak = peak_memory(policy.device)
         timing = self._timing(policy, data)
         summary = {
             "output_dir": str(self.folder),
             "backend": backend,
             "steps": result.steps,
+            "skipped_steps": result.skipped_steps,
             "pairs": len(train_pairs),
             "held_out_pairs": len(eval_pairs),
             "step0_loss": result.step0_loss,
             "step0_expected": result.step0_expected,
             "before": before,
             "after": after,
+            "calibration": calibration(margins),
+            **({"groups": group_summary(groups, train_pairs)} if groups is not None else {}),
             "sample": {"prompt": prompt, "before": text_before, "after": text_after},
             "median_step_time": result.median_step_time,
             "peak_memory_bytes": peak,
@@ -194,14 +258,27 @@ class _Job:
         # Rows that were left out are quoted as they came, with what no encoding holds.
         quoted = (text + "\n").encode("utf-8", "backslashreplace")
         (self.folder / "summary.json").write_bytes(quoted)
+        if self.saved:
+            write_card(self.folder / "model", config, summary, loss_title(config))
         self._report(summary, result)
         return summary
 
     # --- parts ---
 
-    def _open_folder(self) -> None:
+    def _identity(
+        self, policy: Policy, pairs: Sequence[TokenPair], held_out: Sequence[TokenPair]
+    ) -> dict[str, Any]:
+        """What the run's checkpoints belong to; one that is resumed must belong to the same."""
+        now = identity(self.config, policy.model, policy.tokenizer, pairs, held_out)
+        if self.resumed is not None:
+            self.resumed.check(now)
+        return now
+
+    def _open_folder(self, policy: Policy) -> None:
+        if self.config.save_steps:
+            check_room(policy, self.config, self.folder, self.console.say)
         self.run_folder.open(self.console.say)
-        self.config.save(self.folder / "config.json")
+        self.config.save(self.folder / "config.yaml")
         every = self.folder / "left_out.jsonl"
         self.left_out.write(every)
         if len(self.left_out.problems) > len(self.left_out.shown()):
@@ -215,10 +292,29 @@ class _Job:
             with (self.folder / "left_out.jsonl").open("a", encoding="utf-8") as file:
                 file.write(problem.as_json())
 
+    def _groups(self, policy: Policy, pairs: Sequence[TokenPair]) -> Groups | None:
+        """What is learned of the rows' groups beside the model."""
+        if not self.config.learn_groups:
+            return None
+        groups = Groups.of(pairs, self.config.group_l2).to(policy.device)
+        if not groups.names:
+            raise DataError("learn_groups: no row has a `group`")
+        loose = one_sided(pairs, self.config.label_smoothing > 0)
+        if loose:
+            self.console.say(
+                f"warning: learn_groups: all rows of {', '.join(loose[:8])} point one way, so "
+                "only group_l2 bounds the offset and the loss says little; write -GROUP where the "
+                "bias speaks for the rejected one, or give uncertain labels (label_smoothing)"
+            )
+        return groups
+
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
         found = replace(self.config, model_name_or_path=find_model(name))
-        return load_policy(found, self.console.say)
+        policy = load_policy(found, self.console.say)
+        if self.config.use_peft:
+            name_base(policy.model, name)
+        return policy
 
     def _small_model(self, source: Path) -> Policy:
         """A fresh model of the embedded configuration."""
@@ -241,11 +337,13 @@ class _Job:
         config = load_config(shared, sft)
         rows = read_conversations(source / "sft.jsonl", self.left_out)
         sequences = tokenize_conversations(rows, policy.tokenizer, config.max_length, self.left_out)
-        whole = _steps(len(sequences), config)
+        whole = steps_of(len(sequences), config)
         steps = self.config.sft_steps
+        if self.config.max_steps == 0 and steps is None:
+            steps = 0
         if steps is None:
             # A run cut short is cut short here as well: the recipe's two parts keep their ratio.
-            share = _steps(num_pairs, self.config) / _steps(num_pairs, load_config(dpo))
+            share = steps_of(num_pairs, self.config) / steps_of(num_pairs, load_config(dpo))
             steps = max(1, round(whole * min(share, 1.0)))
         if steps < whole:
             self.console.say(f"SFT: {steps} steps of the recipe's {whole} (--sft_steps sets them)")
@@ -380,11 +478,12 @@ class _Job:
             say(f"\nprompt: {sample['prompt']}")
             say(f"before: {sample['before']}")
             say(f"after:  {sample['after']}")
-        say(
-            f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer step "
-            f"(median of {result.steps}), peak memory {summary['peak_memory_bytes'] / 2**30:.2f} "
-            "GiB"
-        )
+        if result.steps:
+            say(
+                f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer "
+                f"step (median of {result.steps}), peak memory "
+                f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+            )
         if "step_seconds" in summary:
             ours, plain = summary["step_seconds"], summary["plain_torch_step_seconds"]
             say(
@@ -392,7 +491,7 @@ class _Job:
                 f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x"
             )
         say(self.left_out.summary())
-        names = ["metrics.jsonl", "training.png", "config.json", "summary.json", "left_out.jsonl"]
+        names = ["metrics.jsonl", "training.png", "config.yaml", "summary.json", "left_out.jsonl"]
         there = [name for name in names if (self.folder / name).exists()]
         say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
 
@@ -412,11 +511,6 @@ def no_pair_left(file: str, left_out: LeftOut, since: int) -> NoUsableRow:
     return left_out.nothing(file, what, since)
 
 
-def _steps(n: int, config: DPOTrainConfig) -> int:
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return total_steps(n, per_step, config)
-
-
 def loss_title(config: DPOTrainConfig) -> str:
     """The loss in words: "DPO: 0.8 sigmoid + 0.2 ipo + 0.5 SFT"."""
     weights = config.loss_weights or [1.0] * len(config.loss_type)
@@ -426,9 +520,5 @@ def loss_title(config: DPOTrainConfig) -> str:
     return "DPO: " + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)
 
 
-def _peak_memory(policy: Policy) -> int:
-    """Bytes: on a GPU what torch allocated, on a CPU the resident set of the process."""
-    if policy.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(policy.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _tell(text: str) -> None:
+    print(f"dpo-kernels: {text}", file=sys.stderr)

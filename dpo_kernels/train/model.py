@@ -26,6 +26,7 @@ from ..models.lm_head import head_parts, head_scaling
 from ..models.options import FusedOptions
 from ..models.shared_prompt import choose_sharing, trunk_states
 from ..models.structure import base_model_of, deterministic, trunk_of
+from .adapters import quantisation, with_adapter
 from .config import DPOTrainConfig, UserError
 
 if TYPE_CHECKING:
@@ -114,9 +115,10 @@ def load_policy(config: DPOTrainConfig, say: Callable[[str], None] = print) -> P
             dtype=torch.float32 if config.bf16 else dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            quantisation=quantisation(config),
             say=say,
         )
-    return prepare_policy(model, tokenizer, config, say)
+    return prepare_policy(with_adapter(model, config), tokenizer, config, say)
 
 
 def load_tokenizer(name: str, gguf_file: str | None, chat_template: str | None) -> Any:

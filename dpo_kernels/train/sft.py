@@ -14,10 +14,10 @@ from torch import Tensor
 from ..data import TokenSequence, make_sequence_batch
 from .config import DPOTrainConfig
 from .console import Console
-from .loop import step_indices
 from .metrics import MetricsFile
 from .model import Policy
-from .optim import Stepper, total_steps
+from .optim import Stepper
+from .order import step_indices, total_steps
 
 
 def train_sft(

@@ -13,16 +13,20 @@ from typing import Any
 import torch
 
 from ..data import Limits
+from .checkpoints import run_of
 from .config import DPOTrainConfig, UserError
 
 # What a run writes into its folder.
 RUN_FILES = (
-    "config.json",
+    "config.yaml",
     "metrics.jsonl",
     "sft_metrics.jsonl",
     "left_out.jsonl",
     "training.png",
     "model",
+    "checkpoints",
+    "tensorboard",
+    "wandb",
     "summary.json",
 )
 
@@ -102,14 +106,23 @@ def model_limits(name: str, gguf_file: str | None, say: Callable[[str], None]) -
 class RunFolder:
     """The folder of a run: checked at the start, made when there is something to write."""
 
-    def __init__(self, config: DPOTrainConfig) -> None:
-        self.path = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
+    def __init__(self, config: DPOTrainConfig, resumed: Path | None = None) -> None:
+        """`resumed`: the checkpoint to go on from, whose run's folder is this one or another."""
+        self.path = Path(
+            config.output_dir
+            or (resumed and run_of(resumed))
+            or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+        )
         config.output_dir = str(self.path)
         self._made: list[Path] = []
         self.opened = False
+        self.resumed = resumed is not None and run_of(resumed) == self.path.absolute()
+        # One that was to go on and has no checkpoint yet begins again in its own folder.
+        again = config.resume_from_checkpoint == "true" and (self.path / "config.yaml").is_file()
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir: {self.path} is a file")
-        if self.path.is_dir() and any(self.path.iterdir()) and not config.overwrite_output_dir:
+        free = config.overwrite_output_dir or self.resumed or again
+        if self.path.is_dir() and any(self.path.iterdir()) and not free:
             raise UserError(
                 f"output_dir: {self.path} is not empty; choose another or pass "
                 "--overwrite_output_dir"
@@ -120,6 +133,8 @@ class RunFolder:
 
     def open(self, say: Callable[[str], None]) -> None:
         """Make the folder; the files of an earlier run go, what no run wrote stays."""
+        if self.resumed:
+            return
         whole = self.path.absolute()
         self._made = [p for p in (whole, *whole.parents) if not p.exists()]
         try:

@@ -12,36 +12,33 @@ from typing import Any
 
 _OFF: tuple[Any, ...] = (None, False, "", [], {}, 0, "none", "no")
 
-_NO_CHECKPOINTS = "no checkpoints are written: the model is saved at the end, and when a run stops"
+_CHECKPOINTS = "checkpoints hold the whole run, every save_steps; the model is saved at the end"
 _ONE_PROCESS = "training runs on one device in one process"
-_NO_ADAPTERS = "adapters and quantised weights are not trained here (TRL with our integration is)"
 _NO_WORKERS = "batches are made in the process itself, without a data loader"
 _LOCAL_FILE = "data comes from a file (dataset_name, eval_file)"
 _NO_HUB = "nothing is uploaded: the trained model is a folder"
-_LOGGED = "metrics are written to metrics.jsonl in the run's folder"
+_LOGGED = "metrics are written to metrics.jsonl in the run's folder, and to what report_to names"
 _PLAIN_OPTIMIZER = "optimizers are set by learning_rate, weight_decay, adam_* and max_grad_norm"
 _REFERENCE_ONCE = "the reference is the starting policy, and its log-probs are computed once"
 _PRECISION = "the dtype of the weights is the option dtype"
 
 # reason -> names
 _REFUSED: dict[str, str] = {
-    _NO_CHECKPOINTS: "save_steps save_strategy save_total_limit save_only_model save_on_each_node "
-    "enable_jit_checkpoint resume_from_checkpoint load_best_model_at_end metric_for_best_model "
-    "greater_is_better ignore_data_skip restore_callback_states_from_checkpoint",
+    _CHECKPOINTS: "save_only_model save_on_each_node enable_jit_checkpoint "
+    "load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip "
+    "restore_callback_states_from_checkpoint",
     _ONE_PROCESS: "fsdp fsdp_config deepspeed ddp_find_unused_parameters ddp_bucket_cap_mb "
     "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout accelerator_config "
     "parallelism_config local_rank ignore_bias_buffers log_on_each_node log_level_replica "
     "average_tokens_across_devices",
-    _NO_ADAPTERS: "use_peft lora_r lora_alpha lora_dropout lora_target_modules "
-    "lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora load_in_8bit "
-    "load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+    "adapters are those of causal language models": "lora_task_type",
     _NO_WORKERS: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
     "dataloader_multiprocessing_context length_column_name group_by_length",
     _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split",
     _NO_HUB: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
     "hub_revision",
-    _LOGGED: "report_to run_name project logging_dir trackio_space_id trackio_bucket_id "
+    _LOGGED: "logging_dir trackio_space_id trackio_bucket_id "
     "trackio_static_space_id logging_strategy logging_first_step logging_nan_inf_filter log_level "
     "include_num_input_tokens_seen disable_tqdm",
     _PRECISION: "bf16 fp16 bf16_full_eval fp16_full_eval tf32",
@@ -50,8 +47,7 @@ _REFUSED: dict[str, str] = {
     "the loss is smoothed by label_smoothing": "label_smoothing_factor",
     "checkpointing is on or off (gradient_checkpointing)": "gradient_checkpointing_kwargs "
     "activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps",
-    "the kernels of this package are the ones that run": "use_liger_kernel liger_kernel_config "
-    "torch_compile torch_compile_backend torch_compile_mode",
+    "the kernels of this package are the ones that run": "use_liger_kernel liger_kernel_config",
     "training looks for no batch size": "auto_find_batch_size",
     "noise on the embeddings would make policy and reference differ": "neftune_noise_alpha",
     "evaluation is the mean over all held-out pairs, in steps of eval_steps": "eval_strategy "
@@ -73,7 +69,7 @@ _REFUSED: dict[str, str] = {
 
 # What happens here anyway, beside `_OFF`.
 _TAKEN: dict[str, tuple[Any, ...]] = {
-    "save_only_model": (True,),
+    "enable_jit_checkpoint": (True,),
     "local_rank": (-1,),
     "ddp_timeout": (1800,),
     "logging_strategy": ("steps",),
@@ -87,14 +83,13 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "average_tokens_across_devices": (True,),
     "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
     "dataset_train_split": ("train",),
-    "report_to": (["none"],),
     # What `DPOConfig().to_dict()` writes of settings that mean nothing here, or nothing alone.
     "label_smoothing_factor": (0.0,),
+    "lora_task_type": ("causal_lm",),
     "log_on_each_node": (True,),
     "logging_nan_inf_filter": (True,),
     "log_level": ("passive",),
     "log_level_replica": ("warning",),
-    "project": ("huggingface",),
     "eval_do_concat_batches": (True,),
     "hub_token": ("<hub_token>",),
     "hub_strategy": ("every_save",),
@@ -116,7 +111,7 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
 _NOT_OFF = ("disable_dropout", "logging_strategy")
 
 REASONS = {name: reason for reason, names in _REFUSED.items() for name in names.split()}
-TRANSLATED = ("warmup_ratio", "use_cpu", "activation_checkpointing")
+TRANSLATED = ("save_strategy", "warmup_ratio", "use_cpu", "activation_checkpointing")
 NAMES = (*REASONS, *TRANSLATED)
 
 
@@ -144,6 +139,10 @@ def translate(name: str, value: Any, others: Mapping[str, Any]) -> dict[str, Any
 
 
 def _translated(name: str, value: Any, others: Mapping[str, Any]) -> dict[str, Any]:
+    if name == "save_strategy":
+        if value not in ("steps", "no"):
+            raise ValueError(f"save_strategy must be steps or no, got {value!r}: see save_steps")
+        return {} if value == "steps" else {"save_steps": 0}
     if name == "warmup_ratio":
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {value!r}")

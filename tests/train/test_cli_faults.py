@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_cli import chats, model, refused, run  # noqa: F401 (model is a fixture)
 from test_data import bot, byte_tokenizer, user, write
 from test_train import one_thread, tiny_model  # noqa: F401 (a fixture)
@@ -200,8 +201,8 @@ def test_numbers_that_make_no_sense(
 
 
 def test_trls_options_are_taken_or_refused_by_name(train: list[Any], capsys: Capture) -> None:
-    line = refused(capsys, *train, "--save_steps", "100")
-    assert "save_steps=100" in line and "no checkpoints are written" in line
+    line = refused(capsys, *train, "--save_only_model", "true")
+    assert "save_only_model=True" in line and "checkpoints hold the whole run" in line
     assert "report_to='wandb'" in refused(capsys, *train, "--report_to", "wandb")
     given = [
         "--report_to",
@@ -214,7 +215,7 @@ def test_trls_options_are_taken_or_refused_by_name(train: list[Any], capsys: Cap
         "False",
     ]
     assert run(*train, *given) == 0
-    config = json.loads((folder_of(train) / "config.json").read_text())
+    config = yaml.safe_load((folder_of(train) / "config.yaml").read_text())
     assert (config["warmup_steps"], config["device"]) == (0.5, "cpu")
 
 
@@ -223,7 +224,7 @@ def test_trls_options_are_taken_or_refused_by_name(train: list[Any], capsys: Cap
     [
         ({"warmup_ratio": 2}, "warmup_ratio must be in"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, "give one of them"),
-        ({"use_peft": True}, "use_peft=True is an option of TRL's"),
+        ({"push_to_hub": True}, "push_to_hub=True is an option of TRL's"),
         ({"disable_dropout": False}, "dropout is always off"),
         ({"eval_strategy": "epoch"}, "eval_strategy='epoch'"),
         ({"eval_strategy": "steps"}, "eval_strategy='steps'"),
@@ -242,7 +243,7 @@ def test_options_of_trl(options: dict[str, Any], message: str) -> None:
 def test_trls_options_that_say_what_happens_anyway() -> None:
     taken = {
         "report_to": [],
-        "save_strategy": "no",
+        "save_strategy": "steps",
         "disable_dropout": True,
         "fp16": False,
         "precompute_ref_log_probs": True,
@@ -298,7 +299,7 @@ def test_switches_that_are_turned_off(train: list[Any]) -> None:
     """As `--no_remove_unused_columns`, which TRL's own examples carry."""
     off = ["--no_remove_unused_columns", "--no-gradient-checkpointing", "--no_push_to_hub"]
     assert run(*train, *off) == 0
-    config = json.loads((folder_of(train) / "config.json").read_text())
+    config = yaml.safe_load((folder_of(train) / "config.yaml").read_text())
     assert config["gradient_checkpointing"] is False
 
 
@@ -430,12 +431,13 @@ def test_a_failed_start_leaves_nothing(train: list[Any], tmp_path: Path, capsys:
 def test_a_start_interrupted_before_training_leaves_nothing(
     train: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from dpo_kernels.train import job
+
+    from dpo_kernels.train import resume
 
     def killed(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(job.Referee, "data", killed)
+    monkeypatch.setattr(resume.Referee, "data", killed)
     assert run(*train) == 143
     assert not folder_of(train).exists()
 
