@@ -52,6 +52,10 @@ class DPOTrainConfig(
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type: Any = [self.loss_type]
+        if isinstance(self.report_to, str):
+            self.report_to: Any = [self.report_to]
+        if isinstance(self.report_to, list):
+            self.report_to = [r for r in self.report_to if str(r).lower() not in ("none", "")]
         resume = str(self.resume_from_checkpoint).lower()
         if resume in ("true", "false", "none"):
             self.resume_from_checkpoint = "true" if resume == "true" else None
@@ -84,8 +88,23 @@ class DPOTrainConfig(
                 )
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise UserError(f"max_steps must be at least 1, or -1 (epochs), got {self.max_steps}")
+        if self.max_steps < -1:
+            raise UserError(
+                f"max_steps must be at least 1, 0 (evaluate only) or -1 (epochs), got "
+                f"{self.max_steps}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.skip_nonfinite < 0:
+            raise UserError(f"skip_nonfinite must be at least 0, got {self.skip_nonfinite}")
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise UserError(
+                    "early_stopping_patience must be at least 1 or null, got "
+                    f"{self.early_stopping_patience}"
+                )
+            if self.eval_steps is None:
+                raise UserError("early_stopping_patience needs eval_steps: evaluations to look at")
         if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
             raise UserError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         if self.sft_steps is not None and self.sft_steps < 0:

@@ -17,10 +17,10 @@ import torch
 from ..data import ScoredBatch, TokenPair, embedded
 from .config import DPOTrainConfig, UserError, refusals
 from .console import Console
-from .ending import peak_memory
 from .fit import ADVICE, available, device_of, shown, step_memory
 from .job import Job, resolve
 from .loop import PairLoss, chosen_tokens, parts_of
+from .machine import peak_memory
 from .model import Policy
 from .optim import Stepper
 from .order import step_indices, total_steps
@@ -67,7 +67,7 @@ class _DryRun(Job):
         return {**counts, **memory, **self._times(policy, pairs, held_out, counts)}
 
     def _counts(
-        self, policy: Policy, pairs: list[TokenPair], held_out: list[TokenPair]
+        self, policy: Policy, pairs: Sequence[TokenPair], held_out: Sequence[TokenPair]
     ) -> dict[str, Any]:
         """Batches and tokens of the whole run, and what the layout saves."""
         config, say = self.config, self.console.say
@@ -105,7 +105,7 @@ class _DryRun(Job):
             "left_out": self.left_out.counts(),
         }
 
-    def _layout(self, policy: Policy, pairs: list[TokenPair]) -> tuple[int, int]:
+    def _layout(self, policy: Policy, pairs: Sequence[TokenPair]) -> tuple[int, int]:
         """Positions that the trunk computes of a sample of batches, and padded ones of the same."""
         computed = padded = 0
         for indices in _micro_batches(pairs, self.config)[:_SAMPLED]:
@@ -115,7 +115,7 @@ class _DryRun(Job):
         return computed, padded
 
     def _memory(
-        self, policy: Policy, pairs: list[TokenPair], longest: list[int], room: int | None
+        self, policy: Policy, pairs: Sequence[TokenPair], longest: list[int], room: int | None
     ) -> dict[str, Any]:
         """The largest step's memory; `UserError` if it is more than there is."""
         say = self.console.say
@@ -137,8 +137,8 @@ class _DryRun(Job):
     def _times(
         self,
         policy: Policy,
-        pairs: list[TokenPair],
-        held_out: list[TokenPair],
+        pairs: Sequence[TokenPair],
+        held_out: Sequence[TokenPair],
         counts: dict[str, Any],
     ) -> dict[str, Any]:
         """The time of the run, from two steps at learning rate 0 over a batch of middling size."""
@@ -175,7 +175,7 @@ class _DryRun(Job):
         )
         if not self.own or config.sft_file is not None:
             say("  supervised steps and samples are not in it")
-        say(f"peak memory of these steps: {shown(peak_memory(policy))}")
+        say(f"peak memory of these steps: {shown(peak_memory(policy.device))}")
         say("\ndry run: nothing was trained, nothing was written")
         return {"step_seconds": step, "seconds": training + scoring + rest}
 

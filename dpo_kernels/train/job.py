@@ -8,10 +8,10 @@ set that ship with the package.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,27 +35,31 @@ from ..data import (
     tokenize_conversations,
     tokenize_pairs,
 )
+from ..data.left_out import Problem
 from ..models.versions import dtype_option
 from .adapters import check_adapter, name_base
 from .calibration import calibration
+from .card import write_card
 from .checkpoints import newest, of_the_disk, reason
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
+from .data_options import columns, is_streamed, streamed_pairs, truncation
+from .ending import draw, last_fields, no_pair_left, plain_torch_times, report, write_summary
 from .ending import loss_title as loss_title
-from .ending import peak_memory, plain_torch_times, report
 from .fit import check_fits
 from .groups import Groups, group_summary, one_sided
 from .identity import identity
-from .loop import evaluate, train
+from .loop import TrainResult, evaluate, train
+from .machine import peak_memory
 from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
 from .optim import TrainingError
 from .order import epoch_order, steps_of
-from .plots import plot_run
-from .reading import columns, no_pair_left, truncation
+from .reference import Referee
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .run_options import GROUPS
-from .sft import SupervisedRows, train_sft
+from .sft import SupervisedRows, fine_tune, train_sft
+from .sinks import Run, Sinks, check_sinks
 from .start import RunFolder, check_device, find_model, quiet_bars, refuse_many_processes
 
 
@@ -76,6 +80,7 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     config, own = resolve(options)
     check_device(config.device)
     check_adapter(config, own)
+    check_sinks(config.report_to)
     resumed = resumed_from(config, dk.__version__, console.say)
     quiet_bars(console)
     run_folder = RunFolder(config, resumed.path if resumed else None)
@@ -119,6 +124,7 @@ class Job:
         resumed: Resumed | None = None,
     ) -> None:
         self.resumed = resumed
+        self.sinks: Sinks | None = None
         self.config, self.own, self.console = config, own, console
         self.run_folder, self.folder = run_folder, run_folder.path
         self.policy: Policy | None = None
@@ -138,6 +144,9 @@ class Job:
         except BaseException:
             self._keep()
             raise
+        finally:
+            if self.sinks is not None:
+                self.sinks.close()
 
     def _keep(self) -> None:
         """Save a policy that has been trained; take a folder back in which nothing was trained."""
@@ -176,7 +185,7 @@ class Job:
             self._open_folder(policy)
             if self.resumed is None:
                 self.policy = policy
-                self._own_sft(policy, conversations)
+                fine_tune(policy, conversations, config, self.folder, self.console)
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
@@ -189,54 +198,60 @@ class Job:
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-        data, held_out = references(
-            policy,
-            train_pairs,
-            eval_pairs,
-            config,
-            self.console,
-            self.folder,
-            self.resumed,
-            self.own,
-        )
+        referee = Referee(policy, config, self.console, self.own)
+        data, held_out = references(referee, train_pairs, eval_pairs, self.folder, self.resumed)
+        if config.max_steps == 0 and held_out is None:
+            raise UserError(
+                "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
+                "eval_fraction"
+            )
         groups = self._learned_groups(policy, train_pairs)
-        prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
+        prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs[:64])
         metrics = metrics_of(self.folder, self.resumed)
+        margins: list[float] = []
         if self.resumed is None:
-            found: dict[str, Any] = {"before": {}, "text_before": ""}
+            found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
+        else:
+            found = self.resumed.values["found"]
+        run = Run(self.folder, config, found["run_id"], self.resumed.step if self.resumed else 0)
+        self.sinks = Sinks(run, say)
+        metrics.beside = self.sinks.write
+        if self.resumed is None:
             if held_out is not None:
                 found["before"] = evaluate(
-                    policy, held_out, config, self.console, "before training"
+                    policy, held_out, config, self.console, "before training", margins=margins
                 )
                 metrics.write({"step": 0, "epoch": 0.0, **found["before"]})
             found["text_before"] = self._complete(policy, ids)
-        else:
-            found = {k: self.resumed.values["found"][k] for k in ("before", "text_before")}
         before, text_before = found["before"], found["text_before"]
-        kept = {"version": dk.__version__, "identity": identity, "found": found}
-        keeper = Keeper.of(self.folder, config, kept, self.resumed)
-        beside = SupervisedRows(policy, conversations, config) if config.sft_rows else None
-        result = train(
-            policy, data, held_out, config, metrics, self.console, keeper, groups, beside
-        )
-        with self.console.held():  # before anything that could still fail
-            save_policy(policy, self.folder / "model")
-        self.saved = True
-        after: dict[str, float] = {}
-        margins: list[float] = []
-        if held_out is not None:
-            after = evaluate(
-                policy, held_out, config, self.console, "after training", groups, margins
+        if config.max_steps == 0:  # to evaluate only
+            result, after, text_after = TrainResult(0, 0.0, 0.0, 0.0), before, text_before
+        else:
+            kept = {"version": dk.__version__, "identity": identity, "found": found}
+            keeper = Keeper.of(self.folder, config, kept, self.resumed)
+            beside = SupervisedRows(policy, conversations, config) if config.sft_rows else None
+            result = train(
+                policy, data, held_out, config, metrics, self.console, keeper, groups, beside
             )
-            metrics.write({"step": result.steps, "epoch": metrics.rows[-1]["epoch"], **after})
-        text_after = self._complete(policy, ids)
-        self._draw(metrics, loss_title(config))
-        peak = peak_memory(policy)
+            with self.console.held():  # before anything that could still fail
+                save_policy(policy, self.folder / "model")
+            self.saved = True
+            after, margins = {}, []
+            if held_out is not None:
+                after = evaluate(
+                    policy, held_out, config, self.console, "after training", groups, margins
+                )
+                epoch = metrics.rows[-1]["epoch"]
+                metrics.write({"step": result.steps, "epoch": epoch, **after})
+            text_after = self._complete(policy, ids)
+        draw(metrics, self.folder, loss_title(config), say)
+        peak = peak_memory(policy.device)
         timing = plain_torch_times(policy, data, config, self.own)
         summary = {
             "output_dir": str(self.folder),
             "backend": backend,
             "steps": result.steps,
+            "skipped_steps": result.skipped_steps,
             "pairs": len(train_pairs),
             "held_out_pairs": len(eval_pairs),
             "step0_loss": result.step0_loss,
@@ -249,34 +264,13 @@ class Job:
             "median_step_time": result.median_step_time,
             "peak_memory_bytes": peak,
             **timing,
-            **self._ending(began),
+            **last_fields(self.left_out, began),
         }
-        self._write_summary(summary)
+        write_summary(self.folder, summary)
+        if self.saved:
+            write_card(self.folder / "model", config, summary, loss_title(config))
         report(summary, result, self.left_out, say)
         return summary
-
-    def _draw(self, metrics: MetricsFile, title: str) -> None:
-        try:
-            plot_run(metrics.rows, self.folder / "training.png", title)
-        except Exception as error:  # matplotlib is absent or broken: the run is none the worse
-            self.console.say(f"warning: training.png was not drawn: {error}")
-
-    def _ending(self, began: float) -> dict[str, Any]:
-        """What every summary ends with."""
-        return {
-            "left_out": self.left_out.counts(),
-            "left_out_rows": self.left_out.shown(),
-            "data": dict(self.left_out.notes),
-            "seconds": time.perf_counter() - began,
-            "version": dk.__version__,
-            "torch": torch.__version__,
-        }
-
-    def _write_summary(self, summary: dict[str, Any]) -> None:
-        text = json.dumps(summary, indent=2, ensure_ascii=False)
-        # Rows that were left out are quoted as they came, with what no encoding holds.
-        quoted = (text + "\n").encode("utf-8", "backslashreplace")
-        (self.folder / "summary.json").write_bytes(quoted)
 
     # --- parts ---
 
@@ -304,7 +298,13 @@ class Job:
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
 
-    def _learned_groups(self, policy: Policy, pairs: list[TokenPair]) -> Groups | None:
+    def _note_left_out(self, problem: Problem) -> None:
+        """A row that is left out while training goes on."""
+        if self.run_folder.opened:
+            with (self.folder / "left_out.jsonl").open("a", encoding="utf-8") as file:
+                file.write(problem.as_json())
+
+    def _learned_groups(self, policy: Policy, pairs: Sequence[TokenPair]) -> Groups | None:
         """What is learned of the rows' groups beside the model."""
         if not self.config.learn_groups:
             return None
@@ -355,6 +355,8 @@ class Job:
         sequences = tokenize_conversations(rows, policy.tokenizer, config.max_length, self.left_out)
         whole = steps_of(len(sequences), config)
         steps = self.config.sft_steps
+        if self.config.max_steps == 0 and steps is None:
+            steps = 0
         if steps is None:
             # A run cut short is cut short here as well: the recipe's two parts keep their ratio.
             share = steps_of(num_pairs, self.config) / steps_of(num_pairs, load_config(dpo))
@@ -391,29 +393,20 @@ class Job:
             raise no_pair_left(file, self.left_out, since, "conversation")
         return sequences
 
-    def _own_sft(self, policy: Policy, sequences: list[TokenSequence]) -> None:
-        """Supervised steps on `sft_file` before the pairs."""
-        steps = self.config.sft_steps
-        if not sequences or steps == 0 or (steps is None and self.config.sft_rows):
-            return
-        config = replace(
-            self.config,
-            learning_rate=self.config.sft_learning_rate,
-            max_steps=-1 if steps is None else steps,
-            num_train_epochs=1.0,
-            eval_steps=None,
-        )
-        metrics = MetricsFile(self.folder / "sft_metrics.jsonl")
-        loss = train_sft(policy, sequences, config, metrics, self.console)
-        self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
-
     def _pairs(
         self, policy: Policy, source: Path | None = None
-    ) -> tuple[list[TokenPair], list[TokenPair]]:
+    ) -> tuple[Sequence[TokenPair], Sequence[TokenPair]]:
         """Training and held-out pairs, tokenised."""
         config = self.config
         train_file = config.dataset_name or str(source and source / "train.jsonl")
         eval_file = config.eval_file or (str(source / "eval.jsonl") if source else None)
+        if is_streamed(config, train_file):
+            self.left_out.sink = self._note_left_out
+            stream, apart, self.texts = streamed_pairs(
+                train_file, policy, config, self.left_out, self.console.say, not eval_file
+            )
+            self._check_row_options(train_file, list(self.texts.values()))
+            return stream, self._read(policy, eval_file) if eval_file else apart
         pairs = self._read(policy, train_file)
         if eval_file:
             return pairs, self._read(policy, eval_file)
@@ -471,12 +464,16 @@ class Job:
                 f"{file}: the column weight or beta does not fit the loss: {error}"
             ) from None
 
-    def _sample_prompt(self, policy: Policy, pairs: list[TokenPair]) -> tuple[str, list[int]]:
+    def _sample_prompt(self, policy: Policy, pairs: Sequence[TokenPair]) -> tuple[str, list[int]]:
         """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""
         wanted = self.config.sample_prompt
         if wanted is None:
             pair = min(pairs, key=lambda p: len(p.prompt))
-            prompt = self.texts[pair.source].prompt
+            text = self.texts.get(pair.source)
+            if text is None:
+                ids = list(pair.prompt)
+                return policy.tokenizer.decode(ids), ids
+            prompt = text.prompt
             shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             return shown, list(pair.prompt)
         return self._wanted_prompt(policy, wanted)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dpo_kernels as dk
 
@@ -27,9 +27,11 @@ from ..models.step0 import WrongReference
 from ..models.step0 import check_step0 as check_same
 from ..models.step1 import FirstStepError, check_ends, check_scored
 from ..models.structure import deterministic
+from .averages import Average
 from .config import DPOTrainConfig
 from .console import Console
 from .groups import Groups
+from .machine import compiled, peak_memory
 from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
 from .optim import Stepper, TrainingError
@@ -50,6 +52,7 @@ class TrainResult:
     median_step_time: float  # seconds, the first step left out
     step0_loss: float
     step0_expected: float
+    skipped_steps: int = 0
 
 
 class PairLoss:
@@ -157,9 +160,8 @@ def check_step0(
 ) -> tuple[float, float]:
     """(loss, loss at zero log-ratios) of one batch before the first step; they must be equal.
 
-    The policy is the reference (unless that is a model of its own) and its noise is off, so every
-    log-ratio is zero: for `sigmoid` the loss is log 2. Anything else means another reference, or
-    kernels that disagree.
+    The policy is the reference and its noise is off, so every log-ratio is zero: for `sigmoid` the
+    loss is log 2. Anything else means another reference, or kernels that disagree.
     """
     loss = PairLoss(policy, config)
     loss.function.eval()
@@ -167,7 +169,7 @@ def check_step0(
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
     assert out.rewards is not None and out.pair_logps is not None
-    if data.reference and config.ref_model_name_or_path is None:
+    if data.reference and not config.ref_model_name_or_path:
         options = config.loss_options()
         try:
             check_same(
@@ -228,6 +230,15 @@ def parts_of(
     return parts
 
 
+@dataclass
+class Work:
+    """What a step ran over."""
+
+    tokens: int = 0  # real ones, prompts counted in each sequence
+    computed: int = 0  # positions of the trunk's calls
+    padded: int = 0  # positions of the same batches, each sequence padded to the longest
+
+
 def _gradients(
     loss: PairLoss,
     data: PairData,
@@ -235,13 +246,14 @@ def _gradients(
     config: DPOTrainConfig,
     meter: PairMeter,
     falling: FallingWatch,
-) -> tuple[Tensor, int]:
-    """Accumulate the gradients of one optimizer step's pairs; (loss, tokens) of the step."""
+) -> tuple[Tensor, Work]:
+    """Accumulate the gradients of one optimizer step's pairs; the step's loss, and its work."""
     micro = config.per_device_train_batch_size
     num_chosen = chosen_tokens([data.pairs[i] for i in indices])
-    total, tokens = torch.zeros((), device=loss.policy.device), 0
+    total, work = torch.zeros((), device=loss.policy.device), Work()
     for start in range(0, len(indices), micro):
         batch_indices = indices[start : start + micro]
+        work.padded += _padded([data.pairs[i] for i in batch_indices])
         router = bool(loss.policy.router_weight)
         for part in parts_of(batch_indices, data.pairs, config, loss.policy.device, router):
             out, batch = loss(data, part, len(indices), num_chosen)
@@ -252,11 +264,17 @@ def _gradients(
             if data.reference and out.rewards is not None and out.pair_logps is not None:
                 names = batch.sources[: len(part)]
                 falling.add(out.rewards, out.pair_logps, config.beta, names)
-            tokens += batch.num_tokens
+            work.tokens += batch.num_tokens
+            work.computed += sum(call.input_ids.numel() for call in batch.calls)
             del out, batch  # the graph's last references: free it before the next forward
     if loss.groups is not None:
         loss.groups.penalty([data.pairs[i] for i in indices]).backward()
-    return total, tokens
+    return total, work
+
+
+def _padded(pairs: Sequence[TokenPair]) -> int:
+    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
+    return 2 * len(pairs) * longest
 
 
 def train(
@@ -307,9 +325,12 @@ class _Loop:
         self.stepper = Stepper(policy.model, config, self.steps, groups)
         self.loss = PairLoss(policy, config, groups)
         self.progress = Progress()
-        modules: dict[str, nn.Module] = {"loss": self.loss.function}
+        self.average = Average(policy.model, config.ema_decay) if config.ema_decay else None
+        modules: dict[str, Any] = {"loss": self.loss.function}
         if groups is not None:
             modules["groups"] = groups
+        if self.average is not None:
+            modules["average"] = self.average
         live = data.reference if isinstance(data.reference, LiveReference) else None
         if live is not None and (live.every or fine_tuned_first(config)):
             modules["reference"] = live.reference.model  # no start of the run gives it again
@@ -334,74 +355,127 @@ class _Loop:
         rest = itertools.islice(plan, progress.step, None)
         left = self.steps - progress.step
         try:
-            for indices, epoch in self.console.progress(
-                rest, "training", left, "steps", lines=False
-            ):
-                self.between = False
-                self._step(indices, epoch)
-                self.between = True
+            with compiled(self.policy.model, config):
+                for indices, epoch in self.console.progress(
+                    rest, "training", left, "steps", lines=False
+                ):
+                    if self._patience_is_over():
+                        break
+                    self.between = False
+                    self._step(indices, epoch)
+                    self.between = True
         except KeyboardInterrupt:
             if self.between:
                 with self.console.held():
                     self.keeper.save(self.state, len(self.metrics.rows), wait=True)
             raise
+        if self.keeper.every:
+            self.keeper.save(self.state, len(self.metrics.rows))
         self.keeper.finish()
+        if self.average is not None:
+            self.average.put_into_model()
         rest_times = sorted(progress.times[1:] or progress.times)
-        return TrainResult(self.steps, rest_times[len(rest_times) // 2], *progress.step0)
+        median = rest_times[len(rest_times) // 2]
+        return TrainResult(progress.step, median, *progress.step0, progress.skipped_steps)
+
+    def _patience_is_over(self) -> bool:
+        patience = self.config.early_stopping_patience
+        if patience is None or self.progress.worse < patience:
+            return False
+        self.console.say(
+            f"stopped at step {self.progress.step}: {patience} evaluations without an eval_loss "
+            f"below {self.progress.best:.4f}"
+        )
+        return True
 
     def _step(self, indices: list[int], epoch: float) -> None:
         progress, config = self.progress, self.config
         began = time.perf_counter()
         step = progress.step + 1
-        total, tokens = _gradients(
-            self.loss, self.data, indices, config, progress.meter, self.falling
-        )
+        state = None if self.loss.function.state is None else self.loss.function.state.clone()
+        meter = PairMeter()
+        total, work = _gradients(self.loss, self.data, indices, config, meter, self.falling)
         if self.beside is not None:
             more, self.added = self.beside.gradients(step)
             total = total + more
         sources = [self.data.pairs[i].source for i in indices]
-        extra = self.stepper.step(total, f"step {step}", sources)
+        may_skip = progress.skipped_steps < config.skip_nonfinite
+        extra = self.stepper.step(total, f"step {step}", sources, may_skip)
+        skipped = extra.pop("skipped", None)
+        if skipped is not None:
+            progress.skipped_steps += 1
+            self.console.say(f"warning: left out: {skipped}")
+            if state is not None and self.loss.function.state is not None:
+                self.loss.function.state.copy_(state)
+        else:
+            progress.meter.merge(meter)
+            progress.logged_steps += 1
+            if self.average is not None:
+                self.average.follow(step)
+            if self.data.reference:
+                self.data.reference.after_step(self.policy, step)
         progress.times.append(time.perf_counter() - began)
-        if self.data.reference:
-            self.data.reference.after_step(self.policy, step)
         if self.stepper.warning:
             self.console.say(self.stepper.warning)
             self.stepper.warning = ""
         progress.step = step
-        progress.tokens += tokens
-        progress.logged_steps += 1
-        progress.logged_tokens += tokens
+        progress.tokens += work.tokens
+        progress.logged_tokens += work.tokens
+        progress.computed += work.computed
+        progress.padded += work.padded
         if step % config.logging_steps == 0 or step == self.steps:
             self._log(epoch, extra)
+            self._say_falling(step)
         if (
             self.held_out
             and config.eval_steps
             and step % config.eval_steps == 0
             and step < self.steps
         ):
-            found = evaluate(
-                self.policy, self.held_out, config, Console(quiet=True), "", self.groups
-            )
-            self.metrics.write({"step": step, "epoch": epoch, **found})
-        if self.keeper.due(step) or (step == self.steps and self.keeper.every):
+            self._evaluate(epoch)
+        if self.keeper.due(step):
             self.keeper.save(self.state, len(self.metrics.rows))
 
+    def _say_falling(self, step: int) -> None:
+        text = self.falling.look()
+        if text and self.config.on_falling_logps == "stop":
+            raise TrainingError(f"step {step}: {text} (--on_falling_logps warn goes on)")
+        if text:
+            self.console.say(f"warning: step {step}: {text}")
+
+    def _evaluate(self, epoch: float) -> None:
+        assert self.held_out is not None
+        progress, quiet = self.progress, Console(quiet=True)
+        found = evaluate(self.policy, self.held_out, self.config, quiet, "", self.groups)
+        self.metrics.write({"step": progress.step, "epoch": epoch, **found})
+        if progress.best is None or found["eval_loss"] < progress.best:
+            progress.best, progress.worse = found["eval_loss"], 0
+        else:
+            progress.worse += 1
+
     def _log(self, epoch: float, extra: dict[str, Any]) -> None:
-        progress = self.progress
-        meter, logged = progress.meter, progress.logged_steps
-        times = progress.times[-logged:]  # a resumed run has the latest alone
-        took = sum(times) * logged / len(times)
-        row = {k: v for k, v in meter.result(logged).items() if k not in EVAL_ONLY}
+        progress, config = self.progress, self.config
+        meter = progress.meter
+        since = progress.step % config.logging_steps or config.logging_steps
+        times = progress.times[-since:]  # a resumed run has the latest alone
+        took = sum(times) * since / len(times)
+        row: dict[str, Any] = {"step": progress.step, "epoch": epoch, **extra}
+        if config.skip_nonfinite:
+            row["skipped_steps"] = progress.skipped_steps
+        if not meter.pairs:  # all that was not finite
+            self.metrics.write(row)
+            return
+        means = meter.result(progress.logged_steps)
+        row = {k: v for k, v in means.items() if k not in EVAL_ONLY} | row
         row |= {
-            "step": progress.step,
-            "epoch": epoch,
-            **extra,
             **self.added,
             **(self.groups.metrics() if self.groups is not None else {}),
             "num_tokens": progress.tokens,
-            "step_time": took / logged,
+            "step_time": took / since,
             "tokens_per_s": progress.logged_tokens / took,
             "pairs_per_s": meter.pairs / took,
+            "padding_saved": 1 - progress.computed / progress.padded,
+            "mem/peak": peak_memory(self.policy.device) / 2**30,
         }
         self.metrics.write(row)
         shown = {"loss": f"{row['loss']:.4f}", "margin": f"{row['rewards/margins']:.3f}"}
@@ -413,9 +487,4 @@ class _Loop:
         )
         progress.meter = PairMeter()
         progress.logged_steps = progress.logged_tokens = 0
-        if text := self.falling.look():
-            if self.config.on_falling_logps == "stop":
-                raise TrainingError(
-                    f"step {progress.step}: {text} (--on_falling_logps warn goes on)"
-                )
-            self.console.say(f"warning: step {progress.step}: {text}")
+        progress.computed = progress.padded = 0

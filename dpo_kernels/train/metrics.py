@@ -12,6 +12,7 @@ evaluations add `eval_rewards/accuracies_ties_half`, where a tie counts one half
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,18 @@ class PairMeter:
         ]
         sums = torch.stack([x.to(margins.dtype).sum() for x in values]).double()
         loss = out.loss.detach().double()
-        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
-        self._loss = loss if self._loss is None else self._loss.to(loss.device) + loss
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._loss = loss if self._loss is None else self._loss + loss
         self.pairs += len(margins)
+
+    def merge(self, other: PairMeter) -> None:
+        """Add what another one has seen."""
+        if other._sums is None or other._loss is None:
+            return
+        device = other._sums.device
+        self._sums = other._sums if self._sums is None else self._sums.to(device) + other._sums
+        self._loss = other._loss if self._loss is None else self._loss.to(device) + other._loss
+        self.pairs += other.pairs
 
     def state(self) -> dict[str, Any]:
         """The sums as plain numbers, which JSON keeps to the last bit."""
@@ -85,8 +95,10 @@ class PairMeter:
     def result(self, steps: int = 1) -> dict[str, float]:
         """Means since the start; the loss is the mean over `steps`."""
         assert self._sums is not None and self._loss is not None
-        values = (self._sums / self.pairs).tolist()
-        return {"loss": float(self._loss) / steps, **dict(zip(_NAMES, values, strict=True))}
+        # All sums come from the device at once.
+        loss, *sums = torch.cat([self._loss.reshape(1), self._sums]).tolist()
+        values = [x / self.pairs for x in sums]
+        return {"loss": loss / steps, **dict(zip(_NAMES, values, strict=True))}
 
 
 class MetricsFile:
@@ -96,6 +108,7 @@ class MetricsFile:
         """A new file, or one that starts with the rows of an earlier run."""
         self.path = path
         self.rows: list[dict[str, Any]] = rows or []
+        self.beside: Callable[[dict[str, Any]], None] | None = None  # told of every new row
         part = path.with_name(path.name + ".tmp")
         part.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         part.replace(path)
@@ -104,6 +117,8 @@ class MetricsFile:
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if self.beside is not None:
+            self.beside(row)
 
 
 def read_metrics(path: Path, first: int | None = None) -> list[dict[str, Any]]:

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from ..models.step1 import MOVED, FirstStep, FirstStepError
 from .config import DPOTrainConfig, UserError
 
-__all__ = [
-    "MOVED",
-    "Stepper",
-    "TrainingError",
-    "make_optimizer",
-    "make_schedule",
-]
+__all__ = ["MOVED", "Stepper", "TrainingError", "make_optimizer", "make_schedule"]
 
 
 class TrainingError(RuntimeError):
@@ -45,6 +39,13 @@ def make_optimizer(
         return torch.optim.SGD(parts, lr=config.learning_rate)
     if config.optim == "rmsprop":
         return torch.optim.RMSprop(parts, lr=config.learning_rate)
+    if config.optim == "adagrad":
+        return torch.optim.Adagrad(parts, lr=config.learning_rate)
+    if config.optim == "adafactor":
+        from transformers.optimization import Adafactor
+
+        # As transformers' Trainer has it: the schedule is ours, no scale of its own.
+        return Adafactor(parts, lr=config.learning_rate, scale_parameter=False, relative_step=False)
     # fused: one pass over each parameter, where the plain loop makes several over memory
     return torch.optim.AdamW(
         parts,
@@ -98,22 +99,31 @@ class Stepper:
     def learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
 
-    def step(self, loss: Tensor, what: str, sources: list[str]) -> dict[str, Any]:
-        """One step; `TrainingError` before the weights are touched if anything is not finite."""
+    def step(
+        self, loss: Tensor, what: str, sources: list[str], may_skip: bool = False
+    ) -> dict[str, Any]:
+        """One step; `TrainingError` before the weights are touched if anything is not finite.
+
+        `may_skip`: the step is then left out instead, and the result has `skipped`, a text.
+        """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
-        bad = [
-            f"{name} is {float(value)}"
-            for name, value in (("the loss", loss), ("the gradient norm", norm))
-            if not bool(torch.isfinite(value))
-        ]
+        # One wait for the device: both numbers come together.
+        values = torch.stack([loss.detach().double(), norm.double()]).tolist()
+        named = zip(("the loss", "the gradient norm"), values, strict=True)
+        bad = [f"{name} is {value}" for name, value in named if not math.isfinite(value)]
+        rate = self.learning_rate
         if bad:
             shown = ", ".join(sources[:16]) + (", ..." if len(sources) > 16 else "")
-            raise TrainingError(
+            text = (
                 f"{what}: {' and '.join(bad)}; the weights were not changed. In this step: {shown}"
             )
-        rate = self.learning_rate
+            if not may_skip:
+                raise TrainingError(text)
+            self.schedule.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            return {"learning_rate": rate, "skipped": text}
         try:
-            self._first.after_backward()
+            self._first.after_backward(loss)
             self.optimizer.step()
             self._first.after_step(self.optimizer)
         except FirstStepError as error:
@@ -123,7 +133,7 @@ class Stepper:
         self.schedule.step()
         # None, not zeros: gradients then take no memory while the next forward runs
         self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": float(norm), "learning_rate": rate}
+        return {"grad_norm": values[1], "learning_rate": rate}
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What the optimizer keeps of each parameter, by its name."""

@@ -20,7 +20,7 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
 
 def total_steps(n: int, per_step: int, config: DPOTrainConfig) -> int:
     """Optimizer steps of the run: `max_steps`, or epochs of ceil(n / per_step) steps."""
-    if config.max_steps > 0:
+    if config.max_steps >= 0:
         return config.max_steps
     return math.ceil(config.num_train_epochs * math.ceil(n / per_step))
 

@@ -27,7 +27,17 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 
 
 # The fused AdamW is AdamW; it is what TRL names by default.
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad", "adafactor")
+# transformers' that need nothing but the steps
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -107,6 +117,11 @@ class DataOptions:
     )
     column_mapping: list[str] | None = option(
         None, "columns of other names, as prompt=question chosen=good"
+    )
+    dataset_streaming: bool | None = option(
+        None,
+        "read rows as they are asked for, with a copy of the policy as the reference; None: where "
+        "the data is larger than 256 MB",
     )
     dataset_num_proc: int | None = option(None, "processes that tokenise; None: one")
     strict: bool = option(False, "refuse the first bad row instead of leaving it out")
@@ -189,9 +204,7 @@ class TrainingOptions:
     max_steps: int = option(-1, "optimizer steps in place of epochs; -1: epochs")
     optim: str = option("adamw_torch", "optimizer", OPTIMIZERS)
     learning_rate: float = option(1e-6, "peak learning rate")
-    lr_scheduler_type: str = option(
-        "linear", "schedule after the warm-up", ("linear", "cosine", "constant")
-    )
+    lr_scheduler_type: str = option("linear", "schedule after the warm-up", SCHEDULES)
     warmup_steps: float = option(0, "warm-up steps; below 1: a share of all steps")
     weight_decay: float = option(0.0, "decay of matrices (not of norms and biases)")
     adam_beta1: float = option(0.9, "AdamW's beta1")
@@ -200,6 +213,15 @@ class TrainingOptions:
     max_grad_norm: float = option(1.0, "clip the gradient's norm; 0: do not")
     train_sampling_strategy: str = option(
         "random", "order of the pairs in each epoch (by seed)", ("random", "sequential")
+    )
+    ema_decay: float = option(
+        0.0, "keep an average of the weights, which is what is saved (0.999); 0: none"
+    )
+    skip_nonfinite: int = option(
+        0, "steps that may be left out because their loss or gradient is not finite"
+    )
+    early_stopping_patience: int | None = option(
+        None, "stop after so many evaluations without a lower eval_loss"
     )
     check_first_step: bool = option(
         True,
@@ -260,6 +282,11 @@ class SpeedOptions:
         "recompute activations in the backward: less memory for about a third more "
         "time (TRL's default is on)",
     )
+    torch_compile: bool = option(False, "compile the model below its head")
+    torch_compile_backend: str | None = option(None, "of torch_compile; None: inductor")
+    torch_compile_mode: str | None = option(
+        None, "of torch_compile: default, reduce-overhead, max-autotune, ..."
+    )
     compare_plain_torch: bool | None = option(
         None,
         "time one step of plain torch as well; None: on the embedded default only "
@@ -274,6 +301,9 @@ class OutputOptions:
     output_dir: str | None = option(None, "folder of the run; None: runs/<time>")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
     logging_steps: int = option(10, "steps between lines of metrics")
+    report_to: list[str] = option([], "trackio, tensorboard, wandb: metrics go there as well")
+    run_name: str | None = option(None, "name of the run there; None: its folder's")
+    project: str = option("dpo-kernels", "project of the run there")
     eval_steps: int | None = option(
         None, "steps between evaluations; None: before and after training only"
     )

@@ -19,8 +19,9 @@ from ..data import TokenSequence
 from .adapters import check_adapter
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
-from .ending import files_of, peak_memory, say_sample
+from .ending import draw, files_of, last_fields, say_sample, write_summary
 from .job import Job
+from .machine import peak_memory
 from .model import Policy, save_policy
 from .resume import Keeper, metrics_of, resumed_from
 from .run_options import GROUPS, SFT_DEFAULTS, SFT_GROUPS
@@ -101,7 +102,7 @@ class _SFTJob(Job):
         after = evaluate()
         if after:
             metrics.write({"step": last["step"], "epoch": last["epoch"], **after})
-        self._draw(metrics, "SFT")
+        draw(metrics, self.folder, "SFT", say)
         summary = {
             "output_dir": str(self.folder),
             "backend": backend,
@@ -115,10 +116,10 @@ class _SFTJob(Job):
                 "before": text_before,
                 "after": self._complete(policy, ids),
             },
-            "peak_memory_bytes": peak_memory(policy),
-            **self._ending(began),
+            "peak_memory_bytes": peak_memory(policy.device),
+            **last_fields(self.left_out, began),
         }
-        self._write_summary(summary)
+        write_summary(self.folder, summary)
         if before:
             was, now = before["eval_loss"], after["eval_loss"]
             say(f"\nheld-out loss per token: {was:.4f} before, {now:.4f} after")

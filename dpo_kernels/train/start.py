@@ -26,6 +26,8 @@ RUN_FILES = (
     "training.png",
     "model",
     "checkpoints",
+    "tensorboard",
+    "wandb",
     "summary.json",
 )
 

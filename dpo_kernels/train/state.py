@@ -36,6 +36,8 @@ class Progress:
     tokens: int = 0  # of all steps
     logged_steps: int = 0  # steps since the last line of metrics
     logged_tokens: int = 0
+    computed: int = 0  # positions that the trunk computed since then
+    padded: int = 0  # positions that padded batches would have had
     skipped_steps: int = 0
     step0: tuple[float, float] = (0.0, 0.0)  # loss of the first batch, and at zero log-ratios
     best: float | None = None  # of early stopping
@@ -57,7 +59,7 @@ class TrainingState:
 
     model: nn.Module
     stepper: Stepper
-    modules: dict[str, nn.Module]  # what has a state of its own beside the model: the loss, EMA
+    modules: dict[str, Any]  # what has a state_dict beside the model: the loss, groups, average
     progress: Progress
 
     def tensors(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ _ONE_PROCESS = "training runs on one device in one process"
 _NO_WORKERS = "batches are made in the process itself, without a data loader"
 _LOCAL_FILE = "data comes from a file (dataset_name, eval_file)"
 _NO_HUB = "nothing is uploaded: the trained model is a folder"
-_LOGGED = "metrics are written to metrics.jsonl in the run's folder"
+_LOGGED = "metrics are written to metrics.jsonl in the run's folder, and to what report_to names"
 _PLAIN_OPTIMIZER = "optimizers are set by learning_rate, weight_decay, adam_* and max_grad_norm"
 _REFERENCE_ONCE = (
     "the reference (the starting policy, or ref_model_name_or_path) scores every pair once"
@@ -37,11 +37,11 @@ _REFUSED: dict[str, str] = {
     _NO_WORKERS: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
     "dataloader_multiprocessing_context length_column_name group_by_length",
-    _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split dataset_streaming "
+    _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split "
     "datasets streaming test_split_size dataset_kwargs",
     _NO_HUB: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
     "hub_revision",
-    _LOGGED: "report_to run_name project logging_dir trackio_space_id trackio_bucket_id "
+    _LOGGED: "logging_dir trackio_space_id trackio_bucket_id "
     "trackio_static_space_id logging_strategy logging_first_step logging_nan_inf_filter log_level "
     "include_num_input_tokens_seen disable_tqdm",
     _PRECISION: "bf16 fp16 bf16_full_eval fp16_full_eval tf32",
@@ -50,8 +50,7 @@ _REFUSED: dict[str, str] = {
     "the loss is smoothed by label_smoothing": "label_smoothing_factor",
     "checkpointing is on or off (gradient_checkpointing)": "gradient_checkpointing_kwargs "
     "activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps",
-    "the kernels of this package are the ones that run": "use_liger_kernel liger_kernel_config "
-    "torch_compile torch_compile_backend torch_compile_mode",
+    "the kernels of this package are the ones that run": "use_liger_kernel liger_kernel_config",
     "training looks for no batch size": "auto_find_batch_size",
     "noise on the embeddings would make policy and reference differ": "neftune_noise_alpha",
     "evaluation is the mean over all held-out pairs, in steps of eval_steps": "eval_strategy "
@@ -100,7 +99,6 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "dataset_text_field": ("text",),
     "shuffle_dataset": (True,),
     "packing_strategy": ("bfd",),
-    "report_to": (["none"],),
     # What `DPOConfig().to_dict()` writes of settings that mean nothing here, or nothing alone.
     "label_smoothing_factor": (0.0,),
     "lora_task_type": ("causal_lm",),
@@ -108,7 +106,6 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "logging_nan_inf_filter": (True,),
     "log_level": ("passive",),
     "log_level_replica": ("warning",),
-    "project": ("huggingface",),
     "eval_do_concat_batches": (True,),
     "hub_token": ("<hub_token>",),
     "hub_strategy": ("every_save",),

@@ -30,7 +30,7 @@ from dpo_kernels.cli import main
 from dpo_kernels.train import checkpoints, job, model, resume
 from dpo_kernels.train.metrics import MetricsFile
 
-TIMES = {"step_time", "tokens_per_s", "pairs_per_s", "eval_runtime"}
+TIMES = {"step_time", "mem/peak", "tokens_per_s", "pairs_per_s", "eval_runtime"}
 OPTIONS: dict[str, Any] = {
     "loss_type": "beta_dpo",
     "max_steps": 9,

@@ -347,6 +347,8 @@ def test_learns_and_metrics_have_trls_names(tmp_path: Path) -> None:
         "step_time",
         "tokens_per_s",
         "pairs_per_s",
+        "padding_saved",
+        "mem/peak",
     }
     assert rows[-1]["loss"] < 0.3 and rows[-1]["rewards/accuracies"] == 1.0
     assert rows[-1]["epoch"] == 10.0
