@@ -23,6 +23,7 @@ from .run_options import (
     GROUPS,
     AdapterOptions,
     DataOptions,
+    GuardOptions,
     LearnedGroupOptions,
     LossPart,
     ModelOptions,
@@ -40,6 +41,7 @@ class DPOTrainConfig(
     SpeedOptions,
     SupervisedOptions,
     LearnedGroupOptions,
+    GuardOptions,
     TrainingOptions,
     ReferenceOptions,
     LossPart,
@@ -90,21 +92,9 @@ class DPOTrainConfig(
             raise UserError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
         if self.max_steps < -1:
             raise UserError(
-                f"max_steps must be at least 1, 0 (evaluate only) or -1 (epochs), got "
+                "max_steps must be at least 1, or -1 (epochs), or 0 (evaluate only), got "
                 f"{self.max_steps}"
             )
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        if self.skip_nonfinite < 0:
-            raise UserError(f"skip_nonfinite must be at least 0, got {self.skip_nonfinite}")
-        if self.early_stopping_patience is not None:
-            if self.early_stopping_patience < 1:
-                raise UserError(
-                    "early_stopping_patience must be at least 1 or null, got "
-                    f"{self.early_stopping_patience}"
-                )
-            if self.eval_steps is None:
-                raise UserError("early_stopping_patience needs eval_steps: evaluations to look at")
         if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
             raise UserError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         if self.sft_steps is not None and self.sft_steps < 0:
@@ -150,7 +140,19 @@ class DPOTrainConfig(
             raise UserError(f"adam_epsilon must be in (0, 1), got {self.adam_epsilon}")
         if self.bf16 and self.dtype not in ("auto", "float32"):
             raise UserError(f"bf16 keeps float32 weights; got dtype={self.dtype!r} beside it")
+        self._check_guards()
         self._check_loss()
+
+    def _check_guards(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.skip_nonfinite < 0:
+            raise UserError(f"skip_nonfinite must be at least 0, got {self.skip_nonfinite}")
+        patience = self.early_stopping_patience
+        if patience is not None and patience < 1:
+            raise UserError(f"early_stopping_patience must be at least 1 or null, got {patience}")
+        if patience is not None and self.eval_steps is None:
+            raise UserError("early_stopping_patience needs eval_steps: evaluations to look at")
 
     def _check_loss(self) -> None:
         """The options of the loss against the table of losses, before any model is loaded."""

@@ -71,7 +71,7 @@ def say_sample(sample: dict[str, str], say: Callable[..., None]) -> None:
 def files_of(folder: Path) -> str:
     """The files of the run that are there, in words."""
     names = ["metrics.jsonl", "training.png", "config.yaml", "summary.json", "left_out.jsonl"]
-    return ", ".join(["model/", *(n for n in names if (folder / n).exists())])
+    return ", ".join(n for n in ("model/", *names) if (folder / n).exists())
 
 
 def loss_title(config: DPOTrainConfig) -> str:

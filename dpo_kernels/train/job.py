@@ -47,7 +47,7 @@ from .data_options import columns, is_streamed, streamed_pairs, truncation
 from .ending import draw, last_fields, no_pair_left, plain_torch_times, report, write_summary
 from .ending import loss_title as loss_title
 from .fit import check_fits
-from .groups import Groups, group_summary, one_sided
+from .groups import group_summary, learned_groups
 from .identity import identity
 from .loop import TrainResult, evaluate, train
 from .machine import peak_memory
@@ -205,17 +205,14 @@ class Job:
                 "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
                 "eval_fraction"
             )
-        groups = self._learned_groups(policy, train_pairs)
+        groups = learned_groups(config, policy.device, train_pairs, say)
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs[:64])
         metrics = metrics_of(self.folder, self.resumed)
         margins: list[float] = []
-        if self.resumed is None:
-            found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
-        else:
+        found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
+        if self.resumed is not None:
             found = self.resumed.values["found"]
-        run = Run(self.folder, config, found["run_id"], self.resumed.step if self.resumed else 0)
-        self.sinks = Sinks(run, say)
-        metrics.beside = self.sinks.write
+        self._report_to(metrics, found["run_id"])
         if self.resumed is None:
             if held_out is not None:
                 found["before"] = evaluate(
@@ -298,27 +295,17 @@ class Job:
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
 
+    def _report_to(self, metrics: MetricsFile, run_id: str) -> None:
+        """New lines of metrics go to the services of `report_to` as well."""
+        step = self.resumed.step if self.resumed is not None else 0
+        self.sinks = Sinks(Run(self.folder, self.config, run_id, step), self.console.say)
+        metrics.beside = self.sinks.write
+
     def _note_left_out(self, problem: Problem) -> None:
         """A row that is left out while training goes on."""
         if self.run_folder.opened:
             with (self.folder / "left_out.jsonl").open("a", encoding="utf-8") as file:
                 file.write(problem.as_json())
-
-    def _learned_groups(self, policy: Policy, pairs: Sequence[TokenPair]) -> Groups | None:
-        """What is learned of the rows' groups beside the model."""
-        if not self.config.learn_groups:
-            return None
-        groups = Groups.of(pairs, self.config.group_l2).to(policy.device)
-        if not groups.names:
-            raise DataError("learn_groups: no row has a `group`")
-        loose = one_sided(pairs, self.config.label_smoothing > 0)
-        if loose:
-            self.console.say(
-                f"warning: learn_groups: all rows of {', '.join(loose[:8])} point one way, so "
-                "only group_l2 bounds the offset and the loss says little; write -GROUP where the "
-                "bias speaks for the rejected one, or give uncertain labels (label_smoothing)"
-            )
-        return groups
 
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
@@ -380,7 +367,7 @@ class Job:
 
     def _read_conversations(self, policy: Policy, file: str) -> list[TokenSequence]:
         since = len(self.left_out.problems)
-        rows = read_conversations(file, self.left_out)
+        rows = read_conversations(file, self.left_out, columns(self.config))
         sequences = tokenize_conversations(
             rows,
             policy.tokenizer,

@@ -459,7 +459,7 @@ class _Loop:
         since = progress.step % config.logging_steps or config.logging_steps
         times = progress.times[-since:]  # a resumed run has the latest alone
         took = sum(times) * since / len(times)
-        row: dict[str, Any] = {"step": progress.step, "epoch": epoch, **extra}
+        row: dict[str, Any] = {"step": progress.step, "epoch": epoch, **extra, **self.added}
         if config.skip_nonfinite:
             row["skipped_steps"] = progress.skipped_steps
         if not meter.pairs:  # all that was not finite
@@ -468,7 +468,6 @@ class _Loop:
         means = meter.result(progress.logged_steps)
         row = {k: v for k, v in means.items() if k not in EVAL_ONLY} | row
         row |= {
-            **self.added,
             **(self.groups.metrics() if self.groups is not None else {}),
             "num_tokens": progress.tokens,
             "step_time": took / since,

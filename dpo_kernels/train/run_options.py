@@ -201,7 +201,9 @@ class TrainingOptions:
         1, "batches of one optimizer step; the loss is the mean over all their pairs"
     )
     num_train_epochs: float = option(3.0, "passes over the training pairs")
-    max_steps: int = option(-1, "optimizer steps in place of epochs; -1: epochs")
+    max_steps: int = option(
+        -1, "optimizer steps in place of epochs; -1: epochs; 0: evaluate the held-out pairs only"
+    )
     optim: str = option("adamw_torch", "optimizer", OPTIMIZERS)
     learning_rate: float = option(1e-6, "peak learning rate")
     lr_scheduler_type: str = option("linear", "schedule after the warm-up", SCHEDULES)
@@ -214,6 +216,18 @@ class TrainingOptions:
     train_sampling_strategy: str = option(
         "random", "order of the pairs in each epoch (by seed)", ("random", "sequential")
     )
+    check_first_step: bool = option(
+        True,
+        "end at step 1 where nothing can be learned: masked labels, no gradients, weights that do "
+        "not move",
+    )
+    seed: int = option(42, "seed of the order of pairs, the split and the sampling")
+
+
+@dataclass
+class GuardOptions:
+    """averages and guards"""
+
     ema_decay: float = option(
         0.0, "keep an average of the weights, which is what is saved (0.999); 0: none"
     )
@@ -223,17 +237,11 @@ class TrainingOptions:
     early_stopping_patience: int | None = option(
         None, "stop after so many evaluations without a lower eval_loss"
     )
-    check_first_step: bool = option(
-        True,
-        "end at step 1 where nothing can be learned: masked labels, no gradients, weights that do "
-        "not move",
-    )
     on_falling_logps: str = option(
         "warn",
         "where the log-probs of chosen and rejected fall together",
         ("warn", "stop", "ignore"),
     )
-    seed: int = option(42, "seed of the order of pairs, the split and the sampling")
 
 
 @dataclass
@@ -353,15 +361,19 @@ GROUPS: tuple[Any, ...] = (
     LossPart,
     ReferenceOptions,
     TrainingOptions,
+    GuardOptions,
     LearnedGroupOptions,
     SupervisedOptions,
     SpeedOptions,
     OutputOptions,
 )
 # Of `dpo-kernels sft`, which has no pairs.
-SFT_GROUPS = tuple(
-    g
-    for g in GROUPS
-    if g not in (LossPart, ReferenceOptions, LearnedGroupOptions, SupervisedOptions)
+_OF_PAIRS = (
+    LossPart,
+    ReferenceOptions,
+    GuardOptions,
+    LearnedGroupOptions,
+    SupervisedOptions,
 )
+SFT_GROUPS = tuple(g for g in GROUPS if g not in _OF_PAIRS)
 SFT_DEFAULTS = {"learning_rate": 2e-5}  # TRL's; one of DPO's would learn next to nothing

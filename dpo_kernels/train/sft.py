@@ -20,6 +20,7 @@ from ..data import TokenSequence, make_sequence_batch
 from ..models.structure import deterministic
 from .config import DPOTrainConfig
 from .console import Console
+from .machine import compiled
 from .metrics import MetricsFile
 from .model import Policy
 from .optim import Stepper
@@ -84,10 +85,11 @@ def train_sft(
 
     plan = itertools.islice(step_indices(n, config, steps), progress.step, None)
     try:
-        for indices, epoch in console.progress(plan, "SFT", steps - progress.step, "steps"):
-            between = False
-            one_step(indices, epoch)
-            between = True
+        with compiled(policy.model, config):
+            for indices, epoch in console.progress(plan, "SFT", steps - progress.step, "steps"):
+                between = False
+                one_step(indices, epoch)
+                between = True
     except KeyboardInterrupt:
         if between:
             with console.held():

@@ -8,6 +8,7 @@ Folder, signals and what is kept of a run that ends early are as in `job.py`.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from .model import Policy, save_policy
 from .resume import Keeper, metrics_of, resumed_from
 from .run_options import GROUPS, SFT_DEFAULTS, SFT_GROUPS
 from .sft import evaluate_sft, train_sft
+from .sinks import check_sinks
 from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
 
 # What belongs to pairs alone.
@@ -44,6 +46,8 @@ def resolve_sft(options: Mapping[str, Any]) -> DPOTrainConfig:
         raise UserError(
             "dataset_name is missing: pass a JSONL file of conversations (--dataset_name FILE)"
         )
+    if config.dataset_streaming:
+        raise UserError("dataset_streaming: sft reads its rows at once")
     return config
 
 
@@ -56,6 +60,7 @@ def run_sft(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     config = resolve_sft(options)
     check_device(config.device)
     check_adapter(config, True)
+    check_sinks(config.report_to)
     resumed = resumed_from(config, dk.__version__, console.say)
     quiet_bars(console)
     run_folder = RunFolder(config, resumed.path if resumed else None)
@@ -82,6 +87,8 @@ class _SFTJob(Job):
         def evaluate() -> dict[str, float]:
             return evaluate_sft(policy, eval_rows, size) if eval_rows else {}
 
+        run_id = self.resumed.values["found"]["run_id"] if self.resumed else uuid.uuid4().hex[:16]
+        self._report_to(metrics, run_id)
         prompt, ids = self._sft_prompt(policy, eval_rows or train_rows)
         if self.resumed is None:
             before, text_before = evaluate(), self._complete(policy, ids)
@@ -90,7 +97,7 @@ class _SFTJob(Job):
         else:
             found = self.resumed.values["found"]
             before, text_before = found["before"], found["text_before"]
-        kept = {"before": before, "text_before": text_before}
+        kept = {"before": before, "text_before": text_before, "run_id": run_id}
         values = {"version": dk.__version__, "identity": identity, "found": kept}
         keeper = Keeper.of(self.folder, config, values, self.resumed)
         between = evaluate if eval_rows else None
