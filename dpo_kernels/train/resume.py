@@ -179,7 +179,11 @@ def references(
         if held_out:
             evaluated = referee.data(held_out, "held-out pairs")
     referee.done()
-    if config.save_steps and data.reference is not None:
-        sets = {"training": data.reference, "held out": evaluated.reference}
+    if config.save_steps and isinstance(data.reference, Reference):
+        held = evaluated.reference
+        sets = {
+            "training": data.reference,
+            "held out": held if isinstance(held, Reference) else None,
+        }
         save_reference(folder / "checkpoints", sets)
     return data, evaluated if held_out else None
