@@ -51,8 +51,8 @@ def read_conversations(
 ) -> list[Completion]:
     """All usable completions of a file; the rest goes to `left_out`.
 
-    `columns`: our name -> the name that the data has. Raises `DataError` if the file cannot be read, holds no usable row, or if a row is bad and
-    `left_out.strict`.
+    `columns`: our name -> the name that the data has. Raises `DataError` if the file cannot be
+    read, holds no usable row, or if a row is bad and `left_out.strict`.
     """
     since = len(left_out.problems)
     rows = [row for row in _read(path, left_out, False, columns) if isinstance(row, Completion)]
