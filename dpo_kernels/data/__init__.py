@@ -14,6 +14,7 @@ from .completions import (
 from .left_out import DataError, LeftOut, NoUsableRow, Problem
 from .pairs import Message, PairReader, PreferencePair, read_pairs
 from .sequences import Limits, TokenPair, TokenSequence
+from .stream import RowFile, StreamedPairs, row_file
 from .tokenize import PairTokenizer, tokenize_pairs
 from .truncation import Truncation
 
@@ -28,9 +29,11 @@ __all__ = [
     "PairTokenizer",
     "PreferencePair",
     "Problem",
+    "RowFile",
     "RowTokenizer",
     "ScoredBatch",
     "Sharing",
+    "StreamedPairs",
     "TokenPair",
     "TokenSequence",
     "Truncation",
@@ -40,6 +43,7 @@ __all__ = [
     "read_conversations",
     "read_pairs",
     "read_scorable",
+    "row_file",
     "tokenize_conversations",
     "tokenize_pairs",
 ]

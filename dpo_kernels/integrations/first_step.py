@@ -20,6 +20,7 @@ class FirstStepCallback(TrainerCallback):
     def __init__(self, on_falling_logps: str = "warn") -> None:
         self.on_falling = on_falling_logps
         self.watch: FirstStep | None = None
+        self.loss: Tensor | None = None  # the first
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs.get("model")
@@ -28,7 +29,7 @@ class FirstStepCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.watch is not None:
-            self.watch.after_backward()
+            self.watch.after_backward(self.loss)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.watch is None:
@@ -60,7 +61,8 @@ class FirstStepCallback(TrainerCallback):
 def watch_first_step(trainer: Any) -> None:
     """Give a trainer the callback, unless its `fused` has the check off."""
     if trainer.fused.check_first_step:
-        trainer.add_callback(FirstStepCallback(trainer.fused.on_falling_logps))
+        trainer._first_step = FirstStepCallback(trainer.fused.on_falling_logps)
+        trainer.add_callback(trainer._first_step)
 
 
 def check_first_rows(trainer: Any, labels: Tensor) -> None:
@@ -74,3 +76,4 @@ def check_first_loss(trainer: Any, loss: Tensor) -> None:
     """The first loss has a gradient to give."""
     if trainer.fused.check_first_step:
         check_connected(trainer.model, loss)
+        trainer._first_step.loss = loss.detach()

@@ -105,6 +105,11 @@ def cause_of(model: nn.Module) -> str:
             "the trainable weights are an adapter's that the forward does not use (another adapter "
             "is active), or gradient checkpointing cuts it off (use_reentrant=False mends that)"
         )
+    if any(p.grad is not None for p in model.parameters()):
+        return (
+            "the gradients are all 0: chosen and rejected are equal, or the loss is flat where it "
+            "starts"
+        )
     return "the head is detached from the model: its states come from a no_grad or a detach()"
 
 
@@ -118,7 +123,7 @@ def _flag(module: nn.Module, name: str) -> bool:
 class FirstStep:
     """Watches a model through its first optimizer step that is to move something.
 
-        watch.after_backward()      # gradients are there, and not zero
+        watch.after_backward(loss)  # gradients are there, and not zero (but of a loss of 0)
         optimizer.step()
         watch.after_step(optimizer) # weights have moved
 
@@ -133,8 +138,11 @@ class FirstStep:
         self._before: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
     @torch.no_grad()
-    def after_backward(self) -> None:
-        """Before the optimizer's step: `FirstStepError` where nothing has a gradient."""
+    def after_backward(self, loss: float | Tensor | None = None) -> None:
+        """Before the optimizer's step: `FirstStepError` where nothing has a gradient.
+
+        `loss` of the step: one of 0 (all weights 0, a hinge that is met) may have gradients of 0.
+        """
         if self.done:
             return
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -143,18 +151,26 @@ class FirstStep:
             self.done = True
             return
         if not self._gradients_seen:
-            self._check_gradients(trained)
+            self._check_gradients(trained, loss)
             self._gradients_seen = True
         self._before = [
             (p, _some(p).clone(), _some(p.grad) != 0) for _, p in trained if p.grad is not None
         ]
 
-    def _check_gradients(self, trained: list[tuple[str, nn.Parameter]]) -> None:
+    def _check_gradients(
+        self, trained: list[tuple[str, nn.Parameter]], loss: float | Tensor | None
+    ) -> None:
         if not trained:
             raise FirstStepError(f"nothing is trained: {cause_of(self.model)}")
         live = [(n, p) for n, p in trained if p.grad is not None]
         norms = [_local(p.grad.abs().max()).float().cpu() for _, p in live if p.grad is not None]
         alive = {n for (n, _), norm in zip(live, norms, strict=True) if bool(norm)}
+        if live and not alive and (loss is None or float(loss) == 0):
+            self.warnings.append(
+                "every gradient of the first step is 0: its loss is 0 or flat there (rows of "
+                "weight 0, or a loss that has nothing left to ask)"
+            )
+            return
         if not alive:
             raise FirstStepError(
                 f"after the first backward no trainable weight has a gradient: "

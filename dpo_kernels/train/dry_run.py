@@ -67,7 +67,7 @@ class _DryRun(Job):
         return {**counts, **memory, **self._times(policy, pairs, held_out, counts)}
 
     def _counts(
-        self, policy: Policy, pairs: list[TokenPair], held_out: list[TokenPair]
+        self, policy: Policy, pairs: Sequence[TokenPair], held_out: Sequence[TokenPair]
     ) -> dict[str, Any]:
         """Batches and tokens of the whole run, and what the layout saves."""
         config, say = self.config, self.console.say
@@ -105,7 +105,7 @@ class _DryRun(Job):
             "left_out": self.left_out.counts(),
         }
 
-    def _layout(self, policy: Policy, pairs: list[TokenPair]) -> tuple[int, int]:
+    def _layout(self, policy: Policy, pairs: Sequence[TokenPair]) -> tuple[int, int]:
         """Positions that the trunk computes of a sample of batches, and padded ones of the same."""
         computed = padded = 0
         for indices in _micro_batches(pairs, self.config)[:_SAMPLED]:
@@ -115,7 +115,7 @@ class _DryRun(Job):
         return computed, padded
 
     def _memory(
-        self, policy: Policy, pairs: list[TokenPair], longest: list[int], room: int | None
+        self, policy: Policy, pairs: Sequence[TokenPair], longest: list[int], room: int | None
     ) -> dict[str, Any]:
         """The largest step's memory; `UserError` if it is more than there is."""
         say = self.console.say
@@ -137,8 +137,8 @@ class _DryRun(Job):
     def _times(
         self,
         policy: Policy,
-        pairs: list[TokenPair],
-        held_out: list[TokenPair],
+        pairs: Sequence[TokenPair],
+        held_out: Sequence[TokenPair],
         counts: dict[str, Any],
     ) -> dict[str, Any]:
         """The time of the run, from two steps at learning rate 0 over a batch of middling size."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import TokenPair, TokenSequence
+from ..data import StreamedPairs, TokenPair, TokenSequence
 from .config import DPOTrainConfig
 
 # Options that change what is written or shown, or where, and nothing of what is trained.
@@ -44,6 +44,10 @@ FREE = frozenset(
         "eval_file",
         "trust_remote_code",
         "early_stopping_patience",
+        "reference_cache",
+        "check_first_step",
+        "on_falling_logps",
+        "dataset_num_proc",
     }
 )
 _LENGTH = ("max_steps", "num_train_epochs")
@@ -74,6 +78,8 @@ def _vocabulary(tokenizer: Any) -> Iterable[tuple[str, int]]:
 
 def pairs_digest(pairs: Iterable[TokenPair | TokenSequence]) -> str:
     """sha256 over the token ids and numbers of pairs (or sequences), in their order."""
+    if isinstance(pairs, StreamedPairs):  # by its file: its rows are not read yet
+        return pairs.digest()
     digest = hashlib.sha256()
     for p in pairs:
         if isinstance(p, TokenSequence):
@@ -82,7 +88,9 @@ def pairs_digest(pairs: Iterable[TokenPair | TokenSequence]) -> str:
             continue
         for ids in (p.prompt, p.chosen, p.rejected):
             digest.update(array("q", [len(ids), *ids]).tobytes())
-        digest.update(repr((p.offset, p.weight, p.beta, p.unscored, p.group)).encode())
+        digest.update(
+            repr((p.offset, p.weight, p.beta, p.unscored, p.group, p.label_smoothing)).encode()
+        )
     return digest.hexdigest()
 
 

@@ -8,7 +8,6 @@ set that ship with the package.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -36,6 +35,7 @@ from ..data import (
     tokenize_conversations,
     tokenize_pairs,
 )
+from ..data.left_out import Problem
 from ..models.versions import dtype_option
 from .adapters import check_adapter, name_base
 from .calibration import calibration
@@ -43,8 +43,9 @@ from .card import write_card
 from .checkpoints import newest, of_the_disk, reason
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
+from .data_options import columns, is_streamed, streamed_pairs, truncation
+from .ending import draw, last_fields, no_pair_left, plain_torch_times, report, write_summary
 from .ending import loss_title as loss_title
-from .ending import plain_torch_times, report
 from .fit import check_fits
 from .groups import group_summary, learned_groups
 from .identity import identity
@@ -54,11 +55,10 @@ from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
 from .optim import TrainingError
 from .order import epoch_order, steps_of
-from .plots import plot_run
-from .reading import columns, no_pair_left, truncation
+from .reference import Referee
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .run_options import GROUPS
-from .sft import SupervisedRows, train_sft
+from .sft import SupervisedRows, fine_tune, train_sft
 from .sinks import Run, Sinks, check_sinks
 from .start import RunFolder, check_device, find_model, quiet_bars, refuse_many_processes
 
@@ -185,7 +185,7 @@ class Job:
             self._open_folder(policy)
             if self.resumed is None:
                 self.policy = policy
-                self._own_sft(policy, conversations)
+                fine_tune(policy, conversations, config, self.folder, self.console)
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
@@ -198,23 +198,15 @@ class Job:
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-        data, held_out = references(
-            policy,
-            train_pairs,
-            eval_pairs,
-            config,
-            self.console,
-            self.folder,
-            self.resumed,
-            self.own,
-        )
+        referee = Referee(policy, config, self.console, self.own)
+        data, held_out = references(referee, train_pairs, eval_pairs, self.folder, self.resumed)
         if config.max_steps == 0 and held_out is None:
             raise UserError(
                 "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
                 "eval_fraction"
             )
         groups = learned_groups(config, policy.device, train_pairs, say)
-        prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
+        prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs[:64])
         metrics = metrics_of(self.folder, self.resumed)
         margins: list[float] = []
         found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
@@ -249,7 +241,7 @@ class Job:
                 epoch = metrics.rows[-1]["epoch"]
                 metrics.write({"step": result.steps, "epoch": epoch, **after})
             text_after = self._complete(policy, ids)
-        self._draw(metrics, loss_title(config))
+        draw(metrics, self.folder, loss_title(config), say)
         peak = peak_memory(policy.device)
         timing = plain_torch_times(policy, data, config, self.own)
         summary = {
@@ -269,42 +261,13 @@ class Job:
             "median_step_time": result.median_step_time,
             "peak_memory_bytes": peak,
             **timing,
-            **self._ending(began),
+            **last_fields(self.left_out, began),
         }
-        self._write_summary(summary)
+        write_summary(self.folder, summary)
         if self.saved:
             write_card(self.folder / "model", config, summary, loss_title(config))
         report(summary, result, self.left_out, say)
         return summary
-
-    def _report_to(self, metrics: MetricsFile, run_id: str) -> None:
-        """New lines of metrics go to the services of `report_to` as well."""
-        step = self.resumed.step if self.resumed is not None else 0
-        self.sinks = Sinks(Run(self.folder, self.config, run_id, step), self.console.say)
-        metrics.beside = self.sinks.write
-
-    def _draw(self, metrics: MetricsFile, title: str) -> None:
-        try:
-            plot_run(metrics.rows, self.folder / "training.png", title)
-        except Exception as error:  # matplotlib is absent or broken: the run is none the worse
-            self.console.say(f"warning: training.png was not drawn: {error}")
-
-    def _ending(self, began: float) -> dict[str, Any]:
-        """What every summary ends with."""
-        return {
-            "left_out": self.left_out.counts(),
-            "left_out_rows": self.left_out.shown(),
-            "data": dict(self.left_out.notes),
-            "seconds": time.perf_counter() - began,
-            "version": dk.__version__,
-            "torch": torch.__version__,
-        }
-
-    def _write_summary(self, summary: dict[str, Any]) -> None:
-        text = json.dumps(summary, indent=2, ensure_ascii=False)
-        # Rows that were left out are quoted as they came, with what no encoding holds.
-        quoted = (text + "\n").encode("utf-8", "backslashreplace")
-        (self.folder / "summary.json").write_bytes(quoted)
 
     # --- parts ---
 
@@ -331,6 +294,18 @@ class Job:
             self.console.say(f"every row that is left out is in {every}")
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
+
+    def _report_to(self, metrics: MetricsFile, run_id: str) -> None:
+        """New lines of metrics go to the services of `report_to` as well."""
+        step = self.resumed.step if self.resumed is not None else 0
+        self.sinks = Sinks(Run(self.folder, self.config, run_id, step), self.console.say)
+        metrics.beside = self.sinks.write
+
+    def _note_left_out(self, problem: Problem) -> None:
+        """A row that is left out while training goes on."""
+        if self.run_folder.opened:
+            with (self.folder / "left_out.jsonl").open("a", encoding="utf-8") as file:
+                file.write(problem.as_json())
 
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
@@ -392,7 +367,7 @@ class Job:
 
     def _read_conversations(self, policy: Policy, file: str) -> list[TokenSequence]:
         since = len(self.left_out.problems)
-        rows = read_conversations(file, self.left_out)
+        rows = read_conversations(file, self.left_out, columns(self.config))
         sequences = tokenize_conversations(
             rows,
             policy.tokenizer,
@@ -405,29 +380,20 @@ class Job:
             raise no_pair_left(file, self.left_out, since, "conversation")
         return sequences
 
-    def _own_sft(self, policy: Policy, sequences: list[TokenSequence]) -> None:
-        """Supervised steps on `sft_file` before the pairs."""
-        steps = self.config.sft_steps
-        if not sequences or steps == 0 or (steps is None and self.config.sft_rows):
-            return
-        config = replace(
-            self.config,
-            learning_rate=self.config.sft_learning_rate,
-            max_steps=-1 if steps is None else steps,
-            num_train_epochs=1.0,
-            eval_steps=None,
-        )
-        metrics = MetricsFile(self.folder / "sft_metrics.jsonl")
-        loss = train_sft(policy, sequences, config, metrics, self.console)
-        self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
-
     def _pairs(
         self, policy: Policy, source: Path | None = None
-    ) -> tuple[list[TokenPair], list[TokenPair]]:
+    ) -> tuple[Sequence[TokenPair], Sequence[TokenPair]]:
         """Training and held-out pairs, tokenised."""
         config = self.config
         train_file = config.dataset_name or str(source and source / "train.jsonl")
         eval_file = config.eval_file or (str(source / "eval.jsonl") if source else None)
+        if is_streamed(config, train_file):
+            self.left_out.sink = self._note_left_out
+            stream, apart, self.texts = streamed_pairs(
+                train_file, policy, config, self.left_out, self.console.say, not eval_file
+            )
+            self._check_row_options(train_file, list(self.texts.values()))
+            return stream, self._read(policy, eval_file) if eval_file else apart
         pairs = self._read(policy, train_file)
         if eval_file:
             return pairs, self._read(policy, eval_file)
@@ -485,12 +451,16 @@ class Job:
                 f"{file}: the column weight or beta does not fit the loss: {error}"
             ) from None
 
-    def _sample_prompt(self, policy: Policy, pairs: list[TokenPair]) -> tuple[str, list[int]]:
+    def _sample_prompt(self, policy: Policy, pairs: Sequence[TokenPair]) -> tuple[str, list[int]]:
         """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""
         wanted = self.config.sample_prompt
         if wanted is None:
             pair = min(pairs, key=lambda p: len(p.prompt))
-            prompt = self.texts[pair.source].prompt
+            text = self.texts.get(pair.source)
+            if text is None:
+                ids = list(pair.prompt)
+                return policy.tokenizer.decode(ids), ids
+            prompt = text.prompt
             shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             return shown, list(pair.prompt)
         return self._wanted_prompt(policy, wanted)

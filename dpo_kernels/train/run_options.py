@@ -118,6 +118,11 @@ class DataOptions:
     column_mapping: list[str] | None = option(
         None, "columns of other names, as prompt=question chosen=good"
     )
+    dataset_streaming: bool | None = option(
+        None,
+        "read rows as they are asked for, with a copy of the policy as the reference; None: where "
+        "the data is larger than 256 MB",
+    )
     dataset_num_proc: int | None = option(None, "processes that tokenise; None: one")
     strict: bool = option(False, "refuse the first bad row instead of leaving it out")
 
@@ -216,11 +221,6 @@ class TrainingOptions:
         "end at step 1 where nothing can be learned: masked labels, no gradients, weights that do "
         "not move",
     )
-    on_falling_logps: str = option(
-        "warn",
-        "where the log-probs of chosen and rejected fall together",
-        ("warn", "stop", "ignore"),
-    )
     seed: int = option(42, "seed of the order of pairs, the split and the sampling")
 
 
@@ -236,6 +236,11 @@ class GuardOptions:
     )
     early_stopping_patience: int | None = option(
         None, "stop after so many evaluations without a lower eval_loss"
+    )
+    on_falling_logps: str = option(
+        "warn",
+        "where the log-probs of chosen and rejected fall together",
+        ("warn", "stop", "ignore"),
     )
 
 
@@ -304,9 +309,7 @@ class OutputOptions:
     output_dir: str | None = option(None, "folder of the run; None: runs/<time>")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
     logging_steps: int = option(10, "steps between lines of metrics")
-    report_to: list[str] = option(
-        [], "trackio, tensorboard, wandb: metrics go there as well; none: nowhere else"
-    )
+    report_to: list[str] = option([], "trackio, tensorboard, wandb: metrics go there as well")
     run_name: str | None = option(None, "name of the run there; None: its folder's")
     project: str = option("dpo-kernels", "project of the run there")
     eval_steps: int | None = option(

@@ -37,7 +37,7 @@ _REFUSED: dict[str, str] = {
     _NO_WORKERS: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
     "dataloader_multiprocessing_context length_column_name group_by_length",
-    _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split dataset_streaming "
+    _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split "
     "datasets streaming test_split_size dataset_kwargs",
     _NO_HUB: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
     "hub_revision",
