@@ -4,6 +4,7 @@ read_pairs (files) -> tokenize_pairs (ids, TRL's rule) -> make_batch (trunk call
 """
 
 from .batches import ScoredBatch, Sharing, TrunkCall, make_batch, make_sequence_batch
+from .bulk import tokenize_many
 from .left_out import DataError, LeftOut, NoUsableRow, Problem
 from .pairs import Message, PairReader, PreferencePair, read_conversations, read_pairs
 from .sequences import Limits, TokenPair, TokenSequence
@@ -35,5 +36,6 @@ __all__ = [
     "read_pairs",
     "row_file",
     "tokenize_conversations",
+    "tokenize_many",
     "tokenize_pairs",
 ]
