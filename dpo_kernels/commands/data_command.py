@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -11,8 +12,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
-from ..train.config import DPOTrainConfig, UserError, load_config
-from .arguments_of import argument
+from ..train.config import UserError, load_config
+from ..train.run_options import DataOptions
+from .options_of import argument
 
 _OPTIONS = (
     "max_length",
@@ -42,15 +44,15 @@ def add(commands: Any) -> None:
     )
     check.add_argument("--gguf_file", metavar="FILE", help="GGUF file with the tokenizer")
     check.add_argument("--chat_template", metavar="FILE", help="Jinja chat template")
-    hints, defaults = get_type_hints(DPOTrainConfig), DPOTrainConfig()
-    for name in _OPTIONS:
-        meta = DPOTrainConfig.__dataclass_fields__[name].metadata
-        check.add_argument(
-            f"--{name}",
-            default=getattr(defaults, name),
-            help=f"{meta['help']} (default: %(default)s)",
-            **argument(hints[name], meta["choices"]),
-        )
+    hints = get_type_hints(DataOptions)
+    for field in dataclasses.fields(DataOptions):
+        if field.name in _OPTIONS:
+            check.add_argument(
+                f"--{field.name}",
+                default=field.default,
+                help=f"{field.metadata['help']} (default: %(default)s)",
+                **argument(hints[field.name], field.metadata.get("choices")),
+            )
     check.add_argument(
         "--eval_file", metavar="FILE", help="evaluation pairs: finds rows that are in both"
     )
@@ -130,8 +132,8 @@ class _Check:
     def _tokenizer(self) -> Any:
         """The pairs' tokenizer, or None: texts alone are looked at."""
         from ..data import PairTokenizer
-        from ..train.data_options import truncation
         from ..train.model import load_tokenizer
+        from ..train.reading import truncation
         from ..train.start import find_model, model_limits
 
         args = self.args
@@ -144,7 +146,7 @@ class _Check:
 
     def _pairs(self, source: str, left_out: Any) -> Iterator[Any]:
         from ..data import PairReader
-        from ..train.data_options import columns
+        from ..train.reading import columns
 
         reader = PairReader(left_out, columns(self.args))
         yield from reader.pairs(source)

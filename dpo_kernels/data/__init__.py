@@ -5,14 +5,22 @@ read_pairs (files) -> tokenize_pairs (ids, TRL's rule) -> make_batch (trunk call
 
 from .batches import ScoredBatch, Sharing, TrunkCall, make_batch, make_sequence_batch
 from .bulk import tokenize_many
+from .completions import (
+    Completion,
+    RowTokenizer,
+    read_conversations,
+    read_scorable,
+    tokenize_conversations,
+)
 from .left_out import DataError, LeftOut, NoUsableRow, Problem
-from .pairs import Message, PairReader, PreferencePair, read_conversations, read_pairs
+from .pairs import Message, PairReader, PreferencePair, read_pairs
 from .sequences import Limits, TokenPair, TokenSequence
 from .stream import RowFile, StreamedPairs, row_file
-from .tokenize import PairTokenizer, tokenize_conversations, tokenize_pairs
+from .tokenize import PairTokenizer, tokenize_pairs
 from .truncation import Truncation
 
 __all__ = [
+    "Completion",
     "DataError",
     "LeftOut",
     "Limits",
@@ -23,6 +31,7 @@ __all__ = [
     "PreferencePair",
     "Problem",
     "RowFile",
+    "RowTokenizer",
     "ScoredBatch",
     "Sharing",
     "StreamedPairs",
@@ -34,6 +43,7 @@ __all__ = [
     "make_sequence_batch",
     "read_conversations",
     "read_pairs",
+    "read_scorable",
     "row_file",
     "tokenize_conversations",
     "tokenize_many",

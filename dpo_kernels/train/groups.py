@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..data import TokenPair
+from ..data import DataError, TokenPair
+from .config import DPOTrainConfig
 
 _TAU_ONE = math.log(math.e - 1)  # softplus of it is 1
 
@@ -78,6 +79,28 @@ class Groups(nn.Module):
             found[f"groups/{name}/temperature"] = temperature
             found[f"groups/{name}/offset"] = offset
         return found
+
+
+def learned_groups(
+    config: DPOTrainConfig,
+    device: torch.device,
+    pairs: Sequence[TokenPair],
+    say: Callable[[str], None],
+) -> Groups | None:
+    """What is learned of the pairs' groups beside the model, where `learn_groups` asks for it."""
+    if not config.learn_groups:
+        return None
+    groups = Groups.of(pairs, config.group_l2).to(device)
+    if not groups.names:
+        raise DataError("learn_groups: no row has a `group`")
+    loose = one_sided(pairs, config.label_smoothing > 0)
+    if loose:
+        say(
+            f"warning: learn_groups: all rows of {', '.join(loose[:8])} point one way, so only "
+            "group_l2 bounds the offset and the loss says little; write -GROUP where the bias "
+            "speaks for the rejected one, or give uncertain labels (label_smoothing)"
+        )
+    return groups
 
 
 def group_summary(groups: Groups, pairs: Sequence[TokenPair]) -> dict[str, dict[str, float]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import StreamedPairs, TokenPair
+from ..data import StreamedPairs, TokenPair, TokenSequence
 from ..data.bulk import tokenizer_digest
 from .config import DPOTrainConfig
 
@@ -44,10 +44,6 @@ FREE = frozenset(
         "eval_file",
         "trust_remote_code",
         "early_stopping_patience",
-        "reference_cache",
-        "check_first_step",
-        "on_falling_logps",
-        "dataset_num_proc",
     }
 )
 _LENGTH = ("max_steps", "num_train_epochs")
@@ -64,17 +60,20 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def pairs_digest(pairs: Iterable[TokenPair]) -> str:
-    """sha256 over the token ids and numbers of pairs, in their order."""
+def pairs_digest(pairs: Iterable[TokenPair | TokenSequence]) -> str:
+    """sha256 over the token ids and numbers of pairs (or sequences), in their order."""
     if isinstance(pairs, StreamedPairs):  # by its file: its rows are not read yet
         return pairs.digest()
     digest = hashlib.sha256()
     for p in pairs:
+        if isinstance(p, TokenSequence):
+            digest.update(array("q", [len(p.ids), p.start, *p.ids]).tobytes())
+            digest.update(repr(p.unscored).encode())
+            continue
         for ids in (p.prompt, p.chosen, p.rejected):
             digest.update(array("q", [len(ids), *ids]).tobytes())
-        digest.update(
-            repr((p.offset, p.weight, p.beta, p.unscored, p.group, p.label_smoothing)).encode()
-        )
+        numbers = (p.offset, p.weight, p.beta, p.unscored, p.group, p.label_smoothing)
+        digest.update(repr(numbers).encode())
     return digest.hexdigest()
 
 
@@ -82,8 +81,8 @@ def identity(
     config: DPOTrainConfig,
     model: nn.Module,
     tokenizer: Any,
-    pairs: Sequence[TokenPair],
-    held_out: Sequence[TokenPair],
+    pairs: Sequence[TokenPair | TokenSequence],
+    held_out: Sequence[TokenPair | TokenSequence],
 ) -> dict[str, Any]:
     """All of it, as a checkpoint keeps it; the model is as it was before training."""
     return {

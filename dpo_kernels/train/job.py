@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import statistics
 import sys
 import time
 import uuid
@@ -28,9 +27,9 @@ from ..data import (
     LeftOut,
     Limits,
     Message,
-    NoUsableRow,
     PreferencePair,
     TokenPair,
+    TokenSequence,
     embedded,
     read_conversations,
     read_pairs,
@@ -44,24 +43,27 @@ from .adapters import check_adapter, name_base
 from .calibration import calibration
 from .card import write_card
 from .checkpoints import newest, of_the_disk, reason
-from .compare import step_times
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
-from .data_options import columns, is_streamed, streamed_pairs, truncation
-from .groups import Groups, group_summary, one_sided
+from .ending import loss_title as loss_title
+from .ending import plain_torch_times, report
+from .fit import check_fits
+from .groups import group_summary, learned_groups
 from .identity import identity
 from .loop import TrainResult, evaluate, train
 from .machine import peak_memory
 from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
 from .optim import TrainingError
-from .order import epoch_order, steps_of, visited
+from .order import epoch_order, steps_of
 from .plots import plot_run
-from .reference import PairData, Referee
+from .reading import columns, no_pair_left, truncation
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
-from .sft import train_sft
+from .run_options import GROUPS
+from .sft import SupervisedRows, train_sft
 from .sinks import Run, Sinks, check_sinks
-from .start import RunFolder, check_device, find_model, refuse_many_processes
+from .start import RunFolder, check_device, find_model, quiet_bars, refuse_many_processes
+from .streaming import is_streamed, streamed_pairs
 
 
 def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,6 +80,18 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     Raises `UserError`, `DataError` (both say what to change) or `TrainingError`.
     """
     refuse_many_processes()
+    config, own = resolve(options)
+    check_device(config.device)
+    check_adapter(config, own)
+    check_sinks(config.report_to)
+    resumed = resumed_from(config, dk.__version__, console.say)
+    quiet_bars(console)
+    run_folder = RunFolder(config, resumed.path if resumed else None)
+    return Job(config, own, run_folder, console, resumed).run()
+
+
+def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
+    """(the configuration that `options` give, whether model and data are the user's own)."""
     own = any(options.get(k) for k in ("model_name_or_path", "dataset_name", "train_file"))
     recipe = {} if own else embedded_layers()[0]
     if options.get("num_train_epochs") is not None:
@@ -87,22 +101,22 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
         raise UserError("dataset_name is missing: pass a JSONL file of pairs (--dataset_name FILE)")
     if own and config.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: pass a model's name or folder")
-    if own and config.sft_steps:
-        raise UserError("sft_steps is of the embedded default: your own model is not fine-tuned")
-    check_device(config.device)
-    check_adapter(config, bool(own))
-    check_sinks(config.report_to)
-    resumed = resumed_from(config, dk.__version__, console.say)
-    if not console.is_terminal:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # a log file needs no bars of loading and saving
-    run_folder = RunFolder(config, resumed.path if resumed else None)
-    return _Job(config, own, run_folder, console, resumed).run()
+    if own and config.sft_steps and config.sft_file is None:
+        raise UserError(
+            "sft_steps is of the embedded default: your own model is not fine-tuned, unless "
+            "sft_file gives it conversations"
+        )
+    for option in ("sft_file", "ref_model_name_or_path"):
+        if not own and getattr(config, option) is not None:
+            raise UserError(f"{option} goes with a model and pairs of your own (the default's fit)")
+    return config, own
 
 
-class _Job:
+class Job:
     """One run, its folder and what was left out of its data."""
+
+    groups = GROUPS  # of the options that it has
+    command = "train"
 
     def __init__(
         self,
@@ -159,17 +173,22 @@ class _Job:
     def _command(self) -> str:
         """How this run is taken up again."""
         file = shlex.quote(str(self.folder / "config.yaml"))
-        return f"dpo-kernels train --config {file} --resume_from_checkpoint true"
+        return f"dpo-kernels {self.command} --config {file} --resume_from_checkpoint true"
 
     def _run(self) -> dict[str, Any]:
         config, say = self.config, self.console.say
         began = time.perf_counter()
         torch.manual_seed(config.seed)
+        conversations: list[TokenSequence] = []
         if self.own:
             policy = self._users_model()
             train_pairs, eval_pairs = self._pairs(policy)
+            conversations = self._conversations(policy)
             identity = self._identity(policy, train_pairs, eval_pairs)
             self._open_folder(policy)
+            if self.resumed is None:
+                self.policy = policy
+                self._own_sft(policy, conversations)
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
@@ -182,24 +201,29 @@ class _Job:
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-        referee = Referee(policy, config, self.console, self.own)
-        data, held_out = references(referee, train_pairs, eval_pairs, self.folder, self.resumed)
+        data, held_out = references(
+            policy,
+            train_pairs,
+            eval_pairs,
+            config,
+            self.console,
+            self.folder,
+            self.resumed,
+            self.own,
+        )
         if config.max_steps == 0 and held_out is None:
             raise UserError(
                 "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
                 "eval_fraction"
             )
-        groups = self._groups(policy, train_pairs)
+        groups = learned_groups(config, policy.device, train_pairs, say)
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs[:64])
         metrics = metrics_of(self.folder, self.resumed)
         margins: list[float] = []
-        if self.resumed is None:
-            found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
-        else:
+        found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
+        if self.resumed is not None:
             found = self.resumed.values["found"]
-        run = Run(self.folder, config, found["run_id"], self.resumed.step if self.resumed else 0)
-        self.sinks = Sinks(run, say)
-        metrics.beside = self.sinks.write
+        self._report_to(metrics, found["run_id"])
         if self.resumed is None:
             if held_out is not None:
                 found["before"] = evaluate(
@@ -213,7 +237,10 @@ class _Job:
         else:
             kept = {"version": dk.__version__, "identity": identity, "found": found}
             keeper = Keeper.of(self.folder, config, kept, self.resumed)
-            result = train(policy, data, held_out, config, metrics, self.console, keeper, groups)
+            beside = SupervisedRows(policy, conversations, config) if config.sft_rows else None
+            result = train(
+                policy, data, held_out, config, metrics, self.console, keeper, groups, beside
+            )
             with self.console.held():  # before anything that could still fail
                 save_policy(policy, self.folder / "model")
             self.saved = True
@@ -225,12 +252,9 @@ class _Job:
                 epoch = metrics.rows[-1]["epoch"]
                 metrics.write({"step": result.steps, "epoch": epoch, **after})
             text_after = self._complete(policy, ids)
-        try:
-            plot_run(metrics.rows, self.folder / "training.png", loss_title(config))
-        except Exception as error:  # matplotlib is absent or broken: the run is none the worse
-            say(f"warning: training.png was not drawn: {error}")
+        self._draw(metrics, loss_title(config))
         peak = peak_memory(policy.device)
-        timing = self._timing(policy, data)
+        timing = plain_torch_times(policy, data, config, self.own)
         summary = {
             "output_dir": str(self.folder),
             "backend": backend,
@@ -248,6 +272,29 @@ class _Job:
             "median_step_time": result.median_step_time,
             "peak_memory_bytes": peak,
             **timing,
+            **self._ending(began),
+        }
+        self._write_summary(summary)
+        if self.saved:
+            write_card(self.folder / "model", config, summary, loss_title(config))
+        report(summary, result, self.left_out, say)
+        return summary
+
+    def _report_to(self, metrics: MetricsFile, run_id: str) -> None:
+        """New lines of metrics go to the services of `report_to` as well."""
+        step = self.resumed.step if self.resumed is not None else 0
+        self.sinks = Sinks(Run(self.folder, self.config, run_id, step), self.console.say)
+        metrics.beside = self.sinks.write
+
+    def _draw(self, metrics: MetricsFile, title: str) -> None:
+        try:
+            plot_run(metrics.rows, self.folder / "training.png", title)
+        except Exception as error:  # matplotlib is absent or broken: the run is none the worse
+            self.console.say(f"warning: training.png was not drawn: {error}")
+
+    def _ending(self, began: float) -> dict[str, Any]:
+        """What every summary ends with."""
+        return {
             "left_out": self.left_out.counts(),
             "left_out_rows": self.left_out.shown(),
             "data": dict(self.left_out.notes),
@@ -255,19 +302,20 @@ class _Job:
             "version": dk.__version__,
             "torch": torch.__version__,
         }
+
+    def _write_summary(self, summary: dict[str, Any]) -> None:
         text = json.dumps(summary, indent=2, ensure_ascii=False)
         # Rows that were left out are quoted as they came, with what no encoding holds.
         quoted = (text + "\n").encode("utf-8", "backslashreplace")
         (self.folder / "summary.json").write_bytes(quoted)
-        if self.saved:
-            write_card(self.folder / "model", config, summary, loss_title(config))
-        self._report(summary, result)
-        return summary
 
     # --- parts ---
 
     def _identity(
-        self, policy: Policy, pairs: Sequence[TokenPair], held_out: Sequence[TokenPair]
+        self,
+        policy: Policy,
+        pairs: Sequence[TokenPair | TokenSequence],
+        held_out: Sequence[TokenPair | TokenSequence],
     ) -> dict[str, Any]:
         """What the run's checkpoints belong to; one that is resumed must belong to the same."""
         now = identity(self.config, policy.model, policy.tokenizer, pairs, held_out)
@@ -279,7 +327,7 @@ class _Job:
         if self.config.save_steps:
             check_room(policy, self.config, self.folder, self.console.say)
         self.run_folder.open(self.console.say)
-        self.config.save(self.folder / "config.yaml")
+        self.config.save(self.folder / "config.yaml", self.groups)
         every = self.folder / "left_out.jsonl"
         self.left_out.write(every)
         if len(self.left_out.problems) > len(self.left_out.shown()):
@@ -293,26 +341,14 @@ class _Job:
             with (self.folder / "left_out.jsonl").open("a", encoding="utf-8") as file:
                 file.write(problem.as_json())
 
-    def _groups(self, policy: Policy, pairs: Sequence[TokenPair]) -> Groups | None:
-        """What is learned of the rows' groups beside the model."""
-        if not self.config.learn_groups:
-            return None
-        groups = Groups.of(pairs, self.config.group_l2).to(policy.device)
-        if not groups.names:
-            raise DataError("learn_groups: no row has a `group`")
-        loose = one_sided(pairs, self.config.label_smoothing > 0)
-        if loose:
-            self.console.say(
-                f"warning: learn_groups: all rows of {', '.join(loose[:8])} point one way, so "
-                "only group_l2 bounds the offset and the loss says little; write -GROUP where the "
-                "bias speaks for the rejected one, or give uncertain labels (label_smoothing)"
-            )
-        return groups
-
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
-        found = replace(self.config, model_name_or_path=find_model(name))
-        policy = load_policy(found, self.console.say)
+        reference = self.config.ref_model_name_or_path
+        if reference is not None:
+            find_model(reference, "ref_model_name_or_path")  # before the data is read
+        found = find_model(name)
+        check_fits(found, self.config)
+        policy = load_policy(replace(self.config, model_name_or_path=found), self.console.say)
         if self.config.use_peft:
             name_base(policy.model, name)
         return policy
@@ -358,6 +394,42 @@ class _Job:
         loss = train_sft(policy, sequences, config, metrics, self.console)
         self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
 
+    def _conversations(self, policy: Policy) -> list[TokenSequence]:
+        """The rows of `sft_file`, tokenised; none without it."""
+        file = self.config.sft_file
+        return self._read_conversations(policy, file) if file is not None else []
+
+    def _read_conversations(self, policy: Policy, file: str) -> list[TokenSequence]:
+        since = len(self.left_out.problems)
+        rows = read_conversations(file, self.left_out)
+        sequences = tokenize_conversations(
+            rows,
+            policy.tokenizer,
+            truncation(self.config),
+            self.left_out,
+            Limits.of(policy.model.config),
+            self.console.progress,
+        )
+        if not sequences:
+            raise no_pair_left(file, self.left_out, since, "conversation")
+        return sequences
+
+    def _own_sft(self, policy: Policy, sequences: list[TokenSequence]) -> None:
+        """Supervised steps on `sft_file` before the pairs."""
+        steps = self.config.sft_steps
+        if not sequences or steps == 0 or (steps is None and self.config.sft_rows):
+            return
+        config = replace(
+            self.config,
+            learning_rate=self.config.sft_learning_rate,
+            max_steps=-1 if steps is None else steps,
+            num_train_epochs=1.0,
+            eval_steps=None,
+        )
+        metrics = MetricsFile(self.folder / "sft_metrics.jsonl")
+        loss = train_sft(policy, sequences, config, metrics, self.console)
+        self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
+
     def _pairs(
         self, policy: Policy, source: Path | None = None
     ) -> tuple[Sequence[TokenPair], Sequence[TokenPair]]:
@@ -375,15 +447,20 @@ class _Job:
         pairs = self._read(policy, train_file)
         if eval_file:
             return pairs, self._read(policy, eval_file)
-        n = round(config.eval_fraction * len(pairs))
-        if config.eval_fraction > 0 and len(pairs) > 1:
-            n = max(n, 1)
-        # epoch -1: an order that no training epoch has
-        held = set(epoch_order(len(pairs), config.seed, -1, True)[:n])
+        held = self._held_out(len(pairs))
         return (
             [p for i, p in enumerate(pairs) if i not in held],
             [p for i, p in enumerate(pairs) if i in held],
         )
+
+    def _held_out(self, rows: int) -> set[int]:
+        """The rows that are held out where there is no file of such."""
+        fraction = self.config.eval_fraction
+        n = round(fraction * rows)
+        if fraction > 0 and rows > 1:
+            n = max(n, 1)
+        # epoch -1: an order that no training epoch has
+        return set(epoch_order(rows, self.config.seed, -1, True)[:n])
 
     def _read(self, policy: Policy, file: str) -> list[TokenPair]:
         since = len(self.left_out.problems)
@@ -432,12 +509,14 @@ class _Job:
         if wanted is None:
             pair = min(pairs, key=lambda p: len(p.prompt))
             text = self.texts.get(pair.source)
-            if text is None:
-                ids = list(pair.prompt)
-                return policy.tokenizer.decode(ids), ids
+            if text is None:  # of a stream
+                return policy.tokenizer.decode(list(pair.prompt)), list(pair.prompt)
             prompt = text.prompt
             shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             return shown, list(pair.prompt)
+        return self._wanted_prompt(policy, wanted)
+
+    def _wanted_prompt(self, policy: Policy, wanted: str) -> tuple[str, list[int]]:
         if policy.tokenizer.chat_template:
             messages: list[Message] = [{"role": "user", "content": wanted}]
             return wanted, policy.tokenizer.apply_chat_template(
@@ -448,79 +527,6 @@ class _Job:
     def _complete(self, policy: Policy, ids: list[int]) -> str:
         n = self.config.sample_max_new_tokens
         return complete(policy, ids, n) if n > 0 and ids else ""
-
-    def _timing(self, policy: Policy, data: PairData) -> dict[str, Any]:
-        wanted = self.config.compare_plain_torch
-        if not (wanted if wanted is not None else not self.own):
-            return {}
-        config = replace(self.config, gradient_checkpointing=False)
-        indices = visited(len(data.pairs), config)[: config.per_device_train_batch_size]
-        ours, plain = step_times(policy, data, indices, config)
-        return {
-            "step_seconds": statistics.median(ours),
-            "plain_torch_step_seconds": statistics.median(plain),
-        }
-
-    def _report(self, summary: dict[str, Any], result: TrainResult) -> None:
-        say, before, after = self.console.say, summary["before"], summary["after"]
-        say()
-        if before:
-            say(f"{'held out':<34}{'before':>10}{'after':>10}")
-            for name, key in (
-                ("loss", "eval_loss"),
-                ("reward accuracy", "eval_rewards/accuracies"),
-                ("reward accuracy, a tie is a half", "eval_rewards/accuracies_ties_half"),
-                ("reward margin", "eval_rewards/margins"),
-                ("log-prob accuracy", "eval_logps/accuracies"),
-            ):
-                say(f"{name:<34}{before[key]:>10.4f}{after[key]:>10.4f}")
-            say("reward accuracy asks whether the reward (log-ratio to the reference) prefers the")
-            say("chosen: before training policy and reference are one, so every pair is a tie.")
-        sample = summary["sample"]
-        if sample["before"] or sample["after"]:
-            say(f"\nprompt: {sample['prompt']}")
-            say(f"before: {sample['before']}")
-            say(f"after:  {sample['after']}")
-        if result.steps:
-            say(
-                f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer "
-                f"step (median of {result.steps}), peak memory "
-                f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
-            )
-        if "step_seconds" in summary:
-            ours, plain = summary["step_seconds"], summary["plain_torch_step_seconds"]
-            say(
-                f"forward and backward of one batch: {ours:.3f} s; the same in plain torch (model "
-                f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x"
-            )
-        say(self.left_out.summary())
-        names = ["metrics.jsonl", "training.png", "config.yaml", "summary.json", "left_out.jsonl"]
-        there = [name for name in names if (self.folder / name).exists()]
-        say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
-
-
-_LENGTH_REASONS = {
-    "longer than max_length",
-    "prompt too long",
-    "completion too short",
-    "same after truncation",
-}
-
-
-def no_pair_left(file: str, left_out: LeftOut, since: int) -> NoUsableRow:
-    """The error of a file whose rows were all left out, the last of them by tokenisation."""
-    reasons = {p.reason for p in left_out.problems[since:]}
-    what = "no pair fits max_length" if reasons <= _LENGTH_REASONS else "no pair is left"
-    return left_out.nothing(file, what, since)
-
-
-def loss_title(config: DPOTrainConfig) -> str:
-    """The loss in words: "DPO: 0.8 sigmoid + 0.2 ipo + 0.5 SFT"."""
-    weights = config.loss_weights or [1.0] * len(config.loss_type)
-    parts = [*zip(weights, config.loss_type, strict=True)]
-    if config.sft_weight:
-        parts.append((config.sft_weight, "SFT"))
-    return "DPO: " + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)
 
 
 def _tell(text: str) -> None:

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..data import ScoredBatch, TokenPair
 from ..inputs.transfer import to_device
 from ..models.attached import HeadOutput
 from ..models.falling import FallingWatch
-from ..models.forward import PairTask, run_pairs
+from ..models.forward import PairTask, Reference, run_pairs
 from ..models.step0 import WrongReference
 from ..models.step0 import check_step0 as check_same
 from ..models.step1 import FirstStepError, check_ends, check_scored
@@ -36,9 +36,12 @@ from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
 from .optim import Stepper, TrainingError
 from .order import step_indices, steps_of
-from .reference import PairData
-from .resume import Keeper
+from .reference import LiveReference, PairData
+from .resume import Keeper, fine_tuned_first
 from .state import Progress, TrainingState
+
+if TYPE_CHECKING:
+    from .sft import SupervisedRows
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class PairLoss:
         batch = self.policy.batch(pairs)
         return PairTask(
             batch.labels,
-            self.reference(data, indices),
+            self.reference(data, indices, batch),
             {**(options or {}), **self.offset(pairs)},
             self.policy.fused,
             batch,
@@ -92,7 +95,11 @@ class PairLoss:
             self.function,
         )
 
-    def reference(self, data: PairData, indices: Sequence[int]) -> Tensor | None:
+    def reference(
+        self, data: PairData, indices: Sequence[int], batch: ScoredBatch
+    ) -> Reference | None:
+        if isinstance(data.reference, LiveReference) and data.reference.whole:
+            return data.reference.states(batch)
         return data.reference.of(indices, self.policy.device) if data.reference else None
 
     def offset(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
@@ -153,8 +160,9 @@ def check_step0(
 ) -> tuple[float, float]:
     """(loss, loss at zero log-ratios) of one batch before the first step; they must be equal.
 
-    The policy is the reference and its noise is off, so every log-ratio is zero: for `sigmoid` the
-    loss is log 2. Anything else means another reference, or kernels that disagree.
+    The policy is the reference (unless that is a model of its own) and its noise is off, so every
+    log-ratio is zero: for `sigmoid` the loss is log 2. Anything else means another reference, or
+    kernels that disagree.
     """
     loss = PairLoss(policy, config)
     loss.function.eval()
@@ -162,7 +170,7 @@ def check_step0(
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
     assert out.rewards is not None and out.pair_logps is not None
-    if data.reference and not config.ref_model_name_or_path:
+    if data.reference and config.ref_model_name_or_path is None:
         options = config.loss_options()
         try:
             check_same(
@@ -279,15 +287,18 @@ def train(
     console: Console,
     keeper: Keeper | None = None,
     groups: Groups | None = None,
+    beside: SupervisedRows | None = None,
 ) -> TrainResult:
-    """Train the policy in place; metrics every `logging_steps`, checkpoints as `keeper` has it.
+    """Train the policy in place, `beside` supervised rows of its own.
+
+    Metrics are written every `logging_steps`, checkpoints as `keeper` has it.
 
     Raises `TrainingError` on a loss or gradient that is not finite, naming the pairs of the step,
     or if the policy is not the reference before the first step; `Interrupted` between two steps,
     behind a checkpoint of the last one.
     """
     keeper = keeper or Keeper(None, 0, {})
-    return _Loop(policy, data, held_out, config, metrics, console, keeper, groups).run()
+    return _Loop(policy, data, held_out, config, metrics, console, keeper, groups, beside).run()
 
 
 class _Loop:
@@ -303,7 +314,10 @@ class _Loop:
         console: Console,
         keeper: Keeper,
         groups: Groups | None,
+        beside: SupervisedRows | None,
     ) -> None:
+        self.beside = beside
+        self.added: dict[str, Any] = {}  # metrics of the rows beside the pairs
         self.policy, self.data, self.held_out = policy, data, held_out
         self.config, self.metrics, self.console = config, metrics, console
         self.keeper = keeper
@@ -313,12 +327,15 @@ class _Loop:
         self.loss = PairLoss(policy, config, groups)
         self.progress = Progress()
         self.average = Average(policy.model, config.ema_decay) if config.ema_decay else None
-        beside: dict[str, Any] = {"loss": self.loss.function}
+        modules: dict[str, Any] = {"loss": self.loss.function}
         if groups is not None:
-            beside["groups"] = groups
+            modules["groups"] = groups
         if self.average is not None:
-            beside["average"] = self.average
-        self.state = TrainingState(policy.model, self.stepper, beside, self.progress)
+            modules["average"] = self.average
+        live = data.reference if isinstance(data.reference, LiveReference) else None
+        if live is not None and (live.every or fine_tuned_first(config)):
+            modules["reference"] = live.reference.model  # no start of the run gives it again
+        self.state = TrainingState(policy.model, self.stepper, modules, self.progress)
         self.falling = FallingWatch(said=config.on_falling_logps == "ignore")
         self.between = True  # two steps: weights, optimizer and counters are of one step
 
@@ -379,6 +396,9 @@ class _Loop:
         state = None if self.loss.function.state is None else self.loss.function.state.clone()
         meter = PairMeter()
         total, work = _gradients(self.loss, self.data, indices, config, meter, self.falling)
+        if self.beside is not None:
+            more, self.added = self.beside.gradients(step)
+            total = total + more
         sources = [self.data.pairs[i].source for i in indices]
         may_skip = progress.skipped_steps < config.skip_nonfinite
         extra = self.stepper.step(total, f"step {step}", sources, may_skip)
@@ -393,9 +413,9 @@ class _Loop:
             progress.logged_steps += 1
             if self.average is not None:
                 self.average.follow(step)
-            if self.data.reference:
-                self.data.reference.after_step(self.policy, step)
         progress.times.append(time.perf_counter() - began)
+        if self.data.reference:
+            self.data.reference.after_step(self.policy, step)
         if self.stepper.warning:
             self.console.say(self.stepper.warning)
             self.stepper.warning = ""
@@ -406,7 +426,6 @@ class _Loop:
         progress.padded += work.padded
         if step % config.logging_steps == 0 or step == self.steps:
             self._log(epoch, extra)
-            self._say_falling(step)
         if (
             self.held_out
             and config.eval_steps
@@ -416,13 +435,6 @@ class _Loop:
             self._evaluate(epoch)
         if self.keeper.due(step):
             self.keeper.save(self.state, len(self.metrics.rows))
-
-    def _say_falling(self, step: int) -> None:
-        text = self.falling.look()
-        if text and self.config.on_falling_logps == "stop":
-            raise TrainingError(f"step {step}: {text} (--on_falling_logps warn goes on)")
-        if text:
-            self.console.say(f"warning: step {step}: {text}")
 
     def _evaluate(self, epoch: float) -> None:
         assert self.held_out is not None
@@ -440,7 +452,7 @@ class _Loop:
         since = progress.step % config.logging_steps or config.logging_steps
         times = progress.times[-since:]  # a resumed run has the latest alone
         took = sum(times) * since / len(times)
-        row: dict[str, Any] = {"step": progress.step, "epoch": epoch, **extra}
+        row: dict[str, Any] = {"step": progress.step, "epoch": epoch, **extra, **self.added}
         if config.skip_nonfinite:
             row["skipped_steps"] = progress.skipped_steps
         if not meter.pairs:  # all that was not finite
@@ -468,3 +480,9 @@ class _Loop:
         progress.meter = PairMeter()
         progress.logged_steps = progress.logged_tokens = 0
         progress.computed = progress.padded = 0
+        if text := self.falling.look():
+            if self.config.on_falling_logps == "stop":
+                raise TrainingError(
+                    f"step {progress.step}: {text} (--on_falling_logps warn goes on)"
+                )
+            self.console.say(f"warning: step {progress.step}: {text}")

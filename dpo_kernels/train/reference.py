@@ -2,36 +2,37 @@
 
 The reference is the starting policy or another checkpoint (`ref_model_name_or_path`). Its log-probs
 are one pass over all pairs, so no second model is held during training, and what the cache
-(`models/reference_cache.py`) holds is not computed again. Two kinds of runs hold a model: those
-whose reference moves (`sync_ref_model`: TR-DPO and EMA; nothing of it is cached), and those that
-stream their data, which are not to wait for a pass.
+(`models/reference_cache.py`) holds is not computed again. Three kinds of runs hold a model: those
+whose reference moves (`sync_ref_model`: TR-DPO and EMA; nothing of it is cached), those whose loss
+compares whole distributions (TDPO), and those that stream their data, which are not to wait for a
+pass.
 
 Sums per sequence are kept, or values per token where the loss needs them (LD-DPO weighs tokens).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..data import TokenPair, TokenSequence
+from ..data import ScoredBatch, TokenPair, TokenSequence
 from ..inputs.transfer import to_device
+from ..models.forward import ReferenceStates
 from ..models.reference_cache import (
     ReferenceCache,
     default_folder,
     reference_identity,
     sequence_key,
 )
-from ..models.references import needs_reference
-from ..models.structure import base_model_of, deterministic
+from ..models.references import needs_reference, needs_states
+from ..models.structure import deterministic
 from .config import DPOTrainConfig, UserError
 from .console import Console
-from .model import Policy
+from .model import Policy, frozen_copy, load_reference
 
 
 class References(Protocol):
@@ -60,7 +61,10 @@ class Reference:
 
 
 class LiveReference:
-    """A reference model that is asked batch by batch; of `sync_ref_model` it follows the policy."""
+    """A reference model that is asked batch by batch; of `sync_ref_model` it follows the policy.
+
+    `whole`: the loss compares whole distributions, and takes `states`.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,13 @@ class LiveReference:
         self.per_token = config.ld_alpha is not None
         self.every = config.ref_model_sync_steps if config.sync_ref_model and follows else 0
         self.share = config.ref_model_mixup_alpha
+        self.whole = needs_states(config.loss_options())
+
+    @torch.no_grad()
+    def states(self, batch: ScoredBatch) -> ReferenceStates:
+        """What the head of the policy compares its own states of `batch` with."""
+        with deterministic(self.reference.model):
+            return ReferenceStates(self.reference.hidden(batch), self.reference.head_arguments())
 
     @torch.no_grad()
     def of(self, indices: Sequence[int], device: torch.device) -> Tensor:
@@ -106,7 +117,7 @@ class LiveReference:
 
 @dataclass(frozen=True)
 class PairData:
-    """Tokenised pairs and the reference's log-probs of them (None: the loss has no reference)."""
+    """Tokenised pairs and the reference of them (None: the loss has no reference)."""
 
     pairs: Sequence[TokenPair]
     reference: References | None = None
@@ -138,10 +149,19 @@ class Referee:
         self.other: Policy | None = None
         self.cache: ReferenceCache | None = None
         self._live: Policy | None = None
+        self.whole = False
         if not self.needed:
             return
         if config.ref_model_name_or_path:
-            self.other = other_reference(policy, config, console)
+            self.other = load_reference(config, policy, console.say)
+            console.say(
+                f"reference: {config.ref_model_name_or_path}, another checkpoint than the policy "
+                "(step 0 is not checked)"
+            )
+        self.whole = needs_states(config.loss_options())
+        if self.whole and not config.sync_ref_model:
+            console.say("reference: stays beside the policy (a loss of whole distributions)")
+            return
         if config.sync_ref_model:
             console.say(
                 "reference: follows the policy (sync_ref_model), so nothing of it is cached"
@@ -161,7 +181,7 @@ class Referee:
         """The pairs with their reference; `live`: asked for as the rows come."""
         if not self.needed:
             return PairData(pairs)
-        if live or self.config.sync_ref_model:
+        if live or self.config.sync_ref_model or self.whole:
             first = self._live is None
             if self._live is None:
                 self._live = self.other or frozen_copy(self.policy)
@@ -169,6 +189,11 @@ class Referee:
             return PairData(pairs, LiveReference(self._live, pairs, self.config, self.cache, first))
         model = self.other or self.policy
         return with_reference(model, pairs, self.config, self.console, what, used, self.cache)
+
+    @property
+    def stays(self) -> bool:
+        """Whether a model is held while the policy is trained."""
+        return self.whole or (self.needed and self.config.sync_ref_model)
 
     def done(self) -> None:
         """The passes are over: what only they needed goes."""
@@ -194,33 +219,6 @@ def open_cache(policy: Policy, config: DPOTrainConfig, console: Console) -> Refe
         return None
 
 
-def other_reference(policy: Policy, config: DPOTrainConfig, console: Console) -> Policy:
-    """The checkpoint `ref_model_name_or_path`, which must read the same tokens."""
-    from .model import load_policy
-    from .start import find_model
-
-    name = find_model(str(config.ref_model_name_or_path))
-    found = load_policy(replace(config, model_name_or_path=name, gguf_file=None), console.say)
-    found.model.requires_grad_(False)
-    mine, theirs = policy.tokenizer.get_vocab(), found.tokenizer.get_vocab()
-    if mine != theirs:
-        differ = sorted(set(mine.items()) ^ set(theirs.items()))[:3]
-        raise UserError(
-            f"ref_model_name_or_path: {name} has another tokenizer than the model (for one, "
-            f"{', '.join(repr(token) for token, _ in differ)}): its log-probs would be of other "
-            "texts"
-        )
-    console.say(f"reference: {name}, another checkpoint than the policy (step 0 is not checked)")
-    return found
-
-
-def frozen_copy(policy: Policy) -> Policy:
-    """The policy as it is now, to be asked while the policy is trained."""
-    model: Any = copy.deepcopy(policy.model)
-    model.requires_grad_(False).eval()
-    return replace(policy, model=model, head=base_model_of(model).get_output_embeddings())
-
-
 @torch.no_grad()
 def with_reference(
     policy: Policy,
@@ -231,7 +229,7 @@ def with_reference(
     used: Sequence[int] | None = None,
     cache: ReferenceCache | None = None,
 ) -> PairData:
-    """The pairs with the log-probs that `policy`, as it is now, gives them.
+    """The pairs with the log-probs that `policy` (the reference), as it is now, gives them.
 
     `used`: the only pairs that will be asked for (a run of few steps does not visit all). Else the
     batches are those of `evaluate`, so that an evaluation of the unchanged policy repeats the

@@ -16,6 +16,7 @@ from ..data import StreamedPairs, TokenPair
 from ..models.references import needs_reference
 from .checkpoints import Checkpoints, check_space, find, newest, read_tensors, read_values, run_of
 from .config import DPOTrainConfig, UserError
+from .console import Console
 from .identity import differences
 from .metrics import MetricsFile, read_metrics
 from .model import Policy
@@ -140,34 +141,41 @@ def metrics_of(folder: Path, resumed: Resumed | None) -> MetricsFile:
     return MetricsFile(file, read_metrics(source, resumed.values["metrics_rows"]))
 
 
+def fine_tuned_first(config: DPOTrainConfig) -> bool:
+    """Whether the reference is the policy behind supervised steps of the same run."""
+    own = config.sft_file is not None and config.sft_steps != 0
+    mixed_only = config.sft_steps is None and bool(config.sft_rows)
+    return config.model_name_or_path is None or (own and not mixed_only)
+
+
 def references(
-    referee: Referee,
+    policy: Policy,
     pairs: Sequence[TokenPair],
     held_out: Sequence[TokenPair],
+    config: DPOTrainConfig,
+    console: Console,
     folder: Path,
     resumed: Resumed | None,
+    own: bool = True,
 ) -> tuple[PairData, PairData | None]:
-    """The pairs with what the reference gives to them: computed, or as the run kept it."""
-    config = referee.config
-    if resumed is not None and config.sync_ref_model:
-        raise UserError(
-            "resume_from_checkpoint: not with sync_ref_model, whose reference has moved"
-        )
-    if isinstance(pairs, StreamedPairs) or config.sync_ref_model:
+    """The pairs with what the starting policy gives to them: computed, or as the run kept it."""
+    streamed = isinstance(pairs, StreamedPairs)
+    used = [] if streamed else visited(len(pairs), config)
+    # Of a resumed run nothing is put back yet: the policy is still the one it started from.
+    referee = Referee(policy, config, console, own)
+    if streamed:  # it is not to wait for a pass
         data = referee.data(pairs, "training pairs", live=True)
-        return data, referee.data(held_out, "held-out pairs", live=True) if held_out else None
-    used = visited(len(pairs), config)
-    if resumed is not None and needs_reference(config.loss_options()):
+        evaluated = referee.data(held_out, "held-out pairs", live=True)
+    elif resumed is not None and needs_reference(config.loss_options()) and not referee.stays:
         found = load_reference(resumed.path.parent)
         kept = found.get("training", Reference({}, {}))
         missing = [i for i in used if i not in kept.chosen]
         if missing:
-            if config.model_name_or_path is None:
+            if fine_tuned_first(config):
                 raise UserError(
                     f"max_steps: {config.max_steps} asks for pairs that the run did not score "
                     "before it began"
                 )
-            # Nothing is put back yet: the policy is still the one that the run started from.
             more = referee.data(pairs, "more pairs", missing).reference
             assert isinstance(more, Reference)
             kept = Reference(kept.chosen | more.chosen, kept.rejected | more.rejected)
@@ -179,11 +187,8 @@ def references(
         if held_out:
             evaluated = referee.data(held_out, "held-out pairs")
     referee.done()
-    if config.save_steps and isinstance(data.reference, Reference):
-        held = evaluated.reference
-        sets = {
-            "training": data.reference,
-            "held out": held if isinstance(held, Reference) else None,
-        }
-        save_reference(folder / "checkpoints", sets)
+    sets = {"training": data.reference, "held out": evaluated.reference}
+    scored = {k: v for k, v in sets.items() if isinstance(v, Reference)}
+    if config.save_steps and scored:
+        save_reference(folder / "checkpoints", scored)
     return data, evaluated if held_out else None

@@ -15,6 +15,7 @@ import torch
 from ..data import Limits
 from .checkpoints import run_of
 from .config import DPOTrainConfig, UserError
+from .console import Console
 
 # What a run writes into its folder.
 RUN_FILES = (
@@ -42,6 +43,14 @@ def refuse_many_processes() -> None:
             )
 
 
+def quiet_bars(console: Console) -> None:
+    """A log file needs no bars of loading and saving."""
+    if not console.is_terminal:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
 def check_device(name: str) -> None:
     """The option `device` names a device that works here."""
     if name == "auto":
@@ -56,7 +65,7 @@ def check_device(name: str) -> None:
         raise UserError(f"device: {name!r} cannot be used here: {first}") from None
 
 
-def find_model(name: str) -> str:
+def find_model(name: str, option: str = "model_name_or_path") -> str:
     """`name`, or the folder of the cache that holds it where the hub cannot be reached.
 
     transformers asks the hub again and again before it gives up, for each file; one question
@@ -66,7 +75,7 @@ def find_model(name: str) -> str:
     if path.exists() or path.suffix == ".gguf":
         return str(path)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no name of the hub
-        raise UserError(f"model_name_or_path: {name} cannot be loaded: there is no such folder")
+        raise UserError(f"{option}: {name} cannot be loaded: there is no such folder")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import get_session
 
@@ -81,7 +90,7 @@ def find_model(name: str) -> str:
         return snapshot_download(name, local_files_only=True)
     except Exception:
         raise UserError(
-            f"model_name_or_path: {name} cannot be loaded: there is no such folder here, it is not "
+            f"{option}: {name} cannot be loaded: there is no such folder here, it is not "
             f"in the cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} cannot be reached "
             f"({why})"
         ) from None

@@ -19,7 +19,9 @@ _LOCAL_FILE = "data comes from a file (dataset_name, eval_file)"
 _NO_HUB = "nothing is uploaded: the trained model is a folder"
 _LOGGED = "metrics are written to metrics.jsonl in the run's folder, and to what report_to names"
 _PLAIN_OPTIMIZER = "optimizers are set by learning_rate, weight_decay, adam_* and max_grad_norm"
-_REFERENCE_ONCE = "the reference is the starting policy, and its log-probs are computed once"
+_REFERENCE_ONCE = (
+    "the reference (the starting policy, or ref_model_name_or_path) scores every pair once"
+)
 _PRECISION = "the dtype of the weights is the option dtype"
 
 # reason -> names
@@ -35,7 +37,8 @@ _REFUSED: dict[str, str] = {
     _NO_WORKERS: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
     "dataloader_multiprocessing_context length_column_name group_by_length",
-    _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split",
+    _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split "
+    "datasets streaming test_split_size dataset_kwargs",
     _NO_HUB: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
     "hub_revision",
     _LOGGED: "logging_dir trackio_space_id trackio_bucket_id "
@@ -65,6 +68,13 @@ _REFUSED: dict[str, str] = {
     "columns that are not used are named, and left": "remove_unused_columns",
     "train does both, evaluation where there are held-out pairs": "do_train do_eval do_predict",
     "there is no such report": "debug skip_memory_metrics",
+    "every turn of the assistant is scored, of a prompt nothing": "assistant_only_loss "
+    "completion_only_loss",
+    "rows are not packed into one sequence": "packing packing_strategy eval_packing",
+    "a chat template comes from a file (chat_template)": "chat_template_path",
+    "the column is 'text'": "dataset_text_field",
+    "the end token is the tokenizer's": "eos_token",
+    "the order follows train_sampling_strategy": "shuffle_dataset",
 }
 
 # What happens here anyway, beside `_OFF`.
@@ -83,6 +93,12 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "average_tokens_across_devices": (True,),
     "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
     "dataset_train_split": ("train",),
+    "dataset_test_split": ("test",),
+    "assistant_only_loss": (True, None),
+    "completion_only_loss": (True, None),
+    "dataset_text_field": ("text",),
+    "shuffle_dataset": (True,),
+    "packing_strategy": ("bfd",),
     # What `DPOConfig().to_dict()` writes of settings that mean nothing here, or nothing alone.
     "label_smoothing_factor": (0.0,),
     "lora_task_type": ("causal_lm",),
@@ -108,7 +124,7 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     ),
 }
 # Off would change what happens here.
-_NOT_OFF = ("disable_dropout", "logging_strategy")
+_NOT_OFF = ("disable_dropout", "logging_strategy", "assistant_only_loss", "completion_only_loss")
 
 REASONS = {name: reason for reason, names in _REFUSED.items() for name in names.split()}
 TRANSLATED = ("save_strategy", "warmup_ratio", "use_cpu", "activation_checkpointing")

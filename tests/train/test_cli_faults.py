@@ -71,10 +71,8 @@ def folder_of(args: list[Any]) -> Path:
 
 
 def test_wrong_steps(train: list[Any], capsys: Capture) -> None:
-    for value in ("0", "-2"):
-        assert "max_steps must be at least 1, or -1" in refused(
-            capsys, *train, "--max_steps", value
-        )
+    line = refused(capsys, *train, "--max_steps", "-2")
+    assert "max_steps must be at least 1, or -1" in line
 
 
 def test_several_processes_are_refused(
@@ -203,7 +201,7 @@ def test_numbers_that_make_no_sense(
 def test_trls_options_are_taken_or_refused_by_name(train: list[Any], capsys: Capture) -> None:
     line = refused(capsys, *train, "--save_only_model", "true")
     assert "save_only_model=True" in line and "checkpoints hold the whole run" in line
-    assert "report_to='wandb'" in refused(capsys, *train, "--report_to", "wandb")
+    assert "report_to must be of" in refused(capsys, *train, "--report_to", "mlflow")
     given = [
         "--report_to",
         "none",
@@ -431,13 +429,12 @@ def test_a_failed_start_leaves_nothing(train: list[Any], tmp_path: Path, capsys:
 def test_a_start_interrupted_before_training_leaves_nothing(
     train: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-
-    from dpo_kernels.train import resume
+    from dpo_kernels.train import reference
 
     def killed(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(resume.Referee, "data", killed)
+    monkeypatch.setattr(reference.Referee, "data", killed)
     assert run(*train) == 143
     assert not folder_of(train).exists()
 
@@ -456,9 +453,8 @@ def test_overwriting_leaves_no_file_of_the_run_before(train: list[Any], capsys: 
     assert "no run wrote; they stay: notes.txt" in capsys.readouterr().out
     assert not (folder / "sft_metrics.jsonl").exists() and not (folder / "model/old.bin").exists()
     assert json.loads((folder / "summary.json").read_text())["steps"] == 1
-    assert set(start.RUN_FILES) - {"sft_metrics.jsonl"} == {p.name for p in folder.iterdir()} - {
-        "notes.txt"
-    }
+    optional = {"sft_metrics.jsonl", "tensorboard", "wandb"}
+    assert set(start.RUN_FILES) - optional == {p.name for p in folder.iterdir()} - {"notes.txt"}
 
 
 # --- data: one verdict ---
