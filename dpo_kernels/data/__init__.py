@@ -4,6 +4,7 @@ read_pairs (files) -> tokenize_pairs (ids, TRL's rule) -> make_batch (trunk call
 """
 
 from .batches import ScoredBatch, Sharing, TrunkCall, make_batch, make_sequence_batch
+from .bulk import tokenize_many
 from .completions import (
     Completion,
     RowTokenizer,
@@ -45,5 +46,6 @@ __all__ = [
     "read_scorable",
     "row_file",
     "tokenize_conversations",
+    "tokenize_many",
     "tokenize_pairs",
 ]

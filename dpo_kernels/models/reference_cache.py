@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import TokenSequence
+from ..data.bulk import cache_root
 from .structure import base_model_of, unwrapped
 
 FORMAT = "dpo-kernels reference log-probs 1"
@@ -411,6 +412,4 @@ def _checksum(rows: int, rest: bytes) -> int:
 
 def default_folder() -> Path:
     """Where log-probs are kept if no folder is named: in the user's cache."""
-    own = os.environ.get("DPO_KERNELS_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo-kernels"
-    return (Path(own).expanduser() if own else base) / "reference"
+    return cache_root() / "reference"

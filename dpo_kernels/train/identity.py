@@ -7,7 +7,6 @@ so a difference is refused by name.
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from ..data import StreamedPairs, TokenPair, TokenSequence
+from ..data.bulk import tokenizer_digest
 from .config import DPOTrainConfig
 
 # Options that change what is written or shown, or where, and nothing of what is trained.
@@ -64,18 +64,6 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 over a tokenizer's vocabulary, merges, special tokens and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    made = backend.to_str() if backend is not None else json.dumps(sorted(_vocabulary(tokenizer)))
-    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return _sha(made, special, str(tokenizer.chat_template))
-
-
-def _vocabulary(tokenizer: Any) -> Iterable[tuple[str, int]]:
-    return tokenizer.get_vocab().items()
-
-
 def pairs_digest(pairs: Iterable[TokenPair | TokenSequence]) -> str:
     """sha256 over the token ids and numbers of pairs (or sequences), in their order."""
     if isinstance(pairs, StreamedPairs):  # by its file: its rows are not read yet
@@ -92,10 +80,6 @@ def pairs_digest(pairs: Iterable[TokenPair | TokenSequence]) -> str:
             repr((p.offset, p.weight, p.beta, p.unscored, p.group, p.label_smoothing)).encode()
         )
     return digest.hexdigest()
-
-
-def _sha(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def identity(

@@ -33,8 +33,9 @@ from ..data import (
     read_conversations,
     read_pairs,
     tokenize_conversations,
-    tokenize_pairs,
+    tokenize_many,
 )
+from ..data.bulk import cache_root
 from ..data.left_out import Problem
 from ..models.versions import dtype_option
 from .adapters import check_adapter, name_base
@@ -426,7 +427,7 @@ class Job:
         self._check_row_options(file, texts)
         self.texts.update({t.source: t for t in texts})
         limits = Limits.of(policy.model.config)
-        pairs = tokenize_pairs(
+        pairs = tokenize_many(
             texts,
             policy.tokenizer,
             truncation(self.config),
@@ -434,6 +435,8 @@ class Job:
             self.console.say,
             limits,
             self.console.progress,
+            self.config.dataset_num_proc,
+            cache_root() / "tokens",
         )
         if not pairs:
             raise no_pair_left(file, self.left_out, since)
