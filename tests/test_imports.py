@@ -31,6 +31,7 @@ FLOORS = [
     ["models"],
     ["verification"],
     ["train", "integrations", "bench"],
+    ["iterate"],
     ["doctor"],
     ["commands"],
     ["cli"],

@@ -1,0 +1,545 @@
+"""`iterate`: the policy improves on its own judged samples, round after round.
+
+    prompts -> samples -> verdicts -> pairs -> train -> evaluate -> promote
+
+Each arrow is a stage with files of its own and an entry in the round's manifest; what is finished
+is never done again, so a loop that was killed goes on where it was. A round ends by name where it
+has too few pairs, where a guard's limit is broken, or where the new policy loses to the old one;
+then the old one stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import embedded
+from ..train.config import DPOTrainConfig, UserError, load_config
+from ..train.console import Console
+from ..train.job import run_job
+from .guards import GuardOptions, broken_limit, kl_of_samples, logps_moved, text_statistics
+from .iteration_report import write_report
+from .judges import Judge, make_judge
+from .local_models import LocalModel, weights_digest
+from .manifest import Manifest, read_json, write_json
+from .pair_rules import make_pairs
+from .records import Prompt, digest, read_prompts, read_samples, read_table, write_table
+from .sampling import generate, seed_of
+from .settings import JUDGES, JudgeOptions, PairOptions, SamplingOptions, load_options, option
+from .start_model import embedded_start
+from .verdicts import judge_samples
+from .win_rate import win_rate
+
+EMBEDDED_RULE = "dpo_kernels.iterate.tone_rule:tone_score"
+# What a loop that goes on may have otherwise than when it began.
+MAY_CHANGE = (
+    "rounds",
+    "concurrency",
+    "requests_per_minute",
+    "request_timeout",
+    "retries",
+    "backoff",
+    "max_backoff",
+    "max_requests",
+    "max_cost",
+    "cache_dir",
+    "api_key_env",
+    "stop_at",
+)
+
+
+@dataclass
+class IterateConfig(GuardOptions, SamplingOptions, PairOptions, JudgeOptions):
+    """Options of the loop; those of `train` go to each round's training."""
+
+    output_dir: str = option("", "folder of the iteration; one that exists is gone on with")
+    model_name_or_path: str | None = option(
+        None, "policy of round 0; without it the embedded model after its SFT"
+    )
+    prompts: str | None = option(None, "file of prompts to train on")
+    eval_prompts: str | None = option(None, "file of held-out prompts; None: split off by seed")
+    eval_fraction: float = option(0.1, "share of the prompts held out without eval_prompts")
+    rounds: int = option(3, "rounds at most")
+    prompts_per_round: int | None = option(None, "prompts of one round; None: all")
+    reference: str = option(
+        "previous", "reference of a round's training", ("initial", "previous", "ema")
+    )
+    ema_decay: float = option(0.5, "ema: share of the old reference that is kept")
+    min_pairs: int = option(8, "fewer pairs end the loop by name")
+    fallback_judge: list[str] = option(
+        [], "asked in place of the judge where it leaves fewer than min_pairs", JUDGES
+    )
+    compare: str = option("all", "all | disjoint: which samples are compared", ("all", "disjoint"))
+    online: int | None = option(
+        None, "steps of a round: new pairs from the current policy every so many steps"
+    )
+    eval_samples: int = option(2, "samples of each held-out prompt")
+    win_length_match: float = option(0.2, "texts compared differ in length by this share at most")
+    stop_at: float | None = option(None, "stop where the win rate over round 0 reaches it")
+    stop_below: float | None = option(
+        None, "stop, and keep the old policy, where the win rate over it is below for certain"
+    )
+    sft_steps: int | None = option(None, "SFT steps of the embedded model; None: its recipe's")
+    device: str = option("auto", "cpu, cuda, ...; auto: a GPU if there is one")
+
+    def _comes_later(self, name: str) -> bool:
+        return name in ("judge_model_path", "judge_ref_path")
+
+    def check(self) -> None:
+        if self.model_name_or_path is None and self.prompts is None:
+            if self.judge == ["length"]:
+                self.judge, self.judge_callable = ["callable"], EMBEDDED_RULE
+        elif self.prompts is None or self.model_name_or_path is None:
+            raise UserError("give model_name_or_path and prompts, or neither (the embedded model)")
+        super().check()
+        if not self.output_dir:
+            raise UserError("output_dir is missing: a loop that can be gone on with needs a name")
+        for name in ("rounds", "min_pairs", "eval_samples", "online", "prompts_per_round"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(options of the loop, options of each round's training)."""
+    mine = {f.name for f in fields(IterateConfig)}
+    loop = {k: v for k, v in options.items() if k in mine}
+    return loop, {k: v for k, v in options.items() if k not in mine}
+
+
+def run_iteration(options: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
+    """Run the loop that the options describe, or go on with it; returns its summary."""
+    loop, training = split_options(options)
+    config = load_options(IterateConfig, loop)
+    return Iteration(config, training, console or Console(quiet=True)).run()
+
+
+class Iteration:
+    """One loop and its folder."""
+
+    def __init__(self, config: IterateConfig, training: dict[str, Any], console: Console) -> None:
+        self.config, self.console = config, console
+        self.embedded = config.model_name_or_path is None
+        recipe = _embedded_training() if self.embedded else {}
+        self.training = {**recipe, **training}
+        if config.online:
+            self.training["max_steps"] = config.online
+        forbidden = {"dataset_name", "train_file", "eval_file", "output_dir"} & set(training)
+        if forbidden:
+            raise UserError(f"{sorted(forbidden)[0]}: each round has its own")
+        trained = load_config(self.training)  # a mistake is found before anything is sampled
+        if config.reference != "previous" and not _has_reference_option():
+            raise UserError(f"reference={config.reference} needs a trainer with a reference model")
+        self.per_step = trained.per_device_train_batch_size * trained.gradient_accumulation_steps
+        self.folder = Path(config.output_dir)
+        self.start = self.folder / "start"
+        self.train_prompts: list[Prompt] = []
+        self.eval_prompts: list[Prompt] = []
+
+    # --- the loop ---
+
+    def run(self) -> dict[str, Any]:
+        self._open()
+        zero = self._round_zero()
+        state: dict[str, Any] = {"policy": str(self.start), "reference": str(self.start)}
+        done: list[dict[str, Any]] = []
+        ended = None
+        for number in range(1, self.config.rounds + 1):
+            one = Round(self, number, state, zero)
+            ended = one.run()
+            done.append(one.manifest.content)
+            if one.manifest["promoted"]:
+                state = {k: str(self.folder / one.manifest[k]) for k in ("policy", "reference")}
+                state["round"] = number
+            if ended:
+                break
+        return self._finish(done, state, ended, zero)
+
+    def _finish(
+        self, done: list[dict[str, Any]], state: dict[str, Any], ended: str | None, zero: Manifest
+    ) -> dict[str, Any]:
+        best = state.get("round", 0)
+        model = self.folder / "model"
+        part = self.folder / "model.writing"
+        source = Path(state["policy"])
+        if source.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(source, part)
+            shutil.rmtree(model, ignore_errors=True)
+            part.replace(model)
+        summary = {
+            "output_dir": str(self.folder),
+            "rounds": len(done),
+            "promoted_round": best,
+            "ended": ended or f"rounds: {self.config.rounds} done",
+            "model": str(model),
+            "weights": weights_digest(source),
+            "round0": zero["stages"]["evaluate"]["measures"],
+            "each": [_summary_of(m) for m in done],
+        }
+        write_json(self.folder / "summary.json", summary)
+        write_report(self.folder, summary, self.console.say)
+        self.console.say(f"the loop ended: {summary['ended']}; policy of round {best} in {model}")
+        return summary
+
+    def _open(self) -> None:
+        """Make the folder, or see that it is this loop's; settle the prompts."""
+        c = self.config
+        settings = {
+            "loop": {k: v for k, v in asdict(c).items() if k not in (*MAY_CHANGE, "output_dir")},
+            "training": self.training,
+        }
+        file = self.folder / "config.json"
+        if file.exists():
+            _same_settings(read_json(file), settings, file)
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UserError(f"output_dir: {self.folder} is not empty and no iteration's folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            train, held = self._read_prompts()
+            write_table(self.folder / "prompts.jsonl", train)
+            write_table(self.folder / "eval_prompts.jsonl", held)
+            write_json(file, settings)  # last: a folder with it is whole
+        self.train_prompts = read_prompts(self.folder / "prompts.jsonl")
+        self.eval_prompts = read_prompts(self.folder / "eval_prompts.jsonl")
+
+    def _read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        c = self.config
+        if self.embedded:
+            with embedded.folder() as source:
+                train = read_prompts(source / "train.jsonl")
+                held = read_prompts(source / "eval.jsonl")
+        else:
+            train = read_prompts(str(c.prompts))
+            held = read_prompts(c.eval_prompts) if c.eval_prompts else []
+            if not held and c.eval_fraction > 0 and len(train) > 1:
+                n = max(1, round(c.eval_fraction * len(train)))
+                out = {p.id for p in sorted(train, key=lambda p: seed_of(c.seed, p.id))[:n]}
+                held = [p for p in train if p.id in out]
+        ids = {p.id for p in held}
+        kept = [p for p in train if p.id not in ids]
+        if not kept or not held:
+            raise UserError("prompts: there must be prompts to train on and held-out ones")
+        return kept, held
+
+    def _round_zero(self) -> Manifest:
+        """The starting policy and its samples of the held-out prompts."""
+        zero = Manifest(self.folder / "rounds" / "000", {"round": 0})
+        c = self.config
+        if self.embedded:
+
+            def fine_tune() -> dict[str, Any]:
+                embedded_start(self.start, c.seed, c.sft_steps, self.console)
+                return {}
+
+            zero.stage("start", fine_tune, "../../start")
+        else:
+            self.start = Path(str(c.model_name_or_path))
+
+        def sample() -> dict[str, Any]:
+            return self.sample_held_out(LocalModel.load(str(self.start), c.device), zero.folder)
+
+        zero.stage("evaluate", sample, "eval_samples.jsonl")
+        return zero
+
+    # --- what rounds share ---
+
+    def sample_held_out(self, policy: LocalModel, folder: Path) -> dict[str, Any]:
+        """Sample the held-out prompts; each round with the same seed."""
+        options = replace(_sampling(self.config), num_samples=self.config.eval_samples)
+        counts = generate(
+            self.eval_prompts, policy, options, folder / "eval_samples.jsonl", self.console
+        )
+        samples = read_samples(folder / "eval_samples.jsonl")
+        return {"measures": text_statistics(samples), "samples": counts.samples}
+
+    def prompts_of(self, number: int) -> list[Prompt]:
+        """The prompts of a round, by seed; each round goes on in the same shuffled list."""
+        c, every = self.config, self.train_prompts
+        wanted = c.prompts_per_round or (c.online * self.per_step if c.online else None)
+        if wanted is None or wanted >= len(every):
+            return every
+        at = (number - 1) * wanted
+        found: list[Prompt] = []
+        while len(found) < wanted:
+            epoch, i = divmod(at + len(found), len(every))
+            if not found or i == 0:
+                order = sorted(every, key=lambda p: seed_of(c.seed, epoch, p.id))
+            found.append(order[i])
+        return list({p.id: p for p in found}.values())
+
+    def judge(self, policy: str, names: list[str] | None = None) -> Any:
+        """The judge; models that a judge needs are the current and the starting policy."""
+        c = replace(self.config, judge=names or self.config.judge)
+        c.cache_dir = c.cache_dir or str(self.folder / "judge_cache")
+        c.judge_model_path = c.judge_model_path or policy
+        c.judge_ref_path = c.judge_ref_path or str(self.start)
+        return make_judge(c, self.folder / "requests.jsonl")
+
+
+class Round:
+    """One round: its folder, its manifest, its stages."""
+
+    def __init__(self, loop: Iteration, number: int, state: dict[str, Any], zero: Manifest) -> None:
+        self.loop, self.number, self.zero = loop, number, zero
+        self.config, self.say = loop.config, loop.console.say
+        self.policy, self.reference = state["policy"], state["reference"]
+        self.before = loop.folder / "rounds" / f"{state.get('round', 0):03d}"
+        self.folder = loop.folder / "rounds" / f"{number:03d}"
+        self.seed = seed_of(self.config.seed, "round", number)
+        self.manifest = Manifest(
+            self.folder,
+            {
+                "round": number,
+                "seed": self.seed,
+                "sampled_from": {"path": self.policy, "weights": weights_digest(Path(self.policy))},
+                "reference_of_training": self._training_reference(),
+                "prompts": digest([p.id for p in loop.prompts_of(number)]),
+                "promoted": False,
+                "ended": None,
+            },
+        )
+        self._judge: Any = None
+
+    def run(self) -> str | None:
+        """Do what is not done yet; the reason why the loop ends here, or None."""
+        m = self.manifest
+        if m["ended"] or m["promoted"]:
+            return m["ended"]
+        m.stage("generate", self._generate, "samples.jsonl")
+        verdicts = m.stage("judge", self._ask, "verdicts.jsonl")
+        self.say(f"round {self.number}: {verdicts['said']}")
+        counts = m.stage("pairs", self._pairs, "pairs.jsonl")
+        self.say(f"round {self.number}: {counts['said']}")
+        if counts["pairs"] < self.config.min_pairs:
+            return self._end(
+                f"min_pairs: {counts['pairs']} pairs in round {self.number}, "
+                f"min_pairs is {self.config.min_pairs} ({counts['said']})"
+            )
+        m.stage("train", self._train, "train/model")
+        found = m.stage("evaluate", self._evaluate, "eval_samples.jsonl", "wins_round0.jsonl")
+        return self._decide(found)
+
+    def _end(self, why: str) -> str:
+        self.manifest.note(ended=why)
+        self.say(f"round {self.number} ends: {why}")
+        return why
+
+    def _decide(self, found: dict[str, Any]) -> str | None:
+        """Promote the new policy, or say why not."""
+        c = self.config
+        against0, against = found["win_rate_round0"], found["win_rate_previous"]
+        self.say(
+            f"round {self.number}: win rate over round 0 {_rate(against0)}, over the previous "
+            f"policy {_rate(against)}"
+        )
+        broken = broken_limit(c, found["measures"], self.zero["stages"]["evaluate"]["measures"])
+        if broken:
+            return self._end(f"guard {broken}; round {self.number} is not promoted")
+        if c.stop_below is not None and against["prompts"] and against["high"] < c.stop_below:
+            return self._end(
+                f"stop_below: win rate over the previous policy {_rate(against)}, below "
+                f"{c.stop_below:g}; round {self.number} is not promoted"
+            )
+        promoted = self.manifest.stage("promote", self._promote)
+        reached = c.stop_at is not None and against0["rate"] and against0["rate"] >= c.stop_at
+        why = f"stop_at: win rate over round 0 {_rate(against0)}" if reached else None
+        # One write: a round is promoted with its reason to end, or not yet.
+        self.manifest.note(
+            promoted=True, policy=promoted["policy"], reference=promoted["reference"], ended=why
+        )
+        return why
+
+    # --- stages ---
+
+    def judge(self, names: list[str] | None = None) -> Judge:
+        if self._judge is None or names:
+            self._judge = self.loop.judge(self.policy, names)
+        return self._judge
+
+    def _generate(self) -> dict[str, Any]:
+        prompts = self.loop.prompts_of(self.number)
+        options = replace(_sampling(self.config), seed=self.seed)
+        policy = LocalModel.load(self.policy, self.config.device)
+        counts = generate(
+            prompts, policy, options, self.folder / "samples.jsonl", self.loop.console
+        )
+        return asdict(counts)
+
+    def _ask(self) -> dict[str, Any]:
+        samples = read_samples(self.folder / "samples.jsonl")
+        judge = self.judge()
+        found = self._verdicts(samples, judge, "verdicts.jsonl")
+        c = self.config
+        if c.fallback_judge:
+            pairs, _ = make_pairs(samples, read_table(self.folder / "verdicts.jsonl"), c, self.seed)
+            if len(pairs) < c.min_pairs:
+                other = self.loop.judge(self.policy, c.fallback_judge)
+                second = self._verdicts(samples, other, "verdicts_fallback.jsonl")
+                second["said"] = (
+                    f"{judge.name}: {found['said']}; asked in its place, {other.name}: "
+                    f"{second['said']}"
+                )
+                (self.folder / "verdicts.jsonl").replace(self.folder / "verdicts_first.jsonl")
+                shutil.copyfile(
+                    self.folder / "verdicts_fallback.jsonl", self.folder / "verdicts.jsonl"
+                )
+                return {**second, "first_judge": found}
+        return found
+
+    def _verdicts(self, samples: Any, judge: Any, name: str) -> dict[str, Any]:
+        counts = judge_samples(
+            samples, judge, self.folder / name, self.config.compare, self.loop.console
+        )
+        found = {"judge": judge.name, "identity": judge.identity, **asdict(counts)}
+        found["said"] = counts.describe()
+        endpoint = getattr(judge, "endpoint", None)
+        if endpoint is not None:
+            found |= {"requests": dict(endpoint.stats), "cost": endpoint.cost}
+            self.say(endpoint.describe())
+        return found
+
+    def _pairs(self) -> dict[str, Any]:
+        samples = read_samples(self.folder / "samples.jsonl")
+        rows, counts = make_pairs(
+            samples, read_table(self.folder / "verdicts.jsonl"), self.config, self.seed
+        )
+        write_table(self.folder / "pairs.jsonl", rows)
+        return {**asdict(counts), "said": counts.describe()}
+
+    def _training_reference(self) -> str:
+        kinds = {"initial": str(self.loop.start), "previous": self.policy, "ema": self.reference}
+        return kinds[self.config.reference]
+
+    def _train(self) -> dict[str, Any]:
+        reference = self._training_reference()
+        options = {
+            "eval_fraction": 0.0,
+            "sample_max_new_tokens": 0,
+            "compare_plain_torch": False,
+            "seed": self.seed,
+            "device": self.config.device,
+            **self.loop.training,
+            "model_name_or_path": self.policy,
+            "dataset_name": str(self.folder / "pairs.jsonl"),
+            "output_dir": str(self.folder / "train"),
+            "overwrite_output_dir": True,
+        }
+        if reference != self.policy:
+            options["ref_model_name_or_path"] = reference
+        with _hushed(self.loop.console):
+            summary = run_job(options, self.loop.console)
+        return {"steps": summary["steps"], "pairs": summary["pairs"]}
+
+    def _evaluate(self) -> dict[str, Any]:
+        device = self.config.device
+        new = LocalModel.load(str(self.folder / "train" / "model"), device)
+        found = self.loop.sample_held_out(new, self.folder)
+        samples = read_samples(self.folder / "eval_samples.jsonl")
+        start = LocalModel.load(str(self.loop.start), device)
+        found["measures"] |= kl_of_samples(new, start, samples)
+        pairs = read_table(self.folder / "pairs.jsonl")
+        old = start if self.policy == str(self.loop.start) else LocalModel.load(self.policy, device)
+        found["measures"] |= logps_moved(new, old, pairs)
+        for name, folder in (("round0", self.zero.folder), ("previous", self.before)):
+            if name == "previous" and folder == self.zero.folder:
+                found["win_rate_previous"] = found["win_rate_round0"]  # asked once
+                continue
+            found[f"win_rate_{name}"] = win_rate(
+                samples,
+                read_samples(folder / "eval_samples.jsonl"),
+                self.judge(),
+                self.folder / f"wins_{name}.jsonl",
+                self.config.win_length_match,
+            )
+        return found
+
+    def _promote(self) -> dict[str, Any]:
+        """The new policy becomes current; the EMA reference moves towards it."""
+        policy = f"rounds/{self.number:03d}/train/model"
+        if self.config.reference != "ema":
+            return {"policy": policy, "reference": policy}
+        target = self.folder / "reference"
+        average_models(
+            Path(self.reference), self.loop.folder / policy, target, self.config.ema_decay
+        )
+        return {"policy": policy, "reference": f"rounds/{self.number:03d}/reference"}
+
+
+@torch.no_grad()
+def average_models(old: Path, new: Path, target: Path, decay: float) -> None:
+    """Save decay * old + (1 - decay) * new, each weight, as a model of its own."""
+    first, second = LocalModel.load(str(old), "cpu"), LocalModel.load(str(new), "cpu")
+    theirs = dict(second.model.named_parameters())
+    for name, weight in first.model.named_parameters():
+        weight.lerp_(theirs[name], 1 - decay)
+    part = target.with_name(target.name + ".writing")
+    shutil.rmtree(part, ignore_errors=True)
+    first.model.save_pretrained(part)
+    first.tokenizer.save_pretrained(part)
+    shutil.rmtree(target, ignore_errors=True)
+    part.replace(target)
+
+
+def _sampling(config: IterateConfig) -> SamplingOptions:
+    return SamplingOptions(**{f.name: getattr(config, f.name) for f in fields(SamplingOptions)})
+
+
+def _embedded_training() -> dict[str, Any]:
+    """The embedded recipe of DPO; a round is a part of it."""
+    recipe = dict(embedded.recipe()["dpo"])
+    return {**recipe, "max_steps": 60, "learning_rate": 5e-4}
+
+
+def _has_reference_option() -> bool:
+    return any(f.name == "ref_model_name_or_path" for f in fields(DPOTrainConfig))
+
+
+@contextlib.contextmanager
+def _hushed(console: Console) -> Iterator[None]:
+    """Nothing printed; signals go on to be heard."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+def _same_settings(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
+    for part in ("loop", "training"):
+        for name in sorted({*old[part], *new[part]}):
+            a, b = old[part].get(name), new[part].get(name)
+            if a != b:
+                raise UserError(
+                    f"{name} is {b!r}, but the loop in {file.parent} began with {a!r}; "
+                    "go on with the old value or start a new output_dir"
+                )
+
+
+def _summary_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    stages = manifest["stages"]
+    evaluated = stages.get("evaluate", {})
+    keep = {k: manifest[k] for k in ("round", "promoted", "ended")}
+    return {
+        **keep,
+        "judge": {k: v for k, v in stages.get("judge", {}).items() if k not in ("files",)},
+        "pairs": {k: v for k, v in stages.get("pairs", {}).items() if k not in ("files",)},
+        "measures": evaluated.get("measures"),
+        "win_rate_round0": evaluated.get("win_rate_round0"),
+        "win_rate_previous": evaluated.get("win_rate_previous"),
+        "seconds": {k: v["seconds"] for k, v in stages.items()},
+    }
+
+
+def _rate(w: dict[str, Any]) -> str:
+    if w["rate"] is None:
+        return "unknown (no verdict)"
+    return f"{w['rate']:.3f} [{w['low']:.3f}, {w['high']:.3f}] on {w['prompts']} prompts"
