@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..train.config import DPOTrainConfig, UserError, load_config
-from .arguments_of import argument
+from .options_of import argument
 
 
 def add(commands: Any) -> None:

@@ -4,12 +4,20 @@ read_pairs (files) -> tokenize_pairs (ids, TRL's rule) -> make_batch (trunk call
 """
 
 from .batches import ScoredBatch, Sharing, TrunkCall, make_batch, make_sequence_batch
+from .completions import (
+    Completion,
+    RowTokenizer,
+    read_conversations,
+    read_scorable,
+    tokenize_conversations,
+)
 from .left_out import DataError, LeftOut, NoUsableRow, Problem
-from .pairs import Message, PreferencePair, read_conversations, read_pairs
+from .pairs import Message, PreferencePair, read_pairs
 from .sequences import Limits, TokenPair, TokenSequence
-from .tokenize import tokenize_conversations, tokenize_pairs
+from .tokenize import tokenize_pairs
 
 __all__ = [
+    "Completion",
     "DataError",
     "LeftOut",
     "Limits",
@@ -17,6 +25,7 @@ __all__ = [
     "NoUsableRow",
     "PreferencePair",
     "Problem",
+    "RowTokenizer",
     "ScoredBatch",
     "Sharing",
     "TokenPair",
@@ -26,6 +35,7 @@ __all__ = [
     "make_sequence_batch",
     "read_conversations",
     "read_pairs",
+    "read_scorable",
     "tokenize_conversations",
     "tokenize_pairs",
 ]

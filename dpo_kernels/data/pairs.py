@@ -36,7 +36,6 @@ __all__ = [
     "PreferencePair",
     "Problem",
     "Turn",
-    "read_conversations",
     "read_pairs",
 ]
 
@@ -120,17 +119,6 @@ def read_pairs(path: str | os.PathLike[str], left_out: LeftOut) -> list[Preferen
     return pairs
 
 
-def read_conversations(
-    path: str | os.PathLike[str], left_out: LeftOut
-) -> list[tuple[str, list[Message]]]:
-    """(source, messages) of each row {"messages": [...]} that ends with the assistant (for SFT)."""
-    since = len(left_out.problems)
-    rows = list(_read(path, left_out, _conversation))
-    if not rows:
-        raise left_out.nothing(path, "no usable conversation", since)
-    return rows
-
-
 def _read(
     path: str | os.PathLike[str], left_out: LeftOut, parse: Callable[[dict[str, Any], str], Any]
 ) -> Iterator[Any]:
@@ -195,14 +183,6 @@ def _pair(row: dict[str, Any], where: str, unknown: list[str], left_out: LeftOut
 
 def _first_asked(side: list[Message]) -> str | None:
     return next((m["content"] for m in side if m["role"] == "user"), None)
-
-
-def _conversation(row: dict[str, Any], where: str) -> tuple[str, list[Message]]:
-    messages = _turn(row, "messages")
-    if isinstance(messages, str):
-        raise BadField("messages", "a text", "a message list", "mis-typed field")
-    _check_completion("messages", messages)
-    return where, messages
 
 
 def _turn(row: dict[str, Any], name: str) -> Turn:

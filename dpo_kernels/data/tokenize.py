@@ -57,34 +57,6 @@ def tokenize_pairs(
     return result
 
 
-def tokenize_conversations(
-    rows: Sequence[tuple[str, list[Message]]],
-    tokenizer: Any,
-    max_length: int | None,
-    left_out: LeftOut,
-) -> list[TokenSequence]:
-    """Sequences for SFT: everything before the last (assistant) message is the prompt."""
-    _require_template(tokenizer, True)
-    result = []
-    for source, messages in rows:
-        alone = _apply(tokenizer, messages[:-1], True) if messages[:-1] else ()
-        ids = _apply(tokenizer, messages, False)[:max_length]
-        sequence = TokenSequence(ids, _common(alone, ids), source)
-        if sequence.num_scored == 0:
-            left_out.add(
-                Problem(
-                    source,
-                    "messages",
-                    f"a prompt of {len(alone)} tokens",
-                    f"fewer than max_length={max_length}",
-                    "prompt too long",
-                )
-            )
-        else:
-            result.append(sequence)
-    return result
-
-
 def _require_template(tokenizer: Any, conversational: bool) -> None:
     if conversational and not getattr(tokenizer, "chat_template", None):
         raise DataError(

@@ -30,6 +30,7 @@ from ..data import (
     NoUsableRow,
     PreferencePair,
     TokenPair,
+    TokenSequence,
     embedded,
     read_conversations,
     read_pairs,
@@ -46,8 +47,9 @@ from .model import Policy, complete, load_policy, prepare_policy, save_policy
 from .optim import epoch_order, total_steps
 from .plots import plot_run
 from .reference import PairData, with_reference
-from .sft import train_sft
-from .start import RunFolder, check_device, find_model, refuse_many_processes
+from .run_options import GROUPS
+from .sft import SupervisedRows, train_sft
+from .start import RunFolder, check_device, find_model, quiet_bars, refuse_many_processes
 
 
 def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -64,6 +66,14 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     Raises `UserError`, `DataError` (both say what to change) or `TrainingError`.
     """
     refuse_many_processes()
+    config, own = resolve(options)
+    check_device(config.device)
+    quiet_bars(console)
+    return Job(config, own, RunFolder(config), console).run()
+
+
+def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
+    """(the configuration that `options` give, whether model and data are the user's own)."""
     own = any(options.get(k) for k in ("model_name_or_path", "dataset_name", "train_file"))
     recipe = {} if own else embedded_layers()[0]
     if options.get("num_train_epochs") is not None:
@@ -73,18 +83,20 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
         raise UserError("dataset_name is missing: pass a JSONL file of pairs (--dataset_name FILE)")
     if own and config.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: pass a model's name or folder")
-    if own and config.sft_steps:
-        raise UserError("sft_steps is of the embedded default: your own model is not fine-tuned")
-    check_device(config.device)
-    if not console.is_terminal:
-        from transformers.utils import logging
+    if own and config.sft_steps and config.sft_file is None:
+        raise UserError(
+            "sft_steps is of the embedded default: your own model is not fine-tuned, unless "
+            "sft_file gives it conversations"
+        )
+    if not own and config.sft_file is not None:
+        raise UserError("sft_file goes with a model and pairs of your own; the embedded has both")
+    return config, own
 
-        logging.disable_progress_bar()  # a log file needs no bars of loading and saving
-    return _Job(config, own, RunFolder(config), console).run()
 
-
-class _Job:
+class Job:
     """One run, its folder and what was left out of its data."""
+
+    groups = GROUPS  # of the options that it has
 
     def __init__(
         self, config: DPOTrainConfig, own: bool, run_folder: RunFolder, console: Console
@@ -123,10 +135,14 @@ class _Job:
         config, say = self.config, self.console.say
         began = time.perf_counter()
         torch.manual_seed(config.seed)
+        conversations: list[TokenSequence] = []
         if self.own:
             policy = self._users_model()
             train_pairs, eval_pairs = self._pairs(policy)
+            conversations = self._conversations(policy)
             self._open_folder()
+            self.policy = policy
+            self._own_sft(policy, conversations)
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
@@ -148,7 +164,8 @@ class _Job:
             metrics.write({"step": 0, "epoch": 0.0, **before})
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
         text_before = self._complete(policy, ids)
-        result = train(policy, data, held_out, config, metrics, self.console)
+        beside = SupervisedRows(policy, conversations, config) if config.sft_rows else None
+        result = train(policy, data, held_out, config, metrics, self.console, beside)
         with self.console.held():  # before anything that could still fail
             save_policy(policy, self.folder / "model")
         self.saved = True
@@ -157,11 +174,8 @@ class _Job:
             after = evaluate(policy, held_out, config, self.console, "after training")
             metrics.write({"step": result.steps, "epoch": metrics.rows[-1]["epoch"], **after})
         text_after = self._complete(policy, ids)
-        try:
-            plot_run(metrics.rows, self.folder / "training.png", loss_title(config))
-        except Exception as error:  # matplotlib is absent or broken: the run is none the worse
-            say(f"warning: training.png was not drawn: {error}")
-        peak = _peak_memory(policy)
+        self._draw(metrics, loss_title(config))
+        peak = peak_memory(policy)
         timing = self._timing(policy, data)
         summary = {
             "output_dir": str(self.folder),
@@ -177,6 +191,21 @@ class _Job:
             "median_step_time": result.median_step_time,
             "peak_memory_bytes": peak,
             **timing,
+            **self._ending(began),
+        }
+        self._write_summary(summary)
+        self._report(summary, result)
+        return summary
+
+    def _draw(self, metrics: MetricsFile, title: str) -> None:
+        try:
+            plot_run(metrics.rows, self.folder / "training.png", title)
+        except Exception as error:  # matplotlib is absent or broken: the run is none the worse
+            self.console.say(f"warning: training.png was not drawn: {error}")
+
+    def _ending(self, began: float) -> dict[str, Any]:
+        """What every summary ends with."""
+        return {
             "left_out": self.left_out.counts(),
             "left_out_rows": self.left_out.shown(),
             "data": dict(self.left_out.notes),
@@ -184,18 +213,18 @@ class _Job:
             "version": dk.__version__,
             "torch": torch.__version__,
         }
+
+    def _write_summary(self, summary: dict[str, Any]) -> None:
         text = json.dumps(summary, indent=2, ensure_ascii=False)
         # Rows that were left out are quoted as they came, with what no encoding holds.
         quoted = (text + "\n").encode("utf-8", "backslashreplace")
         (self.folder / "summary.json").write_bytes(quoted)
-        self._report(summary, result)
-        return summary
 
     # --- parts ---
 
     def _open_folder(self) -> None:
         self.run_folder.open(self.console.say)
-        self.config.save(self.folder / "config.json")
+        self.config.save(self.folder / "config.yaml", self.groups)
         every = self.folder / "left_out.jsonl"
         self.left_out.write(every)
         if len(self.left_out.problems) > len(self.left_out.shown()):
@@ -247,6 +276,42 @@ class _Job:
         loss = train_sft(policy, sequences, config, metrics, self.console)
         self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
 
+    def _conversations(self, policy: Policy) -> list[TokenSequence]:
+        """The rows of `sft_file`, tokenised; none without it."""
+        file = self.config.sft_file
+        return self._read_conversations(policy, file) if file is not None else []
+
+    def _read_conversations(self, policy: Policy, file: str) -> list[TokenSequence]:
+        since = len(self.left_out.problems)
+        rows = read_conversations(file, self.left_out)
+        sequences = tokenize_conversations(
+            rows,
+            policy.tokenizer,
+            self.config.max_length,
+            self.left_out,
+            Limits.of(policy.model.config),
+            self.console.progress,
+        )
+        if not sequences:
+            raise no_pair_left(file, self.left_out, since, "conversation")
+        return sequences
+
+    def _own_sft(self, policy: Policy, sequences: list[TokenSequence]) -> None:
+        """Supervised steps on `sft_file` before the pairs."""
+        steps = self.config.sft_steps
+        if not sequences or steps == 0 or (steps is None and self.config.sft_rows):
+            return
+        config = replace(
+            self.config,
+            learning_rate=self.config.sft_learning_rate,
+            max_steps=-1 if steps is None else steps,
+            num_train_epochs=1.0,
+            eval_steps=None,
+        )
+        metrics = MetricsFile(self.folder / "sft_metrics.jsonl")
+        loss = train_sft(policy, sequences, config, metrics, self.console)
+        self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
+
     def _pairs(
         self, policy: Policy, source: Path | None = None
     ) -> tuple[list[TokenPair], list[TokenPair]]:
@@ -257,15 +322,20 @@ class _Job:
         pairs = self._read(policy, train_file)
         if eval_file:
             return pairs, self._read(policy, eval_file)
-        n = round(config.eval_fraction * len(pairs))
-        if config.eval_fraction > 0 and len(pairs) > 1:
-            n = max(n, 1)
-        # epoch -1: an order that no training epoch has
-        held = set(epoch_order(len(pairs), config.seed, -1, True)[:n])
+        held = self._held_out(len(pairs))
         return (
             [p for i, p in enumerate(pairs) if i not in held],
             [p for i, p in enumerate(pairs) if i in held],
         )
+
+    def _held_out(self, rows: int) -> set[int]:
+        """The rows that are held out where there is no file of such."""
+        fraction = self.config.eval_fraction
+        n = round(fraction * rows)
+        if fraction > 0 and rows > 1:
+            n = max(n, 1)
+        # epoch -1: an order that no training epoch has
+        return set(epoch_order(rows, self.config.seed, -1, True)[:n])
 
     def _read(self, policy: Policy, file: str) -> list[TokenPair]:
         since = len(self.left_out.problems)
@@ -314,6 +384,9 @@ class _Job:
             prompt = self.texts[pair.source].prompt
             shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             return shown, list(pair.prompt)
+        return self._wanted_prompt(policy, wanted)
+
+    def _wanted_prompt(self, policy: Policy, wanted: str) -> tuple[str, list[int]]:
         if policy.tokenizer.chat_template:
             messages: list[Message] = [{"role": "user", "content": wanted}]
             return wanted, policy.tokenizer.apply_chat_template(
@@ -352,11 +425,7 @@ class _Job:
                 say(f"{name:<34}{before[key]:>10.4f}{after[key]:>10.4f}")
             say("reward accuracy asks whether the reward (log-ratio to the reference) prefers the")
             say("chosen: before training policy and reference are one, so every pair is a tie.")
-        sample = summary["sample"]
-        if sample["before"] or sample["after"]:
-            say(f"\nprompt: {sample['prompt']}")
-            say(f"before: {sample['before']}")
-            say(f"after:  {sample['after']}")
+        self._say_sample(summary["sample"])
         say(
             f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer step "
             f"(median of {result.steps}), peak memory {summary['peak_memory_bytes'] / 2**30:.2f} "
@@ -369,18 +438,27 @@ class _Job:
                 f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x"
             )
         say(self.left_out.summary())
-        names = ["metrics.jsonl", "training.png", "config.json", "summary.json", "left_out.jsonl"]
-        there = [name for name in names if (self.folder / name).exists()]
-        say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
+        say(f"saved in {summary['output_dir']}: {self._files()}")
+
+    def _say_sample(self, sample: dict[str, str]) -> None:
+        if sample["before"] or sample["after"]:
+            self.console.say(f"\nprompt: {sample['prompt']}")
+            self.console.say(f"before: {sample['before']}")
+            self.console.say(f"after:  {sample['after']}")
+
+    def _files(self) -> str:
+        """The files of the run that are there, in words."""
+        names = ["metrics.jsonl", "training.png", "config.yaml", "summary.json", "left_out.jsonl"]
+        return ", ".join(["model/", *(n for n in names if (self.folder / n).exists())])
 
 
 _LENGTH_REASONS = {"prompt too long", "completion too short", "same after truncation"}
 
 
-def no_pair_left(file: str, left_out: LeftOut, since: int) -> NoUsableRow:
+def no_pair_left(file: str, left_out: LeftOut, since: int, kind: str = "pair") -> NoUsableRow:
     """The error of a file whose rows were all left out, the last of them by tokenisation."""
     reasons = {p.reason for p in left_out.problems[since:]}
-    what = "no pair fits max_length" if reasons <= _LENGTH_REASONS else "no pair is left"
+    what = f"no {kind} fits max_length" if reasons <= _LENGTH_REASONS else f"no {kind} is left"
     return left_out.nothing(file, what, since)
 
 
@@ -395,10 +473,12 @@ def loss_title(config: DPOTrainConfig) -> str:
     parts = [*zip(weights, config.loss_type, strict=True)]
     if config.sft_weight:
         parts.append((config.sft_weight, "SFT"))
+    if config.sft_rows:
+        parts.append((config.sft_rows_weight, "SFT rows"))
     return "DPO: " + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)
 
 
-def _peak_memory(policy: Policy) -> int:
+def peak_memory(policy: Policy) -> int:
     """Bytes: on a GPU what torch allocated, on a CPU the resident set of the process."""
     if policy.device.type == "cuda":
         return torch.cuda.max_memory_allocated(policy.device)

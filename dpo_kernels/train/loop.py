@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
 from .optim import Stepper, TrainingError, epoch_order, total_steps
 from .reference import PairData
+
+if TYPE_CHECKING:
+    from .sft import SupervisedRows
 
 
 @dataclass(frozen=True)
@@ -238,8 +241,9 @@ def train(
     config: DPOTrainConfig,
     metrics: MetricsFile,
     console: Console,
+    beside: SupervisedRows | None = None,
 ) -> TrainResult:
-    """Train the policy in place; metrics every `logging_steps`.
+    """Train the policy in place, `beside` supervised rows; metrics every `logging_steps`.
 
     Raises `TrainingError` on a loss or gradient that is not finite, naming the pairs of the step,
     or if the policy is not the reference before the first step.
@@ -259,6 +263,10 @@ def train(
     ):
         began = time.perf_counter()
         total, tokens = _gradients(loss, data, indices, config, meter)
+        added: dict[str, Any] = {}
+        if beside is not None:
+            more, added = beside.gradients(step)
+            total = total + more
         tokens_seen += tokens
         tokens_logged += tokens
         extra = stepper.step(total, f"step {step}", [data.pairs[i].source for i in indices])
@@ -274,6 +282,7 @@ def train(
                 "step": step,
                 "epoch": epoch,
                 **extra,
+                **added,
                 "num_tokens": tokens_seen,
                 "step_time": took / logged,
                 "tokens_per_s": tokens_logged / took,

@@ -14,10 +14,11 @@ import torch
 
 from ..data import Limits
 from .config import DPOTrainConfig, UserError
+from .console import Console
 
 # What a run writes into its folder.
 RUN_FILES = (
-    "config.json",
+    "config.yaml",
     "metrics.jsonl",
     "sft_metrics.jsonl",
     "left_out.jsonl",
@@ -36,6 +37,14 @@ def refuse_many_processes() -> None:
                 "on many devices is not supported; run dpo-kernels train without torchrun, or "
                 "TRL's trainer with our integration"
             )
+
+
+def quiet_bars(console: Console) -> None:
+    """A log file needs no bars of loading and saving."""
+    if not console.is_terminal:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def check_device(name: str) -> None:

@@ -38,7 +38,8 @@ _REFUSED: dict[str, str] = {
     _NO_WORKERS: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
     "dataloader_multiprocessing_context dataset_num_proc length_column_name group_by_length",
-    _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split dataset_streaming",
+    _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split dataset_streaming "
+    "datasets streaming test_split_size dataset_kwargs",
     _NO_HUB: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
     "hub_revision",
     _LOGGED: "report_to run_name project logging_dir trackio_space_id trackio_bucket_id "
@@ -72,6 +73,13 @@ _REFUSED: dict[str, str] = {
     "columns that are not used are named, and left": "remove_unused_columns",
     "train does both, evaluation where there are held-out pairs": "do_train do_eval do_predict",
     "there is no such report": "debug skip_memory_metrics",
+    "every turn of the assistant is scored, of a prompt nothing": "assistant_only_loss "
+    "completion_only_loss",
+    "rows are not packed into one sequence": "packing packing_strategy eval_packing",
+    "a chat template comes from a file (chat_template)": "chat_template_path",
+    "the column is 'text'": "dataset_text_field",
+    "the end token is the tokenizer's": "eos_token",
+    "the order follows train_sampling_strategy": "shuffle_dataset",
 }
 
 # What happens here anyway, beside `_OFF`.
@@ -91,6 +99,12 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "average_tokens_across_devices": (True,),
     "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
     "dataset_train_split": ("train",),
+    "dataset_test_split": ("test",),
+    "assistant_only_loss": (True, None),
+    "completion_only_loss": (True, None),
+    "dataset_text_field": ("text",),
+    "shuffle_dataset": (True,),
+    "packing_strategy": ("bfd",),
     "report_to": (["none"],),
     # What `DPOConfig().to_dict()` writes of settings that mean nothing here, or nothing alone.
     "label_smoothing_factor": (0.0,),
@@ -120,7 +134,7 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     ),
 }
 # Off would change what happens here.
-_NOT_OFF = ("disable_dropout", "logging_strategy")
+_NOT_OFF = ("disable_dropout", "logging_strategy", "assistant_only_loss", "completion_only_loss")
 
 REASONS = {name: reason for reason, names in _REFUSED.items() for name in names.split()}
 TRANSLATED = ("warmup_ratio", "use_cpu", "activation_checkpointing")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_cli import chats, model, refused, run  # noqa: F401 (model is a fixture)
 from test_data import bot, byte_tokenizer, user, write
 from test_train import one_thread, tiny_model  # noqa: F401 (a fixture)
@@ -214,7 +215,7 @@ def test_trls_options_are_taken_or_refused_by_name(train: list[Any], capsys: Cap
         "False",
     ]
     assert run(*train, *given) == 0
-    config = json.loads((folder_of(train) / "config.json").read_text())
+    config = yaml.safe_load((folder_of(train) / "config.yaml").read_text())
     assert (config["warmup_steps"], config["device"]) == (0.5, "cpu")
 
 
@@ -298,7 +299,7 @@ def test_switches_that_are_turned_off(train: list[Any]) -> None:
     """As `--no_remove_unused_columns`, which TRL's own examples carry."""
     off = ["--no_remove_unused_columns", "--no-gradient-checkpointing", "--no_push_to_hub"]
     assert run(*train, *off) == 0
-    config = json.loads((folder_of(train) / "config.json").read_text())
+    config = yaml.safe_load((folder_of(train) / "config.yaml").read_text())
     assert config["gradient_checkpointing"] is False
 
 
