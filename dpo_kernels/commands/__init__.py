@@ -7,9 +7,24 @@ from . import (
     bench_command,
     data_command,
     doctor_command,
+    generate_command,
+    iterate_command,
+    judge_command,
+    pairs_command,
     report_command,
     sft_command,
     train_command,
 )
 
-COMMANDS = (train_command, sft_command, data_command, bench_command, report_command, doctor_command)
+COMMANDS = (
+    train_command,
+    sft_command,
+    data_command,
+    generate_command,
+    judge_command,
+    pairs_command,
+    iterate_command,
+    bench_command,
+    report_command,
+    doctor_command,
+)

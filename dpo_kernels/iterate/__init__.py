@@ -1,32 +1,37 @@
 """Iterative DPO: sample, judge, pair, train, promote; each part alone or as a loop that resumes.
 
-    generate -> judge -> pairs -> train.run_job -> win rate and guards -> the next round
+    generate -> judge_samples -> make_pairs -> train.run_job -> win rate and guards -> again
 
-Every part reads and writes files that any trainer can read. Nothing here imports transformers,
-openai or matplotlib until it is called.
+Every part reads and writes files that any trainer can read. Nothing is imported before it is
+asked for.
 """
 
-from .judges import EnsembleJudge, Judge, PairwiseJudge, ScoreJudge, make_judge, rule_judge
-from .pair_rules import make_pairs
-from .records import PairItem, Prompt, Sample, Verdict
-from .rounds import IterateConfig, run_iteration
-from .sampling import generate
-from .verdicts import judge_samples
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "EnsembleJudge",
-    "IterateConfig",
-    "Judge",
-    "PairItem",
-    "PairwiseJudge",
-    "Prompt",
-    "Sample",
-    "ScoreJudge",
-    "Verdict",
-    "generate",
-    "judge_samples",
-    "make_judge",
-    "make_pairs",
-    "rule_judge",
-    "run_iteration",
-]
+_FROM = {
+    "judges": (
+        "EnsembleJudge",
+        "Judge",
+        "PairwiseJudge",
+        "ScoreJudge",
+        "make_judge",
+        "rule_judge",
+    ),
+    "judge_eval": ("evaluate_judge", "read_labelled"),
+    "pair_rules": ("make_pairs",),
+    "records": ("PairItem", "Prompt", "Sample", "Verdict"),
+    "command_options": ("IterateConfig",),
+    "rounds": ("run_iteration",),
+    "sampling": ("generate",),
+    "verdicts": ("judge_samples",),
+}
+_HOME = {name: module for module, names in _FROM.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..train.config import UserError
+from ..train.config_files import UserError
 from .records import Journal, digest
 from .settings import EndpointOptions
 

@@ -10,38 +10,15 @@ Each limit stops the loop and names itself; None switches it off.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .command_options import GuardOptions
 from .local_models import LocalModel, prompt_ids, render
 from .records import Sample, by_prompt, completion_text
-from .settings import at_least, option
 
 _ELEMENTS = 2**25  # of logits held at once, for each model
-
-
-@dataclass
-class GuardOptions:
-    """Limits; the policy of a round that breaks one is not promoted."""
-
-    max_kl: float | None = option(50.0, "nats a sequence from the starting model, exact")
-    max_length_ratio: float | None = option(2.0, "mean length over that of round 0, or its inverse")
-    min_diversity: float | None = option(
-        0.3, "distinct word pairs among a prompt's samples, as a share of round 0's"
-    )
-    max_repetition: float | None = option(0.5, "share of words that are part of a repeated 4-gram")
-    max_logps_fall: float | None = option(
-        2.0, "nats a token by which chosen and rejected both fall in one round"
-    )
-
-    def check(self) -> None:
-        parent: Any = getattr(super(), "check", None)
-        if parent is not None:
-            parent()
-        at_least(self, 0, ("max_kl", "min_diversity", "max_repetition", "max_logps_fall"))
-        at_least(self, 1, ("max_length_ratio",))
 
 
 @torch.no_grad()

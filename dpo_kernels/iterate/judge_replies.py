@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..train.config import UserError
+from ..train.config_files import UserError
 from .endpoint import Reply
 
 _FIELD = re.compile(r"\{(prompt|first|second|completion|principles|fence|lowest|highest)\}")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..train.config import UserError
+from ..train.config_files import UserError
 from .endpoint import Endpoint, Reply, Request
 from .judge_replies import Read, Template, load_template, read_pairwise, read_score
 from .records import PairItem, Turn, Verdict, digest, prompt_text

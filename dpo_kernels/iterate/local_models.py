@@ -19,7 +19,7 @@ from torch import Tensor
 import dpo_kernels as dk
 
 from ..models import loading
-from ..train.config import UserError
+from ..train.config_files import UserError
 from .records import Turn, as_completion
 from .settings import SamplingOptions
 

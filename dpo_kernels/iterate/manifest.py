@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..train.config import UserError
+from ..train.config_files import UserError
 from .local_models import weights_digest
 from .records import file_digest
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..train.config import UserError
+from ..train.config_files import UserError
 from .judge_replies import SIDES, Read, Template, load_template
 from .judges import ScoreJudge, combine_orders
 from .local_models import LocalModel, render

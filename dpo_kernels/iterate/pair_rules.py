@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.left_out import DataError
-from ..train.config import UserError
+from ..train.config_files import UserError
 from .records import (
     Sample,
     as_completion,
@@ -24,24 +24,9 @@ from .records import (
     prompt_id,
     read_table,
 )
-from .settings import PairOptions, option
+from .settings import PairOptions
 
 MOST_ODDS = math.log(0.999 / 0.001)  # a label says 1 and means no more than that
-
-
-@dataclass
-class PairsConfig(PairOptions):
-    """Options of `pairs`."""
-
-    samples: str = option("", "file of samples")
-    verdicts: str = option("", "file of verdicts on them")
-    output: str = option("", "file of pairs, .jsonl or .parquet")
-    seed: int = option(42, "seed of what is drawn from mixed files")
-
-    def check(self) -> None:
-        super().check()
-        if not self.samples or not self.verdicts or not self.output:
-            raise UserError("samples, verdicts and output are needed")
 
 
 @dataclass(frozen=True)

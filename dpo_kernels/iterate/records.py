@@ -16,7 +16,7 @@ from typing import Any
 
 from ..data.files import read_rows
 from ..data.left_out import BadField, DataError
-from ..train.config import UserError
+from ..train.config_files import UserError
 
 Turn = str | list[dict[str, Any]]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from ..data import embedded
 from ..train.config import DPOTrainConfig, UserError, load_config
 from ..train.console import Console
 from ..train.job import run_job
-from .guards import GuardOptions, broken_limit, kl_of_samples, logps_moved, text_statistics
+from .command_options import MAY_CHANGE, IterateConfig
+from .guards import broken_limit, kl_of_samples, logps_moved, text_statistics
 from .iteration_report import write_report
 from .judges import Judge, make_judge
 from .local_models import LocalModel, weights_digest
@@ -31,81 +32,10 @@ from .manifest import Manifest, read_json, write_json
 from .pair_rules import make_pairs
 from .records import Prompt, digest, read_prompts, read_samples, read_table, write_table
 from .sampling import generate, seed_of
-from .settings import JUDGES, JudgeOptions, PairOptions, SamplingOptions, load_options, option
+from .settings import SamplingOptions, load_options
 from .start_model import embedded_start
 from .verdicts import judge_samples
 from .win_rate import win_rate
-
-EMBEDDED_RULE = "dpo_kernels.iterate.tone_rule:tone_score"
-# What a loop that goes on may have otherwise than when it began.
-MAY_CHANGE = (
-    "rounds",
-    "concurrency",
-    "requests_per_minute",
-    "request_timeout",
-    "retries",
-    "backoff",
-    "max_backoff",
-    "max_requests",
-    "max_cost",
-    "cache_dir",
-    "api_key_env",
-    "stop_at",
-)
-
-
-@dataclass
-class IterateConfig(GuardOptions, SamplingOptions, PairOptions, JudgeOptions):
-    """Options of the loop; those of `train` go to each round's training."""
-
-    output_dir: str = option("", "folder of the iteration; one that exists is gone on with")
-    model_name_or_path: str | None = option(
-        None, "policy of round 0; without it the embedded model after its SFT"
-    )
-    prompts: str | None = option(None, "file of prompts to train on")
-    eval_prompts: str | None = option(None, "file of held-out prompts; None: split off by seed")
-    eval_fraction: float = option(0.1, "share of the prompts held out without eval_prompts")
-    rounds: int = option(3, "rounds at most")
-    prompts_per_round: int | None = option(None, "prompts of one round; None: all")
-    reference: str = option(
-        "previous", "reference of a round's training", ("initial", "previous", "ema")
-    )
-    ema_decay: float = option(0.5, "ema: share of the old reference that is kept")
-    min_pairs: int = option(8, "fewer pairs end the loop by name")
-    fallback_judge: list[str] = option(
-        [], "asked in place of the judge where it leaves fewer than min_pairs", JUDGES
-    )
-    compare: str = option("all", "all | disjoint: which samples are compared", ("all", "disjoint"))
-    online: int | None = option(
-        None, "steps of a round: new pairs from the current policy every so many steps"
-    )
-    eval_samples: int = option(2, "samples of each held-out prompt")
-    win_length_match: float = option(0.2, "texts compared differ in length by this share at most")
-    stop_at: float | None = option(None, "stop where the win rate over round 0 reaches it")
-    stop_below: float | None = option(
-        None, "stop, and keep the old policy, where the win rate over it is below for certain"
-    )
-    sft_steps: int | None = option(None, "SFT steps of the embedded model; None: its recipe's")
-    device: str = option("auto", "cpu, cuda, ...; auto: a GPU if there is one")
-
-    def _comes_later(self, name: str) -> bool:
-        return name in ("judge_model_path", "judge_ref_path")
-
-    def check(self) -> None:
-        if self.model_name_or_path is None and self.prompts is None:
-            if self.judge == ["length"]:
-                self.judge, self.judge_callable = ["callable"], EMBEDDED_RULE
-        elif self.prompts is None or self.model_name_or_path is None:
-            raise UserError("give model_name_or_path and prompts, or neither (the embedded model)")
-        super().check()
-        if not self.output_dir:
-            raise UserError("output_dir is missing: a loop that can be gone on with needs a name")
-        for name in ("rounds", "min_pairs", "eval_samples", "online", "prompts_per_round"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,32 +15,12 @@ from typing import Any
 
 import torch
 
-from ..train.config import UserError
+from ..train.config_files import UserError
 from ..train.console import Console
 from .endpoint import Endpoint, Reply, Request
 from .local_models import LocalModel, prompt_ids
 from .records import Journal, Prompt, write_table
-from .settings import EndpointOptions, SamplingOptions, option
-
-
-@dataclass
-class GenerateConfig(SamplingOptions, EndpointOptions):
-    """Options of `generate`."""
-
-    prompts: str = option("", "JSONL file with `prompt` (text or messages) in each row")
-    output: str = option("", "file of samples, .jsonl or .parquet")
-    model_name_or_path: str | None = option(None, "a model's folder, sampled in this process")
-    gguf_file: str | None = option(None, "GGUF file inside model_name_or_path")
-    device: str = option("auto", "cpu, cuda, ...; auto: a GPU if there is one")
-
-    def check(self) -> None:
-        super().check()
-        if not self.prompts or not self.output:
-            raise UserError("prompts and output are needed: --prompts FILE --output FILE")
-        if (self.model_name_or_path is None) == (self.base_url is None):
-            raise UserError("give model_name_or_path (this process) or base_url (a server)")
-        if self.base_url and not self.model:
-            raise UserError("base_url needs model, the name of the model on that server")
+from .settings import SamplingOptions
 
 
 @dataclass(frozen=True)

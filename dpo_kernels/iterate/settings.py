@@ -7,20 +7,13 @@ One option has one name in every command and in the function behind it, so a fil
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from ..train.config import UserError, nearest
+from ..train.config_files import UserError, nearest
+from ..train.run_options import option
 
 T = TypeVar("T")
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with what `--help` shows of it."""
-    meta = {"help": help, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=meta)
-    return field(default=default, metadata=meta)
 
 
 def load_options(kind: type[T], *layers: Mapping[str, Any]) -> T:

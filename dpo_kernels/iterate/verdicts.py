@@ -13,27 +13,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ..train.config import UserError
 from ..train.console import Console
 from .judges import Judge
 from .records import Journal, PairItem, Sample, Turn, Verdict, by_prompt, write_table
-from .settings import JudgeOptions, option
-
-
-@dataclass
-class JudgeConfig(JudgeOptions):
-    """Options of `judge`."""
-
-    samples: str = option("", "file of samples, as `generate` writes it")
-    output: str = option("", "file of verdicts, .jsonl or .parquet")
-    compare: str = option(
-        "all", "all: every two samples of a prompt; disjoint: each sample once", ("all", "disjoint")
-    )
-
-    def check(self) -> None:
-        super().check()
-        if not self.samples or not self.output:
-            raise UserError("samples and output are needed: --samples FILE --output FILE")
 
 
 @dataclass(frozen=True)
