@@ -21,7 +21,10 @@ from .endpoint import Reply
 _FIELD = re.compile(r"\{(prompt|first|second|completion|principles|fence|lowest|highest)\}")
 _WORD = re.compile(r"[\s\W_]*([ABC])[\s\W_]*")
 _BRACKETS = re.compile(r"\[\[\s*([^\[\]]*?)\s*\]\]")
-_SCORE = re.compile(r"\W*(?:score)?\W*?(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\W*", re.IGNORECASE)
+_MARKS = r"[\s*_`'\"\[\]().:]*"
+_SCORE = re.compile(
+    rf"{_MARKS}(?:score)?{_MARKS}(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?{_MARKS}", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 from ..train.config_files import UserError
 from .endpoint import Endpoint, Reply, Request
 from .judge_replies import Read, Template, load_template, read_pairwise, read_score
-from .records import PairItem, Turn, Verdict, digest, prompt_text
+from .records import Journal, PairItem, Turn, Verdict, digest, file_digest, prompt_text
 from .settings import JudgeOptions
 
 
@@ -103,7 +104,9 @@ class PairwiseJudge:
 class ScoreJudge:
     """Compares the scores that `scores(prompt, completion)` gives to each text alone.
 
-    A text is scored once. `scale` turns a difference into a probability; None: 1, 0 or 1/2.
+    A text is scored once, also by later processes where there is a `store`: scores are written
+    there as they come, `chunk` texts at a time. `scale` turns a difference into a probability;
+    None: 1, 0 or 1/2.
     """
 
     def __init__(
@@ -114,10 +117,18 @@ class ScoreJudge:
         *,
         scale: float | None = None,
         batch: int = 1,
+        chunk: int | None = None,
     ) -> None:
         self.name, self.identity, self.batch = name, digest(identity), batch
+        self._chunk = chunk
+        self._store: Journal | None = None
         self._scores, self._scale = scores, scale
         self._known: dict[str, tuple[float | None, str | None, str]] = {}
+
+    def keep_in(self, folder: str | Path) -> None:
+        """Keep scores in a folder, and know those that are there."""
+        store = self._store = Journal(Path(folder) / f"scores-{self.identity[:16]}.jsonl")
+        self._known.update({r["key"]: (r["score"], None, r["raw"]) for r in store.rows})
 
     def compare(self, items: Sequence[PairItem]) -> list[Verdict]:
         keys: dict[str, tuple[Turn, str]] = {}
@@ -125,9 +136,16 @@ class ScoreJudge:
             for text in (item.first, item.second):
                 keys.setdefault(digest([item.prompt, text]), (item.prompt, text))
         new = [key for key in keys if key not in self._known]
-        if new:
-            found = self._scores([keys[key] for key in new])
-            self._known.update(zip(new, found, strict=True))
+        size = self._chunk or max(len(new), 1)
+        for start in range(0, len(new), size):
+            part = new[start : start + size]
+            found = self._scores([keys[key] for key in part])
+            self._known.update(zip(part, found, strict=True))
+            if self._store is not None:  # an error is not kept: it may not come again
+                pairs = zip(part, found, strict=True)
+                self._store.add(
+                    [{"key": k, "score": f[0], "raw": f[2]} for k, f in pairs if not f[1]]
+                )
         return [self._verdict(item) for item in items]
 
     def _verdict(self, item: PairItem) -> Verdict:
@@ -161,7 +179,7 @@ def rule_judge(name: str, identity: Any, function: Callable[[Turn, str], float])
                 found.append((None, f"the rule gave {value}", f"{value}"))
         return found
 
-    return ScoreJudge(name, [name, identity], scores)
+    return ScoreJudge(name, [name, identity], scores, chunk=1)
 
 
 def length_judge(wanted: int = 0) -> ScoreJudge:
@@ -196,6 +214,14 @@ def load_callable(where: str) -> Callable[[Turn, str], float]:
         return getattr(module, name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"judge_callable: {where} cannot be loaded: {error}") from None
+
+
+def _source_of(function: Any) -> str:
+    """Hash of the file that a function is in: an edited rule is another judge."""
+    try:
+        return file_digest(Path(inspect.getfile(function)))
+    except (TypeError, OSError):
+        return ""
 
 
 def rubric_judge(endpoint: Endpoint, template: Template, options: JudgeOptions) -> ScoreJudge:
@@ -257,6 +283,10 @@ def make_judge(options: JudgeOptions, ledger: Path | None = None) -> Judge:
     if set(options.judge) & {"llm", "rubric", "constitution"}:
         endpoint = Endpoint(options, ledger)
     judges = [_one(name, options, endpoint) for name in options.judge]
+    for one in judges:
+        # What an endpoint said is in its own cache.
+        if options.cache_dir and isinstance(one, ScoreJudge) and not one.name.startswith("rubric"):
+            one.keep_in(options.cache_dir)
     judge: Any = judges[0] if len(judges) == 1 else EnsembleJudge(judges)
     judge.endpoint = endpoint
     return judge
@@ -270,7 +300,8 @@ def _one(name: str, options: JudgeOptions, endpoint: Endpoint | None) -> Any:
         return regex_judge(str(options.judge_pattern))
     if name == "callable":
         where = str(options.judge_callable)
-        return rule_judge(f"callable:{where}", where, load_callable(where))
+        function = load_callable(where)
+        return rule_judge(f"callable:{where}", [where, _source_of(function)], function)
     if name == "rubric":
         assert endpoint is not None
         return rubric_judge(

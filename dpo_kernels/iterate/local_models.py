@@ -87,7 +87,7 @@ class LocalModel:
         if options.temperature > 0:
             how |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         if options.stop:
-            how |= {"stop_strings": options.stop, "tokenizer": self.tokenizer}
+            how["stopping_criteria"] = [_Stops(self.tokenizer, options.stop, width)]
         if options.static_cache:
             how["cache_implementation"] = "static"
         out = self.model.generate(
@@ -163,6 +163,23 @@ class LocalModel:
         """[rows] log-prob of each completion."""
         logits, labels = self.scored(rows)
         return dk.sequence_logps(logits, labels).detach().float().cpu()
+
+
+class _Stops:
+    """Ends a row whose new text holds a stop text.
+
+    transformers' own looks back into the prompt: there a stop text may begin.
+    """
+
+    def __init__(self, tokenizer: Any, stop: list[str], width: int) -> None:
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+        self.back = max(len(s.encode()) for s in stop) + 4  # tokens that may hold one
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        tails = input_ids[:, max(self.width, input_ids.shape[1] - self.back) :]
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        found = [any(s in text for s in self.stop) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
 
 
 class _Recorder:

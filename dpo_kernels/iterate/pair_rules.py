@@ -238,13 +238,14 @@ def _static(path: str, groups: dict[str, list[Sample]]) -> list[dict[str, Any]]:
 
 def _from_sft(path: str, groups: dict[str, list[Sample]]) -> list[dict[str, Any]]:
     """The answer of an SFT row over the policy's first other sample of that prompt (2401.01335)."""
+    asked = {prompt_id(group[0].prompt): group for group in groups.values()}
     rows = []
     for n, row in enumerate(read_table(path), start=1):
         messages = row.get("messages")
         if not isinstance(messages, list) or len(messages) < 2:
             raise DataError(f"{path}: row {n}: expected messages that end with the assistant's")
         prompt, answer = messages[:-1], completion_text(messages[-1:])
-        samples = groups.get(prompt_id(prompt)) or groups.get(prompt_id(prompt[-1]["content"]))
+        samples = asked.get(prompt_id(prompt)) or asked.get(prompt_id(prompt[-1]["content"]))
         other = next((s for s in samples or () if s.completion not in (answer, "")), None)
         if other is None:
             continue  # its prompt was not sampled
