@@ -54,14 +54,11 @@ def _copy(f: Any) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..iterate.command_options import IterateConfig
-    from ..iterate.rounds import run_iteration, split_options
-    from ..iterate.settings import load_options
+    from ..iterate.rounds import resolve, run_iteration
     from ..train.console import Console
 
     options = given(args)
-    loop, _ = split_options(options)
-    if printed(args, load_options(IterateConfig, loop) if hasattr(args, "print_config") else None):
+    if printed(args, resolve(options)[0]):
         return 0
     console = Console()
     with console.signals():

@@ -37,6 +37,15 @@ from .start_model import embedded_start
 from .verdicts import judge_samples
 from .win_rate import win_rate
 
+# The embedded model's loop: three rounds within minutes on two cores.
+EMBEDDED_LOOP = {
+    "prompts_per_round": 512,
+    "num_samples": 4,
+    "max_new_tokens": 48,
+    "sample_batch_size": 256,
+}
+EMBEDDED_ROUND = {"max_steps": 90, "learning_rate": 5e-4}
+
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options of the loop, options of each round's training)."""
@@ -45,10 +54,18 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     return loop, {k: v for k, v in options.items() if k not in mine}
 
 
+def resolve(options: Mapping[str, Any]) -> tuple[IterateConfig, dict[str, Any]]:
+    """(the loop's configuration, options of each round's training)."""
+    loop, training = split_options(options)
+    if loop.get("model_name_or_path") is None and loop.get("prompts") is None:
+        loop = {**EMBEDDED_LOOP, **loop}
+        training = {**embedded.recipe()["dpo"], **EMBEDDED_ROUND, **training}
+    return load_options(IterateConfig, loop), training
+
+
 def run_iteration(options: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
     """Run the loop that the options describe, or go on with it; returns its summary."""
-    loop, training = split_options(options)
-    config = load_options(IterateConfig, loop)
+    config, training = resolve(options)
     return Iteration(config, training, console or Console(quiet=True)).run()
 
 
@@ -58,8 +75,7 @@ class Iteration:
     def __init__(self, config: IterateConfig, training: dict[str, Any], console: Console) -> None:
         self.config, self.console = config, console
         self.embedded = config.model_name_or_path is None
-        recipe = _embedded_training() if self.embedded else {}
-        self.training = {**recipe, **training}
+        self.training = dict(training)
         if config.online:
             self.training["max_steps"] = config.online
         forbidden = {"dataset_name", "train_file", "eval_file", "output_dir"} & set(training)
@@ -421,12 +437,6 @@ def average_models(old: Path, new: Path, target: Path, decay: float) -> None:
 
 def _sampling(config: IterateConfig) -> SamplingOptions:
     return SamplingOptions(**{f.name: getattr(config, f.name) for f in fields(SamplingOptions)})
-
-
-def _embedded_training() -> dict[str, Any]:
-    """The embedded recipe of DPO; a round is a part of it."""
-    recipe = dict(embedded.recipe()["dpo"])
-    return {**recipe, "max_steps": 60, "learning_rate": 5e-4}
 
 
 def _has_reference_option() -> bool:
