@@ -50,6 +50,17 @@ train: $(STAMP)
 iterate: $(STAMP)
 	$(BIN)/dpo-kernels iterate --output_dir runs/iterate
 
+# Reward against KL on SENTENCES (docs/iterate.md says where to get them); goes on where it was.
+SENTENCES ?= sentences.jsonl
+FRONTIER = $(BIN)/python benchmarks/frontier.py $(SENTENCES)
+frontier: $(STAMP)
+	$(PIP) install -q vaderSentiment
+	$(FRONTIER)
+
+frontier-full: $(STAMP)
+	$(PIP) install -q vaderSentiment
+	$(FRONTIER) --full --out build/frontier-full
+
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
 

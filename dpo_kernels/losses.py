@@ -480,6 +480,15 @@ ALIASES = {
 }
 
 
+# Losses that are of no pairs, and who has them.
+ELSEWHERE = {
+    "kto": "is of single completions: use unpaired_loss or fused_unpaired_loss",
+    "apo_zero_unpaired": "is of single completions: use unpaired_loss or fused_unpaired_loss",
+    "plackett_luce": "ranks K completions of a prompt: use fused_dpo_loss or "
+    "fused_linear_dpo_loss with num_completions=K, and no other loss beside it",
+}
+
+
 def available() -> list[str]:
     """Names that `loss_type` takes, aliases included."""
     return [*TABLE, *ALIASES]
@@ -491,6 +500,8 @@ def get(name: str) -> Loss:
         raise TypeError(f"loss_type must be a name or a list of names, got {type(name).__name__}")
     key = ALIASES.get(name, name)
     if key not in TABLE:
+        if name in ELSEWHERE:
+            raise ValueError(f"loss_type: {name!r} {ELSEWHERE[name]}")
         near = difflib.get_close_matches(name, available(), n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"loss_type: unknown loss {name!r}{hint} Known: {', '.join(available())}")

@@ -6,16 +6,31 @@ it is never done again. A file that has changed since is an error that names it.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..train.config_files import UserError
 from .local_models import weights_digest
 from .records import file_digest
+
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone; the lock goes with the process, however it ends."""
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"output_dir: another process is at work in {folder}") from None
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -28,7 +28,7 @@ from .guards import broken_limit, kl_of_samples, logps_moved, text_statistics
 from .iteration_report import write_report
 from .judges import Judge, make_judge
 from .local_models import LocalModel, weights_digest
-from .manifest import Manifest, read_json, write_json
+from .manifest import LOCK, Manifest, locked, read_json, write_json
 from .pair_rules import make_pairs
 from .records import Prompt, digest, read_prompts, read_samples, read_table, write_table
 from .sampling import generate, seed_of
@@ -37,6 +37,11 @@ from .start_model import embedded_start
 from .verdicts import judge_samples
 from .win_rate import win_rate
 
+PROMPT_FILES = tuple(
+    name + ending
+    for name in ("prompts.jsonl", "eval_prompts.jsonl", "config.json")
+    for ending in ("", ".writing")
+)
 # The embedded model's loop: three rounds within minutes on two cores.
 EMBEDDED_LOOP = {
     "prompts_per_round": 512,
@@ -93,6 +98,12 @@ class Iteration:
     # --- the loop ---
 
     def run(self) -> dict[str, Any]:
+        """Go on to the end. One process at a time: a second one is refused."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         self._open()
         zero = self._round_zero()
         state: dict[str, Any] = {"policy": str(self.start), "reference": str(self.start)}
@@ -146,9 +157,8 @@ class Iteration:
         file = self.folder / "config.json"
         if file.exists():
             _same_settings(read_json(file), settings, file)
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif {f.name for f in self.folder.iterdir()} - {LOCK, *PROMPT_FILES}:
             raise UserError(f"output_dir: {self.folder} is not empty and no iteration's folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             train, held = self._read_prompts()
             write_table(self.folder / "prompts.jsonl", train)

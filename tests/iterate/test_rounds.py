@@ -13,6 +13,7 @@ import torch
 from tiny_policy import chat, save_tiny
 
 from dpo_kernels.cli import main
+from dpo_kernels.iterate import manifest
 from dpo_kernels.iterate import rounds as loop
 from dpo_kernels.iterate.command_options import IterateConfig
 from dpo_kernels.iterate.local_models import LocalModel
@@ -133,8 +134,8 @@ def test_killed_at_every_stage(policy: str, tmp_path: Path, rule: dict[str, Any]
     a, b = (read_json(run / "summary.json") for run in (first, second))
     assert a["weights"] == b["weights"] and a["promoted_round"] == b["promoted_round"] == 2
     assert not list(second.rglob("*.part")) and not list(second.rglob("*.writing"))
-    manifest = read_json(second / "rounds" / "002" / "manifest.json")
-    assert list(manifest["stages"]) == [
+    last = read_json(second / "rounds" / "002" / "manifest.json")
+    assert list(last["stages"]) == [
         "generate",
         "judge",
         "pairs",
@@ -159,10 +160,10 @@ def test_a_changed_file_or_setting_is_refused(policy: str, tmp_path: Path) -> No
     with pytest.raises(UserError, match="judge_pattern"):
         loop.run_iteration({**given, "judge_pattern": "a"})
     assert loop.run_iteration({**given, "rounds": 2})["promoted_round"] == 2  # may grow
-    manifest = tmp_path / "run" / "rounds" / "002" / "manifest.json"
-    content = read_json(manifest)
+    file = tmp_path / "run" / "rounds" / "002" / "manifest.json"
+    content = read_json(file)
     del content["stages"]["evaluate"], content["stages"]["promote"]
-    manifest.write_text(json.dumps({**content, "promoted": False}))
+    file.write_text(json.dumps({**content, "promoted": False}))
     pairs = tmp_path / "run" / "rounds" / "002" / "pairs.jsonl"
     pairs.write_text(pairs.read_text() + "\n")
     with pytest.raises(UserError, match=r"pairs.jsonl is not what the finished stage 'pairs'"):
@@ -293,3 +294,10 @@ def test_mistakes(policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     shutil.rmtree(tmp_path / "run")
     assert main(["iterate", *base, "--judge", "regex", "--print_config"]) == 0
     assert "judge_pattern: e" in capsys.readouterr().out
+
+
+def test_two_processes_in_one_folder(policy: str, tmp_path: Path) -> None:
+    given = options(tmp_path, policy)
+    (tmp_path / "run").mkdir()
+    with manifest.locked(tmp_path / "run"), pytest.raises(UserError, match="another process"):
+        loop.run_iteration(given)
