@@ -85,6 +85,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's drops the error of a reader that has left while a long text is written."""
+        if message:
+            (file or sys.stderr).write(message)
+
 
 # --- the configuration file ---
 

@@ -12,6 +12,7 @@ from . import (
     judge_command,
     pairs_command,
     report_command,
+    score_command,
     sft_command,
     train_command,
 )
@@ -19,6 +20,7 @@ from . import (
 COMMANDS = (
     train_command,
     sft_command,
+    score_command,
     data_command,
     generate_command,
     judge_command,

@@ -45,11 +45,8 @@ def add_options(
 
 
 def _add(group: Any, names: list[str], field: Any, hint: Any, defaults: Mapping[str, Any]) -> None:
-    default = defaults.get(field.name, field.default)
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    shown = " ".join(map(str, default)) if isinstance(default, list) else default
-    text = field.metadata["help"] + ("" if default is None else f" (default: {shown})")
+    shown = _default(field, defaults)
+    text = field.metadata["help"] + ("" if shown is None else f" (default: {shown})")
     group.add_argument(
         *(f"--{name}" for name in names),
         dest=field.name,
@@ -60,6 +57,40 @@ def _add(group: Any, names: list[str], field: Any, hint: Any, defaults: Mapping[
         group.add_argument(
             f"--no_{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS
         )
+
+
+def _default(field: Any, defaults: Mapping[str, Any]) -> str | None:
+    """A field's default in words; None where it has none."""
+    default = defaults.get(field.name, field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if isinstance(default, list):
+        return " ".join(map(str, default))
+    return None if default is None else str(default)
+
+
+def options_markdown(groups: Iterable[Any], skip: Iterable[Any] = ()) -> str:
+    """The options as Markdown tables, a group each: docs/options.md, by tools/readme_tables.py.
+
+    `skip`: groups whose options have been shown.
+    """
+    seen = {f.name for group in skip for f in dataclasses.fields(group)}
+    lines: list[str] = []
+    for group in groups:
+        rows = [f for f in dataclasses.fields(group) if f.name not in seen]
+        if not rows:
+            continue
+        lines += [f"### {str(group.__doc__).capitalize()}", ""]
+        lines += ["| option | default | |", "|---|---|---|"]
+        for field in rows:
+            text = field.metadata["help"].replace("|", "\\|").replace("<", "&lt;")
+            choices = field.metadata.get("choices")
+            if choices and not all(choice in text for choice in choices):
+                text += f" ({', '.join(choices)})"
+            shown = _default(field, {})
+            lines.append(f"| `{field.name}` | {'' if shown is None else f'`{shown}`'} | {text} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:

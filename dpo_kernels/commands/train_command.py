@@ -23,6 +23,12 @@ def add(commands: Any) -> None:
         allow_abbrev=False,
     )
     add_options(train, GROUPS, ALIASES)
+    train.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="report batches, tokens, memory and time of the run, and what would be refused; "
+        "train nothing, write nothing",
+    )
     train.set_defaults(run=run, command=train, trl=True)
 
 
@@ -38,5 +44,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = Console()
     with console.signals():
-        run_job(options, console)
+        if hasattr(args, "dry_run"):
+            from ..train.dry_run import dry_run
+
+            dry_run(options, console)
+        else:
+            run_job(options, console)
     return 0

@@ -12,9 +12,10 @@ from .completions import (
     tokenize_conversations,
 )
 from .left_out import DataError, LeftOut, NoUsableRow, Problem
-from .pairs import Message, PreferencePair, read_pairs
+from .pairs import Message, PairReader, PreferencePair, read_pairs
 from .sequences import Limits, TokenPair, TokenSequence
-from .tokenize import tokenize_pairs
+from .tokenize import PairTokenizer, tokenize_pairs
+from .truncation import Truncation
 
 __all__ = [
     "Completion",
@@ -23,6 +24,8 @@ __all__ = [
     "Limits",
     "Message",
     "NoUsableRow",
+    "PairReader",
+    "PairTokenizer",
     "PreferencePair",
     "Problem",
     "RowTokenizer",
@@ -30,6 +33,7 @@ __all__ = [
     "Sharing",
     "TokenPair",
     "TokenSequence",
+    "Truncation",
     "TrunkCall",
     "make_batch",
     "make_sequence_batch",

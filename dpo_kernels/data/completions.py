@@ -11,26 +11,19 @@ left out with file and line.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import pairs as pair_rows
-from .files import kind_of, read_rows
-from .left_out import BadField, LeftOut, Problem
-from .pairs import PreferencePair, Turn
+from .files import Source, name_of, read_rows
+from .left_out import BadField, LeftOut, Problem, Refused
+from .pairs import PairReader, PreferencePair, Turn
+from .row import kind_of
 from .sequences import Ids, Limits, Spans, TokenPair, TokenSequence
-from .tokenize import (
-    LONG,
-    Progress,
-    _between,
-    _common,
-    _PairTokenizer,
-    _Refused,
-    _require_template,
-)
+from .tokenize import LONG, PairTokenizer, Progress, _between, _common, _require_template
+from .truncation import Truncation, shortened
 
 _KNOWN = {"messages", "prompt", "completion", "text", "system", "tools", "chat_template_kwargs"}
 
@@ -53,7 +46,7 @@ class Completion:
 Scorable = Completion | PreferencePair
 
 
-def read_conversations(path: str | os.PathLike[str], left_out: LeftOut) -> list[Completion]:
+def read_conversations(path: Source, left_out: LeftOut) -> list[Completion]:
     """All usable completions of a file; the rest goes to `left_out`.
 
     Raises `DataError` if the file cannot be read, holds no usable row, or if a row is bad and
@@ -62,35 +55,39 @@ def read_conversations(path: str | os.PathLike[str], left_out: LeftOut) -> list[
     since = len(left_out.problems)
     rows = [row for row in _read(path, left_out, False) if isinstance(row, Completion)]
     if not rows:
-        raise left_out.nothing(path, "no usable conversation", since)
+        raise left_out.nothing(name_of(path), "no usable conversation", since)
     return rows
 
 
-def read_scorable(path: str | os.PathLike[str], left_out: LeftOut) -> Iterator[Scorable]:
+def read_scorable(path: Source, left_out: LeftOut) -> Iterator[Scorable]:
     """Pairs (rows with `chosen`) and completions of a file, as they come."""
     yield from _read(path, left_out, True)
 
 
-def _read(path: str | os.PathLike[str], left_out: LeftOut, with_pairs: bool) -> Iterator[Scorable]:
+def _read(path: Source, left_out: LeftOut, with_pairs: bool) -> Iterator[Scorable]:
     unused: Counter[str] = Counter()
+    reader = PairReader(left_out)
     for where, row in read_rows(path):
+        single = isinstance(row, dict) and any(k in row for k in ("messages", "completion", "text"))
+        if with_pairs and not single:
+            pair = reader.pair(row, where)
+            if pair is not None:
+                yield pair
+            continue
         try:
             if isinstance(row, BadField):
                 raise row
-            pair = with_pairs and not any(k in row for k in ("messages", "completion", "text"))
-            known = pair_rows._KNOWN if pair else _KNOWN
-            unknown = [k for k in row if k not in known and row[k] not in (None, "", [])]
-            found: Scorable = (
-                pair_rows._pair(row, where, unknown, left_out) if pair else _completion(row, where)
-            )
-            unused.update(unknown)
+            found = _completion(row, where)
         except BadField as bad:
             left_out.add(bad.at(where))
-        else:
-            yield found
+            continue
+        unused.update(k for k in row if k not in _KNOWN and row[k] not in (None, "", []))
+        yield found
     if unused:
         names = ", ".join(f"{name} ({n} rows)" for name, n in unused.most_common())
-        left_out.once(f"{path}: columns that are not used: {names}")
+        left_out.once(f"{name_of(path)}: columns that are not used: {names}")
+    for remark in reader.remarks(path):
+        left_out.once(remark)
 
 
 def _completion(row: dict[str, Any], where: str) -> Completion:
@@ -124,17 +121,17 @@ def _completion(row: dict[str, Any], where: str) -> Completion:
     return Completion(prompt, completion, where, *pair_rows._for_template(row, prompt))
 
 
-class RowTokenizer(_PairTokenizer):
+class RowTokenizer(PairTokenizer):
     """One tokenizer at work on pairs and completions; `None` for what goes to `left_out`."""
 
     def of(self, row: Scorable) -> TokenPair | TokenSequence | None:
+        if isinstance(row, PreferencePair):
+            return self.usable(row)
         _require_template(self.tokenizer, row.conversational)
         notes = self.left_out.notes.copy()
         try:
-            if isinstance(row, PreferencePair):
-                return self.tokenize(row)
             return self._sequence(row)
-        except _Refused as refused:
+        except Refused as refused:
             self.left_out.notes = notes  # they count what is in the rows that are used
             self.left_out.add(Problem(row.source, *refused.args))
             return None
@@ -149,20 +146,16 @@ class RowTokenizer(_PairTokenizer):
             self._words(name, str(row.completion))
             alone = self._plain(str(row.prompt), "")
             ids = self._plain(str(row.prompt), str(row.completion))
-        start, limit = _common(alone, ids), self.max_length
-        if limit is not None and start >= limit:
-            raise _Refused(
-                "prompt", f"{start} tokens", f"fewer than max_length={limit}", "prompt too long"
-            )
-        kept = ids[:limit]
+        notes = self.left_out.notes
+        (kept,), start, (spans,), _ = shortened(
+            self.truncation, [ids], _common(alone, ids), [spans], notes
+        )
         unscored = () if spans is None else _between(start, spans, len(kept))
         sequence = TokenSequence(kept, start, row.source, unscored)
         if sequence.num_scored == 0:
             wanted = "at least one token of completion"
-            raise _Refused(name, "no token left to score", wanted, "completion too short")
+            raise Refused(name, "no token left to score", wanted, "completion too short")
         self._check_limits(name, kept)
-        if len(kept) < len(ids):
-            self.left_out.notes[f"completions cut at max_length={limit}"] += 1
         return sequence
 
     def _conversation(self, row: Completion) -> tuple[Ids, Ids, Spans | None]:
@@ -192,7 +185,7 @@ class RowTokenizer(_PairTokenizer):
         try:
             spans = self._spans("completion", prompt, completion, ids, render, template, pair)
             return (render(prompt, True) if prompt else ()), ids, spans
-        except _Refused:
+        except Refused:
             what = "conversations whose turns the template does not keep apart (the last is scored)"
             self.left_out.notes[what] += 1
             return render((prompt + completion)[:-1], True), ids, None
@@ -201,7 +194,7 @@ class RowTokenizer(_PairTokenizer):
 def tokenize_conversations(
     rows: Sequence[Scorable],
     tokenizer: Any,
-    max_length: int | None,
+    max_length: Truncation | int | None,
     left_out: LeftOut,
     limits: Limits | None = None,
     progress: Progress | None = None,

@@ -28,6 +28,7 @@ from ..models.step0 import check_step0
 from ..models.structure import deterministic
 from . import hf_trainer
 from .announce import announce
+from .first_step import check_first_rows, watch_first_step
 from .rows import WithRowColumns, check_row_columns, take_row_options
 from .trl_v1 import OPT_OUT, model_dtype
 
@@ -76,6 +77,7 @@ def _init(original: Callable) -> Callable:
         original(self, *args, **kwargs)
         attach_head(self.model)  # now: below what accelerate will wrap it in
         self.data_collator = WithRowColumns(self.data_collator)
+        watch_first_step(self)
 
     return __init__
 
@@ -131,6 +133,8 @@ def _concatenated_forward(original: Callable, module: Any) -> Callable:
         _refuse(self)
         batch, row_options = take_row_options(batch)
         inputs, labels = _joined(self, batch, module)
+        if not is_ref_model and self.model.training and not self._reference_seen:
+            check_first_rows(self, labels)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         attach_head(self.accelerator.unwrap_model(model))

@@ -31,6 +31,8 @@ from ..models.step0 import check_first_step
 from ..models.structure import base_model_of, deterministic
 from . import hf_trainer
 from .announce import announce
+from .cached_reference import cache_of
+from .first_step import check_first_loss, check_first_rows, watch_first_step
 from .rows import WithRowColumns, check_row_columns, take_row_options
 from .trainer_metrics import (
     ONE_BY_ONE,
@@ -100,6 +102,7 @@ def _init(original: Callable, module: Any) -> Callable:
             original(self, *args, **kwargs)
         attach_head(self.model)  # now: below what accelerate will wrap it in
         self.data_collator = WithRowColumns(self.data_collator)
+        watch_first_step(self)
 
     return __init__
 
@@ -137,8 +140,8 @@ def _no_reference(module: Any, named: bool) -> Iterator[None]:
 def _precompute(original: Callable) -> Callable:
     @functools.wraps(original)
     def _precompute_ref_logps(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        if not needs_reference(loss_options(self)):
-            return dataset
+        if not needs_reference(loss_options(self)) or cache_of(self) is not None:
+            return dataset  # without one, or with one that is kept by content as rows come
         return original(self, dataset, *args, **kwargs)
 
     return _precompute_ref_logps
@@ -207,6 +210,8 @@ def _compute_loss(original: Callable) -> Callable:
         if needs_reference(options):
             reference = _reference_of(self, inputs, labels, needs_states(options))
         first = training and not self._reference_seen
+        if first:
+            check_first_rows(self, labels)
         if first and not getattr(self, "_is_vlm", False):
             hf_trainer.check_head_of(self)
         model_inputs = _model_inputs(inputs)
@@ -216,6 +221,8 @@ def _compute_loss(original: Callable) -> Callable:
             out = pair_step(
                 model, model_inputs, labels, reference, options, self.fused, router_weight
             )
+            if first and out.loss is not None:
+                check_first_loss(self, out.loss)
             if first and reference is not None:
                 _check_reference(self, model, model_inputs, out, labels, reference, options)
         if first:
@@ -243,12 +250,21 @@ def _reference_of(trainer: Any, inputs: dict[str, Any], labels: Tensor, states: 
     """[2B] precomputed, or from the reference now: [2B, T - 1], or its states."""
     if trainer.precompute_ref_logps and "ref_chosen_logps" in inputs:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-    with _reference(trainer) as reference:
-        if states:
-            return reference_states(reference, _model_inputs(inputs), labels, trainer.fused)
-        logps = scored_tokens(reference, _model_inputs(inputs), labels, trainer.fused).logps
+    model_inputs = _model_inputs(inputs)
+
+    def score(reference: Any) -> Tensor:
+        logps = scored_tokens(reference, model_inputs, labels, trainer.fused).logps
         assert logps is not None
         return logps
+
+    cache = None if states else cache_of(trainer)
+    if cache is not None:
+        dtype = model_dtype(trainer)
+        return cache.logps(model_inputs, labels, dtype, lambda: _reference(trainer), score)
+    with _reference(trainer) as reference:
+        if states:
+            return reference_states(reference, model_inputs, labels, trainer.fused)
+        return score(reference)
 
 
 def _check_reference(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -21,10 +21,13 @@ from .config_files import read_config_file as read_config_file
 from .config_files import yaml_text
 from .run_options import (
     GROUPS,
+    AdapterOptions,
     DataOptions,
+    LearnedGroupOptions,
     LossPart,
     ModelOptions,
     OutputOptions,
+    ReferenceOptions,
     SpeedOptions,
     SupervisedOptions,
     TrainingOptions,
@@ -36,9 +39,12 @@ class DPOTrainConfig(
     OutputOptions,
     SpeedOptions,
     SupervisedOptions,
+    LearnedGroupOptions,
     TrainingOptions,
+    ReferenceOptions,
     LossPart,
     DataOptions,
+    AdapterOptions,
     ModelOptions,
 ):
     """Everything a run depends on; saved as `config.yaml` in its folder."""
@@ -46,18 +52,16 @@ class DPOTrainConfig(
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type: Any = [self.loss_type]
-        for f in fields(self):
-            _check_type(f.name, getattr(self, f.name), _HINTS[f.name])
-            choices = f.metadata.get("choices")
-            if choices and getattr(self, f.name) not in choices:
-                raise UserError(
-                    f"{f.name} must be one of {', '.join(choices)}, got {getattr(self, f.name)!r}"
-                )
+        resume = str(self.resume_from_checkpoint).lower()
+        if resume in ("true", "false", "none"):
+            self.resume_from_checkpoint = "true" if resume == "true" else None
+        check_fields(self)
         for name in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "logging_steps",
+            "ref_model_sync_steps",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -65,6 +69,19 @@ class DPOTrainConfig(
             raise UserError(f"eval_steps must be at least 1 or null, got {self.eval_steps}")
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"max_length must be at least 2 or null, got {self.max_length}")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise UserError(
+                f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}"
+            )
+        for name in ("max_prompt_length", "max_completion_length", "dataset_num_proc"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
+        for entry in self.column_mapping or []:
+            ours, equals, theirs = entry.partition("=")
+            if not (ours and equals and theirs):
+                raise UserError(
+                    f"column_mapping: {entry!r}, expected ours=theirs (prompt=question)"
+                )
         if not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
         if self.max_steps != -1 and self.max_steps < 1:
@@ -73,12 +90,20 @@ class DPOTrainConfig(
             raise UserError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         if self.sft_steps is not None and self.sft_steps < 0:
             raise UserError(f"sft_steps must be at least 0 or null, got {self.sft_steps}")
+        if self.save_steps < 0:
+            raise UserError(f"save_steps must be at least 0, got {self.save_steps}")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise UserError(
+                f"save_total_limit must be at least 1 or null, got {self.save_total_limit}"
+            )
         if [self.dataset_name, self.eval_file, self.sft_file].count("-") > 1:
             raise UserError("of dataset_name, eval_file and sft_file one alone can be - (stdin)")
         if self.sft_rows and self.sft_file is None:
             raise UserError("sft_rows needs sft_file: the file that the rows come from")
         for name in (
             "learning_rate",
+            "group_learning_rate",
+            "group_l2",
             "warmup_steps",
             "weight_decay",
             "max_grad_norm",
@@ -120,17 +145,11 @@ class DPOTrainConfig(
             )
         options = self.loss_options()
         try:
-            if self.uses_offset:
+            if self.uses_offset or self.learn_groups:
                 options["offset"] = torch.zeros(1)
             _, losses = dk.losses.resolve(options)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
-        for row, _, _ in losses:
-            if row.needs_kl:
-                raise UserError(
-                    f"loss_type {row.name!r} compares whole distributions, and training keeps the "
-                    "reference's log-probs alone; use fused_linear_dpo_loss with ref_hidden"
-                )
         self._check_applies([row for row, _, _ in losses])
 
     def _check_applies(self, rows: list[Any]) -> None:
@@ -177,14 +196,25 @@ class DPOTrainConfig(
 
     def save(self, path: Path, groups: Sequence[Any] = GROUPS) -> None:
         """Write the resolved configuration as YAML (or JSON, by the file's ending)."""
+        kept = replace(self, resume_from_checkpoint=None)
         if path.suffix == ".json":
-            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(asdict(kept), indent=2) + "\n", encoding="utf-8")
         else:
-            path.write_text(yaml_text(self, groups), encoding="utf-8")
+            path.write_text(yaml_text(kept, groups), encoding="utf-8")
 
 
 _HINTS = get_type_hints(DPOTrainConfig)
 ALIASES = {"torch_dtype": "dtype", "train_file": "dataset_name"}
+
+
+def check_fields(config: Any) -> None:
+    """Types and choices of the fields of a configuration."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        _check_type(f.name, value, hints[f.name])
+        if choices and value not in choices:
+            raise UserError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:

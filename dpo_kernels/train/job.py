@@ -9,11 +9,10 @@ set that ship with the package.
 from __future__ import annotations
 
 import json
-import resource
-import statistics
+import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from ..data import (
     LeftOut,
     Limits,
     Message,
-    NoUsableRow,
     PreferencePair,
     TokenPair,
     TokenSequence,
@@ -38,15 +36,24 @@ from ..data import (
     tokenize_pairs,
 )
 from ..models.versions import dtype_option
-from .compare import step_times
+from .adapters import check_adapter, name_base
+from .calibration import calibration
+from .checkpoints import newest, of_the_disk, reason
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
-from .loop import TrainResult, evaluate, train, visited
+from .ending import loss_title as loss_title
+from .ending import peak_memory, plain_torch_times, report
+from .fit import check_fits
+from .groups import Groups, group_summary, one_sided
+from .identity import identity
+from .loop import evaluate, train
 from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
-from .optim import epoch_order, total_steps
+from .optim import TrainingError
+from .order import epoch_order, steps_of
 from .plots import plot_run
-from .reference import PairData, with_reference
+from .reading import columns, no_pair_left, truncation
+from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .run_options import GROUPS
 from .sft import SupervisedRows, train_sft
 from .start import RunFolder, check_device, find_model, quiet_bars, refuse_many_processes
@@ -68,8 +75,11 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     refuse_many_processes()
     config, own = resolve(options)
     check_device(config.device)
+    check_adapter(config, own)
+    resumed = resumed_from(config, dk.__version__, console.say)
     quiet_bars(console)
-    return Job(config, own, RunFolder(config), console).run()
+    run_folder = RunFolder(config, resumed.path if resumed else None)
+    return Job(config, own, run_folder, console, resumed).run()
 
 
 def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
@@ -88,8 +98,9 @@ def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
             "sft_steps is of the embedded default: your own model is not fine-tuned, unless "
             "sft_file gives it conversations"
         )
-    if not own and config.sft_file is not None:
-        raise UserError("sft_file goes with a model and pairs of your own; the embedded has both")
+    for option in ("sft_file", "ref_model_name_or_path"):
+        if not own and getattr(config, option) is not None:
+            raise UserError(f"{option} goes with a model and pairs of your own (the default's fit)")
     return config, own
 
 
@@ -97,10 +108,17 @@ class Job:
     """One run, its folder and what was left out of its data."""
 
     groups = GROUPS  # of the options that it has
+    command = "train"
 
     def __init__(
-        self, config: DPOTrainConfig, own: bool, run_folder: RunFolder, console: Console
+        self,
+        config: DPOTrainConfig,
+        own: bool,
+        run_folder: RunFolder,
+        console: Console,
+        resumed: Resumed | None = None,
     ) -> None:
+        self.resumed = resumed
         self.config, self.own, self.console = config, own, console
         self.run_folder, self.folder = run_folder, run_folder.path
         self.policy: Policy | None = None
@@ -112,6 +130,11 @@ class Job:
         """Run; whatever ends it early keeps the weights, or leaves nothing if there are none."""
         try:
             return self._run()
+        except Exception as error:
+            self._keep()
+            if of_the_disk(error) and not isinstance(error, UserError | DataError | TrainingError):
+                raise TrainingError(f"{self.folder}: {reason(error)}") from error
+            raise
         except BaseException:
             self._keep()
             raise
@@ -122,14 +145,23 @@ class Job:
         if self.policy is None or not begun:
             self.run_folder.drop()
             return
-        if not self.saved:
-            with self.console.held():
-                save_policy(self.policy, self.folder / "model")
         what = "" if "training" in begun else " (SFT alone: training on pairs had not begun)"
-        print(
-            f"dpo-kernels: the run did not end; its weights are in {self.folder / 'model'}{what}",
-            file=sys.stderr,
-        )
+        kept = f"its weights are in {self.folder / 'model'}{what}"
+        if not self.saved:
+            try:
+                with self.console.held():
+                    save_policy(self.policy, self.folder / "model")
+            except Exception as error:  # told beside the error that ended the run
+                kept = f"its weights could not be saved: {reason(error)}"
+        _tell(f"the run did not end; {kept}")
+        last = newest(self.folder / "checkpoints")
+        if last is not None:
+            _tell(f"go on from {last.name} with: {self._command()}")
+
+    def _command(self) -> str:
+        """How this run is taken up again."""
+        file = shlex.quote(str(self.folder / "config.yaml"))
+        return f"dpo-kernels {self.command} --config {file} --resume_from_checkpoint true"
 
     def _run(self) -> dict[str, Any]:
         config, say = self.config, self.console.say
@@ -140,43 +172,67 @@ class Job:
             policy = self._users_model()
             train_pairs, eval_pairs = self._pairs(policy)
             conversations = self._conversations(policy)
-            self._open_folder()
-            self.policy = policy
-            self._own_sft(policy, conversations)
+            identity = self._identity(policy, train_pairs, eval_pairs)
+            self._open_folder(policy)
+            if self.resumed is None:
+                self.policy = policy
+                self._own_sft(policy, conversations)
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
                 train_pairs, eval_pairs = self._pairs(policy, source)
-                self._open_folder()
+                identity = self._identity(policy, train_pairs, eval_pairs)
+                self._open_folder(policy)
                 self.policy = policy
-                self._sft(policy, source, len(train_pairs))
+                if self.resumed is None:
+                    self._sft(policy, source, len(train_pairs))
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-        used = visited(len(train_pairs), config)
-        data = with_reference(policy, train_pairs, config, self.console, "training pairs", used)
-        held_out = None
-        metrics = MetricsFile(self.folder / "metrics.jsonl")
-        before: dict[str, float] = {}
-        if eval_pairs:
-            held_out = with_reference(policy, eval_pairs, config, self.console, "held-out pairs")
-            before = evaluate(policy, held_out, config, self.console, "before training")
-            metrics.write({"step": 0, "epoch": 0.0, **before})
+        data, held_out = references(
+            policy,
+            train_pairs,
+            eval_pairs,
+            config,
+            self.console,
+            self.folder,
+            self.resumed,
+            self.own,
+        )
+        groups = self._learned_groups(policy, train_pairs)
         prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
-        text_before = self._complete(policy, ids)
+        metrics = metrics_of(self.folder, self.resumed)
+        if self.resumed is None:
+            found: dict[str, Any] = {"before": {}, "text_before": ""}
+            if held_out is not None:
+                found["before"] = evaluate(
+                    policy, held_out, config, self.console, "before training"
+                )
+                metrics.write({"step": 0, "epoch": 0.0, **found["before"]})
+            found["text_before"] = self._complete(policy, ids)
+        else:
+            found = {k: self.resumed.values["found"][k] for k in ("before", "text_before")}
+        before, text_before = found["before"], found["text_before"]
+        kept = {"version": dk.__version__, "identity": identity, "found": found}
+        keeper = Keeper.of(self.folder, config, kept, self.resumed)
         beside = SupervisedRows(policy, conversations, config) if config.sft_rows else None
-        result = train(policy, data, held_out, config, metrics, self.console, beside)
+        result = train(
+            policy, data, held_out, config, metrics, self.console, keeper, groups, beside
+        )
         with self.console.held():  # before anything that could still fail
             save_policy(policy, self.folder / "model")
         self.saved = True
         after: dict[str, float] = {}
+        margins: list[float] = []
         if held_out is not None:
-            after = evaluate(policy, held_out, config, self.console, "after training")
+            after = evaluate(
+                policy, held_out, config, self.console, "after training", groups, margins
+            )
             metrics.write({"step": result.steps, "epoch": metrics.rows[-1]["epoch"], **after})
         text_after = self._complete(policy, ids)
         self._draw(metrics, loss_title(config))
         peak = peak_memory(policy)
-        timing = self._timing(policy, data)
+        timing = plain_torch_times(policy, data, config, self.own)
         summary = {
             "output_dir": str(self.folder),
             "backend": backend,
@@ -187,6 +243,8 @@ class Job:
             "step0_expected": result.step0_expected,
             "before": before,
             "after": after,
+            "calibration": calibration(margins),
+            **({"groups": group_summary(groups, train_pairs)} if groups is not None else {}),
             "sample": {"prompt": prompt, "before": text_before, "after": text_after},
             "median_step_time": result.median_step_time,
             "peak_memory_bytes": peak,
@@ -194,7 +252,7 @@ class Job:
             **self._ending(began),
         }
         self._write_summary(summary)
-        self._report(summary, result)
+        report(summary, result, self.left_out, say)
         return summary
 
     def _draw(self, metrics: MetricsFile, title: str) -> None:
@@ -222,7 +280,21 @@ class Job:
 
     # --- parts ---
 
-    def _open_folder(self) -> None:
+    def _identity(
+        self,
+        policy: Policy,
+        pairs: Sequence[TokenPair | TokenSequence],
+        held_out: Sequence[TokenPair | TokenSequence],
+    ) -> dict[str, Any]:
+        """What the run's checkpoints belong to; one that is resumed must belong to the same."""
+        now = identity(self.config, policy.model, policy.tokenizer, pairs, held_out)
+        if self.resumed is not None:
+            self.resumed.check(now)
+        return now
+
+    def _open_folder(self, policy: Policy) -> None:
+        if self.config.save_steps:
+            check_room(policy, self.config, self.folder, self.console.say)
         self.run_folder.open(self.console.say)
         self.config.save(self.folder / "config.yaml", self.groups)
         every = self.folder / "left_out.jsonl"
@@ -232,10 +304,33 @@ class Job:
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
 
+    def _learned_groups(self, policy: Policy, pairs: list[TokenPair]) -> Groups | None:
+        """What is learned of the rows' groups beside the model."""
+        if not self.config.learn_groups:
+            return None
+        groups = Groups.of(pairs, self.config.group_l2).to(policy.device)
+        if not groups.names:
+            raise DataError("learn_groups: no row has a `group`")
+        loose = one_sided(pairs, self.config.label_smoothing > 0)
+        if loose:
+            self.console.say(
+                f"warning: learn_groups: all rows of {', '.join(loose[:8])} point one way, so "
+                "only group_l2 bounds the offset and the loss says little; write -GROUP where the "
+                "bias speaks for the rejected one, or give uncertain labels (label_smoothing)"
+            )
+        return groups
+
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
-        found = replace(self.config, model_name_or_path=find_model(name))
-        return load_policy(found, self.console.say)
+        reference = self.config.ref_model_name_or_path
+        if reference is not None:
+            find_model(reference, "ref_model_name_or_path")  # before the data is read
+        found = find_model(name)
+        check_fits(found, self.config)
+        policy = load_policy(replace(self.config, model_name_or_path=found), self.console.say)
+        if self.config.use_peft:
+            name_base(policy.model, name)
+        return policy
 
     def _small_model(self, source: Path) -> Policy:
         """A fresh model of the embedded configuration."""
@@ -258,11 +353,11 @@ class Job:
         config = load_config(shared, sft)
         rows = read_conversations(source / "sft.jsonl", self.left_out)
         sequences = tokenize_conversations(rows, policy.tokenizer, config.max_length, self.left_out)
-        whole = _steps(len(sequences), config)
+        whole = steps_of(len(sequences), config)
         steps = self.config.sft_steps
         if steps is None:
             # A run cut short is cut short here as well: the recipe's two parts keep their ratio.
-            share = _steps(num_pairs, self.config) / _steps(num_pairs, load_config(dpo))
+            share = steps_of(num_pairs, self.config) / steps_of(num_pairs, load_config(dpo))
             steps = max(1, round(whole * min(share, 1.0)))
         if steps < whole:
             self.console.say(f"SFT: {steps} steps of the recipe's {whole} (--sft_steps sets them)")
@@ -287,7 +382,7 @@ class Job:
         sequences = tokenize_conversations(
             rows,
             policy.tokenizer,
-            self.config.max_length,
+            truncation(self.config),
             self.left_out,
             Limits.of(policy.model.config),
             self.console.progress,
@@ -339,7 +434,7 @@ class Job:
 
     def _read(self, policy: Policy, file: str) -> list[TokenPair]:
         since = len(self.left_out.problems)
-        texts = read_pairs(file, self.left_out)
+        texts = read_pairs(file, self.left_out, columns(self.config))
         if self.config.uses_offset and any(t.offset is None for t in texts):
             where = next(t.source for t in texts if t.offset is None)
             raise DataError(f"{where}: margin: missing, but odpo needs a margin in every row")
@@ -351,7 +446,7 @@ class Job:
         pairs = tokenize_pairs(
             texts,
             policy.tokenizer,
-            self.config.max_length,
+            truncation(self.config),
             self.left_out,
             self.console.say,
             limits,
@@ -398,89 +493,6 @@ class Job:
         n = self.config.sample_max_new_tokens
         return complete(policy, ids, n) if n > 0 and ids else ""
 
-    def _timing(self, policy: Policy, data: PairData) -> dict[str, Any]:
-        wanted = self.config.compare_plain_torch
-        if not (wanted if wanted is not None else not self.own):
-            return {}
-        config = replace(self.config, gradient_checkpointing=False)
-        indices = visited(len(data.pairs), config)[: config.per_device_train_batch_size]
-        ours, plain = step_times(policy, data, indices, config)
-        return {
-            "step_seconds": statistics.median(ours),
-            "plain_torch_step_seconds": statistics.median(plain),
-        }
 
-    def _report(self, summary: dict[str, Any], result: TrainResult) -> None:
-        say, before, after = self.console.say, summary["before"], summary["after"]
-        say()
-        if before:
-            say(f"{'held out':<34}{'before':>10}{'after':>10}")
-            for name, key in (
-                ("loss", "eval_loss"),
-                ("reward accuracy", "eval_rewards/accuracies"),
-                ("reward accuracy, a tie is a half", "eval_rewards/accuracies_ties_half"),
-                ("reward margin", "eval_rewards/margins"),
-                ("log-prob accuracy", "eval_logps/accuracies"),
-            ):
-                say(f"{name:<34}{before[key]:>10.4f}{after[key]:>10.4f}")
-            say("reward accuracy asks whether the reward (log-ratio to the reference) prefers the")
-            say("chosen: before training policy and reference are one, so every pair is a tie.")
-        self._say_sample(summary["sample"])
-        say(
-            f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer step "
-            f"(median of {result.steps}), peak memory {summary['peak_memory_bytes'] / 2**30:.2f} "
-            "GiB"
-        )
-        if "step_seconds" in summary:
-            ours, plain = summary["step_seconds"], summary["plain_torch_step_seconds"]
-            say(
-                f"forward and backward of one batch: {ours:.3f} s; the same in plain torch (model "
-                f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x"
-            )
-        say(self.left_out.summary())
-        say(f"saved in {summary['output_dir']}: {self._files()}")
-
-    def _say_sample(self, sample: dict[str, str]) -> None:
-        if sample["before"] or sample["after"]:
-            self.console.say(f"\nprompt: {sample['prompt']}")
-            self.console.say(f"before: {sample['before']}")
-            self.console.say(f"after:  {sample['after']}")
-
-    def _files(self) -> str:
-        """The files of the run that are there, in words."""
-        names = ["metrics.jsonl", "training.png", "config.yaml", "summary.json", "left_out.jsonl"]
-        return ", ".join(["model/", *(n for n in names if (self.folder / n).exists())])
-
-
-_LENGTH_REASONS = {"prompt too long", "completion too short", "same after truncation"}
-
-
-def no_pair_left(file: str, left_out: LeftOut, since: int, kind: str = "pair") -> NoUsableRow:
-    """The error of a file whose rows were all left out, the last of them by tokenisation."""
-    reasons = {p.reason for p in left_out.problems[since:]}
-    what = f"no {kind} fits max_length" if reasons <= _LENGTH_REASONS else f"no {kind} is left"
-    return left_out.nothing(file, what, since)
-
-
-def _steps(n: int, config: DPOTrainConfig) -> int:
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return total_steps(n, per_step, config)
-
-
-def loss_title(config: DPOTrainConfig) -> str:
-    """The loss in words: "DPO: 0.8 sigmoid + 0.2 ipo + 0.5 SFT"."""
-    weights = config.loss_weights or [1.0] * len(config.loss_type)
-    parts = [*zip(weights, config.loss_type, strict=True)]
-    if config.sft_weight:
-        parts.append((config.sft_weight, "SFT"))
-    if config.sft_rows:
-        parts.append((config.sft_rows_weight, "SFT rows"))
-    return "DPO: " + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)
-
-
-def peak_memory(policy: Policy) -> int:
-    """Bytes: on a GPU what torch allocated, on a CPU the resident set of the process."""
-    if policy.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(policy.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _tell(text: str) -> None:
+    print(f"dpo-kernels: {text}", file=sys.stderr)

@@ -7,29 +7,36 @@ that unequal batches do not weigh unequally, and batch losses are shares that ad
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dpo_kernels as dk
 
 from ..data import ScoredBatch, TokenPair
 from ..inputs.transfer import to_device
 from ..models.attached import HeadOutput
-from ..models.forward import PairTask, run_pairs
+from ..models.falling import FallingWatch
+from ..models.forward import PairTask, Reference, run_pairs
 from ..models.step0 import WrongReference
 from ..models.step0 import check_step0 as check_same
+from ..models.step1 import FirstStepError, check_ends, check_scored
 from ..models.structure import deterministic
 from .config import DPOTrainConfig
 from .console import Console
+from .groups import Groups
 from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
-from .optim import Stepper, TrainingError, epoch_order, total_steps
-from .reference import PairData
+from .optim import Stepper, TrainingError
+from .order import step_indices, steps_of
+from .reference import LiveReference, PairData
+from .resume import Keeper, fine_tuned_first
+from .state import Progress, TrainingState
 
 if TYPE_CHECKING:
     from .sft import SupervisedRows
@@ -48,7 +55,10 @@ class TrainResult:
 class PairLoss:
     """The configured loss of batches of pairs."""
 
-    def __init__(self, policy: Policy, config: DPOTrainConfig) -> None:
+    def __init__(
+        self, policy: Policy, config: DPOTrainConfig, groups: Groups | None = None
+    ) -> None:
+        self.groups = groups
         # The module form, because beta-DPO keeps a running margin between batches.
         self.function = dk.FusedLinearDPOLoss(**config.loss_options())
         self.policy, self.uses_offset = policy, config.uses_offset
@@ -74,7 +84,7 @@ class PairLoss:
         batch = self.policy.batch(pairs)
         return PairTask(
             batch.labels,
-            self.reference(data, indices),
+            self.reference(data, indices, batch),
             {**(options or {}), **self.offset(pairs)},
             self.policy.fused,
             batch,
@@ -82,7 +92,11 @@ class PairLoss:
             self.function,
         )
 
-    def reference(self, data: PairData, indices: Sequence[int]) -> Tensor | None:
+    def reference(
+        self, data: PairData, indices: Sequence[int], batch: ScoredBatch
+    ) -> Reference | None:
+        if isinstance(data.reference, LiveReference) and data.reference.whole:
+            return data.reference.states(batch)
         return data.reference.of(indices, self.policy.device) if data.reference else None
 
     def offset(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
@@ -94,7 +108,14 @@ class PairLoss:
             found["weights"] = [1.0 if p.weight is None else p.weight for p in pairs]
         if any(p.beta is not None for p in pairs):
             found["beta"] = [p.beta or self.function.options["beta"] for p in pairs]
-        return {k: to_device(torch.tensor(v), self.policy.device) for k, v in found.items()}
+        given = {k: to_device(torch.tensor(v), self.policy.device) for k, v in found.items()}
+        if self.groups is None:
+            return given
+        plain = given.get("beta", torch.full((len(pairs),), float(self.function.options["beta"])))
+        learned = self.groups.options(pairs, plain)
+        if "offset" in given:
+            learned["offset"] = learned["offset"] + given["offset"]
+        return {**given, **learned}
 
 
 def chosen_tokens(pairs: Sequence[TokenPair]) -> int:
@@ -104,10 +125,16 @@ def chosen_tokens(pairs: Sequence[TokenPair]) -> int:
 
 @torch.no_grad()
 def evaluate(
-    policy: Policy, data: PairData, config: DPOTrainConfig, console: Console, what: str
+    policy: Policy,
+    data: PairData,
+    config: DPOTrainConfig,
+    console: Console,
+    what: str,
+    groups: Groups | None = None,
+    margins: list[float] | None = None,
 ) -> dict[str, float]:
-    """Loss and metrics of held-out pairs, names prefixed `eval_`."""
-    loss = PairLoss(policy, config)
+    """Loss and metrics of held-out pairs, names prefixed `eval_`; `margins` takes the pairs'."""
+    loss = PairLoss(policy, config, groups)
     loss.function.eval()
     meter, n, size = PairMeter(), len(data.pairs), config.per_device_eval_batch_size
     tokens = chosen_tokens(data.pairs)
@@ -116,6 +143,8 @@ def evaluate(
     with deterministic(policy.model):
         for start in console.progress(starts, f"evaluation {what}", len(starts), "batches"):
             out, _ = loss(data, range(start, min(start + size, n)), n, tokens)
+            if margins is not None and out.rewards is not None:
+                margins += (out.rewards[0] - out.rewards[1]).tolist()
             meter.add(out, config.beta if data.reference else None)
     result = meter.result()
     result["runtime"] = time.perf_counter() - began
@@ -128,8 +157,9 @@ def check_step0(
 ) -> tuple[float, float]:
     """(loss, loss at zero log-ratios) of one batch before the first step; they must be equal.
 
-    The policy is the reference and its noise is off, so every log-ratio is zero: for `sigmoid` the
-    loss is log 2. Anything else means another reference, or kernels that disagree.
+    The policy is the reference (unless that is a model of its own) and its noise is off, so every
+    log-ratio is zero: for `sigmoid` the loss is log 2. Anything else means another reference, or
+    kernels that disagree.
     """
     loss = PairLoss(policy, config)
     loss.function.eval()
@@ -137,7 +167,7 @@ def check_step0(
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
     assert out.rewards is not None and out.pair_logps is not None
-    if data.reference:
+    if data.reference and config.ref_model_name_or_path is None:
         options = config.loss_options()
         try:
             check_same(
@@ -153,20 +183,16 @@ def check_step0(
     return float(out.loss), float(out.zero_loss)
 
 
-def step_indices(n: int, config: DPOTrainConfig, steps: int) -> Iterator[tuple[list[int], float]]:
-    """(indices of the step's pairs, epochs done after it), a function of the seed alone."""
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    shuffle = config.train_sampling_strategy == "random"
-    done = epoch = 0
-    while True:
-        order = epoch_order(n, config.seed, epoch, shuffle)
-        for start in range(0, n, per_step):
-            if done == steps:
-                return
-            chunk = order[start : start + per_step]
-            done += 1
-            yield chunk, epoch + (start + len(chunk)) / n
-        epoch += 1
+def check_first_rows(policy: Policy, pairs: Sequence[TokenPair]) -> None:
+    """The first batch has tokens that are scored, and its completions end once."""
+    sequences = [p.sequences[0] for p in pairs] + [p.sequences[1] for p in pairs]
+    ends = [[s.ids[t] for t in list(s.scored)[-2:]] for s in sequences]
+    eos = [policy.tokenizer.eos_token_id]
+    try:
+        check_scored([s.num_scored for s in sequences])
+        check_ends(ends, eos, [p.source for p in pairs], "--check_first_step false")
+    except FirstStepError as error:
+        raise TrainingError(str(error)) from None
 
 
 # On a CPU a batch is run in parts of about this many tokens: as fast (the matrix products are large
@@ -203,7 +229,12 @@ def parts_of(
 
 
 def _gradients(
-    loss: PairLoss, data: PairData, indices: list[int], config: DPOTrainConfig, meter: PairMeter
+    loss: PairLoss,
+    data: PairData,
+    indices: list[int],
+    config: DPOTrainConfig,
+    meter: PairMeter,
+    falling: FallingWatch,
 ) -> tuple[Tensor, int]:
     """Accumulate the gradients of one optimizer step's pairs; (loss, tokens) of the step."""
     micro = config.per_device_train_batch_size
@@ -218,20 +249,14 @@ def _gradients(
             out.loss.backward()
             total = total + out.loss.detach()
             meter.add(out, config.beta if data.reference else None)
+            if data.reference and out.rewards is not None and out.pair_logps is not None:
+                names = batch.sources[: len(part)]
+                falling.add(out.rewards, out.pair_logps, config.beta, names)
             tokens += batch.num_tokens
             del out, batch  # the graph's last references: free it before the next forward
+    if loss.groups is not None:
+        loss.groups.penalty([data.pairs[i] for i in indices]).backward()
     return total, tokens
-
-
-def visited(n: int, config: DPOTrainConfig) -> list[int]:
-    """The pairs out of `n` that the run's steps visit."""
-    steps = _steps(n, config)
-    return sorted({i for indices, _ in step_indices(n, config, steps) for i in indices})
-
-
-def _steps(n: int, config: DPOTrainConfig) -> int:
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return total_steps(n, per_step, config)
 
 
 def train(
@@ -241,66 +266,156 @@ def train(
     config: DPOTrainConfig,
     metrics: MetricsFile,
     console: Console,
+    keeper: Keeper | None = None,
+    groups: Groups | None = None,
     beside: SupervisedRows | None = None,
 ) -> TrainResult:
-    """Train the policy in place, `beside` supervised rows; metrics every `logging_steps`.
+    """Train the policy in place, `beside` supervised rows of its own.
+
+    Metrics are written every `logging_steps`, checkpoints as `keeper` has it.
 
     Raises `TrainingError` on a loss or gradient that is not finite, naming the pairs of the step,
-    or if the policy is not the reference before the first step.
+    or if the policy is not the reference before the first step; `Interrupted` between two steps,
+    behind a checkpoint of the last one.
     """
-    n = len(data.pairs)
-    steps = _steps(n, config)
-    stepper = Stepper(policy.model, config, steps)
-    loss = PairLoss(policy, config)
-    first = next(step_indices(n, config, steps))[0][: config.per_device_train_batch_size]
-    step0, expected = check_step0(policy, data, config, first)
-    console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")
-    meter, logged, tokens_seen, tokens_logged = PairMeter(), 0, 0, 0
-    times: list[float] = []
-    plan = step_indices(n, config, steps)
-    for step, (indices, epoch) in enumerate(
-        console.progress(plan, "training", steps, "steps", lines=False), start=1
-    ):
+    keeper = keeper or Keeper(None, 0, {})
+    return _Loop(policy, data, held_out, config, metrics, console, keeper, groups, beside).run()
+
+
+class _Loop:
+    """Steps, lines of metrics, evaluations and checkpoints, in this order."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        data: PairData,
+        held_out: PairData | None,
+        config: DPOTrainConfig,
+        metrics: MetricsFile,
+        console: Console,
+        keeper: Keeper,
+        groups: Groups | None,
+        beside: SupervisedRows | None,
+    ) -> None:
+        self.beside = beside
+        self.added: dict[str, Any] = {}  # metrics of the rows beside the pairs
+        self.policy, self.data, self.held_out = policy, data, held_out
+        self.config, self.metrics, self.console = config, metrics, console
+        self.keeper = keeper
+        self.steps = steps_of(len(data.pairs), config)
+        self.groups = groups
+        self.stepper = Stepper(policy.model, config, self.steps, groups)
+        self.loss = PairLoss(policy, config, groups)
+        self.progress = Progress()
+        modules: dict[str, nn.Module] = {"loss": self.loss.function}
+        if groups is not None:
+            modules["groups"] = groups
+        live = data.reference if isinstance(data.reference, LiveReference) else None
+        if live is not None and (live.every or fine_tuned_first(config)):
+            modules["reference"] = live.reference.model  # no start of the run gives it again
+        self.state = TrainingState(policy.model, self.stepper, modules, self.progress)
+        self.falling = FallingWatch(said=config.on_falling_logps == "ignore")
+        self.between = True  # two steps: weights, optimizer and counters are of one step
+
+    def run(self) -> TrainResult:
+        progress, config = self.progress, self.config
+        plan = step_indices(len(self.data.pairs), config, self.steps)
+        if self.keeper.resumed:
+            self.keeper.resumed.restore(self.state)
+            self.console.say(f"resumed at step {progress.step}: {self.keeper.resumed.path}")
+        else:
+            first = next(step_indices(len(self.data.pairs), config, self.steps))[0]
+            first = first[: config.per_device_train_batch_size]
+            if config.check_first_step:
+                check_first_rows(self.policy, [self.data.pairs[i] for i in first])
+            progress.step0 = check_step0(self.policy, self.data, config, first)
+            step0, expected = progress.step0
+            self.console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")
+        rest = itertools.islice(plan, progress.step, None)
+        left = self.steps - progress.step
+        try:
+            for indices, epoch in self.console.progress(
+                rest, "training", left, "steps", lines=False
+            ):
+                self.between = False
+                self._step(indices, epoch)
+                self.between = True
+        except KeyboardInterrupt:
+            if self.between:
+                with self.console.held():
+                    self.keeper.save(self.state, len(self.metrics.rows), wait=True)
+            raise
+        self.keeper.finish()
+        rest_times = sorted(progress.times[1:] or progress.times)
+        return TrainResult(self.steps, rest_times[len(rest_times) // 2], *progress.step0)
+
+    def _step(self, indices: list[int], epoch: float) -> None:
+        progress, config = self.progress, self.config
         began = time.perf_counter()
-        total, tokens = _gradients(loss, data, indices, config, meter)
-        added: dict[str, Any] = {}
-        if beside is not None:
-            more, added = beside.gradients(step)
+        step = progress.step + 1
+        total, tokens = _gradients(
+            self.loss, self.data, indices, config, progress.meter, self.falling
+        )
+        if self.beside is not None:
+            more, self.added = self.beside.gradients(step)
             total = total + more
-        tokens_seen += tokens
-        tokens_logged += tokens
-        extra = stepper.step(total, f"step {step}", [data.pairs[i].source for i in indices])
-        times.append(time.perf_counter() - began)
-        if stepper.warning:
-            console.say(stepper.warning)
-            stepper.warning = ""
-        logged += 1
-        if step % config.logging_steps == 0 or step == steps:
-            took = sum(times[-logged:])
-            row = {k: v for k, v in meter.result(logged).items() if k not in EVAL_ONLY}
-            row |= {
-                "step": step,
-                "epoch": epoch,
-                **extra,
-                **added,
-                "num_tokens": tokens_seen,
-                "step_time": took / logged,
-                "tokens_per_s": tokens_logged / took,
-                "pairs_per_s": meter.pairs / took,
-            }
-            metrics.write(row)
-            shown = {"loss": f"{row['loss']:.4f}", "margin": f"{row['rewards/margins']:.3f}"}
-            console.postfix(**shown)
-            console.note(
-                f"step {step}/{steps}: loss {row['loss']:.4f}, margin "
-                f"{row['rewards/margins']:.4f}, accuracy {row['rewards/accuracies']:.3f}, "
-                f"{row['step_time']:.2f} s a step"
+        sources = [self.data.pairs[i].source for i in indices]
+        extra = self.stepper.step(total, f"step {step}", sources)
+        progress.times.append(time.perf_counter() - began)
+        if self.data.reference:
+            self.data.reference.after_step(self.policy, step)
+        if self.stepper.warning:
+            self.console.say(self.stepper.warning)
+            self.stepper.warning = ""
+        progress.step = step
+        progress.tokens += tokens
+        progress.logged_steps += 1
+        progress.logged_tokens += tokens
+        if step % config.logging_steps == 0 or step == self.steps:
+            self._log(epoch, extra)
+        if (
+            self.held_out
+            and config.eval_steps
+            and step % config.eval_steps == 0
+            and step < self.steps
+        ):
+            found = evaluate(
+                self.policy, self.held_out, config, Console(quiet=True), "", self.groups
             )
-            meter, logged, tokens_logged = PairMeter(), 0, 0
-        if held_out and config.eval_steps and step % config.eval_steps == 0 and step < steps:
-            quiet = Console(quiet=True)
-            metrics.write(
-                {"step": step, "epoch": epoch, **evaluate(policy, held_out, config, quiet, "")}
-            )
-    rest = sorted(times[1:] or times)
-    return TrainResult(steps, rest[len(rest) // 2], step0, expected)
+            self.metrics.write({"step": step, "epoch": epoch, **found})
+        if self.keeper.due(step) or (step == self.steps and self.keeper.every):
+            self.keeper.save(self.state, len(self.metrics.rows))
+
+    def _log(self, epoch: float, extra: dict[str, Any]) -> None:
+        progress = self.progress
+        meter, logged = progress.meter, progress.logged_steps
+        times = progress.times[-logged:]  # a resumed run has the latest alone
+        took = sum(times) * logged / len(times)
+        row = {k: v for k, v in meter.result(logged).items() if k not in EVAL_ONLY}
+        row |= {
+            "step": progress.step,
+            "epoch": epoch,
+            **extra,
+            **self.added,
+            **(self.groups.metrics() if self.groups is not None else {}),
+            "num_tokens": progress.tokens,
+            "step_time": took / logged,
+            "tokens_per_s": progress.logged_tokens / took,
+            "pairs_per_s": meter.pairs / took,
+        }
+        self.metrics.write(row)
+        shown = {"loss": f"{row['loss']:.4f}", "margin": f"{row['rewards/margins']:.3f}"}
+        self.console.postfix(**shown)
+        self.console.note(
+            f"step {progress.step}/{self.steps}: loss {row['loss']:.4f}, margin "
+            f"{row['rewards/margins']:.4f}, accuracy {row['rewards/accuracies']:.3f}, "
+            f"{row['step_time']:.2f} s a step"
+        )
+        progress.meter = PairMeter()
+        progress.logged_steps = progress.logged_tokens = 0
+        if text := self.falling.look():
+            if self.config.on_falling_logps == "stop":
+                raise TrainingError(
+                    f"step {progress.step}: {text} (--on_falling_logps warn goes on)"
+                )
+            self.console.say(f"warning: step {progress.step}: {text}")

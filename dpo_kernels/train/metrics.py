@@ -41,7 +41,6 @@ class PairMeter:
         self._sums: Tensor | None = None
         self._loss: Tensor | None = None
         self.pairs = 0
-        self.steps = 0
 
     def add(self, out: HeadOutput, beta: float | None) -> None:
         """Add one batch; `beta` is None where there is no reference.
@@ -63,9 +62,25 @@ class PairMeter:
         ]
         sums = torch.stack([x.to(margins.dtype).sum() for x in values]).double()
         loss = out.loss.detach().double()
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._loss = loss if self._loss is None else self._loss + loss
+        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
+        self._loss = loss if self._loss is None else self._loss.to(loss.device) + loss
         self.pairs += len(margins)
+
+    def state(self) -> dict[str, Any]:
+        """The sums as plain numbers, which JSON keeps to the last bit."""
+        if self._sums is None or self._loss is None:
+            return {}
+        return {"sums": self._sums.tolist(), "loss": float(self._loss), "pairs": self.pairs}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> PairMeter:
+        """The meter whose `state` this is."""
+        meter = cls()
+        if state:
+            meter._sums = torch.tensor(state["sums"], dtype=torch.float64)
+            meter._loss = torch.tensor(state["loss"], dtype=torch.float64)
+            meter.pairs = state["pairs"]
+        return meter
 
     def result(self, steps: int = 1) -> dict[str, float]:
         """Means since the start; the loss is the mean over `steps`."""
@@ -77,10 +92,13 @@ class PairMeter:
 class MetricsFile:
     """One JSON object a line, flushed at once so that a run can be watched."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rows: list[dict[str, Any]] | None = None) -> None:
+        """A new file, or one that starts with the rows of an earlier run."""
         self.path = path
-        self.rows: list[dict[str, Any]] = []
-        path.write_text("", encoding="utf-8")
+        self.rows: list[dict[str, Any]] = rows or []
+        part = path.with_name(path.name + ".tmp")
+        part.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        part.replace(path)
 
     def write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -88,6 +106,10 @@ class MetricsFile:
             file.write(json.dumps(row) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+def read_metrics(path: Path, first: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a metrics file, or the `first` of them.
+
+    Only then may lines behind them be torn, as a run that was killed leaves them.
+    """
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line) for line in lines[:first]]

@@ -54,6 +54,34 @@ class ModelOptions:
 
 
 @dataclass
+class AdapterOptions:
+    """adapter"""
+
+    use_peft: bool = option(False, "train a LoRA adapter alone; needs peft")
+    lora_r: int = option(16, "rank")
+    lora_alpha: int = option(32, "the update is scaled by lora_alpha / lora_r")
+    lora_dropout: float = option(
+        0.05, "taken for TRL's sake: dropout is always off, as its disable_dropout"
+    )
+    lora_target_modules: list[str] | None = option(
+        None, "layers by name, or all-linear; None: those that peft knows of the model"
+    )
+    lora_target_parameters: list[str] | None = option(
+        None, "parameters by name (experts that are no layers)"
+    )
+    lora_modules_to_save: list[str] | None = option(
+        None, "layers to train whole, beside the adapter"
+    )
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(lora_r)")
+    use_dora: bool = option(False, "DoRA: magnitude and direction apart")
+    load_in_4bit: bool = option(False, "QLoRA: 4-bit weights; needs bitsandbytes")
+    load_in_8bit: bool = option(False, "8-bit weights; needs bitsandbytes")
+    bnb_4bit_quant_type: str = option("nf4", "of load_in_4bit", ("nf4", "fp4"))
+    use_bnb_nested_quant: bool = option(False, "of load_in_4bit: quantise the scales")
+    bnb_4bit_quant_storage: str | None = option(None, "dtype that holds 4-bit weights")
+
+
+@dataclass
 class DataOptions:
     """data"""
 
@@ -65,8 +93,22 @@ class DataOptions:
         0.1, "share of the training rows held out by seed if there is no eval_file"
     )
     max_length: int | None = option(
-        1024, "tokens of prompt + completion; sequences keep their start"
+        1024, "tokens of prompt + completion; what is longer is cut as truncation_mode says"
     )
+    truncation_mode: str = option(
+        "keep_start",
+        "keep_start: cut the completion's end; keep_end: the prompt's start; drop: leave the pair "
+        "out",
+        ("keep_start", "keep_end", "drop"),
+    )
+    max_prompt_length: int | None = option(None, "tokens of the prompt, which keeps its end")
+    max_completion_length: int | None = option(
+        None, "tokens of a completion, which keeps its start"
+    )
+    column_mapping: list[str] | None = option(
+        None, "columns of other names, as prompt=question chosen=good"
+    )
+    dataset_num_proc: int | None = option(None, "processes that tokenise; None: one")
     strict: bool = option(False, "refuse the first bad row instead of leaving it out")
 
 
@@ -108,6 +150,33 @@ LossPart.__doc__ = "loss"
 
 
 @dataclass
+class RefModel:
+    """reference"""
+
+    ref_model_name_or_path: str | None = option(
+        None,
+        "model name or folder of the reference; None: train takes the policy as it starts, score "
+        "has none",
+    )
+
+
+@dataclass
+class ReferenceOptions(RefModel):
+    """reference"""
+
+    reference_cache: str | None = option(
+        "auto",
+        "folder that keeps the reference's log-probs for other runs; auto: in the user's cache; "
+        "none: do not keep them",
+    )
+    sync_ref_model: bool = option(
+        False, "the reference follows the policy (TR-DPO); a copy of it is held"
+    )
+    ref_model_mixup_alpha: float = option(0.6, "the policy's share at each sync; 1: a hard copy")
+    ref_model_sync_steps: int = option(512, "steps between syncs")
+
+
+@dataclass
 class TrainingOptions:
     """training"""
 
@@ -132,7 +201,28 @@ class TrainingOptions:
     train_sampling_strategy: str = option(
         "random", "order of the pairs in each epoch (by seed)", ("random", "sequential")
     )
+    check_first_step: bool = option(
+        True,
+        "end at step 1 where nothing can be learned: masked labels, no gradients, weights that do "
+        "not move",
+    )
+    on_falling_logps: str = option(
+        "warn",
+        "where the log-probs of chosen and rejected fall together",
+        ("warn", "stop", "ignore"),
+    )
     seed: int = option(42, "seed of the order of pairs, the split and the sampling")
+
+
+@dataclass
+class LearnedGroupOptions:
+    """learned offsets and temperatures"""
+
+    learn_groups: bool = option(
+        False, "train an offset and a temperature of each `group` of rows beside the model"
+    )
+    group_learning_rate: float = option(1e-2, "learning rate of learn_groups")
+    group_l2: float = option(1e-3, "L2 of learn_groups: pulls temperatures to 1 and offsets to 0")
 
 
 @dataclass
@@ -187,22 +277,61 @@ class OutputOptions:
     eval_steps: int | None = option(
         None, "steps between evaluations; None: before and after training only"
     )
+    save_steps: int = option(
+        500, "steps between checkpoints (the last step has one as well); 0: none"
+    )
+    save_total_limit: int | None = option(None, "checkpoints to keep, the newest; None: all")
+    resume_from_checkpoint: str | None = option(
+        None, "go on from a checkpoint: its folder, or true for output_dir's newest"
+    )
     sample_prompt: str | None = option(
         None, "text to complete before and after; None: a held-out prompt"
     )
     sample_max_new_tokens: int = option(64, "length of that completion; 0: none")
 
 
+@dataclass
+class ScoreOptions:
+    """scores"""
+
+    dataset_name: str | None = option(
+        None, "JSONL file of pairs (`chosen`, `rejected`) or completions (as of sft)"
+    )
+    output_file: str | None = option(None, "file to write: .jsonl, or .parquet (needs pyarrow)")
+    overwrite: bool = option(False, "write over a file that exists")
+    beta: float = option(0.1, "reward of a log-ratio of 1")
+    per_token: bool = option(False, "also token ids, log-probs and log-ratios of every token")
+    max_length: int | None = option(
+        1024, "tokens of prompt + completion; sequences keep their start"
+    )
+    max_tokens_per_batch: int = option(8192, "tokens of one forward, padding included")
+    strict: bool = option(False, "refuse the first bad row instead of leaving it out")
+    batch_layout: str = option(
+        "auto",
+        "of pairs, prefix: the prompt is computed once; padded: twice; auto: whichever is cheaper",
+        ("auto", "prefix", "padded"),
+    )
+    backend: str | None = option(None, "cuda, triton, cpu, torch; None: by device")
+
+
+SCORE_GROUPS = (ModelOptions, RefModel, ScoreOptions)
 # As `--help` shows them.
 GROUPS: tuple[Any, ...] = (
     ModelOptions,
+    AdapterOptions,
     DataOptions,
     LossPart,
+    ReferenceOptions,
     TrainingOptions,
+    LearnedGroupOptions,
     SupervisedOptions,
     SpeedOptions,
     OutputOptions,
 )
 # Of `dpo-kernels sft`, which has no pairs.
-SFT_GROUPS = tuple(g for g in GROUPS if g not in (LossPart, SupervisedOptions))
+SFT_GROUPS = tuple(
+    g
+    for g in GROUPS
+    if g not in (LossPart, ReferenceOptions, LearnedGroupOptions, SupervisedOptions)
+)
 SFT_DEFAULTS = {"learning_rate": 2e-5}  # TRL's; one of DPO's would learn next to nothing

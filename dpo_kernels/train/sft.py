@@ -6,6 +6,7 @@ through the same fused head as DPO.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,10 +19,12 @@ from ..data import TokenSequence, make_sequence_batch
 from ..models.structure import deterministic
 from .config import DPOTrainConfig
 from .console import Console
-from .loop import step_indices
 from .metrics import MetricsFile
 from .model import Policy
-from .optim import Stepper, epoch_order, total_steps
+from .optim import Stepper
+from .order import epoch_order, step_indices, total_steps
+from .resume import Keeper
+from .state import Progress, TrainingState
 
 
 def train_sft(
@@ -31,19 +34,27 @@ def train_sft(
     metrics: MetricsFile,
     console: Console,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    keeper: Keeper | None = None,
 ) -> float:
     """Train in place; returns the mean loss per token of the last tenth of the steps.
 
-    `evaluate` gives the numbers of held-out rows, every `eval_steps`.
+    `evaluate` gives the numbers of held-out rows, every `eval_steps`. Checkpoints are written as
+    `keeper` has it, and a resumed run goes on from its own.
     """
     n, micro = len(sequences), config.per_device_train_batch_size
     steps = total_steps(n, micro * config.gradient_accumulation_steps, config)
-    stepper = Stepper(policy.model, config, steps)
+    keeper = keeper or Keeper(None, 0, {})
+    stepper, progress = Stepper(policy.model, config, steps), Progress()
+    state = TrainingState(policy.model, stepper, {}, progress)
+    if keeper.resumed:
+        keeper.resumed.restore(state)
+        console.say(f"resumed at step {progress.step}: {keeper.resumed.path}")
     losses: list[float] = []
-    tokens = since = 0
-    began = time.perf_counter()
-    plan = console.progress(step_indices(n, config, steps), "SFT", steps, "steps")
-    for step, (indices, epoch) in enumerate(plan, start=1):
+    between = True  # two steps: weights, optimizer and counters are of one step
+
+    def one_step(indices: list[int], epoch: float) -> None:
+        began = time.perf_counter()
+        step = progress.step + 1
         chunk = [sequences[i] for i in indices]
         total = nll_gradients(policy, chunk, micro)
         extra = stepper.step(total, f"SFT step {step}", [s.source for s in chunk])
@@ -51,26 +62,39 @@ def train_sft(
             console.say(stepper.warning)
             stepper.warning = ""
         losses.append(float(total))
-        tokens += sum(len(s.ids) for s in chunk)
-        since += 1
+        progress.step = step
+        progress.tokens += sum(len(s.ids) for s in chunk)
+        progress.times.append(time.perf_counter() - began)
         if step % config.logging_steps == 0 or step == steps:
-            took = time.perf_counter() - began
             row = {
                 "step": step,
                 "epoch": epoch,
-                "loss": sum(losses[-since:]) / since,
+                "loss": losses[-1],
                 **extra,
-                "num_tokens": tokens,
-                "step_time": took / since,
+                "num_tokens": progress.tokens,
+                "step_time": progress.times[-1],
             }
             metrics.write(row)
-            console.postfix(loss=f"{row['loss']:.3f}")
-            since, began = 0, time.perf_counter()
+            console.postfix(loss=f"{losses[-1]:.3f}")
         if evaluate and config.eval_steps and step % config.eval_steps == 0 and step < steps:
             metrics.write({"step": step, "epoch": epoch, **evaluate()})
-            began = time.perf_counter()
+        if keeper.due(step) or (step == steps and keeper.every):
+            keeper.save(state, len(metrics.rows))
+
+    plan = itertools.islice(step_indices(n, config, steps), progress.step, None)
+    try:
+        for indices, epoch in console.progress(plan, "SFT", steps - progress.step, "steps"):
+            between = False
+            one_step(indices, epoch)
+            between = True
+    except KeyboardInterrupt:
+        if between:
+            with console.held():
+                keeper.save(state, len(metrics.rows), wait=True)
+        raise
+    keeper.finish()
     tail = losses[-max(1, steps // 10) :]
-    return sum(tail) / len(tail)
+    return sum(tail) / max(len(tail), 1)
 
 
 def nll_gradients(

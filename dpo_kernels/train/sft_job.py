@@ -16,11 +16,13 @@ import torch
 import dpo_kernels as dk
 
 from ..data import TokenSequence
+from .adapters import check_adapter
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
-from .job import Job, peak_memory
-from .metrics import MetricsFile
+from .ending import files_of, peak_memory, say_sample
+from .job import Job
 from .model import Policy, save_policy
+from .resume import Keeper, metrics_of, resumed_from
 from .run_options import GROUPS, SFT_DEFAULTS, SFT_GROUPS
 from .sft import evaluate_sft, train_sft
 from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
@@ -52,36 +54,46 @@ def run_sft(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     refuse_many_processes()
     config = resolve_sft(options)
     check_device(config.device)
+    check_adapter(config, True)
+    resumed = resumed_from(config, dk.__version__, console.say)
     quiet_bars(console)
-    return _SFTJob(config, True, RunFolder(config), console).run()
+    run_folder = RunFolder(config, resumed.path if resumed else None)
+    return _SFTJob(config, True, run_folder, console, resumed).run()
 
 
 class _SFTJob(Job):
     groups = SFT_GROUPS
+    command = "sft"
 
     def _run(self) -> dict[str, Any]:
         config, say, began = self.config, self.console.say, time.perf_counter()
         torch.manual_seed(config.seed)
         policy = self._users_model()
         train_rows, eval_rows = self._rows(policy)
-        self._open_folder()
+        identity = self._identity(policy, train_rows, eval_rows)
+        self._open_folder(policy)
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_rows)} rows to train on, {len(eval_rows)} held out")
-        metrics = MetricsFile(self.folder / "metrics.jsonl")
+        metrics = metrics_of(self.folder, self.resumed)
         size = config.per_device_eval_batch_size
 
         def evaluate() -> dict[str, float]:
             return evaluate_sft(policy, eval_rows, size) if eval_rows else {}
 
-        before = evaluate()
-        if before:
-            metrics.write({"step": 0, "epoch": 0.0, **before})
         prompt, ids = self._sft_prompt(policy, eval_rows or train_rows)
-        text_before = self._complete(policy, ids)
-        train_sft(
-            policy, train_rows, config, metrics, self.console, evaluate if eval_rows else None
-        )
+        if self.resumed is None:
+            before, text_before = evaluate(), self._complete(policy, ids)
+            if before:
+                metrics.write({"step": 0, "epoch": 0.0, **before})
+        else:
+            found = self.resumed.values["found"]
+            before, text_before = found["before"], found["text_before"]
+        kept = {"before": before, "text_before": text_before}
+        values = {"version": dk.__version__, "identity": identity, "found": kept}
+        keeper = Keeper.of(self.folder, config, values, self.resumed)
+        between = evaluate if eval_rows else None
+        train_sft(policy, train_rows, config, metrics, self.console, between, keeper)
         with self.console.held():  # before anything that could still fail
             save_policy(policy, self.folder / "model")
         self.saved = True
@@ -110,9 +122,9 @@ class _SFTJob(Job):
         if before:
             was, now = before["eval_loss"], after["eval_loss"]
             say(f"\nheld-out loss per token: {was:.4f} before, {now:.4f} after")
-        self._say_sample(summary["sample"])
+        say_sample(summary["sample"], say)
         say(self.left_out.summary())
-        say(f"saved in {self.folder}: {self._files()}")
+        say(f"saved in {self.folder}: {files_of(self.folder)}")
         return summary
 
     def _rows(self, policy: Policy) -> tuple[list[TokenSequence], list[TokenSequence]]:

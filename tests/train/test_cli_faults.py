@@ -201,8 +201,8 @@ def test_numbers_that_make_no_sense(
 
 
 def test_trls_options_are_taken_or_refused_by_name(train: list[Any], capsys: Capture) -> None:
-    line = refused(capsys, *train, "--save_steps", "100")
-    assert "save_steps=100" in line and "no checkpoints are written" in line
+    line = refused(capsys, *train, "--save_only_model", "true")
+    assert "save_only_model=True" in line and "checkpoints hold the whole run" in line
     assert "report_to='wandb'" in refused(capsys, *train, "--report_to", "wandb")
     given = [
         "--report_to",
@@ -224,11 +224,11 @@ def test_trls_options_are_taken_or_refused_by_name(train: list[Any], capsys: Cap
     [
         ({"warmup_ratio": 2}, "warmup_ratio must be in"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, "give one of them"),
-        ({"use_peft": True}, "use_peft=True is an option of TRL's"),
+        ({"push_to_hub": True}, "push_to_hub=True is an option of TRL's"),
         ({"disable_dropout": False}, "dropout is always off"),
         ({"eval_strategy": "epoch"}, "eval_strategy='epoch'"),
         ({"eval_strategy": "steps"}, "eval_strategy='steps'"),
-        ({"truncation_mode": "keep_end"}, "keep their start"),
+        ({"truncation_mode": "keep_middle"}, "truncation_mode must be one of keep_start"),
         ({"use_cpu": True, "device": "cuda"}, "contradicts"),
         ({"neftune_noise_alpha": 5.0}, "policy and reference differ"),
         ({"deepspeed": "ds.json"}, "one device"),
@@ -243,7 +243,7 @@ def test_options_of_trl(options: dict[str, Any], message: str) -> None:
 def test_trls_options_that_say_what_happens_anyway() -> None:
     taken = {
         "report_to": [],
-        "save_strategy": "no",
+        "save_strategy": "steps",
         "disable_dropout": True,
         "fp16": False,
         "precompute_ref_log_probs": True,
@@ -431,12 +431,12 @@ def test_a_failed_start_leaves_nothing(train: list[Any], tmp_path: Path, capsys:
 def test_a_start_interrupted_before_training_leaves_nothing(
     train: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from dpo_kernels.train import job
+    from dpo_kernels.train import reference
 
     def killed(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(job, "with_reference", killed)
+    monkeypatch.setattr(reference.Referee, "data", killed)
     assert run(*train) == 143
     assert not folder_of(train).exists()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def test_every_name_of_trl_is_known() -> None:
 
 
 def test_version_and_help_are_light() -> None:
-    code = "import sys, time; t = time.perf_counter(); from dpo_kernels.cli import main\n"
+    code = "import sys; from dpo_kernels.cli import main\n"
     code += "try: main({})\nexcept SystemExit: pass\n"
     code += "assert not {{'torch', 'transformers', 'yaml'}} & set(sys.modules)\n"
     for argv in (["--version"], ["--help"], ["train", "--help"]):
@@ -210,9 +210,12 @@ def test_version_and_help_are_light() -> None:
 
 
 def test_version_is_quick() -> None:
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "dpo_kernels", "--version"], capture_output=True)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.3, seconds
+    """Processor time: the machine may be busy with something else."""
+
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = spent()
+    subprocess.run([sys.executable, "-m", "dpo_kernels", "--version"], capture_output=True)
+    assert spent() - before < 0.3
