@@ -14,6 +14,7 @@ from . import (
     report_command,
     score_command,
     sft_command,
+    sweep_command,
     train_command,
 )
 
@@ -26,6 +27,7 @@ COMMANDS = (
     judge_command,
     pairs_command,
     iterate_command,
+    sweep_command,
     bench_command,
     report_command,
     doctor_command,

@@ -10,7 +10,13 @@ from ..train.config import ALIASES
 from ..train.run_options import GROUPS
 from .options_of import add_options, given, printed
 
-_PER_ROUND = ("dataset_name", "eval_file", "overwrite_output_dir")
+_PER_ROUND = (
+    "dataset_name",
+    "eval_file",
+    "overwrite_output_dir",
+    "ref_model_name_or_path",
+    "resume_from_checkpoint",
+)
 
 
 def add(commands: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..data import embedded
-from ..train.config import DPOTrainConfig, UserError, load_config
+from ..train.config import UserError, load_config
 from ..train.console import Console
 from ..train.job import run_job
 from .command_options import MAY_CHANGE, IterateConfig
@@ -41,6 +41,14 @@ PROMPT_FILES = tuple(
     name + ending
     for name in ("prompts.jsonl", "eval_prompts.jsonl", "config.json")
     for ending in ("", ".writing")
+)
+# Options of `train` that a round sets itself.
+OF_A_ROUND = (
+    "dataset_name",
+    "eval_file",
+    "overwrite_output_dir",
+    "ref_model_name_or_path",
+    "resume_from_checkpoint",
 )
 # The embedded model's loop: three rounds within minutes on two cores.
 EMBEDDED_LOOP = {
@@ -83,12 +91,10 @@ class Iteration:
         self.training = dict(training)
         if config.online:
             self.training["max_steps"] = config.online
-        forbidden = {"dataset_name", "train_file", "eval_file", "output_dir"} & set(training)
+        forbidden = {*OF_A_ROUND, "train_file"} & set(training)
         if forbidden:
             raise UserError(f"{sorted(forbidden)[0]}: each round has its own")
         trained = load_config(self.training)  # a mistake is found before anything is sampled
-        if config.reference != "previous" and not _has_reference_option():
-            raise UserError(f"reference={config.reference} needs a trainer with a reference model")
         self.per_step = trained.per_device_train_batch_size * trained.gradient_accumulation_steps
         self.folder = Path(config.output_dir)
         self.start = self.folder / "start"
@@ -391,8 +397,12 @@ class Round:
         }
         if reference != self.policy:
             options["ref_model_name_or_path"] = reference
+        checkpoints = self.folder / "train" / "checkpoints"
+        if checkpoints.is_dir() and any(checkpoints.iterdir()):  # it was killed behind one
+            options["resume_from_checkpoint"] = "true"
         with _hushed(self.loop.console):
             summary = run_job(options, self.loop.console)
+        shutil.rmtree(checkpoints, ignore_errors=True)  # optimizer states nobody asks for again
         return {"steps": summary["steps"], "pairs": summary["pairs"]}
 
     def _evaluate(self) -> dict[str, Any]:
@@ -447,10 +457,6 @@ def average_models(old: Path, new: Path, target: Path, decay: float) -> None:
 
 def _sampling(config: IterateConfig) -> SamplingOptions:
     return SamplingOptions(**{f.name: getattr(config, f.name) for f in fields(SamplingOptions)})
-
-
-def _has_reference_option() -> bool:
-    return any(f.name == "ref_model_name_or_path" for f in fields(DPOTrainConfig))
 
 
 @contextlib.contextmanager

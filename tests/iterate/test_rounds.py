@@ -65,6 +65,7 @@ def options(folder: Path, policy: str, **more: Any) -> dict[str, Any]:
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 4,
         "max_length": 64,
+        "save_steps": 1,
         **more,
     }
 
@@ -225,7 +226,6 @@ def test_stop_rules(policy: str, tmp_path: Path) -> None:
     assert below["ended"].startswith(("stop_below: ", "rounds: "))
 
 
-@pytest.mark.skipif(not loop._has_reference_option(), reason="no reference model in this trainer")
 @pytest.mark.parametrize("reference", ["initial", "ema"])
 def test_references(policy: str, tmp_path: Path, reference: str) -> None:
     given = options(tmp_path, policy, reference=reference, ema_decay=0.25)
