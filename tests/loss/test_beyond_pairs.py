@@ -258,3 +258,76 @@ def test_plackett_luce_wrong(options: dict[str, Any], message: str) -> None:
 def test_pairs_say_where_the_others_are(name: str) -> None:
     with pytest.raises(ValueError, match=r"use .*fused_"):
         dk.preference_loss(torch.zeros(2), torch.zeros(2), loss_type=name)
+
+
+# --- labels of each pair ---
+
+
+def soft(name: str, w: Tensor, l: Tensor, e: Tensor, beta: float) -> Tensor:
+    """[B] by LOSSES: of a = log-ratio of the chosen, b of the rejected, p = 1 - e."""
+    if name == "sigmoid":
+        h = beta * (w - l)
+        return -(1 - e) * torch.nn.functional.logsigmoid(h) - e * torch.nn.functional.logsigmoid(-h)
+    return (w - (0.5 - e) / beta) ** 2 + (l + (0.5 - e) / beta) ** 2
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "sppo_soft"])
+def test_soft_labels(name: str) -> None:
+    """`label_smoothing` [B] = 1 - p: from log-probs, logits and hidden states."""
+    b = batch()
+    e = torch.tensor([0.0, 0.5, 0.2], dtype=torch.float64)
+    options = {"loss_type": name, "label_smoothing": e, "beta": 0.3}
+    logits = b["logits"].clone().requires_grad_()
+    mine = b["logits"].clone().requires_grad_()
+    ratio = sums(logits, b["labels"]) - sums(b["ref"], b["labels"])
+    wanted = soft(name, ratio[:3], ratio[3:], e, 0.3).mean()
+    out = dk.fused_dpo_loss(mine, b["labels"], b["ref"], **options)
+    torch.testing.assert_close(out.loss, wanted)
+    wanted.backward()
+    out.loss.backward()
+    torch.testing.assert_close(mine.grad, logits.grad)
+    rho, pi = sums(b["ref"], b["labels"]), sums(b["logits"], b["labels"])
+    pairs = dk.preference_loss(pi[:3], pi[3:], rho[:3], rho[3:], **options)
+    torch.testing.assert_close(pairs.loss, wanted.detach())
+    both = [sums(b[h] @ b["weight"].T, b["labels"]) for h in ("hidden", "ref_hidden")]
+    ratio = both[0] - both[1]
+    for budget in (None, 256):
+        linear = dk.fused_linear_dpo_loss(
+            b["hidden"].clone().requires_grad_(),
+            b["weight"],
+            b["labels"],
+            ref_hidden=b["ref_hidden"],
+            memory_budget=budget,
+            **options,
+        )
+        torch.testing.assert_close(linear.loss, soft(name, ratio[:3], ratio[3:], e, 0.3).mean())
+    one = {**options, "label_smoothing": 0.2}
+    each = {**options, "label_smoothing": torch.full((3,), 0.2)}
+    torch.testing.assert_close(
+        dk.fused_dpo_loss(b["logits"], b["labels"], b["ref"], **one).loss,
+        dk.fused_dpo_loss(b["logits"], b["labels"], b["ref"], **each).loss,
+    )
+
+
+def test_sppo_of_certain_labels_is_hard() -> None:
+    b = batch()
+    hard = dk.fused_dpo_loss(b["logits"], b["labels"], b["ref"], loss_type="sppo_hard")
+    sure = dk.fused_dpo_loss(b["logits"], b["labels"], b["ref"], loss_type="sppo_soft")
+    torch.testing.assert_close(hard.loss, sure.loss)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"label_smoothing": torch.full((3,), 0.6)}, r"label_smoothing must be in \[0, 0.5\]"),
+        ({"label_smoothing": torch.zeros(2)}, "label_smoothing"),
+        ({"label_smoothing": torch.zeros(3), "loss_type": "robust"}, "has no meaning for robust"),
+        ({"label_smoothing": torch.zeros(3), "loss_type": "hinge"}, "has no meaning for hinge"),
+        ({"label_smoothing": torch.zeros(3, requires_grad=True)}, "takes no gradient"),
+        ({"offset": torch.zeros(3), "loss_type": "sppo_soft"}, "offset"),
+    ],
+)
+def test_soft_labels_wrong(options: dict[str, Any], message: str) -> None:
+    b = batch()
+    with pytest.raises(ValueError, match=message):
+        dk.fused_dpo_loss(b["logits"], b["labels"], b["ref"], **options)
