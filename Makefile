@@ -54,11 +54,11 @@ iterate: $(STAMP)
 SENTENCES ?= sentences.jsonl
 FRONTIER = $(BIN)/python benchmarks/frontier.py $(SENTENCES)
 frontier: $(STAMP)
-	$(PIP) install -q vaderSentiment
+	$(PIP) install -q -c constraints.txt vaderSentiment
 	$(FRONTIER)
 
 frontier-full: $(STAMP)
-	$(PIP) install -q vaderSentiment
+	$(PIP) install -q -c constraints.txt vaderSentiment
 	$(FRONTIER) --full --out build/frontier-full
 
 test: $(STAMP) lint
