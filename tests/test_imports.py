@@ -31,6 +31,7 @@ FLOORS = [
     ["models"],
     ["verification"],
     ["train", "integrations", "bench"],
+    ["verify"],
     ["doctor"],
     ["commands"],
     ["cli"],
