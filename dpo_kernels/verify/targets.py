@@ -218,7 +218,7 @@ class Trl:
         with self._active("padded"), contextlib.redirect_stdout(io.StringIO()):
             trainer = self._trainer(mine)
             batch = next(iter(trainer.get_train_dataloader()))
-            model = shard(trainer.accelerator.unwrap_model(trainer.model), sharding)
+            model = shard(trainer.accelerator.unwrap_model(trainer.model), sharding).train()
             trainer.compute_loss(model, batch).backward()
         return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
