@@ -33,7 +33,7 @@ FLOORS = [
     ["models"],
     ["verification"],
     ["train", "integrations", "bench"],
-    ["iterate"],
+    ["iterate", "verify"],
     ["doctor"],
     ["commands"],
     ["cli"],

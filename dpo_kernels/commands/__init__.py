@@ -16,6 +16,7 @@ from . import (
     sft_command,
     sweep_command,
     train_command,
+    verify_command,
 )
 
 COMMANDS = (
@@ -28,6 +29,7 @@ COMMANDS = (
     pairs_command,
     iterate_command,
     sweep_command,
+    verify_command,
     bench_command,
     report_command,
     doctor_command,
