@@ -1,7 +1,7 @@
 """A conformance suite: runs any DPO trainer on tiny models and says what it gets wrong."""
 
-from .cases import Case, NotApplicable, Target, Trained
-from .checks import CHECKS, Check, Outcome
+from .contract import Case, NotApplicable, Target, Trained
+from .mistakes import CHECKS, Check, Outcome
 from .results_table import as_json, as_text, verify
 from .targets import named
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import EOS, Case, Row
+from .contract import EOS, Case, Row
 
 
 def encode(row: Row, tokenizer: Any, max_length: int | None) -> list[tuple[list[int], int]]:

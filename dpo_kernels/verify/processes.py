@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case, NotApplicable, Target, Trained
+from .contract import Case, NotApplicable, Target, Trained
 
 TIMEOUT = 600  # seconds, of both processes
 WORLD = 2

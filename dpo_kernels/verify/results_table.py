@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .cases import Target
-from .checks import CHECKS, Check, Outcome
+from .contract import Target
+from .mistakes import CHECKS, Check, Outcome
 
 Results = dict[str, dict[str, Outcome]]  # by target, by check
 

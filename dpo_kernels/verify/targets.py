@@ -14,7 +14,7 @@ import importlib
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case, NotApplicable, Row, Target, Trained
+from .contract import Case, NotApplicable, Row, Target, Trained
 from .processes import train_on_two
 
 
@@ -128,7 +128,7 @@ class Loop:
 
         half = len(case.rows) // 2
         rows = case.rows[dist.get_rank() * half :][:half]
-        examples = []
+        examples: list[Mapping[str, Any]] = []
         for row in rows:
             (chosen, n), (rejected, _) = plain_trainer.encode(row, tokens, None)
             examples.append(
@@ -140,6 +140,7 @@ class Loop:
         out = plain.dpo_step(
             shard(model, sharding), batch, ref_logps=reference, beta=case.options["beta"]
         )
+        assert out.loss is not None
         out.loss.backward()
         return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 

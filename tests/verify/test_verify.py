@@ -18,7 +18,7 @@ from dpo_kernels.verify import (
     plain_trainer,
     verify,
 )
-from dpo_kernels.verify.cases import EOS
+from dpo_kernels.verify.contract import EOS
 
 BY_NAME = {check.name: check for check in CHECKS}
 
