@@ -22,6 +22,7 @@ FLOORS = [
     ["loss.from_pairs"],
     ["loss.ordinary"],
     ["inputs.call"],
+    ["inputs.linear_call", "loss.at_once"],
     ["loss.from_tokens"],
     ["loss.stream_pairs"],
     ["dpo", "linear_dpo"],

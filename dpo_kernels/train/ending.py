@@ -39,7 +39,10 @@ def report(
             ("reward accuracy, a tie is a half", "eval_rewards/accuracies_ties_half"),
             ("reward margin", "eval_rewards/margins"),
             ("log-prob accuracy", "eval_logps/accuracies"),
+            ("loss a token of sft_eval_file", "eval_sft_loss"),
         ):
+            if key not in before:
+                continue
             say(f"{name:<34}{before[key]:>10.4f}{after[key]:>10.4f}")
         say("reward accuracy asks whether the reward (log-ratio to the reference) prefers the")
         say("chosen: before training policy and reference are one, so every pair is a tie.")

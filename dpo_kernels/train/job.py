@@ -201,6 +201,9 @@ class Job:
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
         referee = Referee(policy, config, self.console, self.own)
         data, held_out = references(referee, train_pairs, eval_pairs, self.folder, self.resumed)
+        if config.sft_eval_file is not None and held_out is not None:
+            kept_out = self._read_conversations(policy, config.sft_eval_file)
+            held_out = replace(held_out, conversations=kept_out)
         if config.max_steps == 0 and held_out is None:
             raise UserError(
                 "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +38,8 @@ from .optim import Stepper, TrainingError
 from .order import step_indices, steps_of
 from .reference import LiveReference, PairData
 from .resume import Keeper, fine_tuned_first
+from .sft import SupervisedRows, evaluate_sft
 from .state import Progress, TrainingState
-
-if TYPE_CHECKING:
-    from .sft import SupervisedRows
 
 
 @dataclass(frozen=True)
@@ -150,6 +148,8 @@ def evaluate(
                 margins += (out.rewards[0] - out.rewards[1]).tolist()
             meter.add(out, config.beta if data.reference else None)
     result = meter.result()
+    if data.conversations:
+        result["sft_loss"] = evaluate_sft(policy, data.conversations, size)["eval_loss"]
     result["runtime"] = time.perf_counter() - began
     return {f"eval_{name}": value for name, value in result.items()}
 

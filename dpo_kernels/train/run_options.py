@@ -268,6 +268,9 @@ class SupervisedOptions:
         "sft_rows is set), or the embedded default's recipe, fewer as max_steps is",
     )
     sft_learning_rate: float = option(2e-5, "peak learning rate of those steps (sft_file)")
+    sft_eval_file: str | None = option(
+        None, "conversations held out: their NLL a token at every evaluation shows forgetting"
+    )
     sft_rows: int = option(
         0, "rows of sft_file in each optimizer step beside the pairs, their NLL added to the loss"
     )
