@@ -132,8 +132,8 @@ class _Check:
     def _tokenizer(self) -> Any:
         """The pairs' tokenizer, or None: texts alone are looked at."""
         from ..data import PairTokenizer
+        from ..train.data_options import truncation
         from ..train.model import load_tokenizer
-        from ..train.reading import truncation
         from ..train.start import find_model, model_limits
 
         args = self.args
@@ -146,7 +146,7 @@ class _Check:
 
     def _pairs(self, source: str, left_out: Any) -> Iterator[Any]:
         from ..data import PairReader
-        from ..train.reading import columns
+        from ..train.data_options import columns
 
         reader = PairReader(left_out, columns(self.args))
         yield from reader.pairs(source)

@@ -12,7 +12,7 @@ left out with file and line.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +46,16 @@ class Completion:
 Scorable = Completion | PreferencePair
 
 
-def read_conversations(path: Source, left_out: LeftOut) -> list[Completion]:
+def read_conversations(
+    path: Source, left_out: LeftOut, columns: Mapping[str, str] | None = None
+) -> list[Completion]:
     """All usable completions of a file; the rest goes to `left_out`.
 
-    Raises `DataError` if the file cannot be read, holds no usable row, or if a row is bad and
-    `left_out.strict`.
+    `columns`: our name -> the name that the data has. Raises `DataError` if the file cannot be
+    read, holds no usable row, or if a row is bad and `left_out.strict`.
     """
     since = len(left_out.problems)
-    rows = [row for row in _read(path, left_out, False) if isinstance(row, Completion)]
+    rows = [row for row in _read(path, left_out, False, columns) if isinstance(row, Completion)]
     if not rows:
         raise left_out.nothing(name_of(path), "no usable conversation", since)
     return rows
@@ -64,10 +66,15 @@ def read_scorable(path: Source, left_out: LeftOut) -> Iterator[Scorable]:
     yield from _read(path, left_out, True)
 
 
-def _read(path: Source, left_out: LeftOut, with_pairs: bool) -> Iterator[Scorable]:
+def _read(
+    path: Source,
+    left_out: LeftOut,
+    with_pairs: bool,
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[Scorable]:
     unused: Counter[str] = Counter()
     reader = PairReader(left_out)
-    for where, row in read_rows(path):
+    for where, row in read_rows(path, columns):
         single = isinstance(row, dict) and any(k in row for k in ("messages", "completion", "text"))
         if with_pairs and not single:
             pair = reader.pair(row, where)

@@ -131,7 +131,15 @@ class LeftOut:
         return NoUsableRow(f"{path}: {what}; {self.summary()}{first}")
 
     def write(self, path: Path) -> None:
-        """Every problem, one JSON object a line."""
+        """Every problem, one JSON object a line, in the order of the files and their lines."""
+        files = {_place(p)[0]: i for i, p in reversed([*enumerate(self.problems)])}
+        rows = sorted(self.problems, key=lambda p: (files[_place(p)[0]], _place(p)[1]))
         with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for problem in self.problems:
+            for problem in rows:
                 file.write(problem.as_json())
+
+
+def _place(problem: Problem) -> tuple[str, int]:
+    """(file, line) of a problem."""
+    file, _, line = problem.where.rpartition(":")
+    return (file, int(line)) if line.isdigit() else (problem.where, 0)

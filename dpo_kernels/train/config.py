@@ -55,7 +55,7 @@ class DPOTrainConfig(
         if isinstance(self.loss_type, str):
             self.loss_type: Any = [self.loss_type]
         if isinstance(self.report_to, str):
-            self.report_to = [self.report_to]
+            self.report_to: Any = [self.report_to]
         if isinstance(self.report_to, list):
             self.report_to = [r for r in self.report_to if str(r).lower() not in ("none", "")]
         resume = str(self.resume_from_checkpoint).lower()

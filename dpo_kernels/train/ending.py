@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..data import LeftOut
+import torch
+
+import dpo_kernels as dk
+
+from ..data import LeftOut, NoUsableRow
 from .compare import step_times
 from .config import DPOTrainConfig
 from .loop import TrainResult
+from .metrics import MetricsFile
 from .model import Policy
 from .order import visited
+from .plots import plot_run
 from .reference import PairData
 
 
@@ -31,16 +39,19 @@ def report(
             ("reward accuracy, a tie is a half", "eval_rewards/accuracies_ties_half"),
             ("reward margin", "eval_rewards/margins"),
             ("log-prob accuracy", "eval_logps/accuracies"),
+            ("loss a token of sft_eval_file", "eval_sft_loss"),
         ):
+            if key not in before:
+                continue
             say(f"{name:<34}{before[key]:>10.4f}{after[key]:>10.4f}")
         say("reward accuracy asks whether the reward (log-ratio to the reference) prefers the")
         say("chosen: before training policy and reference are one, so every pair is a tie.")
     say_sample(summary["sample"], say)
     if result.steps:
         say(
-            f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer step "
-            f"(median of {result.steps}), peak memory {summary['peak_memory_bytes'] / 2**30:.2f} "
-            "GiB"
+            f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer "
+            f"step (median of {result.steps}), peak memory "
+            f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
     if "step_seconds" in summary:
         ours, plain = summary["step_seconds"], summary["plain_torch_step_seconds"]
@@ -75,6 +86,48 @@ def loss_title(config: DPOTrainConfig) -> str:
     if config.sft_rows:
         parts.append((config.sft_rows_weight, "SFT rows"))
     return "DPO: " + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)
+
+
+def draw(metrics: MetricsFile, folder: Path, title: str, say: Callable[..., None]) -> None:
+    """The run's chart."""
+    try:
+        plot_run(metrics.rows, folder / "training.png", title)
+    except Exception as error:  # matplotlib is absent or broken: the run is none the worse
+        say(f"warning: training.png was not drawn: {error}")
+
+
+def last_fields(left_out: LeftOut, began: float) -> dict[str, Any]:
+    """What every summary ends with."""
+    return {
+        "left_out": left_out.counts(),
+        "left_out_rows": left_out.shown(),
+        "data": dict(left_out.notes),
+        "seconds": time.perf_counter() - began,
+        "version": dk.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    text = json.dumps(summary, indent=2, ensure_ascii=False)
+    # Rows that were left out are quoted as they came, with what no encoding holds.
+    quoted = (text + "\n").encode("utf-8", "backslashreplace")
+    (folder / "summary.json").write_bytes(quoted)
+
+
+_LENGTH_REASONS = {
+    "longer than max_length",
+    "prompt too long",
+    "completion too short",
+    "same after truncation",
+}
+
+
+def no_pair_left(file: str, left_out: LeftOut, since: int, kind: str = "pair") -> NoUsableRow:
+    """The error of a file whose rows were all left out, the last of them by tokenisation."""
+    reasons = {p.reason for p in left_out.problems[since:]}
+    what = f"no {kind} fits max_length" if reasons <= _LENGTH_REASONS else f"no {kind} is left"
+    return left_out.nothing(file, what, since)
 
 
 def plain_torch_times(

@@ -28,7 +28,14 @@ from .config import DPOTrainConfig, UserError
 from .model import Policy, disable_dropout
 
 # Moments that an optimizer keeps of each weight.
-MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0, "rmsprop": 1}
+MOMENTS = {
+    "adamw_torch": 2,
+    "adamw_torch_fused": 2,
+    "sgd": 0,
+    "rmsprop": 1,
+    "adagrad": 1,
+    "adafactor": 0,  # rows and columns of them
+}
 
 
 def step_memory(policy: Policy, batch: ScoredBatch, config: DPOTrainConfig) -> dict[str, int]:
@@ -42,7 +49,9 @@ def step_memory(policy: Policy, batch: ScoredBatch, config: DPOTrainConfig) -> d
         "activations": activations(policy, batch, config.gradient_checkpointing),
         "head": head_memory(policy, batch),
     }
-    if any(row.needs_kl for row in dk.losses.rows_of(config.loss_type)):
+    if config.ema_decay:
+        parts["average"] = trained
+    if config.sync_ref_model or any(r.needs_kl for r in dk.losses.rows_of(config.loss_type)):
         parts["reference"] = parts["weights"]
     return parts
 

@@ -44,6 +44,10 @@ FREE = frozenset(
         "eval_file",
         "trust_remote_code",
         "early_stopping_patience",
+        "reference_cache",
+        "check_first_step",
+        "on_falling_logps",
+        "dataset_num_proc",
     }
 )
 _LENGTH = ("max_steps", "num_train_epochs")
@@ -72,8 +76,9 @@ def pairs_digest(pairs: Iterable[TokenPair | TokenSequence]) -> str:
             continue
         for ids in (p.prompt, p.chosen, p.rejected):
             digest.update(array("q", [len(ids), *ids]).tobytes())
-        numbers = (p.offset, p.weight, p.beta, p.unscored, p.group, p.label_smoothing)
-        digest.update(repr(numbers).encode())
+        digest.update(
+            repr((p.offset, p.weight, p.beta, p.unscored, p.group, p.label_smoothing)).encode()
+        )
     return digest.hexdigest()
 
 

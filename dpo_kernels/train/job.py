@@ -8,7 +8,6 @@ set that ship with the package.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -45,8 +44,9 @@ from .card import write_card
 from .checkpoints import newest, of_the_disk, reason
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
+from .data_options import columns, is_streamed, streamed_pairs, truncation
+from .ending import draw, last_fields, no_pair_left, plain_torch_times, report, write_summary
 from .ending import loss_title as loss_title
-from .ending import plain_torch_times, report
 from .fit import check_fits
 from .groups import group_summary, learned_groups
 from .identity import identity
@@ -56,14 +56,12 @@ from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
 from .optim import TrainingError
 from .order import epoch_order, steps_of
-from .plots import plot_run
-from .reading import columns, no_pair_left, truncation
+from .reference import Referee
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .run_options import GROUPS
-from .sft import SupervisedRows, train_sft
+from .sft import SupervisedRows, fine_tune, train_sft
 from .sinks import Run, Sinks, check_sinks
 from .start import RunFolder, check_device, find_model, quiet_bars, refuse_many_processes
-from .streaming import is_streamed, streamed_pairs
 
 
 def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -188,7 +186,7 @@ class Job:
             self._open_folder(policy)
             if self.resumed is None:
                 self.policy = policy
-                self._own_sft(policy, conversations)
+                fine_tune(policy, conversations, config, self.folder, self.console)
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
@@ -201,16 +199,11 @@ class Job:
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-        data, held_out = references(
-            policy,
-            train_pairs,
-            eval_pairs,
-            config,
-            self.console,
-            self.folder,
-            self.resumed,
-            self.own,
-        )
+        referee = Referee(policy, config, self.console, self.own)
+        data, held_out = references(referee, train_pairs, eval_pairs, self.folder, self.resumed)
+        if config.sft_eval_file is not None and held_out is not None:
+            kept_out = self._read_conversations(policy, config.sft_eval_file)
+            held_out = replace(held_out, conversations=kept_out)
         if config.max_steps == 0 and held_out is None:
             raise UserError(
                 "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
@@ -252,7 +245,7 @@ class Job:
                 epoch = metrics.rows[-1]["epoch"]
                 metrics.write({"step": result.steps, "epoch": epoch, **after})
             text_after = self._complete(policy, ids)
-        self._draw(metrics, loss_title(config))
+        draw(metrics, self.folder, loss_title(config), say)
         peak = peak_memory(policy.device)
         timing = plain_torch_times(policy, data, config, self.own)
         summary = {
@@ -272,42 +265,13 @@ class Job:
             "median_step_time": result.median_step_time,
             "peak_memory_bytes": peak,
             **timing,
-            **self._ending(began),
+            **last_fields(self.left_out, began),
         }
-        self._write_summary(summary)
+        write_summary(self.folder, summary)
         if self.saved:
             write_card(self.folder / "model", config, summary, loss_title(config))
         report(summary, result, self.left_out, say)
         return summary
-
-    def _report_to(self, metrics: MetricsFile, run_id: str) -> None:
-        """New lines of metrics go to the services of `report_to` as well."""
-        step = self.resumed.step if self.resumed is not None else 0
-        self.sinks = Sinks(Run(self.folder, self.config, run_id, step), self.console.say)
-        metrics.beside = self.sinks.write
-
-    def _draw(self, metrics: MetricsFile, title: str) -> None:
-        try:
-            plot_run(metrics.rows, self.folder / "training.png", title)
-        except Exception as error:  # matplotlib is absent or broken: the run is none the worse
-            self.console.say(f"warning: training.png was not drawn: {error}")
-
-    def _ending(self, began: float) -> dict[str, Any]:
-        """What every summary ends with."""
-        return {
-            "left_out": self.left_out.counts(),
-            "left_out_rows": self.left_out.shown(),
-            "data": dict(self.left_out.notes),
-            "seconds": time.perf_counter() - began,
-            "version": dk.__version__,
-            "torch": torch.__version__,
-        }
-
-    def _write_summary(self, summary: dict[str, Any]) -> None:
-        text = json.dumps(summary, indent=2, ensure_ascii=False)
-        # Rows that were left out are quoted as they came, with what no encoding holds.
-        quoted = (text + "\n").encode("utf-8", "backslashreplace")
-        (self.folder / "summary.json").write_bytes(quoted)
 
     # --- parts ---
 
@@ -334,6 +298,12 @@ class Job:
             self.console.say(f"every row that is left out is in {every}")
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
+
+    def _report_to(self, metrics: MetricsFile, run_id: str) -> None:
+        """New lines of metrics go to the services of `report_to` as well."""
+        step = self.resumed.step if self.resumed is not None else 0
+        self.sinks = Sinks(Run(self.folder, self.config, run_id, step), self.console.say)
+        metrics.beside = self.sinks.write
 
     def _note_left_out(self, problem: Problem) -> None:
         """A row that is left out while training goes on."""
@@ -401,7 +371,7 @@ class Job:
 
     def _read_conversations(self, policy: Policy, file: str) -> list[TokenSequence]:
         since = len(self.left_out.problems)
-        rows = read_conversations(file, self.left_out)
+        rows = read_conversations(file, self.left_out, columns(self.config))
         sequences = tokenize_conversations(
             rows,
             policy.tokenizer,
@@ -413,22 +383,6 @@ class Job:
         if not sequences:
             raise no_pair_left(file, self.left_out, since, "conversation")
         return sequences
-
-    def _own_sft(self, policy: Policy, sequences: list[TokenSequence]) -> None:
-        """Supervised steps on `sft_file` before the pairs."""
-        steps = self.config.sft_steps
-        if not sequences or steps == 0 or (steps is None and self.config.sft_rows):
-            return
-        config = replace(
-            self.config,
-            learning_rate=self.config.sft_learning_rate,
-            max_steps=-1 if steps is None else steps,
-            num_train_epochs=1.0,
-            eval_steps=None,
-        )
-        metrics = MetricsFile(self.folder / "sft_metrics.jsonl")
-        loss = train_sft(policy, sequences, config, metrics, self.console)
-        self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
 
     def _pairs(
         self, policy: Policy, source: Path | None = None
@@ -515,8 +469,9 @@ class Job:
         if wanted is None:
             pair = min(pairs, key=lambda p: len(p.prompt))
             text = self.texts.get(pair.source)
-            if text is None:  # of a stream
-                return policy.tokenizer.decode(list(pair.prompt)), list(pair.prompt)
+            if text is None:
+                ids = list(pair.prompt)
+                return policy.tokenizer.decode(ids), ids
             prompt = text.prompt
             shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             return shown, list(pair.prompt)

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +38,8 @@ from .optim import Stepper, TrainingError
 from .order import step_indices, steps_of
 from .reference import LiveReference, PairData
 from .resume import Keeper, fine_tuned_first
+from .sft import SupervisedRows, evaluate_sft
 from .state import Progress, TrainingState
-
-if TYPE_CHECKING:
-    from .sft import SupervisedRows
 
 
 @dataclass(frozen=True)
@@ -150,6 +148,8 @@ def evaluate(
                 margins += (out.rewards[0] - out.rewards[1]).tolist()
             meter.add(out, config.beta if data.reference else None)
     result = meter.result()
+    if data.conversations:
+        result["sft_loss"] = evaluate_sft(policy, data.conversations, size)["eval_loss"]
     result["runtime"] = time.perf_counter() - began
     return {f"eval_{name}": value for name, value in result.items()}
 
@@ -160,9 +160,8 @@ def check_step0(
 ) -> tuple[float, float]:
     """(loss, loss at zero log-ratios) of one batch before the first step; they must be equal.
 
-    The policy is the reference (unless that is a model of its own) and its noise is off, so every
-    log-ratio is zero: for `sigmoid` the loss is log 2. Anything else means another reference, or
-    kernels that disagree.
+    The policy is the reference and its noise is off, so every log-ratio is zero: for `sigmoid` the
+    loss is log 2. Anything else means another reference, or kernels that disagree.
     """
     loss = PairLoss(policy, config)
     loss.function.eval()
@@ -170,7 +169,7 @@ def check_step0(
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
     assert out.rewards is not None and out.pair_logps is not None
-    if data.reference and config.ref_model_name_or_path is None:
+    if data.reference and not config.ref_model_name_or_path:
         options = config.loss_options()
         try:
             check_same(
@@ -413,9 +412,9 @@ class _Loop:
             progress.logged_steps += 1
             if self.average is not None:
                 self.average.follow(step)
+            if self.data.reference:
+                self.data.reference.after_step(self.policy, step)
         progress.times.append(time.perf_counter() - began)
-        if self.data.reference:
-            self.data.reference.after_step(self.policy, step)
         if self.stepper.warning:
             self.console.say(self.stepper.warning)
             self.stepper.warning = ""
@@ -426,6 +425,7 @@ class _Loop:
         progress.padded += work.padded
         if step % config.logging_steps == 0 or step == self.steps:
             self._log(epoch, extra)
+            self._say_falling(step)
         if (
             self.held_out
             and config.eval_steps
@@ -435,6 +435,13 @@ class _Loop:
             self._evaluate(epoch)
         if self.keeper.due(step):
             self.keeper.save(self.state, len(self.metrics.rows))
+
+    def _say_falling(self, step: int) -> None:
+        text = self.falling.look()
+        if text and self.config.on_falling_logps == "stop":
+            raise TrainingError(f"step {step}: {text} (--on_falling_logps warn goes on)")
+        if text:
+            self.console.say(f"warning: step {step}: {text}")
 
     def _evaluate(self, epoch: float) -> None:
         assert self.held_out is not None
@@ -480,9 +487,3 @@ class _Loop:
         progress.meter = PairMeter()
         progress.logged_steps = progress.logged_tokens = 0
         progress.computed = progress.padded = 0
-        if text := self.falling.look():
-            if self.config.on_falling_logps == "stop":
-                raise TrainingError(
-                    f"step {progress.step}: {text} (--on_falling_logps warn goes on)"
-                )
-            self.console.say(f"warning: step {progress.step}: {text}")

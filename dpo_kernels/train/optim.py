@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from ..models.step1 import MOVED, FirstStep, FirstStepError
 from .config import DPOTrainConfig, UserError
 
-__all__ = [
-    "MOVED",
-    "Stepper",
-    "TrainingError",
-    "make_optimizer",
-    "make_schedule",
-]
+__all__ = ["MOVED", "Stepper", "TrainingError", "make_optimizer", "make_schedule"]
 
 
 class TrainingError(RuntimeError):
@@ -129,7 +123,7 @@ class Stepper:
             self.optimizer.zero_grad(set_to_none=True)
             return {"learning_rate": rate, "skipped": text}
         try:
-            self._first.after_backward()
+            self._first.after_backward(loss)
             self.optimizer.step()
             self._first.after_step(self.optimizer)
         except FirstStepError as error:

@@ -121,6 +121,7 @@ class PairData:
 
     pairs: Sequence[TokenPair]
     reference: References | None = None
+    conversations: Sequence[TokenSequence] = ()  # held out, beside pairs that are
 
 
 def _joined(values: list[Tensor]) -> Tensor:

@@ -16,7 +16,6 @@ from ..data import StreamedPairs, TokenPair
 from ..models.references import needs_reference
 from .checkpoints import Checkpoints, check_space, find, newest, read_tensors, read_values, run_of
 from .config import DPOTrainConfig, UserError
-from .console import Console
 from .identity import differences
 from .metrics import MetricsFile, read_metrics
 from .model import Policy
@@ -149,24 +148,20 @@ def fine_tuned_first(config: DPOTrainConfig) -> bool:
 
 
 def references(
-    policy: Policy,
+    referee: Referee,
     pairs: Sequence[TokenPair],
     held_out: Sequence[TokenPair],
-    config: DPOTrainConfig,
-    console: Console,
     folder: Path,
     resumed: Resumed | None,
-    own: bool = True,
 ) -> tuple[PairData, PairData | None]:
-    """The pairs with what the starting policy gives to them: computed, or as the run kept it."""
-    streamed = isinstance(pairs, StreamedPairs)
-    used = [] if streamed else visited(len(pairs), config)
-    # Of a resumed run nothing is put back yet: the policy is still the one it started from.
-    referee = Referee(policy, config, console, own)
-    if streamed:  # it is not to wait for a pass
+    """The pairs with what the reference gives to them: computed, or as the run kept it."""
+    config = referee.config
+    if isinstance(pairs, StreamedPairs) or config.sync_ref_model:
         data = referee.data(pairs, "training pairs", live=True)
-        evaluated = referee.data(held_out, "held-out pairs", live=True)
-    elif resumed is not None and needs_reference(config.loss_options()) and not referee.stays:
+        return data, referee.data(held_out, "held-out pairs", live=True) if held_out else None
+    used = visited(len(pairs), config)
+    # Of a resumed run nothing is put back yet: the policy is still the one it started from.
+    if resumed is not None and needs_reference(config.loss_options()) and not referee.stays:
         found = load_reference(resumed.path.parent)
         kept = found.get("training", Reference({}, {}))
         missing = [i for i in used if i not in kept.chosen]
@@ -187,8 +182,11 @@ def references(
         if held_out:
             evaluated = referee.data(held_out, "held-out pairs")
     referee.done()
-    sets = {"training": data.reference, "held out": evaluated.reference}
-    scored = {k: v for k, v in sets.items() if isinstance(v, Reference)}
+    scored = {
+        name: found.reference
+        for name, found in (("training", data), ("held out", evaluated))
+        if isinstance(found.reference, Reference)
+    }
     if config.save_steps and scored:
         save_reference(folder / "checkpoints", scored)
     return data, evaluated if held_out else None

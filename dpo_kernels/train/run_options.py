@@ -221,11 +221,6 @@ class TrainingOptions:
         "end at step 1 where nothing can be learned: masked labels, no gradients, weights that do "
         "not move",
     )
-    on_falling_logps: str = option(
-        "warn",
-        "where the log-probs of chosen and rejected fall together",
-        ("warn", "stop", "ignore"),
-    )
     seed: int = option(42, "seed of the order of pairs, the split and the sampling")
 
 
@@ -241,6 +236,11 @@ class GuardOptions:
     )
     early_stopping_patience: int | None = option(
         None, "stop after so many evaluations without a lower eval_loss"
+    )
+    on_falling_logps: str = option(
+        "warn",
+        "where the log-probs of chosen and rejected fall together",
+        ("warn", "stop", "ignore"),
     )
 
 
@@ -268,6 +268,9 @@ class SupervisedOptions:
         "sft_rows is set), or the embedded default's recipe, fewer as max_steps is",
     )
     sft_learning_rate: float = option(2e-5, "peak learning rate of those steps (sft_file)")
+    sft_eval_file: str | None = option(
+        None, "conversations held out: their NLL a token at every evaluation shows forgetting"
+    )
     sft_rows: int = option(
         0, "rows of sft_file in each optimizer step beside the pairs, their NLL added to the loss"
     )
@@ -309,9 +312,7 @@ class OutputOptions:
     output_dir: str | None = option(None, "folder of the run; None: runs/<time>")
     overwrite_output_dir: bool = option(False, "write into a folder that is not empty")
     logging_steps: int = option(10, "steps between lines of metrics")
-    report_to: list[str] = option(
-        [], "trackio, tensorboard, wandb: metrics go there as well; none: nowhere else"
-    )
+    report_to: list[str] = option([], "trackio, tensorboard, wandb: metrics go there as well")
     run_name: str | None = option(None, "name of the run there; None: its folder's")
     project: str = option("dpo-kernels", "project of the run there")
     eval_steps: int | None = option(

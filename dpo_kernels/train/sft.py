@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +98,30 @@ def train_sft(
     keeper.finish()
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / max(len(tail), 1)
+
+
+def fine_tune(
+    policy: Policy,
+    sequences: list[TokenSequence],
+    config: DPOTrainConfig,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Supervised steps on the rows of `sft_file`, before the pairs."""
+    steps = config.sft_steps
+    if not sequences or steps == 0 or (steps is None and config.sft_rows):
+        return
+    config = replace(
+        config,
+        learning_rate=config.sft_learning_rate,
+        max_steps=-1 if steps is None else steps,
+        num_train_epochs=1.0,
+        early_stopping_patience=None,
+        eval_steps=None,
+    )
+    metrics = MetricsFile(folder / "sft_metrics.jsonl")
+    loss = train_sft(policy, sequences, config, metrics, console)
+    console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
 
 
 def nll_gradients(

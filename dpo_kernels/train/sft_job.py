@@ -20,7 +20,7 @@ from ..data import TokenSequence
 from .adapters import check_adapter
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
-from .ending import files_of, say_sample
+from .ending import draw, files_of, last_fields, say_sample, write_summary
 from .job import Job
 from .machine import peak_memory
 from .model import Policy, save_policy
@@ -46,6 +46,8 @@ def resolve_sft(options: Mapping[str, Any]) -> DPOTrainConfig:
         raise UserError(
             "dataset_name is missing: pass a JSONL file of conversations (--dataset_name FILE)"
         )
+    if config.dataset_streaming:
+        raise UserError("dataset_streaming: sft reads its rows at once")
     return config
 
 
@@ -107,7 +109,7 @@ class _SFTJob(Job):
         after = evaluate()
         if after:
             metrics.write({"step": last["step"], "epoch": last["epoch"], **after})
-        self._draw(metrics, "SFT")
+        draw(metrics, self.folder, "SFT", say)
         summary = {
             "output_dir": str(self.folder),
             "backend": backend,
@@ -122,9 +124,9 @@ class _SFTJob(Job):
                 "after": self._complete(policy, ids),
             },
             "peak_memory_bytes": peak_memory(policy.device),
-            **self._ending(began),
+            **last_fields(self.left_out, began),
         }
-        self._write_summary(summary)
+        write_summary(self.folder, summary)
         if before:
             was, now = before["eval_loss"], after["eval_loss"]
             say(f"\nheld-out loss per token: {was:.4f} before, {now:.4f} after")

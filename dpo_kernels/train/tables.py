@@ -93,6 +93,6 @@ def _pyarrow() -> tuple[Any, Any]:
         from pyarrow import parquet
     except ImportError:
         raise UserError(
-            "Parquet needs the package pyarrow: pip install pyarrow, or write .jsonl"
+            "Parquet needs the package pyarrow: pip install 'dpo-kernels[data]', or write .jsonl"
         ) from None
     return pyarrow, parquet

@@ -96,6 +96,12 @@ def test_rows_that_cannot_be_used(row: Any, reason: str, tmp_path: Path) -> None
         read_conversations(write(tmp_path / "b.jsonl", [row]), LeftOut())
 
 
+def test_columns_of_other_names(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}])
+    (row,) = read_conversations(file, LeftOut(), {"prompt": "question", "completion": "answer"})
+    assert (row.prompt, row.completion) == ("q", "a")
+
+
 def test_lengths_and_limits(tmp_path: Path) -> None:
     rows = [{"prompt": "abcdef", "completion": "g"}, {"prompt": "a", "completion": "bcdefgh"}]
     left_out = LeftOut()

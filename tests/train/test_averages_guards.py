@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from killed_runs import arguments, check, prepare
+from test_data import bot, user, write
 from test_train import config_of, data_of, one_thread, run_train, tiny_policy  # noqa: F401
 
 from dpo_kernels.cli import main
@@ -90,7 +91,7 @@ def test_steps_that_are_left_out(
 def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and norm come in one transfer; neither is asked for by itself."""
     policy = tiny_policy()
-    stepper = Stepper(policy.model, config_of(), 3)
+    stepper = Stepper(policy.model, config_of(check_first_step=False), 3)
     calls: set[str] = set()
     for name in ("item", "tolist", "__bool__", "__float__"):
         plain = getattr(torch.Tensor, name)
@@ -113,6 +114,7 @@ def test_early_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     options = {
         "loss_type": "sigmoid",
         "learning_rate": 0,
+        "check_first_step": False,
         "eval_steps": 1,
         "early_stopping_patience": 2,
     }
@@ -173,3 +175,17 @@ def test_metrics_of_speed_and_memory(tmp_path: Path) -> None:
     loop.train(policy, data, None, config_of(max_steps=1), metrics, loop.Console(quiet=True))
     row = metrics.rows[0]
     assert 0 < row["padding_saved"] < 1 and row["mem/peak"] > 0 and row["tokens_per_s"] > 0
+
+
+def test_what_is_forgotten_is_measured(tmp_path: Path) -> None:
+    """The loss of conversations that are held out, at every evaluation of the pairs."""
+    prepare(tmp_path)
+    rows = [{"messages": [user(f"say {i}"), bot("maybe so")]} for i in range(3)]
+    file = write(tmp_path / "chats.jsonl", rows)
+    options = {"loss_type": "sigmoid", "sft_eval_file": file, "max_steps": 8}
+    assert main(arguments(tmp_path, "run", **options)) == 0
+    found = read_metrics(tmp_path / "run/metrics.jsonl")
+    losses = [r["eval_sft_loss"] for r in found if "eval_loss" in r]
+    assert len(losses) == 3 and losses[0] != losses[2]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["before"]["eval_sft_loss"] == losses[0]

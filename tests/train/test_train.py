@@ -31,7 +31,7 @@ from dpo_kernels.train.model import (
 )
 from dpo_kernels.train.optim import Stepper, TrainingError
 from dpo_kernels.train.plots import plot_run
-from dpo_kernels.train.reference import PairData, with_reference
+from dpo_kernels.train.reference import PairData, Referee
 from dpo_kernels.train.sft import train_sft
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs transformers")
@@ -210,7 +210,7 @@ def data_of(policy: Policy, n: int = 8, **options: Any) -> PairData:
     pairs = random_pairs(n)
     if options.get("loss_type") == "odpo":
         pairs = [replace(p, offset=0.1 * i) for i, p in enumerate(pairs)]
-    return with_reference(policy, pairs, config_of(**options), QUIET, "")
+    return Referee(policy, config_of(**options), QUIET, own=False).data(pairs, "")
 
 
 def run_train(tmp_path: Path, n: int = 8, **options: Any) -> tuple[Policy, list[dict[str, Any]]]:

@@ -1,10 +1,11 @@
-"""Training pairs that are read while training goes on, for data larger than memory."""
+"""The options about data, as the readers take them; and training pairs that are streamed."""
 
 from __future__ import annotations
 
 import atexit
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,16 +17,31 @@ from ..data import (
     PreferencePair,
     StreamedPairs,
     TokenPair,
+    Truncation,
     row_file,
 )
 from ..data.left_out import BadField
 from .config import DPOTrainConfig
 from .model import Policy
-from .reading import columns, truncation
 
 HELD_OUT = 512  # pairs of a stream; a share of millions would be evaluated for hours
 LARGE = 256 << 20  # bytes of a file from which on it is streamed
 _LOOKED_AT = 64  # rows that tell what columns there are
+
+
+def truncation(config: Any) -> Truncation:
+    """What becomes of pairs that are too long, by the options of these names."""
+    return Truncation(
+        config.max_length,
+        config.truncation_mode,
+        config.max_prompt_length,
+        config.max_completion_length,
+    )
+
+
+def columns(config: Any) -> dict[str, str]:
+    """Our column -> the data's, by the option column_mapping."""
+    return dict(entry.split("=", 1) for entry in config.column_mapping or [])
 
 
 def is_streamed(config: DPOTrainConfig, file: str) -> bool:
