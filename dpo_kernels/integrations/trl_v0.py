@@ -33,7 +33,11 @@ from .rows import WithRowColumns, check_row_columns, take_row_options
 from .trl_v1 import OPT_OUT, model_dtype
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes")
-# The losses that all these versions have (`sft` came with the later ones).
+# TRL's names. Its losses that all these versions have, and that came with the later ones; that are
+# the NLL alone; and what its loss of log-probs over lengths is once it has divided by them.
+_LATER = {"sft"}
+_NLL = {"sft"}
+_DIVIDED = {"ipo": "ipo_sum"}
 _OWN = {
     "sigmoid",
     "hinge",
@@ -158,7 +162,7 @@ def _summary(
     counts = scored.sum(1)
     B = len(labels) // 2
     sums = out.logps.sum(1)
-    if "ipo" in _names(trainer):
+    if not _DIVIDED.keys().isdisjoint(_names(trainer)):
         sums = sums / counts
     result = {"chosen_logps": sums[:B], "rejected_logps": sums[B:]}
     if reference:
@@ -173,7 +177,7 @@ def _summary(
         with torch.no_grad():
             aligned = (out.logps - out.log_sum_sq_probs).sum(1) / counts
             result["policy_weights"] = (aligned[:B] + aligned[B:]).exp().clamp(max=1)
-    if trainer.args.rpo_alpha is not None or "sft" in _names(trainer):
+    if trainer.args.rpo_alpha is not None or not _NLL.isdisjoint(_names(trainer)):
         # TRL marks what is not scored with token 0, which so is never counted.
         counted = scored[:B] & (targets[:B] != 0)
         result["nll_loss"] = -(out.logps[:B] * counted).sum() / counted.sum()
@@ -249,7 +253,7 @@ def _dpo_loss(original: Callable) -> Callable:
         name = given.get("loss_type", _names(self)[0])
         _check_reference(self, logps, ref, name)
         ours = {**self.fused.loss_options, **self._row_options}
-        theirs = name in _OWN or (name == "sft" and "loss_type" in signature.parameters)
+        theirs = name in _OWN or (name in _LATER and "loss_type" in signature.parameters)
         if theirs and not ours:
             return original(self, *args, **kwargs)
         return _our_loss(self, name, logps, ref, ours)
@@ -275,9 +279,7 @@ def _our_loss(
             f"f_divergence_type={f_divergence!r} of this version of TRL is another function; "
             f"{name!r} with {', '.join(ours) or 'it'} takes reverse_kl alone"
         )
-    if name == "ipo":
-        # TRL has divided by the lengths already: its own loss is the one of sums.
-        options["loss_type"] = "ipo_sum"
+    options["loss_type"] = _DIVIDED.get(name, name)
     options = hf_trainer.loss_state(trainer, options)
     lengths = trainer._lengths
     reference = (None, None) if options["reference_free"] else ref

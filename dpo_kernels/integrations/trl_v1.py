@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import losses
 from ..models.attached import attach_head
 from ..models.forward import (
     Reference,
@@ -80,8 +81,9 @@ def _options(args: Any, fused: FusedOptions) -> dict[str, Any]:
     }
     if args.loss_weights:
         options["loss_weights"] = tuple(args.loss_weights)
-    if "discopop" in args.loss_type:
-        options["discopop_tau"] = args.discopop_tau
+    for row in losses.rows_of(tuple(args.loss_type)):
+        # What a loss alone takes, where TRL has it under the same name.
+        options |= {n: x for n in row.options if (x := getattr(args, n, None)) is not None}
     return {**options, **fused.loss_options}
 
 
