@@ -24,7 +24,7 @@ from ..models.forward import score_tokens
 from ..models.head_check import check_head
 from ..models.lm_head import head_parts, head_scaling
 from ..models.options import FusedOptions
-from ..models.shared_prompt import choose_sharing, trunk_states
+from ..models.layouts import choose_sharing, trunk_states
 from ..models.structure import base_model_of, deterministic, trunk_of
 from .config import DPOTrainConfig, UserError
 
