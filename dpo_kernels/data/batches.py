@@ -256,7 +256,8 @@ def _parts(flat: list[Ids], shared: list[int]) -> list[Segment]:
 def _packed(flat: list[Ids], shared: list[int]) -> tuple[list[TrunkCall], list[_Placed]]:
     parts = _parts(flat, shared)
     ids: list[int] = []
-    positions, placed = [], []
+    positions: list[Tensor] = []
+    placed: list[_Placed] = []
     for i, part in enumerate(parts):
         start = placed[part.parent].start if part.prefix else len(ids)
         placed.append(_Placed(start, part.prefix, len(ids)))
@@ -266,9 +267,14 @@ def _packed(flat: list[Ids], shared: list[int]) -> tuple[list[TrunkCall], list[_
     return [TrunkCall(row, torch.cat(positions)[None], Segments(parts), [len(ids)])], placed
 
 
-def pair_tokens(pair: TokenPair, shared: bool = True) -> int:
-    """Tokens of a pair in a packed row, the prompt once or twice."""
-    return len(pair.prompt) * (1 if shared else 2) + len(pair.chosen) + len(pair.rejected)
+def laid_out_tokens(pair: TokenPair, sharing: Sharing) -> int:
+    """Tokens of a pair in a packed row, what it shares once; those of its rows if padded."""
+    chosen, rejected = (s.ids for s in pair.sequences)
+    if sharing.mode == "padded":
+        return 2 * max(len(chosen), len(rejected))
+    L = shared_length(chosen, rejected)
+    shares = sharing.shares(L, len(chosen), len(rejected))
+    return len(chosen) + len(rejected) - (L if shares else 0)
 
 
 def within_budget(

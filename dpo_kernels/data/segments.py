@@ -85,7 +85,9 @@ class Segments:
             spans = []
             for part, start in zip(self.parts, starts, strict=False):
                 if part.prefix:
-                    spans.append(torch.arange(starts[part.parent], starts[part.parent] + part.prefix))
+                    spans.append(
+                        torch.arange(starts[part.parent], starts[part.parent] + part.prefix)
+                    )
                 spans.append(torch.arange(start, start + part.length))
             keys = to_device(torch.cat(spans), device)
         return Boundaries(

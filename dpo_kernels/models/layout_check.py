@@ -212,7 +212,7 @@ def _checkpointing_on(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """The backward ends at the embeddings: no gradient is added to a weight, no hook of DDP runs."""
+    """The backward ends at the embeddings: no weight gets a gradient, no hook of DDP runs."""
     trained = [p for p in model.parameters() if p.requires_grad]
     whole = _differentiable(model)
     for p in trained if whole else ():
@@ -253,4 +253,3 @@ def _first_layer(model: Any, padded: ScoredBatch, laid: ScoredBatch) -> str:
         if float((a - b).abs().max()) > (0.1 if half else 1e-3) * float(a.abs().max()):
             return f"first in layer {i}"
     return "no layer differs in the forward alone"
-

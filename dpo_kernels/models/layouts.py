@@ -133,9 +133,7 @@ def _one(length: int) -> Segments:
     return Segments([Segment(length)])
 
 
-def choose_sharing(
-    model: Any, layout: str, say: Callable[[str], None], argument: str = "layout"
-) -> Sharing:
+def choose_sharing(model: Any, layout: str, say: Callable[[str], None]) -> Sharing:
     """How pairs are laid out for this model; `ValueError` where the layout named cannot be.
 
     "auto" says why a model stays with padded rows, or with prompts that are not shared.
@@ -143,25 +141,27 @@ def choose_sharing(
     weight = model.get_input_embeddings().weight
     calls = CPU_CALL_TOKENS if weight.device.type == "cpu" else None
     padded = Sharing("padded", call_tokens=calls)
-    mode = layout_name(layout, argument)
+    mode = layout_name(layout)
     if mode == "padded":
         return padded
+    named = "layout=shared (batch_layout=prefix)" if mode == "shared" else f"layout={mode}"
     reason = unusable(model)
     if reason and mode != "auto":
-        raise ValueError(f"{argument}={layout}: {reason}; use padded or auto")
+        raise ValueError(f"{named}: {reason}; use padded or auto")
     if reason:
         known(model).tell(f"layout: padded rows, because {reason}", say)
         return padded
     router = bool(router_loss_weight(model))
     if router and mode == "shared":
-        raise ValueError(f"{argument}={layout}: {_ROUTED_ONCE}; use packed or auto")
+        raise ValueError(f"{named}: {_ROUTED_ONCE}; use packed or auto")
     if router and mode == "auto":
-        known(model).tell("layout: prompts are not shared, because " + _ROUTED_ONCE, say)
+        known(model).tell(f"layout: prompts are not shared, because {_ROUTED_ONCE}", say)
     return Sharing(mode, attention_ratio(model), calls, may_share=not router)
 
 
 _ROUTED_ONCE = (
-    "a shared prompt is routed once, which changes the auxiliary loss of a mixture of experts"
+    "a shared prompt is routed once, which changes the load-balancing (auxiliary loss) of a "
+    "mixture of experts"
 )
 
 
@@ -174,9 +174,7 @@ def _compiled(trunk: nn.Module) -> bool:
     return any(getattr(m, "_compiled_call_impl", None) is not None for m in trunk.modules())
 
 
-def run_call(
-    model: Any, trunk: Any, call: TrunkCall, comparing: bool = False, **extra: Any
-) -> Any:
+def run_call(model: Any, trunk: Any, call: TrunkCall, comparing: bool = False, **extra: Any) -> Any:
     """The trunk's output for one call; `SegmentError` if attention was not by segment."""
     if call.segments is None:
         # Without position_ids and mask a plain row is causal: right padding changes nothing.
@@ -294,7 +292,10 @@ def _laid_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> 
         padded = sharing.cost(R * T, R * T * T * (0.5 if mask is None else 1.0))
         if sharing.cost(sum(segments.lengths), segments.entries()) > (1 - WORTH) * padded:
             return None
-    source, real, places, began = [], [], [], {}
+    source: list[Tensor] = []
+    real: list[Tensor] = []
+    places: list[Tensor] = []
+    began: dict[int, int] = {}
     at = 0
     for r, part in zip(order, parts, strict=True):
         begin = r * T + starts[r]
@@ -363,7 +364,7 @@ def _rows(
 
 
 def pairs_of(ids: Tensor, laid: LaidOut, budget: int) -> list[TokenPair]:
-    """Up to four pairs of the padded batch, as many as `budget` padded tokens hold; at least one."""
+    """Up to four pairs of the padded batch, at least one, of `budget` padded tokens."""
     R, T = laid.shape
     real = torch.zeros(R * T, dtype=torch.bool, device=ids.device)
     real[laid.real] = True

@@ -273,10 +273,10 @@ def _said(kwargs: dict[str, Any]) -> Tensor:
         else:
             values.add(0 if count == at + 1 else count)
     value = float(values.pop()) if len(values) == 1 else -1.0
-    Q, K = kwargs.get("q_length"), kwargs.get("kv_length")
-    if Q is None:  # transformers before 5: cache_position
-        Q = len(kwargs["cache_position"])
-    return torch.full((1, 1, 1, 1), value, device=device).expand(1, 1, int(Q), int(K))
+    K = int(kwargs["kv_length"])
+    # transformers before 5 gives the queries' places
+    Q = int(kwargs["q_length"]) if "q_length" in kwargs else len(kwargs["cache_position"])
+    return torch.full((1, 1, 1, 1), value, device=device).expand(1, 1, Q, K)
 
 
 def _register() -> None:
@@ -313,7 +313,9 @@ def installed(model: Any) -> str:
 def install(model: Any) -> str:
     """Set our implementation on a causal LM; why it cannot be, or empty. Once is enough."""
     if transformers_before(4, 55):
-        return "transformers before 4.55 cannot change a model's attention (set_attn_implementation)"
+        return (
+            "transformers before 4.55 cannot change a model's attention (set_attn_implementation)"
+        )
     name, owner = type(model).__name__, _owner(model)
     bypasses = f"{name} does not go through transformers' AttentionInterface"
     settable = getattr(type(owner), "_can_set_attn_implementation", None)

@@ -94,7 +94,9 @@ def _seen(part: Segment, x: tuple[Tensor, ...], own: int) -> Tensor:
     return torch.cat([x[part.parent][:, :, : part.prefix], x[own]], 2)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, options: AttentionOptions) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, options: AttentionOptions
+) -> Tensor:
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -196,7 +198,7 @@ def _rows(x: Tensor, keys: Tensor | None = None) -> Tensor:
 
 
 def _most(bounds: Any, q: Tensor, k: Tensor, compiled: bool) -> tuple[int, int]:
-    # Traced, the number of all tokens stands for the longest: no number of the batch is compiled in.
+    # Traced, all tokens stand for the longest: no number of the batch is compiled in.
     return (q.shape[0], k.shape[0]) if compiled else (bounds.max_q, bounds.max_k)
 
 

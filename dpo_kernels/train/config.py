@@ -133,12 +133,21 @@ class DPOTrainConfig:
     )
     seed: int = _option(42, "training", "seed of the order of pairs, the split and the sampling")
 
-    batch_layout: str = _option(
+    layout: str = _option(
         "auto",
         "speed",
-        "prefix: the prompt of a pair is computed once; padded: twice; auto: "
-        "whichever is cheaper, pair by pair",
-        ("auto", "prefix", "padded"),
+        "padded: rows of one length; packed: one row without padding; shared: and the prompt of "
+        "a pair once (also called prefix); auto: the cheapest that the model can take",
+        ("auto", "padded", "packed", "shared", "prefix"),
+    )
+    max_tokens_per_batch: int | None = _option(
+        None,
+        "speed",
+        "tokens of one forward and backward: the pairs of an optimizer step are put together up "
+        "to so many, in place of per_device_train_batch_size; None: by number of pairs",
+    )
+    check_layout: bool = _option(
+        True, "speed", "compare a layout with padded rows on the first batch"
     )
     backend: str | None = _option(None, "speed", "cuda, triton, cpu, torch; None: by device")
     gradient_checkpointing: bool = _option(
@@ -175,6 +184,10 @@ class DPOTrainConfig:
                 raise UserError(
                     f"{f.name} must be one of {', '.join(choices)}, got {getattr(self, f.name)!r}"
                 )
+        self.layout = "shared" if self.layout == "prefix" else self.layout
+        budget = self.max_tokens_per_batch
+        if budget is not None and budget < 1:
+            raise UserError(f"max_tokens_per_batch must be at least 1 or null, got {budget}")
         for name in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -241,6 +254,14 @@ class DPOTrainConfig:
                     f"loss_type {row.name!r} compares whole distributions, and training keeps the "
                     "reference's log-probs alone; use fused_linear_dpo_loss with ref_hidden"
                 )
+            by_token = "ld_alpha" if self.ld_alpha is not None else "use_weighting"
+            several = self.gradient_accumulation_steps > 1 or self.max_tokens_per_batch is not None
+            if row.batch_coupled and several and getattr(self, by_token):
+                raise UserError(
+                    f"loss_type {row.name!r} couples the pairs of a step, which several batches "
+                    f"know by their log-probs alone, and {by_token} weighs tokens: use "
+                    "gradient_accumulation_steps=1 without max_tokens_per_batch"
+                )
         self._check_applies([row for row, _, _ in losses])
 
     def _check_applies(self, rows: list[Any]) -> None:
@@ -293,7 +314,7 @@ class DPOTrainConfig:
 
 
 _HINTS = get_type_hints(DPOTrainConfig)
-ALIASES = {"torch_dtype": "dtype", "train_file": "dataset_name"}
+ALIASES = {"torch_dtype": "dtype", "train_file": "dataset_name", "batch_layout": "layout"}
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:

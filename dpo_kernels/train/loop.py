@@ -18,6 +18,7 @@ from torch import Tensor
 import dpo_kernels as dk
 
 from ..data import ScoredBatch, TokenPair
+from ..data.batches import laid_out_tokens, within_budget
 from ..inputs.transfer import to_device
 from ..models.attached import HeadOutput
 from ..models.forward import PairTask, run_pairs
@@ -30,6 +31,7 @@ from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
 from .optim import Stepper, TrainingError, epoch_order, total_steps
 from .reference import PairData
+from .whole_step import coupled, coupled_gradients
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,7 @@ def parts_of(
     Losses that couple the pairs of a batch (AOT sorts over it) need it whole, as a router's loss
     does (`whole`); so does a GPU.
     """
-    coupled = any(dk.losses.get(name).batch_coupled for name in config.loss_type)
-    if whole or coupled or device.type != "cpu":
+    if whole or coupled(config) or device.type != "cpu":
         return [indices]
     parts: list[list[int]] = []
     tokens = CPU_PART_TOKENS
@@ -203,21 +204,42 @@ def _gradients(
     loss: PairLoss, data: PairData, indices: list[int], config: DPOTrainConfig, meter: PairMeter
 ) -> tuple[Tensor, int]:
     """Accumulate the gradients of one optimizer step's pairs; (loss, tokens) of the step."""
-    micro = config.per_device_train_batch_size
+    beta = config.beta if data.reference else None
     num_chosen = chosen_tokens([data.pairs[i] for i in indices])
+    batches = batches_of(indices, data.pairs, config, loss.policy)
+    if coupled(config) and len(batches) > 1:
+        out, tokens = coupled_gradients(loss, data, batches, num_chosen)
+        meter.add(out, beta)
+        assert out.loss is not None
+        return out.loss, tokens
     total, tokens = torch.zeros((), device=loss.policy.device), 0
-    for start in range(0, len(indices), micro):
-        batch_indices = indices[start : start + micro]
-        router = bool(loss.policy.router_weight)
-        for part in parts_of(batch_indices, data.pairs, config, loss.policy.device, router):
-            out, batch = loss(data, part, len(indices), num_chosen)
-            assert out.loss is not None
-            out.loss.backward()
-            total = total + out.loss.detach()
-            meter.add(out, config.beta if data.reference else None)
-            tokens += batch.num_tokens
-            del out, batch  # the graph's last references: free it before the next forward
+    for part in batches:
+        out, batch = loss(data, part, len(indices), num_chosen)
+        assert out.loss is not None
+        out.loss.backward()
+        total = total + out.loss.detach()
+        meter.add(out, beta)
+        tokens += batch.num_tokens
+        del out, batch  # the graph's last references: free it before the next forward
     return total, tokens
+
+
+def batches_of(
+    indices: list[int], pairs: Sequence[TokenPair], config: DPOTrainConfig, policy: Policy
+) -> list[list[int]]:
+    """One optimizer step's pairs in the batches that run forward and backward on their own.
+
+    By number of pairs, or up to a budget of tokens; the step's loss is the same.
+    """
+    budget = config.max_tokens_per_batch
+    if budget is not None:
+        sharing = policy.sharing
+        return within_budget(indices, lambda i: laid_out_tokens(pairs[i], sharing), budget)
+    micro, router = config.per_device_train_batch_size, bool(policy.router_weight)
+    groups = [indices[start : start + micro] for start in range(0, len(indices), micro)]
+    return [
+        part for group in groups for part in parts_of(group, pairs, config, policy.device, router)
+    ]
 
 
 def visited(n: int, config: DPOTrainConfig) -> list[int]:

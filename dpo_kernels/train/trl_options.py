@@ -61,7 +61,7 @@ _REFUSED: dict[str, str] = {
     "order and sampling follow seed alone": "data_seed full_determinism",
     "sequences keep their start": "truncation_mode",
     "max_length cuts the whole sequence": "max_prompt_length max_completion_length",
-    "the layout is batch_layout": "padding_free pad_to_multiple_of use_logits_to_keep",
+    "the layout is the option layout": "padding_free pad_to_multiple_of use_logits_to_keep",
     _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model "
     "ref_model_mixup_alpha "
     "ref_model_sync_steps ref_model_name_or_path ref_adapter_name model_adapter_name",
