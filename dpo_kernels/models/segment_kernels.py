@@ -126,7 +126,9 @@ def _weights(
         masked = torch.cat([masked, sinks], -1)
         masked = masked - masked.max(-1, keepdim=True).values
         return F.softmax(masked, -1, dtype=masked.dtype)[..., :-1], scores
-    return F.softmax(masked, -1, dtype=torch.float32).to(q.dtype), scores
+    eager = options.explicit or options.softcap is not None  # in fp32 there, even of float64
+    wide = torch.float32 if eager else torch.promote_types(q.dtype, torch.float32)
+    return F.softmax(masked, -1, dtype=wide).to(q.dtype), scores
 
 
 def _explicit(
