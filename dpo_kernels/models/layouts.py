@@ -242,6 +242,7 @@ def lay_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> La
     if layout == "padded":
         return None
     try:
+        _look_at(kwargs)
         reason = unusable(model)
         if reason:
             raise _Stays(reason)
@@ -257,15 +258,21 @@ def lay_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> La
         return None
 
 
-def _laid_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> LaidOut | None:
+def _look_at(kwargs: dict[str, Any]) -> None:
+    """`_Stays` for what cannot be gathered token by token: images, embeddings, a cache."""
     ids = kwargs.get("input_ids")
     extra = {k for k, v in kwargs.items() if v is not None and v is not False} - _TAKEN
     if ids is None or ids.dim() != 2 or extra:
         got = ", ".join(sorted(extra)) or "no input_ids"
         raise _Stays(f"layouts take input_ids and attention_mask alone, got {got}")
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    positions = kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:
         raise _Stays(f"position_ids have {positions.dim()} dimensions")
+
+
+def _laid_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> LaidOut | None:
+    ids: Tensor = kwargs["input_ids"]
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     R, T = ids.shape
     starts, lengths, common = _rows(ids, mask, positions)
     ratio = attention_ratio(model)

@@ -224,9 +224,7 @@ def test_a_checkpointed_backward_under_another_implementation_is_found(monkeypat
 
     assert unusable(model) == ""
     monkeypatch.setattr(layouts, "run_call", careless)
-    with pytest.raises(
-        LayoutDiffers, match="(the gradient differs|the step fails)"
-    ):
+    with pytest.raises(LayoutDiffers, match=r"(the gradient differs|the step fails)"):
         step(model, padded_batch(SHAPES), "shared")
 
 
