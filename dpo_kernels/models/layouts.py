@@ -38,6 +38,7 @@ class Known:
     """What has been found out about one model."""
 
     unusable: str | None = None  # why it takes padded rows; empty: it does not; None: not asked
+    ratio: float | None = None  # `attention_ratio`
     checked: bool = False  # the first batch has been compared
     report: str = ""  # expected and measured saving of that batch
     told: set[str] = field(default_factory=set)
@@ -63,12 +64,16 @@ def layout_report(model: nn.Module) -> str:
 
 def attention_ratio(model: Any) -> float:
     """Cost of one attention entry over that of one token, as `data.Sharing` wants it."""
+    state = known(model)
+    if state.ratio is not None:
+        return state.ratio
     trunk, embedding = trunk_of(model), model.get_input_embeddings()
     body = sum(p.numel() for p in trunk.parameters() if p.dim() == 2)
     if embedding is not None:
         body -= embedding.weight.numel()
     config = text_config(model.config)
-    return 2 * config.hidden_size * config.num_hidden_layers / max(body, 1)
+    state.ratio = 2 * config.hidden_size * config.num_hidden_layers / max(body, 1)
+    return state.ratio
 
 
 # --- which models ---
@@ -243,6 +248,9 @@ def lay_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> La
         return None
     try:
         _look_at(kwargs)
+        if layout == "auto" and model.get_input_embeddings().weight.dtype == torch.float64:
+            # Norms and softmax go through float32 there, and show in which order sums are taken.
+            raise _Stays("float64 is for comparing with other programs to the last digits")
         reason = unusable(model)
         if reason:
             raise _Stays(reason)

@@ -166,6 +166,8 @@ def test_loss_and_gradients_are_those_of_padded_rows(kind: str, layout: str) -> 
     with Float64():
         same(model, padded_batch(SHAPES), layout, 1e-12)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if layout == "auto":  # which leaves float64 as it is under a trainer
+        return
     assert known(base).unusable == "" and known(base).checked
     assert f"layout {'packed' if layout == 'packed' else 'shared'}" in layout_report(model)
 
@@ -373,9 +375,11 @@ def test_a_routers_loss_is_packed_and_not_shared() -> None:
     attach_head(model)
     batch = padded_batch(SHAPES)
     with Float64():
-        for layout in ("packed", "auto"):
-            same(model, batch, layout, 1e-12)
-    assert "layout packed" in layout_report(model)
+        same(model, batch, "packed", 1e-12)
+    single = tiny("Mixtral", torch.float32, **MOE, router_aux_loss_coef=0.5)
+    attach_head(single)
+    step(single, batch, "auto")
+    assert "layout packed" in layout_report(single)
     with pytest.raises(ValueError, match=r"layout=shared.*auxiliary loss"):
         step(model, batch, "shared")
 
@@ -390,7 +394,9 @@ def test_images_and_other_inputs_stay_padded(caplog) -> None:
     holes["attention_mask"][0, 2] = 0
     with pytest.raises(ValueError, match="not in one piece"):
         step(model, holes, "shared")
-    step(model, holes, "auto")
+    single = tiny(dtype=torch.float32)
+    attach_head(single)
+    step(single, holes, "auto")
     assert "padding between tokens" in caplog.text
 
 
@@ -513,7 +519,7 @@ def test_the_operator_of_a_compiled_model(softcap, window, sinks) -> None:
 def test_new_lengths_do_not_compile_again() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    model = tiny(dtype=torch.float32)
+    model = tiny(dtype=torch.float32, num_hidden_layers=1)
     attach_head(model)
     expected = [step(model, padded_batch(s), "shared")[0].loss.item() for s in BATCHES]
     torch._dynamo.reset()
