@@ -208,7 +208,7 @@ def _gradients(
     num_chosen = chosen_tokens([data.pairs[i] for i in indices])
     batches = batches_of(indices, data.pairs, config, loss.policy)
     if coupled(config) and len(batches) > 1:
-        out, tokens = coupled_gradients(loss, data, batches, num_chosen)
+        out, tokens = coupled_gradients(loss, data, indices, batches, num_chosen)
         meter.add(out, beta)
         assert out.loss is not None
         return out.loss, tokens

@@ -23,21 +23,24 @@ def coupled(config: DPOTrainConfig) -> bool:
 
 
 def coupled_gradients(
-    loss: PairLoss, data: PairData, batches: list[list[int]], num_chosen: int
+    loss: PairLoss, data: PairData, indices: list[int], batches: list[list[int]], num_chosen: int
 ) -> tuple[HeadOutput, int]:
     """Gradients of a loss that couples the pairs of a step which runs in several batches.
 
     A scoring pass without gradient gives every log-prob of the step, the loss of all of them gives
-    the slope of each, and a second pass carries the slopes back. (loss and log-probs, tokens)
+    the slope of each, and a second pass carries the slopes back. The loss has the pairs in the
+    order of `indices`, whatever the batches (beta-DPO draws from them). (loss and log-probs, tokens)
     """
-    policy, order = loss.policy, [i for part in batches for i in part]
+    policy, step = loss.policy, {i: at for at, i in enumerate(indices)}
+    places = [torch.tensor([step[i] for i in part], device=policy.device) for part in batches]
     with torch.no_grad():
         sums = [policy.logps(policy.batch([data.pairs[i] for i in part])) for part in batches]
+    back = torch.cat(places).argsort()
     chosen, rejected = (
-        torch.cat([x.chunk(2)[side] for x in sums]).requires_grad_() for side in (0, 1)
+        torch.cat([x.chunk(2)[side] for x in sums])[back].requires_grad_() for side in (0, 1)
     )
-    pairs = [data.pairs[i] for i in order]
-    reference = loss.reference(data, order)
+    pairs = [data.pairs[i] for i in indices]
+    reference = loss.reference(data, indices)
     against = (None, None) if reference is None else reference.chunk(2)
     options: dict[str, Any] = {
         f"{name}_lengths": to_device(
@@ -50,12 +53,10 @@ def coupled_gradients(
     options |= dict.fromkeys(dk.losses.fresh_state(function.options["loss_type"]), function.state)
     out = dk.preference_loss(chosen, rejected, *against, **options)
     slopes = torch.autograd.grad(out.loss, (chosen, rejected))
-    tokens = at = 0
-    for part in batches:
+    tokens = 0
+    for part, at in zip(batches, places, strict=True):
         batch = policy.batch([data.pairs[i] for i in part])
-        slope = torch.cat([x[at : at + len(part)] for x in slopes])
-        (policy.logps(batch) * slope).sum().backward()
-        at += len(part)
+        (policy.logps(batch) * torch.cat([x[at] for x in slopes])).sum().backward()
         tokens += batch.num_tokens
     shown = HeadOutput(
         loss=out.loss.detach(),
