@@ -29,7 +29,7 @@ def coupled_gradients(
 
     A scoring pass without gradient gives every log-prob of the step, the loss of all of them gives
     the slope of each, and a second pass carries the slopes back. The loss has the pairs in the
-    order of `indices`, whatever the batches (beta-DPO draws from them). (loss and log-probs, tokens)
+    order of `indices`, whatever the batches: beta-DPO draws from them. (loss and log-probs, tokens)
     """
     policy, step = loss.policy, {i: at for at, i in enumerate(indices)}
     places = [torch.tensor([step[i] for i in part], device=policy.device) for part in batches]
