@@ -10,6 +10,7 @@ import torch
 from transformers.utils import logging as of_transformers
 
 from .. import backends
+from ..models.layouts import layout_report
 from ..version import __version__
 
 logger = logging.getLogger("dpo_kernels.trl")
@@ -37,6 +38,8 @@ def announce(trainer: Any, dtype: torch.dtype, strategy: str | None) -> None:
         f"(transformers {_version('transformers')}) runs the fused head: strategy "
         f"{strategy or 'log-probs alone (the loss is TRL 0.x)'}, backend {backend}"
     )
+    if report := layout_report(trainer.model):
+        text += f"; {report}"
     record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, text, (), None)
     if logger.hasHandlers():
         logger.handle(record)

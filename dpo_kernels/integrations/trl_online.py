@@ -7,7 +7,6 @@ import importlib
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,13 +60,12 @@ def _forward(original: Callable) -> Callable:
         labels = torch.cat([torch.full_like(prompt_ids, -100), completion_ids], 1)
         images = {k: vision_inputs[k] for k in _VISION if vision_inputs and k in vision_inputs}
         fused = getattr(type(self), "fused_default", FusedOptions())
-        plain = replace(fused, share_prefix=False)  # rows of one completion each
         attach_head(self.accelerator.unwrap_model(model))
         # Without gradient it is the reference's turn.
         mode = nullcontext() if torch.is_grad_enabled() else deterministic(model)
         with self.accelerator.autocast(), mode:
             inputs = {"input_ids": ids, "attention_mask": mask, **images}
-            logps = scored_tokens(model, inputs, labels, plain).logps
+            logps = scored_tokens(model, inputs, labels, fused).logps
         assert logps is not None
         return logps[:, -completion_ids.shape[1] :]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 import dpo_kernels as dk
 
 from ..data import ScoredBatch
-from ..models.shared_prompt import trunk_states
+from ..models.layouts import trunk_states
 from ..models.structure import base_model_of, text_config, trunk_of
 from ..models.versions import dtype_option
 from .config import DPOTrainConfig, UserError
@@ -126,7 +126,6 @@ def _moved(batch: ScoredBatch, move: Callable[[Tensor], Tensor]) -> ScoredBatch:
             call,
             input_ids=move(call.input_ids),
             position_ids=None if call.position_ids is None else move(call.position_ids),
-            mask=None if call.mask is None else move(call.mask),
         )
         for call in batch.calls
     ]

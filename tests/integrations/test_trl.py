@@ -24,6 +24,7 @@ from trl_runs import V1, VERSION, Run, assert_same, lora, make, run
 from dpo_kernels.integrations import announce, frameworks
 from dpo_kernels.integrations import trl as integration
 from dpo_kernels.integrations.trl import DPOTrainer, WrongReference, patch_trl, unpatch_trl
+from dpo_kernels.models.versions import transformers_before
 
 TRLS_OWN = trl.DPOTrainer
 INIT = TRLS_OWN.__init__
@@ -377,7 +378,11 @@ def test_a_reference_free_loss_is_not_checked():
     run(DPOTrainer, loss_type="simpo", ref_model=tiny.model(seed=1), max_steps=1)
 
 
-# --- prefix sharing, memory and statistics ---
+# --- layouts, memory and statistics ---
+
+SEGMENTS = pytest.mark.skipif(
+    transformers_before(4, 55), reason="transformers before 4.55 takes padded rows"
+)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -423,18 +428,57 @@ def test_prefix_sharing_runs_fewer_tokens():
     assert tokens[1] < 0.8 * tokens[0]
 
 
+@SEGMENTS
 @pytest.mark.parametrize(
-    ("kind", "options", "message"),
+    ("kind", "options"),
     [
-        ("Mistral", {"sliding_window": 4}, "sliding window"),
-        ("Gemma2", {"head_dim": 8, "sliding_window": 4}, "sliding_attention"),
+        ("Mistral", {"sliding_window": 4}),
+        ("Gemma2", {"head_dim": 8, "sliding_window": 4}),
     ],
 )
-def test_prefix_sharing_refuses_what_one_mask_cannot_say(kind, options, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_windows_are_laid_out_too(kind, options, layout):
+    plain, laid = (
         run(
-            DPOTrainer, model=tiny.model(kind, **options), max_steps=1, fused={"share_prefix": True}
+            DPOTrainer,
+            model=tiny.model(kind, **options),
+            data=long_prompts(),
+            max_steps=5,
+            fused={"layout": name},
         )
+        for name in ("padded", layout)
+    )
+    assert_same(plain, laid, 1e-4, 1e-4)
+
+
+@SEGMENTS
+def test_the_patch_packs_and_shares_by_default(capfd):
+    """The line of the first step says what it saves; layout="padded" opts out."""
+    lines = []
+    for options in ({}, {"layout": "padded"}):
+        with patch_trl(**options):
+            run(TRLS_OWN, data=long_prompts(), max_steps=1)
+        lines.append(capfd.readouterr().err)
+    assert "layout shared" in lines[0] and "x fewer expected" in lines[0]
+    assert "layout" not in lines[1]
+
+
+@SEGMENTS
+@pytest.mark.skipif(not V1, reason="TRL 1.x")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_precomputed_references_evaluation_and_checkpointing(checkpointing):
+    plain, laid = (
+        run(
+            DPOTrainer,
+            data=long_prompts(),
+            max_steps=4,
+            precompute_ref_log_probs=True,
+            gradient_checkpointing=checkpointing,
+            fused={"layout": name},
+        )
+        for name in ("padded", "auto")
+    )
+    assert_same(plain, laid, 1e-4, 1e-4)
 
 
 def test_without_head_stats_the_loss_streams():
