@@ -168,7 +168,9 @@ def check_step0(
     """
     loss = PairLoss(policy, config)
     loss.function.eval()
-    with deterministic(policy.model), policy.autocast():
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    # Of the random numbers that the steps draw (beta-DPO's) it takes none.
+    with torch.random.fork_rng(devices), deterministic(policy.model), policy.autocast():
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
     assert out.rewards is not None and out.pair_logps is not None
