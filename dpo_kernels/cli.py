@@ -1,4 +1,4 @@
-"""The command line: `dpo-kernels train | data check | bench | report | doctor`.
+"""The command line: `dpo-kernels train | run | data check | bench | report | doctor`.
 
 Options carry TRL's names and may be written with underscores or dashes. A mistake of the user's
 ends with one line and exit code 2; training that breaks off (a loss that is not finite) with 1;
@@ -49,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     parser = _parser()
+    argv, behind = _split(argv)
     args, rest = parser.parse_known_args(_underscored(argv))
+    if hasattr(args, "behind"):
+        args.behind = behind
+    elif behind:
+        raise UserError(f"unrecognized arguments: -- {' '.join(behind)}")
     if not hasattr(args, "run"):
         if rest:
             raise UserError(f"unrecognized arguments: {' '.join(rest)}")
@@ -115,6 +120,12 @@ def _literal(texts: list[str]) -> Any:
         except ValueError:
             values.append(None if text in ("None", "none", "null") else text)
     return True if not values else values[0] if len(values) == 1 else values
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and another program's, which stand behind a bare `--`."""
+    at = list(argv).index("--") if "--" in argv else len(argv)
+    return list(argv[:at]), list(argv[at + 1 :])
 
 
 def _underscored(argv: Sequence[str]) -> list[str]:

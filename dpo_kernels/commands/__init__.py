@@ -3,6 +3,20 @@
 Importing one is light: what it works with is imported when it runs.
 """
 
-from . import bench_command, data_command, doctor_command, report_command, train_command
+from . import (
+    bench_command,
+    data_command,
+    doctor_command,
+    report_command,
+    run_command,
+    train_command,
+)
 
-COMMANDS = (train_command, data_command, bench_command, report_command, doctor_command)
+COMMANDS = (
+    train_command,
+    run_command,
+    data_command,
+    bench_command,
+    report_command,
+    doctor_command,
+)

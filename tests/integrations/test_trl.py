@@ -450,16 +450,16 @@ def test_without_head_stats_the_loss_streams():
 @pytest.mark.skipif(not V1, reason="TRL 0.x makes its loss from log-probs")
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", ["sigmoid", "sft"]])
 def test_patched_with_its_defaults_it_streams(loss, monkeypatch):
-    from dpo_kernels.integrations import trl_v1
+    from dpo_kernels.integrations.trl import collated
 
-    steps, strategies = trl_v1.pair_step, []
+    steps, strategies = collated.pair_step, []
 
     def seen(*args):
         out = steps(*args)
         strategies.append(out.strategy)
         return out
 
-    monkeypatch.setattr(trl_v1, "pair_step", seen)
+    monkeypatch.setattr(collated, "pair_step", seen)
     with patch_trl():
         made = run(TRLS_OWN, loss_type=loss, max_steps=2)
     assert strategies == ["streaming"] * 2

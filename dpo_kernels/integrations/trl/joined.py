@@ -1,4 +1,4 @@
-"""Overrides of TRL 0.18 to 0.24's DPOTrainer: log-probs without logits, and losses it lacks.
+"""Overrides of TRL 0.18 to 0.28's DPOTrainer: log-probs without logits, and losses it lacks.
 
 These versions keep prompt and completion apart and join them in `concatenated_forward`; their
 `dpo_loss` takes sequence log-probs. A loss that TRL has stays TRL's own (its running mean of
@@ -21,18 +21,20 @@ from torch import Tensor
 
 import dpo_kernels as dk
 
-from ..models.attached import HeadOutput, attach_head
-from ..models.forward import scored_tokens
-from ..models.options import FusedOptions
-from ..models.step0 import check_step0
-from ..models.structure import deterministic
-from . import hf_trainer
-from .announce import announce
-from .rows import WithRowColumns, check_row_columns, take_row_options
-from .trl_v1 import OPT_OUT, model_dtype
+from ...models.attached import HeadOutput, attach_head
+from ...models.forward import scored_tokens
+from ...models.options import FusedOptions
+from ...models.step0 import check_step0
+from ...models.structure import deterministic
+from .. import hf_trainer
+from ..announce import announce
+from ..rows import WithRowColumns, check_row_columns, take_row_options
+from .collated import OPT_OUT
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes")
-# The losses that all these versions have (`sft` came with the later ones).
+# TRL's names: the losses that all these versions have; those that came with `dpo_loss`'s argument
+# `loss_type`; those for which TRL divides by the lengths first, with our name of the loss of what
+# was divided; those for which it makes the NLL of the chosen.
 _OWN = {
     "sigmoid",
     "hinge",
@@ -48,6 +50,9 @@ _OWN = {
     "apo_down",
     "discopop",
 }
+_OWN_BY_ARGUMENT = {"sft"}
+_OF_MEANS = {"ipo": "ipo_sum"}
+_OF_NLL = {"sft"}
 
 
 def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:
@@ -154,7 +159,7 @@ def _summary(
     counts = scored.sum(1)
     B = len(labels) // 2
     sums = out.logps.sum(1)
-    if "ipo" in _names(trainer):
+    if not _OF_MEANS.keys().isdisjoint(_names(trainer)):
         sums = sums / counts
     result = {"chosen_logps": sums[:B], "rejected_logps": sums[B:]}
     if reference:
@@ -169,7 +174,7 @@ def _summary(
         with torch.no_grad():
             aligned = (out.logps - out.log_sum_sq_probs).sum(1) / counts
             result["policy_weights"] = (aligned[:B] + aligned[B:]).exp().clamp(max=1)
-    if trainer.args.rpo_alpha is not None or "sft" in _names(trainer):
+    if trainer.args.rpo_alpha is not None or not _OF_NLL.isdisjoint(_names(trainer)):
         # TRL marks what is not scored with token 0, which so is never counted.
         counted = scored[:B] & (targets[:B] != 0)
         result["nll_loss"] = -(out.logps[:B] * counted).sum() / counted.sum()
@@ -184,7 +189,7 @@ def _get_batch_loss_metrics(original: Callable) -> Callable:
     def get_batch_loss_metrics(
         self: Any, model: Any, batch: dict[str, Any], train_eval: str = "train"
     ) -> Any:
-        first = train_eval == "train" and not getattr(self, "_reference_seen", True)
+        first = train_eval == "train" and not self._reference_seen
         if first and not self.is_vision_model:
             hf_trainer.check_head_of(self)
         if first and self.fused.check_reference and not self.state.global_step:
@@ -197,9 +202,8 @@ def _get_batch_loss_metrics(original: Callable) -> Callable:
         loss, metrics = original(self, model, batch, train_eval)
         self._noiseless = []
         if first and hasattr(self, "_lengths"):
-            announce(self, model_dtype(self), None)
-        if hasattr(self, "_reference_seen"):
-            self._reference_seen |= train_eval == "train"
+            announce(self, hf_trainer.model_dtype(self), None)
+        self._reference_seen |= train_eval == "train"
         if train_eval == "eval" and hasattr(self, "_lengths"):
             pairs = torch.ones(self._lengths.shape[1], device=self.accelerator.device)
             self._evaluated.append(float(self.accelerator.gather_for_metrics(pairs).sum()))
@@ -236,8 +240,7 @@ def _dpo_loss(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def dpo_loss(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if "fused" not in vars(self) or not hasattr(self, "_lengths"):
-            # A subclass that goes past this __init__ and forward (LLaMA-Factory's) has TRL's loss.
+        if not hasattr(self, "_lengths"):  # a subclass that goes past our forward has TRL's loss
             return original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
         logps = [given[k] for k in ("chosen_logps", "rejected_logps")]
@@ -245,7 +248,8 @@ def _dpo_loss(original: Callable) -> Callable:
         name = given.get("loss_type", _names(self)[0])
         _check_reference(self, logps, ref, name)
         ours = {**self.fused.loss_options, **self._row_options}
-        theirs = name in _OWN or (name == "sft" and "loss_type" in signature.parameters)
+        named = "loss_type" in signature.parameters
+        theirs = name in _OWN or (named and name in _OWN_BY_ARGUMENT)
         if theirs and not ours:
             return original(self, *args, **kwargs)
         return _our_loss(self, name, logps, ref, ours)
@@ -258,7 +262,7 @@ def _our_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [B] and rewards of a loss or an option that this TRL does not have."""
     options: dict[str, Any] = {
-        "loss_type": name,
+        "loss_type": _OF_MEANS.get(name, name),
         "beta": trainer.beta,
         "label_smoothing": trainer.label_smoothing,
         "reference_free": bool(trainer.reference_free),
@@ -271,9 +275,6 @@ def _our_loss(
             f"f_divergence_type={f_divergence!r} of this version of TRL is another function; "
             f"{name!r} with {', '.join(ours) or 'it'} takes reverse_kl alone"
         )
-    if name == "ipo":
-        # TRL has divided by the lengths already: its own loss is the one of sums.
-        options["loss_type"] = "ipo_sum"
     options = hf_trainer.loss_state(trainer, options)
     lengths = trainer._lengths
     reference = (None, None) if options["reference_free"] else ref
@@ -292,6 +293,6 @@ def _check_reference(trainer: Any, logps: list[Tensor], ref: list[Tensor], name:
     if not trainer.model.training:
         return
     policy = torch.stack([x.detach() for x in trainer._noiseless or logps])
-    dtype = policy.dtype if policy.dtype == torch.float64 else model_dtype(trainer)
+    dtype = policy.dtype if policy.dtype == torch.float64 else hf_trainer.model_dtype(trainer)
     rewards = policy - torch.stack(ref)
     check_step0(rewards, policy, {"beta": 1.0}, dtype, OPT_OUT)
