@@ -26,8 +26,8 @@ def add(commands: Any) -> None:
         help="another program's DPO training with the fused head, its files as they are",
         usage="%(prog)s [options] -- COMMAND [ARGUMENT ...]",
         description="Run a training command (llamafactory-cli, swift, axolotl, trl, accelerate, "
-        "torchrun, python ...) whose DPO trainer is patched when it is imported, in its process and "
-        "in those that it starts. At the end it is said if no training step was fused.",
+        "torchrun, python ...) whose DPO trainer is patched when it is imported, in its process "
+        "and in those that it starts. At the end it is said if no training step was fused.",
     )
     run_parser.add_argument(
         "--share_prefix",

@@ -195,15 +195,15 @@ def observe(trainer: Any) -> None:
             f"{_listed(overridden)}. They have to call what they override; the end of the first "
             "step shows whether the fused head ran",
         )
-    trainer.callback_handler.add_callback(_Watch(trainer, home, overridden))
+    trainer.callback_handler.add_callback(_callback()(trainer, home, overridden))
 
 
 def _listed(overridden: dict[str, str]) -> str:
     return ", ".join(f"{base}.{name}" for name, base in overridden.items())
 
 
-class _Watch(transformers.TrainerCallback):
-    """At the end of a trainer's first step: has the fused head run?"""
+class _Watch:
+    """A callback: at the end of a trainer's first step, has the fused head run?"""
 
     def __init__(self, trainer: Any, home: Patched, overridden: dict[str, str]) -> None:
         self._trainer = weakref.ref(trainer)  # the trainer has its callbacks: no circle
@@ -235,6 +235,12 @@ class _Watch(transformers.TrainerCallback):
         say(trainer, logging.WARNING, text)
 
     on_substep_end = on_step_end
+
+
+@functools.cache
+def _callback() -> type:
+    """Made when it is needed: importing transformers' callbacks imports PEFT."""
+    return type("DPOKernelsWatch", (_Watch, transformers.TrainerCallback), {})
 
 
 def options_of(

@@ -32,11 +32,12 @@ def test_numbers_of_a_version(text, wanted):
         ("0.17.0", False),
         ("0.18.0", True),
         ("0.24.0", True),
-        ("0.25.0", False),
-        ("0.29.1", False),
+        ("0.25.0", True),
+        ("0.29.1", True),
+        ("0.30.0", False),
         ("1.0.0", True),
         ("1.16.4", True),
-        ("1.17.0", False),
+        ("1.99.0", True),
         ("2.0.0", False),
     ],
 )
@@ -45,7 +46,7 @@ def test_the_range_of_trl(found, known, monkeypatch):
     if known:
         assert frameworks.check_version("trl") == frameworks.number(found)
         return
-    with pytest.raises(frameworks.UnsupportedVersion, match=f"trl {found} .*<0.25 or >=1.0,<1.17"):
+    with pytest.raises(frameworks.UnsupportedVersion, match=f"trl {found} .*<0.30 or >=1.0,<2"):
         frameworks.check_version("trl")
     assert frameworks.check_version("trl", allow_untested=True) == frameworks.number(found)
 

@@ -12,11 +12,6 @@ from dpo_kernels import losses
 ROOT = Path(dk.__file__).parent
 NAMES = set(losses.available())
 HOME = "losses.py"
-# TRL's own arguments, translated by the names that TRL gives its losses.
-REMAINS = {
-    "integrations/trl_v0.py": {"sft", "ipo"},
-    "integrations/trl_v1.py": {"discopop"},
-}
 # Names that are no losses there: a recipe's parts, a command.
 OTHERS = {"cli.py", "data/embedded.py"}
 
@@ -46,9 +41,7 @@ def test_no_loss_is_known_by_its_name_elsewhere():
         name = str(path.relative_to(ROOT))
         if name != HOME and name not in OTHERS and (names := decided_by_name(path)):
             found[name] = names
-    assert {name: found[name] - REMAINS.get(name, set()) for name in found} == {
-        name: set() for name in found
-    }
+    assert found == {}
 
 
 @pytest.mark.parametrize(
