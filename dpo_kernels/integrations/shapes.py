@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .frameworks import UnsupportedShape
+from .frameworks import UnsupportedShape, version_of
 
 # name of a method -> names of its arguments, or None where it takes any
 Methods = Mapping[str, tuple[str, ...] | None]
@@ -178,3 +178,22 @@ def methods_in(file: Path, kind: str) -> Methods | None:
                 if isinstance(f, ast.FunctionDef)
             }
     return None
+
+
+def what_a_patch_does(trainer: Trainer) -> str:
+    """In words, from the installed source; nothing is imported."""
+    version, file = version_of(trainer.package), source_of(trainer.module)
+    if version is None:
+        return "absent"
+    found = None if file is None else methods_in(file, trainer.kind)
+    if found is None:
+        return f"{version}: not known here: no {trainer.module}.{trainer.kind}"
+    if not trainer.shapes:
+        own = [n for n in {**JOINED.methods, **COLLATED.methods} if n in found and n != "__init__"]
+        over = f"; it overrides {', '.join(own)}" if own else ""
+        return f"{version}: {trainer.patch} reaches its {trainer.kind}{over}"
+    try:
+        shape = shape_of(trainer, found, version)
+    except UnsupportedShape as error:
+        return str(error)
+    return f"{version}: {trainer.patch} exchanges its {trainer.kind} (shape of {shape.releases})"
