@@ -33,6 +33,7 @@ from dpo_kernels.backends.triton import launch as launches
 from dpo_kernels.inputs.transform import LogitTransform
 
 RECORDED = Path(__file__).with_name("launches.json")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # cuda_on_host, where this is a program
 SHARED = "triton shared memory, sm_90"
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 PLAIN, CAPPED = LogitTransform(), LogitTransform(softcap=30.0)
