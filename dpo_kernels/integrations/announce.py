@@ -45,7 +45,7 @@ def say(trainer: Any, level: int, text: str) -> None:
 
     INFO is not shown by default, neither by Python's logging nor by transformers', and a patch
     that does nothing looks like one that works; so the line goes out where transformers shows its
-    warnings: to the handlers there are, or stderr where there is none. A level above it on
+    warnings: to the handlers there are, or stderr where none takes it. A level above it on
     "dpo_kernels" or "dpo_kernels.trl", or transformers' verbosity above WARNING, silences it.
     """
     levels = (logging.getLogger(name).level for name in ("dpo_kernels.trl", "dpo_kernels"))
@@ -55,10 +55,20 @@ def say(trainer: Any, level: int, text: str) -> None:
     if not trainer.is_world_process_zero():
         return
     record = logger.makeRecord(logger.name, level, __file__, 0, text, (), None)
-    if logger.hasHandlers():
+    if _is_shown(record):
         logger.handle(record)
     else:
         logging.StreamHandler().handle(record)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Whether a handler takes it; axolotl's takes no INFO but its own."""
+    above: logging.Logger | None = logger
+    while above is not None and logger.hasHandlers():
+        if any(h.level <= record.levelno and h.filter(record) for h in above.handlers):
+            return True
+        above = above.parent if above.propagate else None
+    return False
 
 
 def report(line: str) -> None:

@@ -83,9 +83,9 @@ def run(command: list[str], folder: Path, fused: bool, *options: str, ok: bool =
 
 
 def worst(a: list[float], b: list[float]) -> float:
-    """The largest difference of two runs' losses."""
+    """The largest difference of two runs' losses, relative where a loss is above 1."""
     assert len(a) == len(b) > 0
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+    return max(abs(x - y) / max(1.0, abs(x)) for x, y in zip(a, b, strict=True))
 
 
 def record(case: str, plain: dict, fused: dict) -> None:

@@ -20,7 +20,6 @@ from ...losses import rows_of
 from ...models.attached import attach_head
 from ...models.forward import (
     Reference,
-    labels_of,
     pair_logps,
     pair_step,
     reference_states,
@@ -32,7 +31,14 @@ from ...models.step0 import check_first_step
 from ...models.structure import deterministic
 from .. import hf_trainer
 from ..announce import announce
-from ..rows import WithRowColumns, check_row_columns, take_row_options
+from ..rows import (
+    LABELS,
+    WithRowColumns,
+    check_row_columns,
+    labels_in,
+    map_style,
+    take_row_options,
+)
 from ..trainer_metrics import (
     ONE_BY_ONE,
     PackedMetrics,
@@ -42,7 +48,7 @@ from ..trainer_metrics import (
     real_pairs,
 )
 
-_NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+_NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", LABELS}
 OPT_OUT = "DPOTrainer(..., fused={'check_reference': False}) or patch_trl(check_reference=False)"
 
 
@@ -100,7 +106,10 @@ def _init(original: Callable, module: Any) -> Callable:
         with _adapter_on_head(module), _no_reference(module, named) if free else nullcontext():
             original(self, *args, **kwargs)
         attach_head(self.model)  # now: below what accelerate will wrap it in
-        self.data_collator = WithRowColumns(self.data_collator)
+        # TRL 0.29 cuts a batch after it was collated, and a vision collator's ids are the model's.
+        plain = not getattr(self, "_is_vlm", False) and not hasattr(self, "_truncate_inputs")
+        labels = plain and map_style(self.train_dataset, self.eval_dataset)
+        self.data_collator = WithRowColumns(self.data_collator, labels)
 
     return __init__
 
@@ -192,7 +201,7 @@ def _compute_ref_log_probs(original: Callable) -> Callable:
     def compute_ref_log_probs(self: Any, *args: Any) -> tuple[Tensor, Tensor]:
         model = args[0] if len(args) == 2 else None  # since TRL 1.10
         inputs, _ = take_row_options(_rows(self, args[-1]))
-        labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
+        labels = labels_in(inputs)
         with _reference(self, model) as reference:
             logps = pair_logps(
                 reference,
@@ -211,7 +220,7 @@ def _compute_loss(original: Callable) -> Callable:
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         training = self.model.training
         inputs, row_options = take_row_options(_rows(self, inputs))
-        labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
+        labels = labels_in(inputs)
         options = {**loss_options(self), **row_options}
         if not training:
             options |= ONE_BY_ONE
