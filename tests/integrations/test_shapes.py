@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from dpo_kernels import doctor
 from dpo_kernels.integrations import shapes
 from dpo_kernels.integrations.frameworks import UnsupportedShape, UnsupportedVersion
 
@@ -62,3 +65,30 @@ def test_a_class_and_its_source_have_one_shape(tmp_path):
     assert found.items() <= of_class.items()
     assert shapes.shape_of(shapes.TRL, of_class, None) is shapes.COLLATED
     assert "__init__" not in shapes.methods_of(type("Empty", (), {}))
+
+
+@pytest.mark.parametrize(
+    ("forward", "version", "told"),
+    [
+        (
+            FORWARD,
+            "1.99.0",
+            r"1\.99\.0: patch_trl\(\) exchanges its DPOTrainer \(shape of trl 0\.29",
+        ),
+        ("compute(self)", "1.99.0", "no shape that is known here .* Nothing was patched"),
+        (FORWARD, None, "absent"),
+    ],
+)
+def test_what_the_doctor_says_of_a_trainer(forward, version, told, tmp_path, monkeypatch):
+    methods(tmp_path, forward)
+    monkeypatch.setattr(shapes, "version_of", lambda package: version)
+    monkeypatch.setattr(shapes, "source_of", lambda module: tmp_path / "dpo_trainer.py")
+    assert re.search(told, shapes.what_a_patch_does(shapes.TRL))
+
+
+def test_the_doctor_knows_the_trainers_and_what_is_below_them():
+    found = doctor._trainers()
+    assert {"trl", "llamafactory", "ms-swift", "axolotl"} == set(found["trainers"])
+    assert {"peft", "accelerate"} <= set(found["packages"])
+    lines = doctor._trainer_lines(found)
+    assert len(lines) == 1 + len(found["trainers"]) and "peft" in lines[0]
