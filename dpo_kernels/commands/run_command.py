@@ -94,16 +94,25 @@ def run(args: argparse.Namespace) -> int:
             subprocess.Popen([program, *command[1:]], env=environment(options(args), str(report)))
         )
         lines = report.read_text().splitlines() if report.exists() else []
-    if not any(line.startswith("fused ") for line in lines):
-        patched = sorted({line.split(" ", 1)[1] for line in lines})
-        what = (
-            f"{', '.join(patched)} was patched, but made no fused step"
-            if patched
-            else "the command imported no DPO trainer that is known here (trl, llamafactory, "
-            "ms-swift)"
-        )
-        print(f"dpo-kernels run: nothing was fused: {what}", file=sys.stderr)
+    _tell(lines)
     return code
+
+
+def _tell(lines: list[str]) -> None:
+    """What was fused, which the command's own logging may have swallowed, or that nothing was."""
+    fused = dict.fromkeys(x.removeprefix("fused ") for x in lines if x.startswith("fused "))
+    patched = dict.fromkeys(x.removeprefix("patched ") for x in lines if x.startswith("patched "))
+    if fused:
+        told = list(fused)
+    elif patched:
+        told = [f"nothing was fused: {', '.join(patched)} was patched, but made no fused step"]
+    else:
+        told = [
+            "nothing was fused: the command imported no DPO trainer that is known here (trl, "
+            "llamafactory, ms-swift)"
+        ]
+    for line in told:
+        print(f"dpo-kernels run: {line}", file=sys.stderr)
 
 
 def _wait(child: subprocess.Popen) -> int:

@@ -77,3 +77,14 @@ def test_options_are_checked_when_they_are_given():
         FusedOptions(loss_options={"dpop_lamda": 2.0})
     with pytest.raises(TypeError, match="fused must be a FusedOptions or a dict"):
         FusedOptions.of(3, FusedOptions())
+
+
+def test_the_patches_have_one_address():
+    """Without any of the frameworks; what is absent is said when a patch is called."""
+    import dpo_kernels.integrations as integrations
+
+    for name in ("patch_trl", "patch_llamafactory", "patch_swift", "unpatch_swift"):
+        assert callable(getattr(integrations, name))
+    assert issubclass(integrations.BypassedError, RuntimeError)
+    with pytest.raises(AttributeError, match="no attribute 'patch_nothing'"):
+        integrations.patch_nothing  # noqa: B018
