@@ -219,6 +219,7 @@ def _compute_loss(original: Callable) -> Callable:
     @functools.wraps(original)
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         training = self.model.training
+        tokens = inputs["attention_mask"].sum()  # TRL 0.29 counts those that it cuts off too
         inputs, row_options = take_row_options(_rows(self, inputs))
         labels = labels_in(inputs)
         options = {**loss_options(self), **row_options}
@@ -243,7 +244,6 @@ def _compute_loss(original: Callable) -> Callable:
         if first:
             announce(self, hf_trainer.model_dtype(self), out.strategy)
         self._reference_seen |= training
-        tokens = inputs["attention_mask"].sum()
         beta = None if reference is None else options["beta"]
         loss = out.loss
         assert loss is not None
