@@ -6,6 +6,7 @@ function says so, or gives no rows. Times are milliseconds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -300,3 +301,72 @@ def _sentence(run: Run) -> str:
             f"{plain['peak MiB']:.0f}."
         )
     return " ".join(said)
+
+
+# ---- predicted and measured ---------------------------------------------------------------------
+
+# kernel of tests/proof/sass.json -> the figure of a run on Llama-3's vocabulary
+MEASURED = {
+    "forward bf16": "forward",
+    "forward stats bf16": "statistics",
+    "forward softcap bf16": "softcap",
+    "forward fp32": "forward, fp32",
+    "backward bf16": "backward in place",
+    "backward softcap bf16": "backward in place, softcap",
+    "backward fp32": "backward in place, fp32",
+    "backward fp32 to bf16": "backward, fp32 to bf16",
+    "kl forward bf16": "KL",
+    "kl backward bf16": "KL backward",
+}
+
+
+def speed(folder: Path, root: Path) -> str:
+    """What the model of the machine code predicts, beside what a run of these sources measured."""
+    predicted = json.loads((root / "tests/proof/sass.json").read_text())["kernels"]
+    runs = complete_runs(folder)
+    devices = {
+        name: next((run for run in runs if name in run["device"]), None)
+        for name in ("H100", "H200")
+    }
+    lines = [
+        "| kernel | instructions | H100 predicted | measured | H200 predicted | measured |",
+        "|---|---|---|---|---|---|",
+    ]
+    errors: dict[str, list[float]] = {name: [] for name in devices}
+    for name, row in predicted.items():
+        backend, _, kernel = name.partition(" ")
+        if kernel not in MEASURED:
+            continue
+        cells = [name, str(row["instructions"])]
+        for device, run in devices.items():
+            guess = row[f"percent {device}"]
+            found = measured(run, backend, kernel, root)
+            cells += [f"{guess} %", "-" if found is None else f"{found:.0f} %"]
+            if found is not None:
+                errors[device].append(guess - found)
+        lines.append(f"| {' | '.join(cells)} |")
+    told = [
+        f"{name} {sum(map(abs, e)) / len(e):.0f} points in the mean, {max(map(abs, e)):.0f} at most"
+        for name, e in errors.items()
+        if e
+    ]
+    said = "; ".join(told) if told else "no complete run of these sources"
+    return "\n".join([*lines, "", f"The model's error: {said}."])
+
+
+def measured(run: Run | None, backend: str, kernel: str, root: Path) -> float | None:
+    """Percent of the copy bandwidth in a run, if its kernel's sources are those of this tree."""
+    if run is None:
+        return None
+    family = "token_kl" if "kl" in kernel else "token_logps"
+    if backend == "cuda" and "backward" in kernel:
+        family += "_backward"
+    sources = run["kernels"].get(f"{backend}/{family}", {}).get("sources", {})
+    for name, digest in sources.items():
+        places = (root / "csrc" / name, root / "dpo_kernels/backends" / name)
+        now = next((p for p in places if p.is_file()), None)
+        if now is None or hashlib.sha256(now.read_bytes()).hexdigest() != digest:
+            return None
+    figures = run["figures"].get("kernels", {})
+    row = figures.get(f"Llama-3 4096 x 128256 {backend} {MEASURED[kernel]}")
+    return None if row is None or not sources else row["percent of copy"]

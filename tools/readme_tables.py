@@ -29,6 +29,7 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/benchmarks.md", "gpu"): lambda: gpu_tables.page(RESULTS),
     ("docs/benchmarks.md", "cpu"): lambda: readme_tables(RESULTS),
     ("docs/kernels.md", "budgets"): lambda: budgets(),
+    ("docs/kernels.md", "speed"): lambda: gpu_tables.speed(RESULTS, ROOT),
     ("docs/clusters.md", "compatibility"): compat.table,
     ("benchmarks/README.md", "bf16"): lambda: bf16_head(RESULTS),
 }

@@ -85,17 +85,79 @@ inline uint16_t float_to_bf16(float x) {  // to nearest even
 }
 #endif
 
-// How a dtype lies in a 16-byte vector.
+#ifndef __CUDACC__
+inline float bf16_to_float(uint16_t h) { return as_float((uint32_t)h << 16); }
+#endif
+
+// The larger, or the smaller, of each half of two words; of a NaN and a number the number.
+DPO_DEVICE uint32_t bf16_max(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint32_t r;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+#else
+  const float low = std::fmax(bf16_to_float((uint16_t)a), bf16_to_float((uint16_t)b));
+  const float high = std::fmax(bf16_to_float((uint16_t)(a >> 16)), bf16_to_float((uint16_t)(b >> 16)));
+  return float_to_bf16(low) | (uint32_t)float_to_bf16(high) << 16;
+#endif
+}
+
+DPO_DEVICE uint32_t bf16_min(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint32_t r;
+  asm("min.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+#else
+  const float low = std::fmin(bf16_to_float((uint16_t)a), bf16_to_float((uint16_t)b));
+  const float high = std::fmin(bf16_to_float((uint16_t)(a >> 16)), bf16_to_float((uint16_t)(b >> 16)));
+  return float_to_bf16(low) | (uint32_t)float_to_bf16(high) << 16;
+#endif
+}
+
+DPO_DEVICE uint32_t f16_max(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint32_t r;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+#else
+  const float low = std::fmax(half_to_float((uint16_t)a), half_to_float((uint16_t)b));
+  const float high = std::fmax(half_to_float((uint16_t)(a >> 16)), half_to_float((uint16_t)(b >> 16)));
+  return float_to_half(low) | (uint32_t)float_to_half(high) << 16;
+#endif
+}
+
+DPO_DEVICE uint32_t f16_min(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint32_t r;
+  asm("min.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+#else
+  const float low = std::fmin(half_to_float((uint16_t)a), half_to_float((uint16_t)b));
+  const float high = std::fmin(half_to_float((uint16_t)(a >> 16)), half_to_float((uint16_t)(b >> 16)));
+  return float_to_half(low) | (uint32_t)float_to_half(high) << 16;
+#endif
+}
+
+// How a dtype lies in a 16-byte vector. `unpack` flips signs where `sign` is the sign bit, not 0;
+// `larger` and `smaller` work on a word of a vector, `fold_max` and `fold_min` are of its elements.
 template <class T>
 struct Elements;
 
 template <>
 struct Elements<float> {
   static constexpr int N = 4;
-  static DPO_DEVICE void unpack(const Vec& v, float* x) {
+  static DPO_DEVICE void unpack(const Vec& v, float* x, uint32_t sign) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = as_float(v.w[i]);
+    for (int i = 0; i < 4; ++i) x[i] = as_float(v.w[i] ^ sign);
   }
+  static DPO_DEVICE uint32_t larger(uint32_t a, uint32_t b) {
+    return as_bits(fmaxf(as_float(a), as_float(b)));
+  }
+  static DPO_DEVICE uint32_t smaller(uint32_t a, uint32_t b) {
+    return as_bits(fminf(as_float(a), as_float(b)));
+  }
+  static DPO_DEVICE float fold_max(uint32_t a) { return as_float(a); }
+  static DPO_DEVICE float fold_min(uint32_t a) { return as_float(a); }
   static DPO_DEVICE Vec pack(const float* x) {
     Vec v;
 #pragma unroll
@@ -109,12 +171,20 @@ struct Elements<float> {
 template <>
 struct Elements<bf16> {
   static constexpr int N = 8;
-  static DPO_DEVICE void unpack(const Vec& v, float* x) {
+  static DPO_DEVICE void unpack(const Vec& v, float* x, uint32_t sign) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      x[2 * i] = as_float(v.w[i] << 16);
-      x[2 * i + 1] = as_float(v.w[i] & 0xffff0000u);
+      x[2 * i] = as_float(v.w[i] * 65536u + sign);  // an instruction; the sum flips the highest bit
+      x[2 * i + 1] = as_float((v.w[i] & 0xffff0000u) ^ sign);
     }
+  }
+  static DPO_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return bf16_max(a, b); }
+  static DPO_DEVICE uint32_t smaller(uint32_t a, uint32_t b) { return bf16_min(a, b); }
+  static DPO_DEVICE float fold_max(uint32_t a) {
+    return fmaxf(as_float(a << 16), as_float(a & 0xffff0000u));
+  }
+  static DPO_DEVICE float fold_min(uint32_t a) {
+    return fminf(as_float(a << 16), as_float(a & 0xffff0000u));
   }
   static DPO_DEVICE uint32_t pair(float lo, float hi) {
 #ifdef __CUDACC__
@@ -156,13 +226,19 @@ struct Elements<f16> {
     return float_to_half(lo) | ((uint32_t)float_to_half(hi) << 16);
 #endif
   }
-  static DPO_DEVICE void unpack(const Vec& v, float* x) {
+  static DPO_DEVICE void unpack(const Vec& v, float* x, uint32_t sign) {
+    const uint32_t signs = sign | sign >> 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      x[2 * i] = one(v.w[i] & 0xffffu);
-      x[2 * i + 1] = one(v.w[i] >> 16);
+      const uint32_t w = v.w[i] ^ signs;
+      x[2 * i] = one(w & 0xffffu);
+      x[2 * i + 1] = one(w >> 16);
     }
   }
+  static DPO_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return f16_max(a, b); }
+  static DPO_DEVICE uint32_t smaller(uint32_t a, uint32_t b) { return f16_min(a, b); }
+  static DPO_DEVICE float fold_max(uint32_t a) { return fmaxf(one(a & 0xffffu), one(a >> 16)); }
+  static DPO_DEVICE float fold_min(uint32_t a) { return fminf(one(a & 0xffffu), one(a >> 16)); }
   static DPO_DEVICE Vec pack(const float* x) {
     Vec v;
 #pragma unroll
@@ -172,6 +248,23 @@ struct Elements<f16> {
   static DPO_DEVICE float widen(f16 x) { return one(x.bits); }
   static DPO_DEVICE f16 narrow(float x) { return {(uint16_t)pair(x, 0.0f)}; }
 };
+
+// Two elements of 16 bits at a time. Of NaN and numbers the numbers': exp2 keeps the NaN.
+template <class T, int VECTORS>
+DPO_DEVICE float largest(const Vec (&v)[VECTORS]) {
+  uint32_t w = v[0].w[0];
+#pragma unroll
+  for (int i = 1; i < VECTORS * 4; ++i) w = Elements<T>::larger(w, v[i / 4].w[i % 4]);
+  return Elements<T>::fold_max(w);
+}
+
+template <class T, int VECTORS>
+DPO_DEVICE float smallest(const Vec (&v)[VECTORS]) {
+  uint32_t w = v[0].w[0];
+#pragma unroll
+  for (int i = 1; i < VECTORS * 4; ++i) w = Elements<T>::smaller(w, v[i / 4].w[i % 4]);
+  return Elements<T>::fold_min(w);
+}
 
 // A row of V elements that may start anywhere: `head` elements up to the first 16-byte boundary,
 // `vectors` whole vectors, and the rest.
@@ -215,17 +308,6 @@ DPO_DEVICE Vec load_once(const Vec* p) {
   return v;
 #else
   return *p;
-#endif
-}
-
-// Written once and not read here again.
-DPO_DEVICE void store_streaming(Vec* p, const Vec& v) {
-#ifdef __CUDACC__
-  asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]),
-               "r"(v.w[2]), "r"(v.w[3])
-               : "memory");
-#else
-  *p = v;
 #endif
 }
 
@@ -330,39 +412,12 @@ DPO_DEVICE float reciprocal(float x) {  // 1 ulp; of inf: 0
 #endif
 }
 
-// tanh of each: a polynomial near 0 (no cancellation), 1 - 2 / (exp(2a) + 1) elsewhere. After
-// Cephes. Most groups lie near 0 (softcaps are wide): they pay for no special function.
-template <int N>
-DPO_DEVICE void tanh_exact(float (&a)[N]) {
-  float near[N];
-  bool wide = false;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float q = a[i] * a[i];
-    float p = -5.70498872745e-3f;
-    p = p * q + 2.06390887954e-2f;
-    p = p * q - 5.37397155531e-2f;
-    p = p * q + 1.33314422036e-1f;
-    p = p * q - 3.33332819422e-1f;
-    near[i] = a[i] + a[i] * q * p;
-    wide = wide || fabsf(a[i]) >= 0.625f;
-  }
-  if (wide) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float size = fabsf(a[i]);
-      const float far = 1.0f - 2.0f * reciprocal(exp2_fast(2.8853900817779268f * size) + 1.0f);
-      near[i] = size >= 0.625f ? copysignf(far, a[i]) : near[i];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) a[i] = near[i];
-}
-
-// zz, what is summed: softcap's output, or the logit with the sign of its factor, so that
-// z = zz * unit with unit >= 0.
+// zz, what is summed: the tanh of softcap, or the logit, with the sign of the factor put into x by
+// `Elements::unpack`, so that z = zz * unit with unit >= 0.
 struct Scaling {
-  float inner, outer;  // zz = outer tanh(inner x), or outer x with outer = +-1
+  uint32_t sign;  // to flip x by
+  float inner;  // zz = tanh(inner x)
+  float limit;  // |x| from which tanh is no polynomial
   float k;  // powers of two per zz
   float chain;  // dz/dx apart from 1 - tanh^2
   double unit;
@@ -370,31 +425,50 @@ struct Scaling {
   static Scaling of(const Transform& t) {
     const double factor = t.scale * t.inv_temperature;
     Scaling s;
-    s.unit = t.softcap ? t.inv_temperature : std::fabs(factor);
-    s.inner = t.softcap ? (float)(t.scale / t.softcap) : 0.0f;
-    s.outer = t.softcap ? (float)t.softcap : factor < 0 ? -1.0f : 1.0f;
+    s.sign = (t.softcap ? t.scale : factor) < 0 ? 0x80000000u : 0;
+    s.inner = t.softcap ? (float)std::fabs(t.scale / t.softcap) : 0.0f;
+    s.limit = s.inner > 0 ? 1.0f / s.inner : INF;
+    s.unit = t.softcap ? t.softcap * t.inv_temperature : std::fabs(factor);
     s.k = (float)(s.unit * 1.4426950408889634);
     s.chain = (float)factor;
     return s;
   }
 };
 
-template <bool SOFTCAP, int N>
-DPO_DEVICE void scaled(const Scaling& s, const float (&x)[N], float (&zz)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) zz[i] = SOFTCAP ? s.inner * x[i] : s.outer * x[i];
-  if constexpr (SOFTCAP) {
-    tanh_exact(zz);
-#pragma unroll
-    for (int i = 0; i < N; ++i) zz[i] *= s.outer;
-  }
+// tanh(inner x) where |x| is below the limit: a polynomial of a^2 up to 1, within 2e-8. Constants
+// stand in the instructions: in registers they made them wait for each other.
+DPO_DEVICE float tanh_near(const Scaling& s, float x) {
+  const float a = s.inner * x, q = a * a;
+  float p = -4.206954938640047e-4f;
+  p = p * q + 2.510459325218389e-3f;
+  p = p * q - 8.218921897791421e-3f;
+  p = p * q + 2.166011537475899e-2f;
+  p = p * q - 5.393478885089249e-2f;
+  p = p * q + 1.333312852078639e-1f;
+  p = p * q - 3.333333125201679e-1f;
+  return a * (p * q + 1.0f);
+}
+
+// tanh(inner x) of any x; `slope`: 1 - tanh^2.
+DPO_DEVICE float tanh_any(const Scaling& s, float x, float& slope) {
+  const float near = tanh_near(s, x);
+  const float power = exp2_fast(2.8853900817779268f * s.inner * fabsf(x));
+  const float far = 1.0f - 2.0f * reciprocal(power + 1.0f);
+  const bool wide = fabsf(x) >= s.limit;
+  slope = wide ? (1.0f - far) * (1.0f + far) : 1.0f - near * near;
+  return wide ? copysignf(far, x) : near;
 }
 
 template <bool SOFTCAP>
 DPO_DEVICE float scaled(const Scaling& s, float x) {
-  float zz[1] = {x};
-  scaled<SOFTCAP>(s, zz, zz);
-  return zz[0];
+  float slope;
+  return SOFTCAP ? tanh_any(s, x, slope) : x;
+}
+
+// The logit with the sign of the factor.
+template <class T>
+DPO_DEVICE float turned(const Scaling& s, T x) {
+  return as_float(as_bits(Elements<T>::widen(x)) ^ s.sign);
 }
 
 // ---- reductions over a warp, in a fixed order ---------------------------------------------------

@@ -69,15 +69,10 @@ DPO_DEVICE void raise_max(Sums<STATS>& s, float top, float k) {
   s.m = top;
 }
 
-// Adds n logits; `column(i)` is that of the i-th.
-template <bool SOFTCAP, bool STATS, int N, class Column>
-DPO_DEVICE void add(Sums<STATS>& s, const float (&x)[N], const Scaling& c, float zy, int y,
-                    Column column) {
-  float z[N];
-  scaled<SOFTCAP>(c, x, z);
-  float top = z[0];
-#pragma unroll
-  for (int i = 1; i < N; ++i) top = fmaxf(top, z[i]);  // passes over NaN; exp2 below does not
+// Adds logits as scaled; `top` is the largest, `column(i)` that of the i-th.
+template <bool STATS, int N, class Column>
+DPO_DEVICE void add_scaled(Sums<STATS>& s, const float (&z)[N], float top, const Scaling& c,
+                           float zy, int y, Column column) {
   if (top > s.m) raise_max(s, top, c.k);
   if constexpr (STATS) {
     // A tie with the target matters only while nothing was larger, and then it is the group's
@@ -88,24 +83,71 @@ DPO_DEVICE void add(Sums<STATS>& s, const float (&x)[N], const Scaling& c, float
         if (z[i] == zy && column(i) < y) s.beaten = 1.0f;
     }
   }
-  float sum[2] = {0, 0};
+  constexpr int CHAINS = N < 4 ? N : 4;
+  float sum[CHAINS] = {};
   float weighted = 0, squares = 0, total = 0;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float d = z[i] - s.m, e = exp2_fast(d * c.k);
-    sum[i % 2] += e;
+    sum[i % CHAINS] += e;
     if constexpr (STATS) {
-      weighted += e * fmaxf(d, -1e30f);  // -inf times a weight of 0 would be NaN
+      weighted += e * d;
       squares += e * e;
       total += z[i];
     }
   }
-  s.l += (double)(sum[0] + sum[1]);
+#pragma unroll
+  for (int i = 1; i < CHAINS; ++i) sum[0] += sum[i];
+  s.l += (double)sum[0];
   if constexpr (STATS) {
+    if (weighted != weighted) {  // -inf times a weight of 0: looked for once a group
+      weighted = 0;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float d = z[i] - s.m;
+        weighted += exp2_fast(d * c.k) * fmaxf(d, -1e30f);
+      }
+    }
     s.weighted += weighted;
     s.squares += squares;
     s.total += total;
   }
+}
+
+// Adds the elements of vectors.
+template <class T, bool SOFTCAP, bool STATS, int VECTORS, class Column>
+DPO_DEVICE void add(Sums<STATS>& s, const Vec (&v)[VECTORS], const Scaling& c, float zy, int y,
+                    Column column) {
+  constexpr int N = Elements<T>::N;
+  float z[VECTORS * N];
+  float top;
+  if constexpr (SOFTCAP) {
+    const float high = largest<T>(v), low = smallest<T>(v);
+    top = c.sign ? -low : high;  // softcap keeps the order
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) Elements<T>::unpack(v[i], z + i * N, c.sign);
+    if (high >= c.limit || low <= -c.limit) {
+      top = scaled<true>(c, top);
+#pragma unroll
+      for (int i = 0; i < VECTORS * N; ++i) z[i] = scaled<true>(c, z[i]);
+    } else {
+      top = tanh_near(c, top);
+#pragma unroll
+      for (int i = 0; i < VECTORS * N; ++i) z[i] = tanh_near(c, z[i]);
+    }
+  } else {
+    top = c.sign ? -smallest<T>(v) : largest<T>(v);
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) Elements<T>::unpack(v[i], z + i * N, c.sign);
+  }
+  add_scaled(s, z, top, c, zy, y, column);
+}
+
+// Adds one.
+template <bool SOFTCAP, bool STATS>
+DPO_DEVICE void add_one(Sums<STATS>& s, float x, const Scaling& c, float zy, int y, int column) {
+  const float z[1] = {scaled<SOFTCAP>(c, x)};
+  add_scaled(s, z, z[0], c, zy, y, [column](int) { return column; });
 }
 
 // The sums of a warp's lanes, in every lane.

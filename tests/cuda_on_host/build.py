@@ -22,7 +22,11 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-CONFIG = ["-DDPO_FORWARD_CONFIG=64,2,3,2", "-DDPO_BACKWARD_CONFIG=64,2,2,4"]
+CONFIG = [
+    "-DDPO_FORWARD_CONFIG=64,2,3,2",
+    "-DDPO_FORWARD_RICH_CONFIG=64,2,2,2",
+    "-DDPO_BACKWARD_CONFIG=64,2,2,4",
+]
 SANITIZERS = {
     "": ["-O1"],
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

@@ -259,7 +259,8 @@ int main(int argc, char** argv) {
   std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 0);
   // V: one; less than a vector; odd; one stage and a bit; several stages, so that rows are split.
   const int64_t sizes[] = {1, 5, 61, 517, 1031, 4099};
-  const Transform transforms[] = {{1, 0, 1}, {1, 0, 1 / 0.7}, {-1.3, 0, 1}, {1, 20, 1 / 1.2}};
+  const Transform transforms[] = {{1, 0, 1},  {1, 0, 1 / 0.7}, {-1.3, 0, 1}, {1, 20, 1 / 1.2},
+                                  {1, 5, 1},  {-1.3, 15, 1}};
   for (int i = 0; i < cases; ++i) {
     Case c;
     c.R = 1 + random() % 3;
@@ -274,7 +275,7 @@ int main(int argc, char** argv) {
     c.shift = random() % 9;
     c.gap = random() % 4;
     c.dtype = DType(i % 3);
-    c.transform = transforms[random() % 4];
+    c.transform = transforms[random() % 6];
     c.stats = random() % 2;
     c.name = "R=" + std::to_string(c.R) + " T=" + std::to_string(c.T) + " V=" + std::to_string(c.V) +
              " shift=" + std::to_string(c.shift) + " gap=" + std::to_string(c.gap) + " dtype=" +

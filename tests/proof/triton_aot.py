@@ -2,7 +2,8 @@
 
 Run as a program without TRITON_INTERPRET (the test suite sets it for its own process, where
 kernels are interpreted). No GPU is needed. What it prints, per kernel and target: registers, shared
-memory and spills (NVIDIA, from cuobjdump), or that it compiled (AMD).
+memory and spills (NVIDIA, from cuobjdump), what the model of its speed finds (`speed_model.py`), or
+that it compiled (AMD).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 
+import speed_model
 import torch
 import triton
 from triton.backends import backends
@@ -198,15 +200,19 @@ def source_of(fn, types: dict, constants: dict, aligned: list[str]) -> ASTSource
     return ASTSource(fn, signature, constexprs=constants, attrs=attrs)
 
 
+def cuobjdump(cubin: bytes, option: str) -> str:
+    program = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [program, option, file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
 def resources(compiled) -> dict:
     """Registers a thread and bytes of local memory (spills) that ptxas settled on."""
-    cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        text = subprocess.run(
-            [cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+    text = cuobjdump(compiled.asm["cubin"], "-res-usage")
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"]))
     return {
@@ -215,6 +221,21 @@ def resources(compiled) -> dict:
         "spills": int(usage["LOCAL"]) + int(usage["STACK"]),
         "wide_loads": wide,
     }
+
+
+def speed(name: str, compiled, warps: int, found: dict, target: str) -> dict:
+    """What the model says of the kernel, and has to complain of."""
+    kernel = speed_model.triton_kernel(
+        name,
+        cuobjdump(compiled.asm["cubin"], "-sass"),
+        warps,
+        found["registers"],
+        found["shared"],
+    )
+    if kernel is None:
+        return {}
+    said = speed_model.complaints(kernel, target == "sm_90")
+    return {"complaints": said, "speed": {} if said else speed_model.record([kernel])}
 
 
 def without_amd_linker() -> None:
@@ -235,7 +256,10 @@ def main(targets: list[str]) -> None:
         source = source_of(fn, types, constants, aligned)
         for target in targets:
             compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
-            result = resources(compiled) if "cubin" in compiled.asm else {"compiled": True}
+            result: dict = {"compiled": True}
+            if "cubin" in compiled.asm:
+                result = resources(compiled)
+                result |= speed(name, compiled, warps, result, target)
             print(json.dumps({"kernel": name, "target": target, **result}), flush=True)
 
 
