@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
 .PHONY: help build train test test-integrations lint bench peers gpu-check check-full clean \
-  wheel wheel-check wheel-twice compat
+  wheel wheel-check wheel-twice compat large-data
 
 help:
 	@echo "make train   build if needed, train the embedded default model (a few minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make wheel-twice   build twice from two folders and compare the hashes"
 	@echo "make compat  that wheel with the oldest and the newest torch (10 GB, half an hour), and"
 	@echo "             the Triton kernels compiled by each release of Triton (docs/kernels.md)"
+	@echo "make large-data  2,000,000 pairs checked and trained on: time and memory"
 	@echo "make clean   remove $(VENV) and build products"
 
 # The stamp is newer than what the build depends on; Python files need no rebuild (editable).
@@ -71,6 +72,10 @@ peers:
 # On a GPU machine: in the Python at hand, whose torch fits the driver (PYTHON= names another).
 gpu-check:
 	$(PYTHON) tools/gpu_check.py $(ARGS)
+
+# ROWS=200000 for a shorter run.
+large-data: $(STAMP)
+	$(BIN)/python tools/large_data.py $(if $(ROWS),--rows $(ROWS))
 
 check-full: $(STAMP)
 	$(BIN)/python tools/check_full.py

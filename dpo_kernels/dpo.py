@@ -2,7 +2,7 @@
 
 Each is a composition of ops: token log-probs -> sequence sums -> pair loss. The heavy op sees one
 scalar a sequence from the loss, so any loss of `losses.TABLE` costs the same. Called eagerly with
-an ordinary loss, the three and their backwards are one autograd function (`loss/ordinary.py`).
+an ordinary loss, the three and their backwards are one autograd function (`loss/at_once.py`).
 
 Letters: `B` pairs, `T` positions, `N` rows of packed input, `V` vocabulary. A batch of pairs is
 [chosen; rejected]: sequence i is chosen, sequence B + i its rejected partner.
@@ -15,16 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .backends import choose, load
-from .inputs import checks
-from .inputs.call import settle
-from .inputs.layout import Layout, Scored
-from .loss.from_pairs import DPOOutput, Pairs, check_pair_options, loss_of
-from .loss.from_tokens import TokenLoss, last_size, op_of, reduce, wide_dtype
-from .loss.ordinary import SumsCall, from_sums
-from .ops import TokenLogps
-from .ops.direct import eager
+from .inputs.call import of_logits, of_pairs, of_scored_logits
+from .loss import from_tokens
+from .loss.at_once import from_sums
+from .loss.from_pairs import DPOOutput, Pairs, loss_of
 
 
 def fused_dpo_loss(
@@ -100,54 +94,8 @@ def fused_dpo_loss(
         "logit_softcap": logit_softcap,
         "logit_scale": logit_scale,
     }
-    settled = settle(given, loss_options)
-    transform = settled.transform
-    V, of = last_size("logits", logits), Scored("logits", logits, "V")
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
-    name = choose(backend, logits.device, logits.dtype, op_of(settled.losses))
-    run = TokenLoss.of(settled, layout, name, wide_dtype(logits), ref_logps_per_token)
-    x, ref = layout.rows("logits", logits, "V"), None
-    if ref_logits is not None:
-        ref = layout.rows("ref_logits", ref_logits, "V")
-        checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
-    run.check(ref_logits is not None, "ref_logits", ref_logps)
-    if drop_common_prefix:
-        run = run.without_common_prefix(ref_logps, x)
-        layout = run.layout
-    if ref is not None and not run.uses_reference:
-        ref = None
-    if run.is_direct(x, ref, ref_logps):
-        return run.finish_logits(x, ref, ref_logps, transform, inplace)
-
-    def score(x: Tensor, stats: tuple[str, ...], inplace: bool) -> TokenLogps:
-        return ops.token_logps(
-            x,
-            layout.targets,
-            ignore_index=ignore_index,
-            transform=transform,
-            stats=stats,
-            inplace=inplace,
-            backend=backend,
-        )
-
-    if run.needs_kl:
-        assert ref is not None
-        joint = ops.token_kl(
-            x,
-            ref,
-            layout.targets,
-            ignore_index=ignore_index,
-            transform=transform,
-            stats=run.stats,
-            inplace=inplace,
-            backend=backend,
-        )
-        return run.finish(joint.policy, joint.ref_logps, None, joint.kl)
-    reference = None
-    if ref is not None:
-        with torch.no_grad():
-            reference = score(ref, (), False).logps
-    return run.finish(score(x, run.stats, inplace), reference, ref_logps)
+    call, x = of_logits(given, loss_options, logits, labels, ref_logits, ref_logps, cu_seqlens)
+    return from_tokens.of_logits(call, x)
 
 
 def sequence_logps(
@@ -190,19 +138,8 @@ def sequence_logps(
         "logit_softcap": logit_softcap,
         "logit_scale": logit_scale,
     }
-    settled = settle(given, {})
-    V, of = last_size("logits", logits), Scored("logits", logits, "V")
-    layout = Layout.of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index, V=V, scored=of)
-    tokens = ops.token_logps(
-        layout.rows("logits", logits, "V"),
-        layout.targets,
-        ignore_index=ignore_index,
-        transform=settled.transform,
-        stats=settled.stats,
-        inplace=inplace,
-        backend=backend,
-    )
-    return reduce(layout, tokens, reduction, backend)
+    call, x = of_scored_logits(given, logits, labels, cu_seqlens)
+    return from_tokens.reduce(call, from_tokens.score(call, x, call.settled.stats), reduction)
 
 
 def preference_loss(
@@ -229,105 +166,34 @@ def preference_loss(
     Raises:
         ValueError, TypeError: a wrong argument, named.
     """
-    settled = settle({"backend": backend}, loss_options)
-    options, rows = settled.options, settled.losses
-    by_token = {"ld_alpha": options.ld_alpha is not None, "use_weighting": options.use_weighting}
-    for option, wanted in by_token.items():
-        if wanted:
-            raise ValueError(f"{option} needs per-token log-probs; use fused_dpo_loss")
-    for row, _, _ in rows:
-        if row.needs_kl:
-            raise ValueError(
-                f"{row.name!r} needs the KL of reference and policy at each token; use "
-                "fused_dpo_loss with ref_logits or fused_linear_dpo_loss with ref_hidden"
-            )
-    names = (
-        "chosen_logps",
-        "rejected_logps",
-        "ref_chosen_logps",
-        "ref_rejected_logps",
-        "chosen_lengths",
-        "rejected_lengths",
-    )
-    values = (
-        chosen_logps,
-        rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        chosen_lengths,
-        rejected_lengths,
-    )
-    checks.floating("chosen_logps", chosen_logps)
-    if chosen_logps.dim() != 1:
-        raise ValueError(f"chosen_logps must have shape [B], got {list(chosen_logps.shape)}")
-    shape = tuple(chosen_logps.shape)
-    for name, value in zip(names, values, strict=True):
-        if value is None and name not in ("chosen_logps", "rejected_logps"):
-            continue
-        tensor = checks.is_tensor(name, value)
-        if "lengths" in name:
-            checks.counts(name, tensor)
-        else:
-            checks.floating(name, tensor)
-        checks.shape(name, tensor, shape, "that of chosen_logps")
-        checks.same_device(name, tensor, "chosen_logps", chosen_logps)
-    check_pair_options(options, shape[0], chosen_logps)
-    if (ref_chosen_logps is None) != (ref_rejected_logps is None):
-        raise ValueError("ref_chosen_logps and ref_rejected_logps come together, got one of them")
-    if options.reference_free and ref_chosen_logps is not None:
-        raise ValueError("reference_free=True, but ref_chosen_logps was given")
-    for row, _, terms in rows:
-        if terms and row.by_length and (chosen_lengths is None or rejected_lengths is None):
-            raise ValueError(f"{row.name!r} needs chosen_lengths and rejected_lengths, got None")
-    nll = options.sft_weight or any(row.sft is not None for row, _, _ in rows)
-    if nll and chosen_lengths is None and options.num_chosen_tokens is None:
-        raise ValueError("an SFT term needs chosen_lengths, got None")
-
-    name = choose(backend, chosen_logps.device, torch.float32, "pair_loss")
-    wide_input = torch.float64 in (chosen_logps.dtype, rejected_logps.dtype)
-    if wide_input and backend is None:
-        name = "torch"
-    dtype = torch.float64 if wide_input else torch.float32
-    if (
-        settled.ordinary is not None
-        and name != "torch"
-        and _constant(values[2:])
-        and eager(*(x for x in values if x is not None))
-    ):
-        row = settled.ordinary.row
-        call = SumsCall(
-            settled.ordinary,
-            rows,
-            dtype,
-            _both(values[2:4]) if row.reference else None,
-            _both(values[4:]) if row.by_length else None,
-            name,
-            load(name),
+    values = {
+        "chosen_logps": chosen_logps,
+        "rejected_logps": rejected_logps,
+        "ref_chosen_logps": ref_chosen_logps,
+        "ref_rejected_logps": ref_rejected_logps,
+        "chosen_lengths": chosen_lengths,
+        "rejected_lengths": rejected_lengths,
+    }
+    call = of_pairs(backend, loss_options, values)
+    s = call.settled
+    if call.direct:
+        assert s.ordinary is not None
+        row = s.ordinary.row
+        return from_sums(
+            call,
+            torch.cat([chosen_logps, rejected_logps]).double(),
+            _both(ref_chosen_logps, ref_rejected_logps) if row.reference else None,
+            _both(chosen_lengths, rejected_lengths) if row.by_length else None,
         )
-        return from_sums(call, torch.cat([chosen_logps, rejected_logps]).double())
-
-    def wide(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.double()
-
-    chosen = chosen_logps.double()
-    pairs = Pairs(
-        chosen,
-        rejected_logps.double(),
-        wide(ref_chosen_logps),
-        wide(ref_rejected_logps),
-        chosen_lengths,
-        rejected_lengths,
-        -chosen,
-        None,
+    chosen, rejected, ref_chosen, ref_rejected = (
+        None if x is None else x.double() for x in list(values.values())[:4]
     )
-    return loss_of(pairs, options, rows, dtype, name)
+    assert chosen is not None and rejected is not None
+    lengths = (chosen_lengths, rejected_lengths)
+    pairs = Pairs(chosen, rejected, ref_chosen, ref_rejected, *lengths, -chosen, None)
+    return loss_of(pairs, s.options, s.losses, call.dtype, call.backend)
 
 
-def _constant(values: tuple[Tensor | None, ...]) -> bool:
-    return not any(x is not None and x.requires_grad for x in values)
-
-
-def _both(values: tuple[Tensor | None, ...]) -> Tensor | None:
+def _both(chosen: Tensor | None, rejected: Tensor | None) -> Tensor | None:
     """[2B] of [B] and [B]."""
-    chosen, rejected = values
     return None if chosen is None or rejected is None else torch.cat([chosen, rejected])

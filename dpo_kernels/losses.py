@@ -24,8 +24,10 @@ from torch import Tensor
 from .inputs import checks
 from .loss_options import DEFAULTS as _DEFAULTS
 from .loss_options import OPTIONS as OPTIONS
+from .loss_options import OWN as OWN
 from .loss_options import PER_PAIR as PER_PAIR
-from .loss_options import LossOptions, check_values
+from .loss_options import LossOptions
+from .loss_values import check_values
 
 # The scalar functions phi; the numbers are shared with csrc/phi.h.
 SOFTPLUS, SIGMOID, SQUARE, RELU, EXO, DISCOPOP, IDENTITY = range(7)
@@ -477,8 +479,6 @@ ALIASES = {
     "aot_pair": "aot_unpaired",
 }
 
-_OWN_OPTIONS = sorted({name for loss in TABLE.values() for name in loss.options})
-
 
 def available() -> list[str]:
     """Names that `loss_type` takes, aliases included."""
@@ -551,7 +551,7 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
             f"loss_weights must have one weight for each of the {len(losses)} losses, "
             f"got {len(weights)}"
         )
-    check_values(o, _OWN_OPTIONS)
+    check_values(o)
     _check_applies(o, losses, options)
     resolved = [
         (row, float(w), row.terms(row.own(o))) for row, w in zip(losses, weights, strict=True)
@@ -598,7 +598,7 @@ def _check_applies(o: LossOptions, losses: list[Loss], given: Container[str]) ->
             )
         if row.needs_kl and o.ld_alpha is not None:
             raise ValueError(f"ld_alpha weighs log-probs; it has no meaning for {row.name!r}")
-    for option in _OWN_OPTIONS:
+    for option in OWN:
         used = any(option in row.options for row in losses)
         if not used and option in given:
             raise ValueError(f"{option}={getattr(o, option)!r} has no meaning for {names}")

@@ -7,11 +7,14 @@ kernels are compiled for the host (cuda_on_host/). With one, a test with the par
 run ends with what is known of the kernels: on a GPU, and by `make check-full`.
 """
 
+import atexit
 import functools
 import importlib
 import importlib.util
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,10 @@ ON_GPU = ("triton", "cuda")
 TOOLS = Path(__file__).parent.parent / "tools"
 LAUNCHED: set[str] = set()  # kernels, by the test at work
 RECORDED: set[str] = set()  # backends whose launches are recorded
+
+# What tests cache is not the user's.
+os.environ["DPO_KERNELS_CACHE"] = tempfile.mkdtemp(prefix="dpo-kernels-tests-")
+atexit.register(shutil.rmtree, os.environ["DPO_KERNELS_CACHE"], ignore_errors=True)
 
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")

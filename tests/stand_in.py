@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_kernels import backends, linear_dpo
+from dpo_kernels import backends
 from dpo_kernels.inputs.call import settle
 from dpo_kernels.inputs.layout import Layout
-from dpo_kernels.inputs.transform import LogitTransform
-from dpo_kernels.loss.from_tokens import TokenLoss
+from dpo_kernels.inputs.linear_call import planned
+from dpo_kernels.loss.stream_pairs import stream
 from dpo_kernels.ops import LinearInputs, plan, products
 from dpo_kernels.ops import linear_head as head_module
 
@@ -267,21 +267,20 @@ def step(
 
     cu = torch.tensor([0, *lengths]).cumsum(0).to(META)
     layout = Layout(leaf(1, N, of=torch.int64, grad=False), cu, S, -100, False, tuple(lengths))
-    settled = settle({}, {"loss_type": loss_type, "reference_free": not ref})
-    run = TokenLoss.of(settled, layout, "triton", torch.float32)
+    settled = settle(
+        {"memory_budget": memory_budget}, {"loss_type": loss_type, "reference_free": not ref}
+    )
     weight = leaf(V, H, grad=trained)
     down = up = None
     if rank:
         down, up = leaf(rank, H, of=torch.float32), leaf(V, rank, of=torch.float32)
     policy = LinearInputs(leaf(1, N, H), weight, None, down, up)
     reference = LinearInputs(leaf(1, N, H), weight).detached() if ref else None
-    transform = LogitTransform()
     with gpu(kind) as record:
-        streamed = linear_dpo._streamable(run, policy, reference, memory_budget, False, None)
-        assert (streamed is not None) == (trained or rank > 0 or run.needs_kl)
-        if streamed is not None:
-            out = linear_dpo._streamed(run, policy, reference, None, streamed, transform)
-            out.loss.backward()
+        call = planned(settled, layout, policy, reference, "triton", None, None, False)
+        assert (call.plan is not None) == (trained or rank > 0 or settled.needs_kl)
+        if call.plan is not None:
+            stream(call, policy).loss.backward()
         else:
             _frozen(policy, layout, memory_budget)
     return record
@@ -321,5 +320,5 @@ def _frozen(x: LinearInputs, layout: Layout, budget: int | None):
         *_, d_hidden, _ = _linear_logps(x, layout.targets, "frozen", budget)
         grad = torch.empty(layout.targets.shape, device=META)
         ops_of_logps.scaled_rows._init_fn(
-            [grad], [d_hidden], layout.targets, -100, layout.targets.numel(), x.hidden.dtype
+            [grad], list(d_hidden), layout.targets, -100, layout.targets.numel(), x.hidden.dtype
         )

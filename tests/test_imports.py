@@ -13,6 +13,7 @@ ROOT = Path(dpo_kernels.__file__).parent
 FLOORS = [
     ["version", "requirements", "inputs.checks", "inputs.transfer"],
     ["loss_options", "inputs.transform"],
+    ["loss_values"],
     ["losses"],
     ["backends"],
     ["ops"],
@@ -21,6 +22,7 @@ FLOORS = [
     ["loss.from_pairs"],
     ["loss.ordinary"],
     ["inputs.call"],
+    ["inputs.linear_call", "loss.at_once"],
     ["loss.from_tokens"],
     ["loss.stream_pairs"],
     ["dpo", "linear_dpo"],
@@ -37,7 +39,16 @@ FLOORS = [
     ["__main__"],
 ]
 # What stands above the public names takes the functions and classes from there.
-PUBLIC = {"", "version", "requirements", "losses", "backends", "memory", "inputs.transfer"}
+PUBLIC = {
+    "",
+    "version",
+    "requirements",
+    "losses",
+    "loss_options",
+    "backends",
+    "memory",
+    "inputs.transfer",
+}
 SPLIT = {"inputs", "loss"}  # rooms whose files stand on different floors
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,6 +1,7 @@
 """What the test suite has no time for: the CUDA kernels under the sanitizers at length, kernels
-edited on purpose (tests/proof/mutants.py), every one of which must be noticed, and the functions
-against an oracle of their own (tests/proof/fuzz.py) for 30,000 calls: `make check-full`.
+edited on purpose (tests/proof/mutants.py), every one of which must be noticed, the functions
+against an oracle of their own (tests/proof/fuzz.py) for 30,000 calls, and training killed at twenty
+moments and resumed (tests/train/killed_runs.py): `make check-full`.
 
 Leaves its result in `tests/proof/check_full.json` with the sha256 of every source it depends on;
 the test suite says which of them have changed since. Takes an hour on two cores; what has passed
@@ -16,6 +17,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ CASES = {"": 300, "address": 30, "thread": 4}
 SEEDS = (1,)
 GOOD = ("right", "noticed")
 CALLS, CALL_SEED = 30_000, 1
+KILLS = 20
 
 
 def sources() -> dict[str, str]:
@@ -38,6 +41,7 @@ def sources() -> dict[str, str]:
         *(ROOT / "tests/cuda_on_host").glob("*.[chp]*"),
         *(ROOT / "dpo_kernels/backends/triton").glob("*.py"),
         *functions(),
+        *training(),
     ]
     return {
         str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)
@@ -58,6 +62,11 @@ def functions() -> list[Path]:
         ROOT / "tests/proof/fuzz.py",
         ROOT / "tests/oracle.py",
     ]
+
+
+def training() -> list[Path]:
+    """What a resumed run depends on, besides the functions."""
+    return [*(ROOT / "dpo_kernels/train").glob("*.py"), ROOT / "tests/train/killed_runs.py"]
 
 
 def changed() -> list[str]:
@@ -94,10 +103,15 @@ def _of(check: str, files: dict[str, str]) -> dict[str, str]:
     """Those of the files that a check depends on."""
     if check.startswith("triton/"):
         return {f: h for f, h in files.items() if "backends/triton" in f}
+    loop = {str(f.relative_to(ROOT)) for f in training()}
+    if check.startswith("train/"):
+        return {f: h for f, h in files.items() if f in loop}
     mine = {str(f.relative_to(ROOT)) for f in functions()}
     fuzz = check.startswith("fuzz/")
     return {
-        f: h for f, h in files.items() if "backends/triton" not in f and (fuzz or f not in mine)
+        f: h
+        for f, h in files.items()
+        if "backends/triton" not in f and f not in loop and (fuzz or f not in mine)
     }
 
 
@@ -125,10 +139,17 @@ def main() -> int:
         end = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
         return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
 
+    def kills() -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            call = [sys.executable, "tests/train/killed_runs.py", folder, f"--cases={KILLS}"]
+            end = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+        return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
+
     def noticed(caught: bool) -> str:
         return "noticed" if caught else "NOT NOTICED"
 
     check(f"fuzz/{CALLS} calls, torch and cpu, seed {CALL_SEED}", calls)
+    check(f"train/{KILLS} runs killed and resumed", kills)
     for sanitizer, count in CASES.items():
         for seed in SEEDS:
             name = f"{count} cases, {sanitizer or 'no'} sanitizer, seed {seed}"

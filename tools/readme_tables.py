@@ -18,7 +18,9 @@ import compat  # noqa: E402
 import gpu_tables  # noqa: E402
 
 from dpo_kernels.bench.report import bf16_head, readme_tables  # noqa: E402
+from dpo_kernels.commands.options_of import options_markdown  # noqa: E402
 from dpo_kernels.losses import table_markdown  # noqa: E402
+from dpo_kernels.train.run_options import GROUPS, SCORE_GROUPS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 # (page, name) -> what stands there
@@ -26,6 +28,8 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "state"): lambda: gpu_tables.state(RESULTS),
     ("README.md", "results"): lambda: gpu_tables.headline(RESULTS),
     ("docs/losses.md", "losses"): table_markdown,
+    ("docs/options.md", "train"): lambda: options_markdown(GROUPS),
+    ("docs/options.md", "score"): lambda: options_markdown(SCORE_GROUPS[-1:]),
     ("docs/benchmarks.md", "gpu"): lambda: gpu_tables.page(RESULTS),
     ("docs/benchmarks.md", "cpu"): lambda: readme_tables(RESULTS),
     ("docs/kernels.md", "budgets"): lambda: budgets(),

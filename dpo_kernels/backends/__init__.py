@@ -110,16 +110,15 @@ class Preference:
 
     device: str
     op: str  # "*": every op
-    up_to: int | None  # elements of the logits; None: any size
     backends: tuple[str, ...]
     measured: str  # where this comes from
 
 
 # The first row that fits decides.
 PREFERENCES = (
-    Preference("cuda", "token_kl", None, ("triton", "torch"), "cuda has no kernel for it"),
-    Preference("cuda", "*", None, ("cuda", "triton", "torch"), "make gpu-check: forward, backward"),
-    Preference("cpu", "*", None, ("cpu",), "benchmarks: the suites from logits, every case"),
+    Preference("cuda", "token_kl", ("triton", "torch"), "cuda has no kernel for it"),
+    Preference("cuda", "*", ("cuda", "triton", "torch"), "make gpu-check: forward, backward"),
+    Preference("cpu", "*", ("cpu",), "benchmarks: the suites from logits, every case"),
 )
 # Ops that a backend has no kernel for, and what they are: asked for there they are refused.
 LACKS = {("cuda", "token_kl"): "the KL of reference and policy a token (tdpo1, tdpo2)"}
@@ -130,15 +129,13 @@ def choose(
     device: _torch.device,
     dtype: _torch.dtype,
     op: str = "token_logps",
-    elements: int = 0,
 ) -> str:
     """The backend of `op` for tensors of `dtype` on `device`; `backend` is the user's wish or None.
 
-    `elements` is the size of the logits. Raises `ValueError` where the wish cannot be met; nothing
-    falls back silently.
+    Raises `ValueError` where the wish cannot be met; nothing falls back silently.
     """
     if backend is None:
-        return "torch" if dtype == _torch.float64 else _preferred(device.type, op, elements)
+        return "torch" if dtype == _torch.float64 else _preferred(device.type, op)
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {NAMES} or None, got {backend!r}")
     if backend == "torch":
@@ -164,10 +161,9 @@ def usable(name: str) -> bool:
     return not _why_not(name)
 
 
-def _preferred(device: str, op: str, elements: int) -> str:
+def _preferred(device: str, op: str) -> str:
     for row in PREFERENCES:
-        fits = row.up_to is None or elements <= row.up_to
-        if row.device == device and row.op in (op, "*") and fits:
+        if row.device == device and row.op in (op, "*"):
             # A lone candidate is taken unseen: where it is absent, loading it says why.
             lone = len(row.backends) == 1
             return next(name for name in row.backends if lone or usable(name))

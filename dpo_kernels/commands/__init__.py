@@ -9,12 +9,16 @@ from . import (
     doctor_command,
     report_command,
     run_command,
+    score_command,
+    sft_command,
     train_command,
 )
 
 COMMANDS = (
     train_command,
     run_command,
+    sft_command,
+    score_command,
     data_command,
     bench_command,
     report_command,

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from pathlib import Path
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
 from typing import Any, get_type_hints
 
-from ..train.config import DPOTrainConfig, UserError, load_config
-from .arguments_of import argument
+from ..train.config import UserError, load_config
+from ..train.run_options import DataOptions
+from .options_of import argument
+
+_OPTIONS = (
+    "max_length",
+    "truncation_mode",
+    "max_prompt_length",
+    "max_completion_length",
+    "column_mapping",
+)
 
 
 def add(commands: Any) -> None:
@@ -16,10 +30,10 @@ def add(commands: Any) -> None:
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     check = actions.add_parser(
         "check",
-        help="report the bad rows of a file",
-        description="Read a file of preference pairs (JSONL, a JSON list or CSV, also packed; - is "
-        "standard input); report the rows that training would leave out, and a summary. Exit code "
-        "1 if there is any.",
+        help="show what of a file would be trained",
+        description="Read preference data (JSONL, a JSON list, CSV, Parquet, Arrow; packed or not; "
+        "a folder; - is standard input); report the rows that training would leave out, what it "
+        "would cut, and what is there twice. Exit code 1 if something would be trained wrongly.",
     )
     check.add_argument("file", metavar="FILE")
     check.add_argument(
@@ -30,12 +44,36 @@ def add(commands: Any) -> None:
     )
     check.add_argument("--gguf_file", metavar="FILE", help="GGUF file with the tokenizer")
     check.add_argument("--chat_template", metavar="FILE", help="Jinja chat template")
+    hints = get_type_hints(DataOptions)
+    for field in dataclasses.fields(DataOptions):
+        if field.name in _OPTIONS:
+            check.add_argument(
+                f"--{field.name}",
+                default=field.default,
+                help=f"{field.metadata['help']} (default: %(default)s)",
+                **argument(hints[field.name], field.metadata.get("choices")),
+            )
     check.add_argument(
-        "--max_length",
-        default=1024,
-        help="default: %(default)s",
-        **argument(get_type_hints(DPOTrainConfig)["max_length"], None),
+        "--eval_file", metavar="FILE", help="evaluation pairs: finds rows that are in both"
     )
+    check.add_argument(
+        "--show",
+        metavar="N",
+        type=int,
+        default=0,
+        help="print the first N pairs token by token: prompt, scored, cut (needs a model)",
+    )
+    check.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="default: %(default)s"
+    )
+    check.add_argument(
+        "--near",
+        choices=("true", "false"),
+        default="true",
+        help="look for nearly equal rows as well: most of the time where nothing is tokenised "
+        "(default: %(default)s)",
+    )
+    check.add_argument("--json", action="store_true", help="print one JSON object instead")
     check.add_argument(
         "--left_out",
         metavar="FILE",
@@ -45,44 +83,170 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..data import LeftOut, NoUsableRow, read_pairs, tokenize_pairs
     from ..train.console import Console
-    from ..train.model import load_tokenizer
-    from ..train.start import find_model, model_limits
 
-    load_config({"max_length": args.max_length})
-    console = Console()
-    say = console.say
-    left_out = LeftOut(report=say)
-    tokenizer = limits = None
-    if args.model_name_or_path:
+    load_config({name: getattr(args, name) for name in _OPTIONS})
+    if args.show and not args.model_name_or_path:
+        raise UserError("--show prints tokens: give the model too (--model_name_or_path MODEL)")
+    console = Console(quiet=args.json)
+    with contextlib.ExitStack() as stack:
+        sink = None
+        if args.left_out:
+            try:
+                file = stack.enter_context(
+                    open(args.left_out, "w", encoding="utf-8", errors="backslashreplace")
+                )
+            except OSError as error:
+                raise UserError(f"--left_out: {args.left_out}: {error.strerror}") from None
+            sink = file
+        return _Check(args, console, sink).run()
+
+
+class _Check:
+    """One pass over a file."""
+
+    def __init__(self, args: argparse.Namespace, console: Any, sink: Any) -> None:
+        from ..data import LeftOut
+        from ..data.left_out import SHOWN
+        from ..data.survey import Lengths, Marks
+
+        self.args, self.console, self.say = args, console, console.say
+        write = None if sink is None else lambda problem: sink.write(problem.as_json())
+        self.left_out = LeftOut(report=self.say, keep=SHOWN, sink=write)
+        self.marks, self.lengths = Marks(args.near == "true"), Lengths()
+        self.usable = self.chats = self.read = 0
+
+    def run(self) -> int:
+        from ..data import DataError
+
+        tokenizer = self._tokenizer()
+        failed = ""
+        try:
+            self._pass(tokenizer)
+        except DataError as error:
+            if not self.read and not self.left_out.total:
+                raise
+            failed = str(error)  # what was read until there is told
+        return self._told(failed)
+
+    def _tokenizer(self) -> Any:
+        """The pairs' tokenizer, or None: texts alone are looked at."""
+        from ..data import PairTokenizer
+        from ..train.data_options import truncation
+        from ..train.model import load_tokenizer
+        from ..train.start import find_model, model_limits
+
+        args = self.args
+        if not args.model_name_or_path:
+            return None
         name = find_model(args.model_name_or_path)
         tokenizer = load_tokenizer(name, args.gguf_file, args.chat_template)
-        limits = model_limits(name, args.gguf_file, say)
-    usable = chats = read = 0
-    with contextlib.suppress(NoUsableRow):
-        pairs = read_pairs(args.file, left_out)
-        usable, read, chats = len(pairs), len(pairs), sum(p.conversational for p in pairs)
-        if tokenizer is not None:
-            tokens = tokenize_pairs(
-                pairs, tokenizer, args.max_length, left_out, say, limits, console.progress
-            )
-            usable = len(tokens)
-            lengths = sorted(len(s.ids) for p in tokens for s in p.sequences)
-            if lengths:
-                say(
-                    f"tokens of a sequence: median {lengths[len(lengths) // 2]}, "
-                    f"longest {lengths[-1]}"
-                )
-    say(f"{usable} usable pairs ({chats} of {read} read are conversational)")
-    for remark in left_out.remarks():
-        say(remark)
-    say(left_out.summary())
-    if len(left_out.problems) > len(left_out.shown()) and not args.left_out:
-        say("--left_out FILE writes each of them")
-    if args.left_out:
-        try:
-            left_out.write(Path(args.left_out))
-        except OSError as error:
-            raise UserError(f"--left_out: {args.left_out}: {error.strerror}") from None
-    return 1 if left_out.problems or not usable else 0
+        limits = model_limits(name, args.gguf_file, self.say)
+        return PairTokenizer(tokenizer, truncation(args), self.left_out, self.say, limits)
+
+    def _pairs(self, source: str, left_out: Any) -> Iterator[Any]:
+        from ..data import PairReader
+        from ..train.data_options import columns
+
+        reader = PairReader(left_out, columns(self.args))
+        yield from reader.pairs(source)
+        for remark in reader.remarks(source):
+            left_out.once(remark)
+
+    def _pass(self, tokenizer: Any) -> None:
+        from ..data import LeftOut, PairTokenizer
+
+        whole = (
+            None
+            if tokenizer is None
+            else PairTokenizer(tokenizer.tokenizer, None, LeftOut(keep=0), warn=lambda text: None)
+        )
+        left = self.args.show if not self.args.json else 0
+        for pair in self._pairs(self.args.file, self.left_out):
+            self.read += 1
+            self.chats += pair.conversational
+            self.marks.add(pair)
+            if tokenizer is None:
+                self.usable += 1
+                self.lengths.add_texts(pair)
+            elif (ids := tokenizer.usable(pair)) is not None:
+                self.usable += 1
+                self.lengths.add_tokens(ids)
+                if left:
+                    left -= 1
+                    self._show(pair, ids, whole)
+            if self.read % 200_000 == 0:
+                self.console.note(f"{self.read:,} pairs read")
+
+    def _show(self, pair: Any, ids: Any, whole: Any) -> None:
+        from ..data.show import legend, shown_pair
+
+        choice = self.args.color
+        colour = choice == "always" or (
+            choice == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        )
+        if not self.lengths.pairs > 1:
+            self.say(legend(colour))
+        width = min(shutil.get_terminal_size((80, 24)).columns, 160)
+        for line in shown_pair(ids, whole.tokenize(pair), whole.tokenizer, width, colour):
+            self.say(line)
+        self.say()
+
+    def _findings(self) -> list[Any]:
+        from ..data import LeftOut, NoUsableRow
+        from ..data.survey import Finding, Marks, leaks, repeats
+        from ..data.tokenize import DOUBLED_END, NO_END
+
+        found = repeats(self.marks)
+        if self.args.eval_file:
+            held_out = Marks(self.marks.near)
+            with contextlib.suppress(NoUsableRow):
+                for pair in self._pairs(self.args.eval_file, LeftOut(keep=0)):
+                    held_out.add(pair)
+            found += leaks(self.marks, held_out)
+        for note in (DOUBLED_END, NO_END):
+            if n := self.left_out.notes.get(note, 0):
+                found.append(Finding(note, n, f"{n} {note}", True))
+        return found
+
+    def _told(self, failed: str) -> int:
+        left_out, say, args = self.left_out, self.say, self.args
+        findings = self._findings()
+        wrong = bool(failed or left_out.total or not self.usable or any(f.wrong for f in findings))
+        if args.json:
+            print(json.dumps(self._as_json(failed, findings, wrong), ensure_ascii=True, indent=1))
+            return int(wrong)
+        if failed:
+            say(failed)
+        if self.lengths.unit == "tokens":
+            middle = self.lengths.middle()
+            say(f"tokens of a sequence: median below {middle}, longest {self.lengths.longest}")
+        say(f"{self.usable} usable pairs ({self.chats} of {self.read} read are conversational)")
+        plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+        for line in self.lengths.lines(min(shutil.get_terminal_size((80, 24)).columns, 80), plain):
+            say(line)
+        for remark in left_out.remarks():
+            say(remark)
+        for finding in findings:
+            say(f"{'wrong: ' if finding.wrong else ''}{finding}")
+        say(left_out.summary())
+        if left_out.total > len(left_out.shown()) and not args.left_out:
+            say("--left_out FILE writes each of them")
+        return int(wrong)
+
+    def _as_json(self, failed: str, findings: list[Any], wrong: bool) -> dict[str, Any]:
+        left_out = self.left_out
+        return {
+            "file": self.args.file,
+            "wrong": wrong,
+            "error": failed or None,
+            "read": self.read,
+            "usable": self.usable,
+            "conversational": self.chats,
+            "left_out": left_out.counts(),
+            "left_out_rows": [vars(p) for p in left_out.problems],
+            "said": left_out.said(),
+            "notes": dict(left_out.notes),
+            "findings": [vars(f) for f in findings],
+            "lengths": self.lengths.as_json(),
+        }

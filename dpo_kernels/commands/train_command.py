@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from typing import Any, get_type_hints
+from typing import Any
 
-from ..train.config import ALIASES, DPOTrainConfig, read_config_file
-from .arguments_of import argument
+from ..train.config import ALIASES
+from ..train.run_options import GROUPS
+from .options_of import PRINT_CONFIG, add_options, given
 
 
 def add(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a model on preference pairs",
-        usage="dpo-kernels train [OPTIONS]",
+        usage="dpo-kernels train [CONFIG.yaml] [OPTIONS]",
         description="Train a causal LM on preference pairs. Without a model and data it trains the "
         "small model and data set that ship with the package.",
         epilog="example: dpo-kernels train --model_name_or_path ./my-model --dataset_name "
@@ -22,53 +22,32 @@ def add(commands: Any) -> None:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    add_options(train, GROUPS, ALIASES)
     train.add_argument(
-        "--config",
-        metavar="FILE",
-        help="JSON or YAML file of these options; the command line overrides it",
+        "--dry_run",
+        action="store_true",
+        help="report batches, tokens, memory and time of the run, and what would be refused; "
+        "train nothing, write nothing",
     )
-    _add_options(train)
-    train.set_defaults(run=run, command=train)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of `DPOTrainConfig`, in its groups."""
-    hints = get_type_hints(DPOTrainConfig)
-    aliases = {name: [f"--{alias}"] for alias, name in ALIASES.items()}
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(DPOTrainConfig):
-        meta = field.metadata
-        group = groups.setdefault(meta["group"], None)
-        if group is None:
-            group = groups[meta["group"]] = parser.add_argument_group(meta["group"])
-        default = (
-            field.default
-            if field.default is not dataclasses.MISSING
-            else (
-                field.default_factory()
-                if field.default_factory is not dataclasses.MISSING
-                else None
-            )
-        )
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        text = meta["help"] + ("" if default is None else f" (default: {shown})")
-        group.add_argument(
-            f"--{field.name}",
-            *aliases.get(field.name, []),
-            dest=field.name,
-            help=text.replace("%", "%%"),
-            **argument(hints[field.name], meta["choices"]),
-        )
+    train.set_defaults(run=run, command=train, trl=True)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..train.console import Console
-    from ..train.job import run_job
+    from ..train.job import resolve, run_job
 
-    given = {k: v for k, v in vars(args).items() if k not in ("run", "config")}
-    from_file = read_config_file(args.config) if hasattr(args, "config") else {}
-    from_file = {ALIASES.get(key, key): value for key, value in from_file.items()}
+    options = given(args)
+    if hasattr(args, PRINT_CONFIG):
+        from ..train.config_files import yaml_text
+
+        print(yaml_text(resolve(options)[0]), end="")
+        return 0
     console = Console()
     with console.signals():
-        run_job({**from_file, **given}, console)
+        if hasattr(args, "dry_run"):
+            from ..train.dry_run import dry_run
+
+            dry_run(options, console)
+        else:
+            run_job(options, console)
     return 0

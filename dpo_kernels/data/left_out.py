@@ -34,6 +34,10 @@ class Problem:
     expected: str
     reason: str  # the heading it is counted under
 
+    def as_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
     def __str__(self) -> str:
         return f"{self.where}: {self.field}: {self.got}, expected {self.expected}"
 
@@ -49,13 +53,19 @@ class BadField(Exception):
         return Problem(where, self.name, self.got, self.expected, self.reason)
 
 
+class Refused(Exception):
+    """(field, got, expected, reason) of a pair that cannot be used."""
+
+
 @dataclass
 class LeftOut:
     """Collects problems: shows the first of a kind, counts all, refuses the first if strict."""
 
     strict: bool = False
     report: Callable[[str], None] | None = None
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)  # all, or the first `keep` of a kind
+    keep: int | None = None
+    sink: Callable[[Problem], None] | None = None  # is told of each
     notes: Counter[str] = field(default_factory=Counter)  # what was met in rows that are used
     _said: set[str] = field(default_factory=set)
     _kinds: Counter[str] = field(default_factory=Counter)
@@ -64,8 +74,11 @@ class LeftOut:
         """Record one row as left out; raises `DataError` if strict."""
         if self.strict:
             raise DataError(f"{problem} (--strict refuses bad rows)")
-        self.problems.append(problem)
         self._kinds[problem.reason] += 1
+        if self.keep is None or self._kinds[problem.reason] <= self.keep:
+            self.problems.append(problem)
+        if self.sink is not None:
+            self.sink(problem)
         if self.report is not None and self._kinds[problem.reason] <= SHOWN:
             self.report(f"left out: {problem}")
         elif self._kinds[problem.reason] == SHOWN + 1:
@@ -77,9 +90,18 @@ class LeftOut:
             self.report(text)
         self._said.add(text)
 
+    def said(self) -> list[str]:
+        """What was said once."""
+        return sorted(self._said)
+
     def counts(self) -> dict[str, int]:
         """Rows left out by reason, most frequent first."""
-        return dict(Counter(p.reason for p in self.problems).most_common())
+        return dict(self._kinds.most_common())
+
+    @property
+    def total(self) -> int:
+        """Rows left out."""
+        return self._kinds.total()
 
     def shown(self) -> list[str]:
         """The problems that were printed, at most `SHOWN` of a kind."""
@@ -93,10 +115,10 @@ class LeftOut:
 
     def summary(self) -> str:
         """One line for the end of a run."""
-        if not self.problems:
+        if not self.total:
             return "left out: nothing"
         parts = ", ".join(f"{n} {reason}" for reason, n in self.counts().items())
-        return f"left out: {len(self.problems)} ({parts})"
+        return f"left out: {self.total} ({parts})"
 
     def remarks(self) -> list[str]:
         """Lines about what was counted in the rows that are used."""
@@ -109,7 +131,15 @@ class LeftOut:
         return NoUsableRow(f"{path}: {what}; {self.summary()}{first}")
 
     def write(self, path: Path) -> None:
-        """Every problem, one JSON object a line."""
+        """Every problem, one JSON object a line, in the order of the files and their lines."""
+        files = {_place(p)[0]: i for i, p in reversed([*enumerate(self.problems)])}
+        rows = sorted(self.problems, key=lambda p: (files[_place(p)[0]], _place(p)[1]))
         with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for problem in self.problems:
-                file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
+            for problem in rows:
+                file.write(problem.as_json())
+
+
+def _place(problem: Problem) -> tuple[str, int]:
+    """(file, line) of a problem."""
+    file, _, line = problem.where.rpartition(":")
+    return (file, int(line)) if line.isdigit() else (problem.where, 0)

@@ -11,32 +11,34 @@ where a message is {"role": "...", "content": "..."}. An implicit prompt is what
 share at their start. UltraFeedback's rows (a text `prompt` repeated as the first user message of
 both lists) are read as implicit ones.
 
-Beside them: `margin` (odpo), `weight` and `beta` of the pair, and of conversations `system`,
-`tools` and `chat_template_kwargs`. A column that means nothing here is named once; one that changes
-what the model would see (pictures) is refused.
+Other projects' forms are in `forms.py`. Beside the three: `margin` (odpo), `weight`, `beta`,
+`label_smoothing` and `group` of the pair, and of conversations `system`, `tools` and
+`chat_template_kwargs`. A column that means nothing here is named once; one that changes what the
+model would see (pictures) is refused.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .files import kind_of, read_rows
+from .files import Source, name_of, read_rows
+from .forms import as_pair
 from .left_out import BadField, DataError, LeftOut, Problem
+from .row import NUMBERS, Row, kind_of
 
 __all__ = [
     "DataError",
     "LeftOut",
     "Message",
+    "PairReader",
     "PreferencePair",
     "Problem",
     "Turn",
-    "read_conversations",
     "read_pairs",
 ]
 
@@ -53,7 +55,6 @@ _ELSEWHERE = {
     "rejected_tools": "the same tools for both completions, under the name 'tools'",
 }
 _FP32_LEAST, _FP32_MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-_NUMBERS = ("margin", "weight", "beta")
 _KNOWN = {
     "prompt",
     "chosen",
@@ -61,8 +62,9 @@ _KNOWN = {
     "system",
     "tools",
     "chat_template_kwargs",
+    "group",
     *_MEDIA,
-    *_NUMBERS,
+    *NUMBERS,
 }
 # What `apply_chat_template` is given by us: a row cannot say it otherwise.
 _OURS = (
@@ -91,50 +93,84 @@ class PreferencePair:
     beta: float | None = None  # of the pair, in place of the run's
     tools: list[dict[str, Any]] | None = None  # handed to the chat template
     template_kwargs: dict[str, Any] | None = None
+    label_smoothing: float | None = None  # of the pair, in place of the run's
+    group: str | None = None  # its source or annotator, for losses that learn one offset a group
 
     @property
     def conversational(self) -> bool:
         return isinstance(self.chosen, list)
 
 
-def read_pairs(path: str | os.PathLike[str], left_out: LeftOut) -> list[PreferencePair]:
-    """All usable pairs of a file; the rest goes to `left_out`.
+class PairReader:
+    """Rows to pairs; counts what it meets in them."""
 
-    Raises `DataError` if the file cannot be read, holds no usable pair, or if a row is bad and
-    `left_out.strict`.
+    def __init__(self, left_out: LeftOut, columns: Mapping[str, str] | None = None) -> None:
+        self.left_out, self.columns = left_out, columns
+        self.unused: Counter[str] = Counter()  # columns that mean nothing here
+        self.forms: Counter[str] = Counter()  # of other projects
+        self.rows = 0
+
+    def pairs(self, source: Source) -> Iterator[PreferencePair]:
+        """The usable pairs of a source, as they are read."""
+        for where, row in read_rows(source, self.columns):
+            pair = self.pair(row, where)
+            if pair is not None:
+                yield pair
+
+    def pair(self, row: Row | BadField, where: str) -> PreferencePair | None:
+        """The pair of one row; None where it is left out."""
+        self.rows += 1
+        try:
+            return self._parse(row, where)
+        except BadField as bad:
+            self.left_out.add(bad.at(where))
+            return None
+
+    def _parse(self, row: Row | BadField, where: str) -> PreferencePair:
+        if isinstance(row, BadField):
+            raise row
+        row, form = as_pair(row)
+        unknown = [name for name in row if name not in _KNOWN and row[name] not in (None, "", [])]
+        self.unused.update(unknown)
+        pair = _pair(row, where, unknown, self.left_out)
+        if form is not None:
+            self.forms[form] += 1
+        return pair
+
+    def remarks(self, source: Source) -> list[str]:
+        """What there is to say of the columns, once the rows are read."""
+        said = []
+        if self.unused:
+            names = ", ".join(f"{name} ({n} rows)" for name, n in self.unused.most_common())
+            said.append(f"{name_of(source)}: columns that are not used: {names}")
+        if self.forms:
+            names = ", ".join(f"{form} ({n} rows)" for form, n in self.forms.most_common())
+            said.append(f"{name_of(source)}: rows of other forms: {names}")
+        return said
+
+
+def read_pairs(
+    source: Source, left_out: LeftOut, columns: Mapping[str, str] | None = None
+) -> list[PreferencePair]:
+    """All usable pairs of a source (`files.read_rows`); the rest goes to `left_out`.
+
+    `columns`: our name -> the name that the data has. Raises `DataError` if the source cannot be
+    read, holds no usable pair, or if a row is bad and `left_out.strict`.
     """
     since = len(left_out.problems)
-    unused: Counter[str] = Counter()
-
-    def parse(row: dict[str, Any], where: str) -> PreferencePair:
-        unknown = [name for name in row if name not in _KNOWN and row[name] not in (None, "", [])]
-        unused.update(unknown)
-        return _pair(row, where, unknown, left_out)
-
-    pairs = list(_read(path, left_out, parse))
-    if unused:
-        names = ", ".join(f"{name} ({n} rows)" for name, n in unused.most_common())
-        left_out.once(f"{path}: columns that are not used: {names}")
+    reader = PairReader(left_out, columns)
+    pairs = list(reader.pairs(source))
+    for remark in reader.remarks(source):
+        left_out.once(remark)
     if not pairs:
-        raise left_out.nothing(path, "no usable preference pair", since)
+        raise left_out.nothing(name_of(source), "no usable preference pair", since)
     return pairs
 
 
-def read_conversations(
-    path: str | os.PathLike[str], left_out: LeftOut
-) -> list[tuple[str, list[Message]]]:
-    """(source, messages) of each row {"messages": [...]} that ends with the assistant (for SFT)."""
-    since = len(left_out.problems)
-    rows = list(_read(path, left_out, _conversation))
-    if not rows:
-        raise left_out.nothing(path, "no usable conversation", since)
-    return rows
-
-
 def _read(
-    path: str | os.PathLike[str], left_out: LeftOut, parse: Callable[[dict[str, Any], str], Any]
+    source: Source, left_out: LeftOut, parse: Callable[[dict[str, Any], str], Any]
 ) -> Iterator[Any]:
-    for where, row in read_rows(path):
+    for where, row in read_rows(source):
         try:
             if isinstance(row, BadField):
                 raise row
@@ -187,22 +223,23 @@ def _pair(row: dict[str, Any], where: str, unknown: list[str], left_out: LeftOut
     prompt = _with_system(row, prompt)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         _check_completion(name, side)
-    margin, weight, beta = (_number(row, name) for name in _NUMBERS)
+    margin, weight, beta, smoothing = (_number(row, name) for name in NUMBERS)
     return PreferencePair(
-        prompt, chosen, rejected, where, margin, weight, beta, *_for_template(row, prompt)
+        prompt,
+        chosen,
+        rejected,
+        where,
+        margin,
+        weight,
+        beta,
+        *_for_template(row, prompt),
+        smoothing,
+        _group(row),
     )
 
 
 def _first_asked(side: list[Message]) -> str | None:
     return next((m["content"] for m in side if m["role"] == "user"), None)
-
-
-def _conversation(row: dict[str, Any], where: str) -> tuple[str, list[Message]]:
-    messages = _turn(row, "messages")
-    if isinstance(messages, str):
-        raise BadField("messages", "a text", "a message list", "mis-typed field")
-    _check_completion("messages", messages)
-    return where, messages
 
 
 def _turn(row: dict[str, Any], name: str) -> Turn:
@@ -244,6 +281,8 @@ def _message(name: str, message: Any) -> Message:
     calls = message.get("tool_calls")
     if calls and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):
         raise BadField(f"{name}.tool_calls", kind_of(calls), "a list of calls", "mis-typed field")
+    if None in message.values():  # a key without a value is none, for a template as well
+        message = {k: v for k, v in message.items() if v is not None or k in ("role", "content")}
     if calls and message.get("content") is None:
         message = {**message, "content": ""}  # a call needs no words; templates print None as text
     for key in ("role", "content"):
@@ -417,26 +456,37 @@ def _check_completion(name: str, side: Turn) -> None:
             )
 
 
+def _group(row: dict[str, Any]) -> str | None:
+    value = row.get("group")
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BadField("group", kind_of(value), "a text or a whole number", "mis-typed field")
+    return _text("group", str(value))
+
+
 def _number(row: dict[str, Any], name: str) -> float | None:
     value = row.get(name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadField(name, kind_of(value), "a number", "mis-typed field")
-    least = {"margin": -math.inf, "weight": 0.0, "beta": 0.0}[name]
+    least = -math.inf if name == "margin" else 0.0
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     # The loss computes in fp32, where more would be inf and a smaller beta 0.
     fits = abs(number) <= _FP32_MOST and (name != "beta" or number >= _FP32_LEAST)
+    fits = fits and (name != "label_smoothing" or number < 1)
     if not fits or number < least:
         wanted = {
             "margin": "a finite number",
             "weight": "a number of at least 0",
             "beta": "a number above 0",
+            "label_smoothing": "a number in [0, 1)",
         }[name]
-        if math.isfinite(number) and number >= least and number != 0:
+        if name != "label_smoothing" and math.isfinite(number) and number >= least and number != 0:
             wanted += " in the range of fp32"
         raise BadField(name, str(value)[:40], wanted, "number out of range")
     return number

@@ -26,6 +26,8 @@ class TokenPair:
     weight: float | None = None
     beta: float | None = None
     unscored: tuple[Spans, Spans] = ((), ())  # of (chosen, rejected), as in `TokenSequence`
+    label_smoothing: float | None = None  # of the pair, in place of the run's
+    group: str | None = None  # of annotators or data, with an offset and temperature of its own
 
     @property
     def sequences(self) -> tuple[TokenSequence, TokenSequence]:

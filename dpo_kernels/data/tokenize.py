@@ -3,7 +3,8 @@
 The prompt (with the template's generation prompt) and prompt + completion are tokenised separately;
 the completion starts at the first divergence of the two, because a template may render a prompt
 alone differently, and a tokenizer may merge the last characters of the prompt with the first of the
-completion. Plain texts get one end-of-sequence token. Sequences keep their start (`max_length`).
+completion. Plain texts get one end-of-sequence token. What is longer than `max_length` is cut by
+the truncation policy, and counted (`Truncation`).
 
 Beyond that rule: special tokens that a text carries already are not put in a second time, and of a
 completion of several turns the assistant's alone are scored.
@@ -15,10 +16,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from .left_out import DataError, LeftOut, Problem
+from .left_out import DataError, LeftOut, Problem, Refused
 from .pairs import Message, PreferencePair
 from .sequences import Ids, Limits, Spans, TokenPair, TokenSequence
 from .template import names_in, turn_marks
+from .truncation import Truncation, shortened
 
 LONG = 2000  # pairs; fewer are tokenised before a bar would be of use
 
@@ -29,7 +31,7 @@ Progress = Callable[[Iterable[Any], str, int, str], Iterator[Any]]
 def tokenize_pairs(
     pairs: Sequence[PreferencePair],
     tokenizer: Any,
-    max_length: int | None,
+    max_length: Truncation | int | None,
     left_out: LeftOut,
     warn: Callable[[str], None] = print,
     limits: Limits | None = None,
@@ -41,48 +43,12 @@ def tokenize_pairs(
     `progress` wraps a long list. Raises `DataError` for conversational pairs and a tokenizer
     without a chat template.
     """
-    _require_template(tokenizer, any(pair.conversational for pair in pairs))
-    maker = _PairTokenizer(tokenizer, max_length, left_out, warn, limits or Limits())
+    maker = PairTokenizer(tokenizer, max_length, left_out, warn, limits)
     wrapped: Iterable[PreferencePair] = pairs
     if progress is not None and len(pairs) >= LONG:
         wrapped = progress(pairs, "tokenising", len(pairs), "pairs")
-    result = []
-    for pair in wrapped:
-        notes = left_out.notes.copy()
-        try:
-            result.append(maker.tokenize(pair))
-        except _Refused as refused:
-            left_out.notes = notes  # they count what is in the rows that are used
-            left_out.add(Problem(pair.source, *refused.args))
-    return result
-
-
-def tokenize_conversations(
-    rows: Sequence[tuple[str, list[Message]]],
-    tokenizer: Any,
-    max_length: int | None,
-    left_out: LeftOut,
-) -> list[TokenSequence]:
-    """Sequences for SFT: everything before the last (assistant) message is the prompt."""
-    _require_template(tokenizer, True)
-    result = []
-    for source, messages in rows:
-        alone = _apply(tokenizer, messages[:-1], True) if messages[:-1] else ()
-        ids = _apply(tokenizer, messages, False)[:max_length]
-        sequence = TokenSequence(ids, _common(alone, ids), source)
-        if sequence.num_scored == 0:
-            left_out.add(
-                Problem(
-                    source,
-                    "messages",
-                    f"a prompt of {len(alone)} tokens",
-                    f"fewer than max_length={max_length}",
-                    "prompt too long",
-                )
-            )
-        else:
-            result.append(sequence)
-    return result
+    found = (maker.usable(pair) for pair in wrapped)
+    return [pair for pair in found if pair is not None]
 
 
 def _require_template(tokenizer: Any, conversational: bool) -> None:
@@ -93,31 +59,46 @@ def _require_template(tokenizer: Any, conversational: bool) -> None:
         )
 
 
-class _Refused(Exception):
-    """(field, got, expected, reason) of a pair that cannot be used."""
+NO_END = "conversations that do not end with the end token (EOS)"
+DOUBLED_END = "completions that end with the end token (EOS) twice"
 
 
-class _PairTokenizer:
+class PairTokenizer:
     """One tokenizer at work on many pairs."""
 
     def __init__(
         self,
         tokenizer: Any,
-        max_length: int | None,
+        max_length: Truncation | int | None,
         left_out: LeftOut,
-        warn: Callable[[str], None],
-        limits: Limits,
+        warn: Callable[[str], None] = print,
+        limits: Limits | None = None,
     ) -> None:
-        self.tokenizer, self.max_length, self.limits = tokenizer, max_length, limits
+        self.tokenizer, self.limits = tokenizer, limits or Limits()
+        self.truncation = Truncation.of(max_length)
         self.left_out, self.warn, self.warned = left_out, warn, False
         self._marks: tuple[str, tuple[str, ...]] | None = None
         self._templates: dict[bool, str] = {}
+        self._has_template = False
         # Looked up once: each is a search in the tokenizer.
         self.bos, self.bos_id = tokenizer.bos_token or "", tokenizer.bos_token_id
         self.eos, self.eos_id = tokenizer.eos_token or "", tokenizer.eos_token_id
 
+    def usable(self, pair: PreferencePair) -> TokenPair | None:
+        """The pair's ids, or None: it is in `left_out` then."""
+        if pair.conversational and not self._has_template:
+            _require_template(self.tokenizer, True)
+            self._has_template = True
+        notes = self.left_out.notes.copy()
+        try:
+            return self.tokenize(pair)
+        except Refused as refused:
+            self.left_out.notes = notes  # they count what is in the rows that are used
+            self.left_out.add(Problem(pair.source, *refused.args))
+            return None
+
     def tokenize(self, pair: PreferencePair) -> TokenPair:
-        """The pair's ids; `_Refused` where there are none to train on."""
+        """The pair's ids; `Refused` where there are none to train on."""
         if pair.conversational:
             alone, sides, spans = self._chat(pair)
         else:
@@ -208,7 +189,7 @@ class _PairTokenizer:
             self.left_out.notes["conversations that begin with the begin token (BOS)"] += 1
         # Templates end a turn with it, or with it and a line break.
         if self.eos_id not in sides[0][-2:]:
-            self.left_out.notes["conversations that do not end with the end token (EOS)"] += 1
+            self.left_out.notes[NO_END] += 1
         return alone, sides, spans
 
     def _template(self, pair: PreferencePair) -> str:
@@ -233,7 +214,7 @@ class _PairTokenizer:
         ):
             for value in values:
                 if value not in variables:
-                    raise _Refused(
+                    raise Refused(
                         name,
                         f"{value!r}, which the chat template does not read",
                         "a variable that it reads (--chat_template FILE gives another)",
@@ -246,7 +227,7 @@ class _PairTokenizer:
                     if message[key] in (None, "", [], {}) or key in keys:
                         continue
                     if key in ("tool_calls", "function_call"):
-                        raise _Refused(
+                        raise Refused(
                             key,
                             "calls, which the chat template does not read",
                             "a chat template for tools (--chat_template FILE)",
@@ -302,7 +283,7 @@ class _PairTokenizer:
 
     def _words(self, name: str, text: str, calls: bool = False) -> None:
         if not text.strip() and not calls:
-            raise _Refused(name, "special tokens alone", "a completion", "empty completion")
+            raise Refused(name, "special tokens alone", "a completion", "empty completion")
 
     def _spans(
         self,
@@ -355,7 +336,7 @@ class _PairTokenizer:
             )
             mask = out["assistant_masks"] if tuple(out["input_ids"]) == ids else []
         if not any(mask):
-            raise _Refused(
+            raise Refused(
                 name,
                 "turns of several speakers that this chat template does not keep apart",
                 "one turn of the assistant (or a template with "
@@ -376,44 +357,39 @@ class _PairTokenizer:
         start: int,
         spans: Sequence[Spans | None],
     ) -> TokenPair:
-        limit, cut = self.max_length, 0
-        if limit is not None and start >= limit:
-            raise _Refused(
-                "prompt", f"{start} tokens", f"fewer than max_length={limit}", "prompt too long"
-            )
-        kept = [ids[:limit] for ids in sides]
+        limit = self.truncation.max_length
+        notes = self.left_out.notes
+        kept, start, spans, cut = shortened(self.truncation, sides, start, spans, notes)
         unscored = tuple(
             () if found is None else _between(start, found, len(ids))
             for found, ids in zip(spans, kept, strict=True)
         )
-        for name, ids, skip, whole in zip(
-            ("chosen", "rejected"), kept, unscored, sides, strict=True
-        ):
+        for name, ids, skip in zip(("chosen", "rejected"), kept, unscored, strict=True):
             if TokenSequence(ids, start, "", skip).num_scored == 0:
-                raise _Refused(
+                raise Refused(
                     name,
                     "no token left to score",
                     "at least one token of completion",
                     "completion too short",
                 )
             self._check_limits(name, ids)
-            cut += len(ids) < len(whole)
+            end = self.eos_id
+            if end is not None and ids[-2:] == (end, end) and len(ids) - start > 1:
+                notes[DOUBLED_END] += 1
         if kept[0] == kept[1]:
             if not cut:
-                raise _Refused(
+                raise Refused(
                     "rejected",
                     "the same tokens as chosen",
                     "a different completion",
                     "chosen equals rejected",
                 )
-            raise _Refused(
+            raise Refused(
                 "rejected",
                 f"the same as chosen within max_length={limit}",
                 "a difference within the limit",
                 "same after truncation",
             )
-        if cut:
-            self.left_out.notes[f"completions cut at max_length={limit}"] += cut
         return TokenPair(
             kept[0][:start],
             kept[0][start:],
@@ -423,6 +399,8 @@ class _PairTokenizer:
             pair.weight,
             pair.beta,
             (unscored[0], unscored[1]),
+            pair.label_smoothing,
+            pair.group,
         )
 
     def _check_limits(self, name: str, ids: Ids) -> None:
@@ -433,7 +411,7 @@ class _PairTokenizer:
         )
         largest = max(ids)
         if V is not None and largest >= V:
-            raise _Refused(
+            raise Refused(
                 name,
                 f"token id {largest} ({self.tokenizer.decode([largest])!r})",
                 f"ids below {V}, the rows of the model's embedding (it was not resized "
@@ -441,7 +419,7 @@ class _PairTokenizer:
                 "token id beyond the embedding",
             )
         if S is not None and len(ids) > S:
-            raise _Refused(
+            raise Refused(
                 name,
                 f"{len(ids)} tokens with the prompt",
                 f"at most {S}, the positions of the model (--max_length {S})",
@@ -454,9 +432,9 @@ class _PairTokenizer:
             ] += 1
 
 
-def _template_refuses(error: Exception) -> _Refused:
+def _template_refuses(error: Exception) -> Refused:
     said = str(error).strip() or type(error).__name__
-    return _Refused(
+    return Refused(
         "messages",
         f"refused by the chat template ({said})",
         "messages it can render",

@@ -152,15 +152,18 @@ def few(labels: Tensor) -> list[list[int]] | None:
     return rows if labels.dim() == 2 else [rows]
 
 
-def labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:
-    """A label is `ignore_index` or in [0, V). On GPUs the kernels refuse instead (NaN)."""
+def labels_in_range(labels: Tensor, V: int, ignore_index: int) -> list[list[int]] | None:
+    """A label is `ignore_index` or in [0, V). On GPUs the kernels refuse instead (NaN).
+
+    The labels as numbers, where they had to be read one by one (`few`).
+    """
     if not readable(labels) or labels.numel() == 0:
-        return
+        return None
     if (rows := few(labels)) is not None:
         found = set().union(*rows)
         found.discard(ignore_index)
         if not found or (min(found) >= 0 and max(found) < V):
-            return
+            return rows
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= V))
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
@@ -168,6 +171,7 @@ def labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:
             f"labels must be in [0, {V}) or ignore_index={ignore_index}, "
             f"got {int(labels[tuple(where)])} at {where}"
         )
+    return None
 
 
 def lengths_of(name: str, value: object, S: int) -> tuple[int, ...] | None:

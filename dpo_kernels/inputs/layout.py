@@ -46,6 +46,7 @@ class Layout:
     ignore_index: int
     shift: bool
     lengths: tuple[int, ...] | None = None  # scored rows of each sequence, where the host knows
+    numbers: list[list[int]] | None = None  # targets [R, T] of few rows on the CPU, as numbers
 
     @staticmethod
     def of(
@@ -66,13 +67,15 @@ class Layout:
         # Shapes before values: labels of other logits are often out of their range too.
         if scored is not None:
             _check_rows(scored.name, scored.rows, labels.shape, scored.last)
-        checks.labels_in_range(labels, V, ignore_index)
+        numbers = checks.labels_in_range(labels, V, ignore_index)
         if not packed:
             targets = labels
             if shift and labels.shape[1]:
                 # One op: the first label cut off, one that is not scored appended.
                 targets = torch.constant_pad_nd(labels, (-1, 1), ignore_index)
-            return Layout(targets, None, labels.shape[0], ignore_index, shift)
+                if numbers is not None:
+                    numbers = [[*row[1:], ignore_index] for row in numbers]
+            return Layout(targets, None, labels.shape[0], ignore_index, shift, numbers=numbers)
         N = labels.shape[0]
         cu = checks.cu_seqlens_of(cu_seqlens, N, labels)
         targets = labels
@@ -110,21 +113,28 @@ class Layout:
             lengths = checks.lengths_of("scored_lengths", scored_lengths, self.sequences)
         if readable:
             counted = self._counted()
-            for i, (given, count) in enumerate(zip(lengths or counted, counted, strict=True)):
-                if given != count:
-                    raise ValueError(
-                        f"scored_lengths must count the scored labels: sequence {i} has {count}, "
-                        f"got {given}"
-                    )
+            if lengths is not None and lengths != counted:
+                i = next(i for i, n in enumerate(counted) if lengths[i] != n)
+                raise ValueError(
+                    f"scored_lengths must count the scored labels: sequence {i} has {counted[i]}, "
+                    f"got {lengths[i]}"
+                )
             lengths = counted
         # Not `replace`: dynamo of torch 2.6 cannot trace it.
         layout = Layout(
-            self.targets, self.cu_seqlens, self.sequences, self.ignore_index, self.shift, lengths
+            self.targets,
+            self.cu_seqlens,
+            self.sequences,
+            self.ignore_index,
+            self.shift,
+            lengths,
+            self.numbers,
         )
         if self.targets.device.type == "cpu" and device.type != "cpu":
             move = to_device if readable else Tensor.to
             cu = None if self.cu_seqlens is None else move(self.cu_seqlens, device)
-            layout = replace(layout, targets=move(self.targets, device), cu_seqlens=cu)
+            targets = move(self.targets, device)
+            layout = replace(layout, targets=targets, cu_seqlens=cu, numbers=None)
         return layout
 
     @property
@@ -138,10 +148,9 @@ class Layout:
 
     def _counted(self) -> tuple[int, ...]:
         """`scored_counts` of targets on the CPU."""
-        rows = None if self.packed else checks.few(self.targets)
-        if rows is None:
+        if self.numbers is None:
             return tuple(self.scored_counts().tolist())
-        return tuple(len(row) - row.count(self.ignore_index) for row in rows)
+        return tuple(len(row) - row.count(self.ignore_index) for row in self.numbers)
 
     def scored_counts(self) -> Tensor:
         """[S] scored rows of each sequence."""
@@ -187,7 +196,7 @@ class Layout:
         common = scored[order] & (seen == start)
         dropped = torch.zeros_like(scored).scatter(0, order, common)
         targets = flat.masked_fill(dropped, self.ignore_index).view_as(self.targets)
-        layout = replace(self, targets=targets, lengths=None)
+        layout = replace(self, targets=targets, lengths=None, numbers=None)
         return layout if self.lengths is None else layout.on(targets.device)
 
     def per_token(self, values: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ..models.forward import Reference
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
 from ..models.step0 import WrongReference
+from .first_step import check_first_loss, check_first_rows, watch_first_step
 from .frameworks import check_version
 from .hf_trainer import check_head_of, load_state, loss_state, save_state
 from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
@@ -87,6 +88,7 @@ class FusedDPOMixin:
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
             self.ref_model.eval()
         attach_head(self.model)
+        watch_first_step(self)
 
     def _refuse(self) -> None:
         """What a Trainer takes and this one could only leave out."""
@@ -115,9 +117,12 @@ class FusedDPOMixin:
         options = loss_state(self, options)
         first = mode == "train" and not self._reference_seen
         if first:
+            check_first_rows(self, inputs["labels"])
             check_head_of(self)
         ref = self._reference(inputs) if needs_reference(options) else None
         out = dpo_step(model, inputs, ref_logps=ref, fused=self.fused, **options)
+        if first and out.loss is not None:
+            check_first_loss(self, out.loss)
         started = self.state.global_step  # type: ignore[attr-defined]
         if first and ref is not None and self.fused.check_reference and not started:
             opt_out = "FusedDPOTrainer(..., fused={'check_reference': False})"

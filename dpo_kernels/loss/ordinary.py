@@ -2,9 +2,9 @@
 
 Most rows of the table, taken alone, are a function of u - v, or of u and v, where u and v are
 log-ratios, or log-ratios per scored token. `pair_loss_forward` of a backend gives their value and
-slopes in one call, so that all between the log-probs and the loss is one autograd function. What
-else a loss may have (a list of losses, an SFT term, weights, sorting, a KL, a learned beta) is
-composed of ops in `from_pairs.py`, which says what both mean.
+slopes in one call, so that all between the log-probs and the loss is one autograd function
+(`at_once.py`). What else a loss may have (a list of losses, an SFT term, weights, sorting, a KL, a
+learned beta) is composed of ops in `from_pairs.py`, which says what both mean.
 
 Letters: `B` pairs, `S` = 2B sequences, chosen then rejected, `R` rows, `T` positions.
 """
@@ -14,21 +14,15 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends.terms import flatten
 from ..inputs import checks
-from ..inputs.layout import Layout
-from ..inputs.transform import LogitTransform
 from ..losses import Loss, LossOptions, Terms
-from ..ops.derivatives import refuse_inplace
-from ..ops.direct import eager
-from ..ops.sequence_sum import backward_op as sums_backward
-from ..ops.token_logps import backward_in_place, backward_op
-from .from_pairs import DPOOutput, Pairs, length_offset, loss_of
+from .from_pairs import length_offset
 
 
 class Evaluated(NamedTuple):
@@ -143,123 +137,3 @@ def _full(B: int, value: float, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _kept(B: int, value: float) -> Tensor:
     return torch.full((B,), value, dtype=torch.float64, device="cpu")
-
-
-@dataclass(frozen=True)
-class LogitsCall:
-    """A call from logits, settled: everything but the logits."""
-
-    loss: Ordinary
-    layout: Layout
-    dtype: torch.dtype
-    transform: LogitTransform
-    stats: tuple[str, ...]
-    tail: float
-    inplace: bool
-    ref_logits: Tensor | None  # [R, T, V]
-    reference: Tensor | None  # [S] log-probs
-    backend: str
-    impl: ModuleType
-
-
-def from_logits(call: LogitsCall, logits: Tensor) -> tuple[DPOOutput, dict[str, Tensor]]:
-    """The output, and statistics a row [R, T]."""
-    kept: list[Any] = []
-    loss = _FromLogits.apply(logits, call, kept)
-    fields, table = kept
-    return DPOOutput(loss, *fields), dict(zip(call.stats, table, strict=True))
-
-
-class _FromLogits(torch.autograd.Function):
-    """Token log-probs -> sums of sequences -> loss of pairs, and back."""
-
-    @staticmethod
-    def forward(ctx, logits, call: LogitsCall, kept: list[Any]):
-        impl, y, cu, ignore = call.impl, *_place(call.layout)
-        logps, lse, table = impl.token_logps(logits, y, ignore, call.transform, call.stats)
-        sums, counts = impl.sequence_sum(logps, y, cu, ignore, call.tail)
-        reference = call.reference
-        if call.ref_logits is not None:
-            logps = impl.token_logps(call.ref_logits, y, ignore, call.transform, ())[0]
-            reference, _ = impl.sequence_sum(logps, y, cu, ignore, call.tail)
-        found = call.loss.evaluate(impl, sums, reference, counts)
-        kept += [call.loss.metrics(found, call.dtype), table.unbind(0) if call.stats else ()]
-        ctx.call = call
-        ctx.save_for_backward(logits, lse, found.slopes)
-        return call.loss.loss(found.losses, call.dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        # Reading saved_tensors compares versions: after an in-place backward this raises.
-        logits, lse, slopes = ctx.saved_tensors
-        call, t = ctx.call, ctx.call.transform
-        if call.inplace:
-            refuse_inplace()
-        y, cu, ignore = _place(call.layout)
-        d = call.loss.scaled(slopes, g)
-        if not call.inplace and not torch.is_grad_enabled() and eager(d):
-            out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-            d = call.impl.sequence_sum_backward(d, y, cu, ignore, call.tail, torch.float32)
-            call.impl.token_logps_backward(d, logits, y, lse, ignore, t, out)
-            return out, None, None
-        d = sums_backward(d, y, cu, ignore, call.tail, call.backend)
-        rest = (y, lse, ignore, t.scale, t.softcap, t.inv_temperature, call.backend)
-        if call.inplace:
-            target = logits.detach()
-            backward_in_place(d, target, *rest)
-            return target, None, None
-        return backward_op(d, logits, *rest), None, None
-
-
-def _place(layout: Layout) -> tuple[Tensor, Tensor | None, int]:
-    return layout.targets, layout.cu_seqlens, layout.ignore_index
-
-
-@dataclass(frozen=True)
-class SumsCall:
-    """A call from sums, settled: everything but the sums."""
-
-    loss: Ordinary
-    losses: list[tuple[Loss, float, Terms]]
-    dtype: torch.dtype
-    reference: Tensor | None  # [S]
-    lengths: Tensor | None  # [S]
-    backend: str
-    impl: ModuleType
-
-
-def from_sums(call: SumsCall, sums: Tensor) -> DPOOutput:
-    """The output from sums [S] fp64 of the policy's log-probs."""
-    kept: list[Any] = []
-    loss = _FromSums.apply(sums, call, kept)
-    return DPOOutput(loss, *kept)
-
-
-class _FromSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, sums, call: SumsCall, kept: list[Any]):
-        found = call.loss.evaluate(call.impl, sums, call.reference, call.lengths)
-        kept += call.loss.metrics(found, call.dtype)
-        ctx.call = call
-        ctx.save_for_backward(sums, found.slopes)
-        return call.loss.loss(found.losses, call.dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        sums, slopes = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: a gradient that can be differentiated
-            loss = _composed(ctx.call, sums)
-            return *torch.autograd.grad(loss, sums, g, create_graph=True), None, None
-        return ctx.call.loss.scaled(slopes, g), None, None
-
-
-def _composed(call: SumsCall, sums: Tensor) -> Tensor:
-    B = sums.shape[0] // 2
-
-    def halves(x: Tensor | None) -> tuple[Any, Any]:
-        return (None, None) if x is None else (x[:B], x[B:])
-
-    reference = None if call.reference is None else call.reference.double()
-    chosen, rejected = halves(sums)
-    pairs = Pairs(chosen, rejected, *halves(reference), *halves(call.lengths), -chosen, None)
-    return loss_of(pairs, call.loss.options, call.losses, call.dtype, call.backend).loss

@@ -20,7 +20,7 @@ Letters: `B` pairs, `R` rows, `T` positions, `N` scored rows, `C` rows of a chun
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -29,65 +29,53 @@ from torch import Tensor
 
 from .. import backends
 from ..inputs.layout import Layout
+from ..inputs.linear_call import LinearCall
 from ..inputs.transfer import to_device
-from ..inputs.transform import LogitTransform
+from ..losses import PER_PAIR
 from ..ops import TokenLogps, no_autocast
 from ..ops.derivatives import check_mode, refuse
 from ..ops.linear_head import Head, HeadGradient, LinearInputs, placed, scored_rows
-from ..ops.plan import Plan, chunks_of_pairs
+from ..ops.plan import chunks_of_pairs
 from ..ops.products import ceil
+from ..ops.token_logps import RowSlopes, backward, forward
 from .from_pairs import DPOOutput
-from .from_tokens import TokenLoss
+from .from_tokens import finish, share_of, shown
 from .ordinary import Evaluated
 
 
-@dataclass(frozen=True)
-class Streaming:
-    """A batch to stream: everything but the tensors that want a gradient."""
-
-    run: TokenLoss
-    reference: LinearInputs | None
-    ref_logps: Tensor | None  # [2B] sums, or [R, T] a row
-    lengths: list[int]  # [2B] scored rows
-    plan: Plan
-    transform: LogitTransform
-
-
-def stream(batch: Streaming, policy: LinearInputs) -> DPOOutput:
+def stream(call: LinearCall, policy: LinearInputs) -> DPOOutput:
     """Loss and rewards; the gradients of `policy` are formed on the way."""
-    o = batch.run.options
-    tensors = (x if isinstance(x, Tensor) else None for x in (o.beta, o.offset, o.weights))
-    inputs = (*policy, *tensors)
-    check_mode(*inputs, *(batch.reference or ()))
+    options = [getattr(call.settled.options, name) for name in PER_PAIR]
+    inputs = (*policy, *(x if isinstance(x, Tensor) else None for x in options))
+    check_mode(*inputs, *(call.ref_inputs or ()))
     kept: list[Streamed] = []
-    loss = _Stream.apply(batch, kept, *inputs)
-    fields, stats = kept[0].fields, dict(zip(batch.run.asked, kept[0].stats, strict=True))
-    return DPOOutput(loss, *fields).told("streaming", batch.run.shown(stats))
+    loss = _Stream.apply(call, kept, *inputs)
+    stats = dict(zip(call.settled.asked, kept[0].stats, strict=True))
+    return DPOOutput(loss, *kept[0].fields).told("streaming", shown(call, stats))
 
 
 class Streamed(NamedTuple):
     """What one pass over the pairs found."""
 
     loss: Tensor
-    fields: list[Tensor]  # of `DPOOutput`, after the loss
-    stats: list[Tensor]  # [R, T] each, those asked for
-    grads: dict[str, Tensor]
+    fields: Sequence[Tensor]  # of `DPOOutput`, after the loss
+    stats: Sequence[Tensor]  # [R, T] each, those asked for
+    grads: dict[str, Tensor | None]
     places: Tensor  # the rows that the gradient of hidden is of
+
+
+_NAMES = (*LinearInputs._fields, *PER_PAIR)
 
 
 class _Stream(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, batch: Streaming, kept, hidden, weight, bias, down, up, *options):
-        wanted = dict(zip(LinearInputs._fields, ctx.needs_input_grad[2:7], strict=True))
-        inputs = LinearInputs(hidden, weight, bias, down, up)
-        with no_autocast(hidden.device):
-            found = _run(batch, inputs, wanted)
-        names = (*LinearInputs._fields, "beta", "offset", "weights")
-        ctx.grads, ctx.places = [found.grads.get(name) for name in names], found.places
-        ctx.like = [
-            (x.shape, x.dtype) if isinstance(x, Tensor) else None
-            for x in (hidden, weight, bias, down, up, *options)
-        ]
+    def forward(ctx, call: LinearCall, kept, *inputs):
+        wanted = dict(zip(_NAMES, ctx.needs_input_grad[2:], strict=True))
+        policy = LinearInputs(*inputs[:5])
+        with no_autocast(policy.hidden.device):
+            found = _run(call, policy, wanted)
+        ctx.grads, ctx.places = [found.grads.get(name) for name in _NAMES], found.places
+        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
         kept.append(found._replace(grads={}))
         ctx.save_for_backward(found.loss)
         return found.loss
@@ -108,7 +96,10 @@ class _Stream(torch.autograd.Function):
             while grads:
                 d, like = grads.pop(0), ctx.like[len(out)]
                 if d is not None:
-                    d = d.to(like[1]) if unit else _scaled(d, g, like[1])
+                    if not unit:
+                        d = _scaled(d, g, like[1])
+                    elif d.dtype != like[1]:
+                        d = d.to(like[1])
                     if not out:  # hidden: rows back in their places
                         d = placed(d, ctx.places, like[0])
                 out.append(d)
@@ -136,44 +127,53 @@ class _Chunk(NamedTuple):
     places: Tensor  # [n] of their scored rows
     targets: Tensor  # [1, n]
     cu_seqlens: Tensor  # [2 (j - i) + 1]
+    padded: Tensor  # [C] the places, in whole blocks if the host knows them
 
 
-def _chunks(batch: Streaming) -> list[_Chunk]:
-    plan, layout = batch.plan, batch.run.layout
-    B = layout.sequences // 2
-    starts = [0, *itertools.accumulate(batch.lengths)]
+def _chunks(call: LinearCall) -> list[_Chunk]:
+    plan, layout, lengths = call.plan, call.layout, call.lengths
+    assert plan is not None and lengths is not None
+    B, starts = len(lengths) // 2, [0, *itertools.accumulate(lengths)]
+    N, numbers, ignore = starts[-1], layout.numbers, layout.ignore_index
+    whole = plan.chunk >= N
+    if whole and numbers is not None and N:
+        # Few rows: one tensor of what the host knows takes less time than ops to find it.
+        flat = list(itertools.chain.from_iterable(numbers))
+        places = [i for i, y in enumerate(flat) if y != ignore]
+        places += places[:1] * (ceil(N, plan.block) - N)
+        known = torch.tensor([*places, *starts, *(y for y in flat if y != ignore)], device="cpu")
+        padded, cu, y = known.split([len(places), len(starts), N])
+        return [_Chunk(0, B, N, padded[:N], y[None], cu, padded)]
     labels = layout.targets.reshape(-1)
-    scored = scored_rows(layout.targets, layout.ignore_index, starts[-1])
-    pairs = chunks_of_pairs(batch.lengths, plan.chunk, plan.least)
+    scored = scored_rows(layout.targets, ignore, N)
+    pairs = [(0, B)] if whole else chunks_of_pairs(lengths, plan.chunk, plan.least)
     found = []
-    for (i, j), cu in zip(pairs, _boundaries(batch.lengths, pairs, labels.device), strict=True):
-        chosen, rejected = slice(starts[i], starts[j]), slice(starts[B + i], starts[B + j])
-        # All pairs in one chunk: their rows are those that are scored, in order.
-        whole = len(pairs) == 1
-        index = scored if whole else torch.cat([scored[chosen], scored[rejected]])
+    for (i, j), cu in zip(pairs, _boundaries(lengths, pairs, labels.device), strict=True):
+        index = scored  # of all pairs in one chunk: those that are scored, in order
+        if not whole:
+            index = torch.cat([scored[starts[k + i] : starts[k + j]] for k in (0, B)])
         n = starts[j] - starts[i] + starts[B + j] - starts[B + i]
-        found.append(_Chunk(i, j, n, index, labels.index_select(0, index).unsqueeze(0), cu))
+        y = labels.index_select(0, index).unsqueeze(0)
+        found.append(_Chunk(i, j, n, index, y, cu, index))
     return found
 
 
-def _run(batch: Streaming, policy: LinearInputs, wanted: dict[str, bool]) -> Streamed:
-    run, layout = batch.run, batch.run.layout
-    impl = backends.load(run.backend)
-    chunks = _chunks(batch)
-    pass_ = _Pass(batch, policy, impl, chunks)
-    head = pass_.head
+def _run(call: LinearCall, policy: LinearInputs, wanted: dict[str, bool]) -> Streamed:
+    impl, chunks = backends.load(call.backend), _chunks(call)
+    pass_ = _Pass(call, policy, impl, chunks)
+    head, rows = pass_.head, sum(chunk.rows for chunk in chunks)
     total = HeadGradient(head, *(wanted[name] for name in LinearInputs._fields[1:]))
-    packed, rows = None, sum(batch.lengths)
+    packed = None
     if wanted["hidden"] and (len(chunks) > 1 or not rows):
         packed = torch.empty((rows, head.H), device=policy.hidden.device, dtype=torch.float32)
-    pairs = (_Ordinary if run.ordinary is not None else _Composed)(batch, impl)
-    columns: list[list[Tensor]] = [[] for _ in run.asked]
+    pairs = (_Ordinary if call.settled.ordinary is not None else _Composed)(call, impl)
+    columns: list[list[Tensor]] = [[] for _ in call.settled.asked]
     done = 0
     for chunk in chunks:
         n = chunk.rows
         scores = pass_.score(chunk)
-        for column, stat in zip(columns, run.asked, strict=True):
-            column.append(scores.stats[stat][0])
+        for column, stat in zip(columns, call.settled.asked, strict=True):
+            column.append(scores.logps.stats[stat][0])
         slopes = pairs.slopes(chunk, scores)
         if n and any(wanted.values()):
             dz = head.operand(pass_.gradient(chunk, scores, slopes))
@@ -185,19 +185,12 @@ def _run(batch: Streaming, policy: LinearInputs, wanted: dict[str, bool]) -> Str
             total.add(dz, d_low, scores.h[:n], None if scores.low is None else scores.low[:n])
         done += n
     total.finish()
-    grads = {
-        "hidden": packed,
-        **{name: getattr(total, name) for name in LinearInputs._fields[1:]},
-        **pairs.d_options,
-    }
     index = chunks[0].places if len(chunks) == 1 else torch.cat([c.places for c in chunks])
-    shown = [
-        placed(torch.cat(c)[:, None], index, torch.Size((*layout.targets.shape, 1)))[..., 0]
-        for c in columns
-    ]
+    shape = torch.Size((*call.layout.targets.shape, 1))
+    stats = [placed(torch.cat(c)[:, None], index, shape)[..., 0] for c in columns]
     loss, *fields = pairs.finish()
-    found = {name: d for name, d in grads.items() if d is not None}
-    return Streamed(loss, fields, shown, found, index)
+    grads = {name: getattr(total, name) for name in LinearInputs._fields[1:]}
+    return Streamed(loss, fields, stats, {"hidden": packed, **grads, **pairs.d_options}, index)
 
 
 class _Scores(NamedTuple):
@@ -206,12 +199,8 @@ class _Scores(NamedTuple):
     h: Tensor  # [C, H]
     low: Tensor | None  # [C, r]
     z: Tensor  # [n, V]
-    lse: Tensor  # [1, n]
-    stats: dict[str, Tensor]
-    logps: Tensor  # [1, n]
-    ref_logps: Tensor | None  # [1, n]
-    kl: Tensor | None  # [1, n]
-    r: Tensor | None = None  # [n, V] and [1, n], of the reference, where the KL is needed
+    logps: TokenLogps  # [1, n] each, a reference's too
+    r: Tensor | None = None  # [1, n, V] and [1, n], of the reference, where the KL is needed
     ref_lse: Tensor | None = None
 
 
@@ -219,115 +208,95 @@ class _Pass:
     """Both heads over the chunks, and the buffers that their logits fill."""
 
     def __init__(
-        self, batch: Streaming, policy: LinearInputs, impl: ModuleType, chunks: list[_Chunk]
+        self, call: LinearCall, policy: LinearInputs, impl: ModuleType, chunks: list[_Chunk]
     ) -> None:
-        self.batch, self.policy, self.impl = batch, policy, impl
-        self.head = Head(batch.plan, policy.weight, policy.bias, policy.down, policy.up)
+        assert call.plan is not None
+        self.call, self.policy, self.impl = call, policy, impl
+        self.head = Head(call.plan, *policy[1:])
         self.ref_head = None
-        if batch.reference is not None:
-            self.ref_head = Head(batch.plan, batch.reference.weight, batch.reference.bias)
+        if call.ref_inputs is not None:
+            self.ref_head = Head(call.plan, *call.ref_inputs[1:])
         largest = max(chunk.rows for chunk in chunks)
-        self.joint = batch.run.needs_kl
+        self.joint = call.settled.needs_kl
         self.buffer = self.head.logits_buffer(largest)
         self.ref_buffer = self.head.logits_buffer(largest) if self.joint else self.buffer
 
     def score(self, chunk: _Chunk) -> _Scores:
-        run, head, impl, n = self.batch.run, self.head, self.impl, chunk.rows
-        size = ceil(n, self.batch.plan.block)
-        args = (chunk.targets, run.layout.ignore_index, self.batch.transform)
-        r = ref_logps = ref_lse = kl = None
+        call, s, head, n = self.call, self.call.settled, self.head, chunk.rows
+        size = ceil(n, head.plan.block)
+        args = (chunk.targets, call.layout.ignore_index, s.transform)
+        r = ref_logps = None
         if self.ref_head is not None:
-            assert self.batch.reference is not None
-            rows = self.ref_head.rows(self.batch.reference.hidden, chunk.places)
-            r = self.ref_head.project(rows, None, self.ref_buffer[:size])[:n]
+            assert call.ref_inputs is not None
+            rows = self.ref_head.rows(call.ref_inputs.hidden, chunk.padded)
+            r = self.ref_head.project(rows, None, self.ref_buffer[:size])[None, :n]
             if not self.joint:
-                ref_logps, r = impl.token_logps(r[None], *args, ())[0], None
-        h = head.rows(self.policy.hidden, chunk.places)
+                ref_logps, r = self.impl.token_logps(r, *args, ())[0], None
+        h = head.rows(self.policy.hidden, chunk.padded)
         low = head.low(h)
         z = head.project(h, low, self.buffer[:size])[:n]
-        stats: dict[str, Tensor] = {}
-        if r is not None:
-            logps, lse, ref_logps, ref_lse, kl = impl.token_kl(z[None], r[None], *args)
-        if r is None or run.stats:
-            logps, lse, table = impl.token_logps(z[None], *args, run.stats)
-            if run.stats:
-                stats = dict(zip(run.stats, table.unbind(0), strict=True))
-        return _Scores(h, low, z, lse, stats, logps, ref_logps, kl, r, ref_lse)
+        found = forward(self.impl, z[None], *args, s.stats, r)
+        logps = TokenLogps.of(found, s.stats, r is not None)
+        if ref_logps is not None:
+            logps = logps._replace(ref_logps=ref_logps)
+        return _Scores(h, low, z, logps, r, found[4])
 
     def gradient(self, chunk: _Chunk, x: _Scores, slopes: list[Tensor]) -> Tensor:
         """The gradient of the chunk's logits, over them or rounded."""
-        ignore, transform = self.batch.run.layout.ignore_index, self.batch.transform
-        d, z, y = self.head.gradient(x.z, self.impl), x.z.unsqueeze(0), chunk.targets
+        ignore, transform = self.call.layout.ignore_index, self.call.settled.transform
+        d, z = self.head.gradient(x.z, self.impl), x.z.unsqueeze(0)
         out = z if d is x.z else d.unsqueeze(0)
+        rows = RowSlopes(slopes[0], chunk.targets, x.logps.lse)
         if x.r is not None:
-            self.impl.token_kl_backward(
-                slopes[0], slopes[1], z, x.r[None], y, x.lse, x.ref_lse, ignore, transform, out
-            )
-        else:
-            self.impl.token_logps_backward(slopes[0], z, y, x.lse, ignore, transform, out)
+            rows = rows._replace(grad_kl=slopes[1], ref_lse=x.ref_lse)
+        backward(self.impl, rows, z, x.r, ignore, transform, out)
         return d
 
 
-def _ref_sums(ref_logps: Tensor | None, chunk: _Chunk) -> Tensor | None:
-    """[2 (j - i)] of sums [2B], or of nothing."""
-    if ref_logps is None or ref_logps.dim() == 2:
+def _reference(call: LinearCall, chunk: _Chunk) -> Tensor | None:
+    """The chunk's share of log-probs that were given: sums [2 (j - i)], or values a row [1, n]."""
+    given = call.reference
+    if given is None:
         return None
-    B = ref_logps.shape[0] // 2
+    if given.dim() == 2:
+        return given.reshape(-1)[chunk.places][None]
+    B = given.shape[0] // 2
     i, j = chunk.i, chunk.j
-    return ref_logps if j - i == B else torch.cat([ref_logps[i:j], ref_logps[B + i : B + j]])
-
-
-def _ref_tokens(ref_logps: Tensor | None, chunk: _Chunk) -> Tensor | None:
-    """[1, n] of values a row [R, T], or of nothing."""
-    if ref_logps is None or ref_logps.dim() == 1:
-        return None
-    return ref_logps.reshape(-1)[chunk.places][None]
+    return given if j - i == B else torch.cat([given[i:j], given[B + i : B + j]])
 
 
 class _Ordinary:
     """The pairs of each chunk, of a loss in closed form."""
 
-    def __init__(self, batch: Streaming, impl: ModuleType) -> None:
-        assert batch.run.ordinary is not None
-        self.batch, self.impl, self.loss = batch, impl, batch.run.ordinary
+    def __init__(self, call: LinearCall, impl: ModuleType) -> None:
+        assert call.settled.ordinary is not None
+        self.call, self.impl, self.loss = call, impl, call.settled.ordinary
         self.d_options: dict[str, Tensor] = {}
         self.found: list[Evaluated] = []
-        num_pairs = batch.run.options.num_pairs
-        self.share = 1.0 / (batch.run.layout.sequences // 2 if num_pairs is None else num_pairs)
+        num_pairs = call.settled.options.num_pairs
+        self.share = 1.0 / (call.layout.sequences // 2 if num_pairs is None else num_pairs)
 
-    def _sums(self, values: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        run = self.batch.run
-        if values.dtype != torch.float32:
-            return run.sums_of(values, chunk.targets, chunk.cu_seqlens)
-        place = (chunk.targets, chunk.cu_seqlens, run.layout.ignore_index, run.tail)
-        return self.impl.sequence_sum(values, *place)
+    def _sums(self, values: Tensor, place: tuple) -> tuple[Tensor, Tensor]:
+        impl = self.impl if values.dtype == torch.float32 else backends.load("torch")
+        return impl.sequence_sum(values, *place)
 
     def slopes(self, chunk: _Chunk, x: _Scores) -> list[Tensor]:
         """[1, n] d loss / d log-prob of each row."""
-        run = self.batch.run
-        sums, counts = self._sums(x.logps, chunk)
-        tokens, reference = x.ref_logps, None
-        if tokens is None:
-            reference = _ref_sums(self.batch.ref_logps, chunk)
-            tokens = _ref_tokens(self.batch.ref_logps, chunk)
-        if tokens is not None:
-            reference = self._sums(tokens, chunk)[0]
+        s, ignore = self.call.settled, self.call.layout.ignore_index
+        place = (chunk.targets, chunk.cu_seqlens, ignore, s.tail)
+        sums, counts = self._sums(x.logps.logps, place)
+        reference = x.logps.ref_logps
+        if reference is None:
+            reference = _reference(self.call, chunk)
+        if reference is not None and reference.dim() == 2:
+            reference = self._sums(reference, place)[0]
         found = self.loss.evaluate(self.impl, sums, reference, counts, slice(chunk.i, chunk.j))
         self.found.append(found)
-        return [
-            self.impl.sequence_sum_backward(
-                found.slopes * self.share,
-                chunk.targets,
-                chunk.cu_seqlens,
-                run.layout.ignore_index,
-                run.tail,
-                torch.float32,
-            )
-        ]
+        return [self.impl.sequence_sum_backward(found.slopes * self.share, *place, torch.float32)]
 
     def finish(self) -> list[Tensor]:
         """Loss and the other fields, of the batch."""
-        dtype, found = self.batch.run.dtype, self.found[0]
+        dtype, found = self.call.dtype, self.found[0]
         if len(self.found) > 1:
             losses, *rest = zip(*self.found, strict=True)
             sums, ratios = (_joined(parts) for parts in rest[1:])
@@ -344,41 +313,39 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 class _Composed:
     """The pairs of each chunk, of any loss that is a sum over pairs: by a tiny graph."""
 
-    def __init__(self, batch: Streaming, impl: ModuleType) -> None:
-        self.batch = batch
+    def __init__(self, call: LinearCall, impl: ModuleType) -> None:
+        assert call.lengths is not None
+        self.call = call
         self.d_options: dict[str, Tensor] = {}
         self.fields: list[list[Tensor]] = []
-        B = batch.run.layout.sequences // 2
-        self.chosen_tokens = sum(batch.lengths[:B])
+        self.chosen_tokens = sum(call.lengths[: len(call.lengths) // 2])
 
     def slopes(self, chunk: _Chunk, x: _Scores) -> list[Tensor]:
         """[1, n] d loss / d log-prob of each row, and d loss / d KL where there is one."""
-        run, i, j = self.batch.run, chunk.i, chunk.j
-        local = Layout(chunk.targets, chunk.cu_seqlens, 2 * (j - i), run.layout.ignore_index, False)
-        share, leaves = run.of_pairs(i, j, local, self.chosen_tokens)
-        tokens, ref_sums = x.ref_logps, None
-        if tokens is None:
-            ref_sums = _ref_sums(self.batch.ref_logps, chunk)
-            tokens = _ref_tokens(self.batch.ref_logps, chunk)
-        scored = [x.logps] if x.kl is None else [x.logps, x.kl]
+        call, i, j = self.call, chunk.i, chunk.j
+        ignore = call.layout.ignore_index
+        layout = Layout(chunk.targets, chunk.cu_seqlens, 2 * (j - i), ignore, False)
+        place = {"layout": layout, "reference": _reference(call, chunk)}
+        share, leaves = share_of(call, i, j, self.chosen_tokens, **place)
+        names = ["logps"] if x.logps.kl is None else ["logps", "kl"]
         with torch.enable_grad():
-            scored = [s.detach().requires_grad_() for s in scored]
-            policy = TokenLogps(scored[0], x.lse, x.stats)
-            out = share.finish(policy, tokens, ref_sums, *scored[1:])
-            wrt = [*scored, *(getattr(share.options, name) for name in leaves)]
-            slopes = _slopes(out.loss, wrt)
+            scored = [getattr(x.logps, name).detach().requires_grad_() for name in names]
+            out = finish(share, x.logps._replace(**dict(zip(names, scored, strict=True))))
+            options = share.settled.options
+            slopes = _slopes(out.loss, [*scored, *(getattr(options, name) for name in leaves)])
         self.fields.append([field.detach() for field in out])
         for name, slope in zip(leaves, slopes[len(scored) :], strict=True):
-            whole = self.d_options.setdefault(name, _zeros_like(getattr(run.options, name)))
+            given = getattr(call.settled.options, name)
+            whole = self.d_options.setdefault(name, _zeros_like(given))
             part = whole if whole.dim() == 0 else whole[i:j]
             part += slope
-        return slopes
+        return slopes[: len(scored)]
 
     def finish(self) -> list[Tensor]:
         """Loss and the other fields, of the batch."""
         loss = torch.stack([part[0] for part in self.fields]).sum()
         parts = zip(*(part[1:] for part in self.fields), strict=True)
-        return [x.to(self.batch.run.dtype) for x in (loss, *(torch.cat(part) for part in parts))]
+        return [x.to(self.call.dtype) for x in (loss, *(torch.cat(part) for part in parts))]
 
 
 def _boundaries(

@@ -49,9 +49,12 @@ def load_model(
     dtype: Any = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantisation: Any = None,
     say: Callable[[str], None] = print,
 ) -> Any:
     """A causal LM that can be trained and saved: of the hub, a folder, an adapter's, a GGUF file.
+
+    `quantisation`: transformers' configuration of it, for weights below an adapter.
 
     Raises `ModelError` (a ValueError) for what cannot be: an encoder-decoder, quantised weights, a
     checkpoint that lacks weights.
@@ -66,6 +69,8 @@ def load_model(
     if not source:
         _check_config(_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code), name)
     options = {**source, **dtype_option(dtype), "trust_remote_code": trust_remote_code}
+    if quantisation is not None:
+        options["quantization_config"] = quantisation
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     # Weights of another shape come back by name; transformers' own error names none.
@@ -74,7 +79,7 @@ def load_model(
     _check_loaded(found, name, say)
     if "gguf_file" in source:
         model = without_quantization(model)
-    if getattr(model, "hf_quantizer", None) is not None:
+    if quantisation is None and getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(_QUANTISED.format(name=name, method="quantised weights"))
     return _with_adapter(model, folder) if adapter else model
 

@@ -21,6 +21,12 @@ class FusedOptions:
             `reference_free`, `dpop_lambda`, `sft_weight`, ...
         check_reference: before the first step the policy must equal the reference. Switch it off
             where they differ on purpose (a reference that is another model).
+        check_first_step: the first batch's rows are scored and end once, and the first step gives
+            every trainable weight a gradient and moves it.
+        on_falling_logps: "warn", "stop" or "ignore" where the log-probs of chosen and rejected fall
+            together.
+        reference_cache: a folder that keeps the reference's log-probs by content
+            (`models.reference_cache`); None: they are not kept.
         share_prefix: run the trunk once over the prompt that chosen and rejected share.
         head_stats: entropy, mean logits and token accuracy among the metrics, read from the logits
             that the loss forms anyway.
@@ -30,12 +36,20 @@ class FusedOptions:
 
     loss_options: dict[str, Any] = field(default_factory=dict)
     check_reference: bool = True
+    check_first_step: bool = True
+    on_falling_logps: str = "warn"
+    reference_cache: str | None = None
     share_prefix: bool = False
     head_stats: bool = True
     memory_budget: int | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
+        if self.on_falling_logps not in ("warn", "stop", "ignore"):
+            raise ValueError(
+                "on_falling_logps must be 'warn', 'stop' or 'ignore', got "
+                f"{self.on_falling_logps!r}"
+            )
         unknown = set(self.loss_options) - _LOSS_OPTIONS
         if unknown:
             raise ValueError(

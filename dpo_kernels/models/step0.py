@@ -96,6 +96,6 @@ def check_step0(
         raise WrongReference(
             "before the first step the policy must equal the reference, but log-probs of a "
             f"completion differ by up to {float(ratios.max()):.4g} nats{got}: another reference "
-            "model, stale reference log-probs, an adapter that is not a no-op when training "
-            f"starts{instead}"
+            "model, stale reference log-probs (a cache), an adapter that is not a no-op when "
+            f"training starts (merged, or trained before){instead}"
         )

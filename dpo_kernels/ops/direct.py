@@ -9,7 +9,9 @@ same `setup_context` and `backward` where a gradient is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,6 +54,9 @@ class Op:
         writes: int | None = None,  # which argument the body writes
     ) -> None:
         self.op, self.body, self.writes = op, op._init_fn, writes
+        parameters = inspect.signature(self.body).parameters.values()
+        # One left out at the end is given with its default, None.
+        self.nothing: dict[str, Any] = dict.fromkeys(p.name for p in parameters)
         self.function = None
         if backward is not None:
             assert setup_context is not None
@@ -77,6 +82,19 @@ class Op:
         if self.function is None:  # a backward under create_graph=True: its schema refuses a second
             return self.op(*arguments)
         return self.function.apply(*arguments)
+
+    def named(self, arguments: Sequence[Any]) -> SimpleNamespace:
+        """The arguments of a call by their names."""
+        return SimpleNamespace(**self.nothing | dict(zip(self.nothing, arguments, strict=False)))
+
+    def options(self, arguments: Sequence[Any]) -> SimpleNamespace:
+        """Those that are no tensors: what a context may keep."""
+        plain = [None if isinstance(x, Tensor) else x for x in arguments]
+        return self.named(plain)
+
+    def gradients(self, **found: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What the backward returns: these, and None for every other argument."""
+        return tuple((self.nothing | found).values())
 
 
 def _function(name: str, body: Any, setup: Any, differentiate: Any) -> Any:

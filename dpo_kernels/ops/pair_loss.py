@@ -16,7 +16,6 @@ from torch import Tensor
 from .. import backends
 from ..backends import torch as reference
 from ..backends.terms import flatten, unflatten
-from ..inputs import checks
 from ..losses import Term
 from .derivatives import check_mode
 from .direct import Op
@@ -29,22 +28,20 @@ def pair_loss(
     *,
     beta: float | Tensor,
     offset: Tensor | None = None,
-    backend: str | None = None,
+    backend: str,
 ) -> Tensor:
     """Loss of each pair [B] fp64 from scores `u`, `v` [B]; `beta` a number or [B], `offset` [B].
 
-    Differentiable in u, v, and in beta and offset where they are tensors.
+    Differentiable in u, v, and in beta and offset where they are tensors; by a backend that is
+    chosen.
     """
-    checks.floating("u", u)
-    checks.shape("v", v, tuple(u.shape), "that of u")
-    name = backends.choose(backend, u.device, torch.float32)
     u, v = u.double(), v.double()
     # One beta for all pairs may be a tensor without dimensions; the kernels read [B].
     beta_tensor = (
         beta.double().expand_as(u) if isinstance(beta, Tensor) else torch.full_like(u, beta)
     )
     offset = offset.double() if offset is not None else None
-    if name == "torch":
+    if backend == "torch":
         return reference.pair_loss(u, v, beta_tensor, offset, terms)
     check_mode(u, v, beta_tensor, offset)
     loss, _ = _op(
@@ -54,7 +51,7 @@ def pair_loss(
         None if offset is None else offset.contiguous(),
         [t.phi for t in terms],
         flatten(terms),
-        name,
+        backend,
     )
     return loss
 
@@ -79,21 +76,23 @@ def _(u, v, beta, offset, phis, numbers, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.terms = inputs[4:6]
-    ctx.mark_non_differentiable(output[1])
+    a, (_, slopes) = _op.named(inputs), output
+    ctx.terms = unflatten(a.phis, a.numbers)
+    ctx.mark_non_differentiable(slopes)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.save_for_backward(a.u, a.v, a.beta, a.offset, slopes)
 
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 7
+        return _op.gradients()
     *inputs, slopes = ctx.saved_tensors  # [4, B]: d/du, d/dv, d/dbeta, d/doffset
     if torch.is_grad_enabled():  # create_graph=True: slopes that can be differentiated
-        slopes = _slopes(inputs, unflatten(*ctx.terms))
+        slopes = _slopes(inputs, ctx.terms)
     # A pair of weight 0 gives 0 whatever its slope, an infinite one included.
     d = grad * torch.where((grad == 0) & ~slopes.isfinite(), 0.0, slopes)
-    return d[0], d[1], d[2], d[3] if inputs[3] is not None else None, None, None, None
+    offset = d[3] if inputs[3] is not None else None
+    return _op.gradients(u=d[0], v=d[1], beta=d[2], offset=offset)
 
 
 def _slopes(inputs: list[Tensor | None], terms: tuple[Term, ...]) -> Tensor:

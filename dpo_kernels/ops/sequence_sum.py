@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import torch as reference
-from ..inputs import checks
 from .derivatives import check_mode
 from .direct import Op
 
@@ -24,25 +23,18 @@ def sequence_sum(
     *,
     ignore_index: int = -100,
     tail_weight: float = 1.0,
-    backend: str | None = None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Sums [S] fp64 and scored counts [S] int64 of `values` [R, T].
+    """Sums [S] fp64 and scored counts [S] int64 of `values` [R, T], by a backend that is chosen.
 
     Positions whose target is `ignore_index` do not count. With `tail_weight` != 1 (LD-DPO's alpha,
     arXiv 2409.06411) the scored tokens of a sequence past the shorter one of its pair (sequences i
     and i + S/2) weigh `tail_weight`.
     """
-    checks.floating("values", values)
-    checks.shape("values", values, tuple(targets.shape), "that of targets")
-    S = targets.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    if tail_weight != 1.0 and S % 2:
-        raise ValueError(f"tail_weight needs pairs, an even number of sequences, got {S}")
-    dtype = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
-    name = backends.choose(backend, values.device, torch.float32)
-    if name == "torch" or dtype == torch.float64:
+    if backend == "torch" or values.dtype == torch.float64:
         return reference.sequence_sum(values, targets, cu_seqlens, ignore_index, tail_weight)
     check_mode(values)
-    return _op(values.to(dtype), targets, cu_seqlens, ignore_index, tail_weight, name)
+    return _op(values.float(), targets, cu_seqlens, ignore_index, tail_weight, backend)
 
 
 @torch.library.custom_op("dpo_kernels::sequence_sum", mutates_args=())
@@ -66,18 +58,18 @@ def _(values, targets, cu_seqlens, ignore_index, tail_weight, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    _, targets, cu_seqlens, ctx.ignore_index, ctx.tail_weight, ctx.backend = inputs
+    a, ctx.options = _op.named(inputs), _op.options(inputs)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(targets, cu_seqlens)
+    ctx.save_for_backward(a.targets, a.cu_seqlens)
 
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 6
-    targets, cu_seqlens = ctx.saved_tensors
-    d = backward_op(grad, targets, cu_seqlens, ctx.ignore_index, ctx.tail_weight, ctx.backend)
-    return d, *[None] * 5
+        return _op.gradients()
+    a = ctx.options
+    d = backward_op(grad, *ctx.saved_tensors, a.ignore_index, a.tail_weight, a.backend)
+    return _op.gradients(values=d)
 
 
 _sequence_sum.register_autograd(_backward, setup_context=_setup_context)
@@ -111,7 +103,8 @@ def _setup_second(ctx, inputs, output):
 
 def _second(ctx, grad):
     """The sums are linear: the backward's own backward is the forward again."""
-    return _op(grad, *ctx.saved_tensors, *ctx.options)[0], *[None] * 5
+    d = _op(grad, *ctx.saved_tensors, *ctx.options)[0]
+    return backward_op.gradients(grad=d)
 
 
 _sequence_sum_backward.register_autograd(_second, setup_context=_setup_second)

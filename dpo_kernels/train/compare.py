@@ -18,7 +18,7 @@ from ..data import TokenPair
 from .config import DPOTrainConfig
 from .loop import PairLoss, chosen_tokens
 from .model import Policy
-from .reference import PairData
+from .reference import PairData, Reference
 
 
 def plain_logps(model: Any, pairs: list[TokenPair], pad_id: int) -> Tensor:
@@ -47,9 +47,9 @@ def step_times(
     pairs = [data.pairs[i] for i in indices]
     B, tokens = len(pairs), chosen_tokens(pairs)
     loss = PairLoss(policy, config)
-    reference = data.reference.of(indices, policy.device) if data.reference else None
-    if reference is None or reference.numel() != 2 * B:
-        reference = torch.zeros(2 * B, device=policy.device)
+    reference = torch.zeros(2 * B, device=policy.device)
+    if isinstance(data.reference, Reference) and config.ld_alpha is None:
+        reference = data.reference.of(indices, policy.device)
 
     def ours() -> None:
         out, _ = loss(data, indices, B, tokens)

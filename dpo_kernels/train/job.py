@@ -8,12 +8,11 @@ set that ship with the package.
 
 from __future__ import annotations
 
-import json
-import resource
-import statistics
+import shlex
 import sys
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,27 +26,42 @@ from ..data import (
     LeftOut,
     Limits,
     Message,
-    NoUsableRow,
     PreferencePair,
     TokenPair,
+    TokenSequence,
     embedded,
     read_conversations,
     read_pairs,
     tokenize_conversations,
-    tokenize_pairs,
+    tokenize_many,
 )
+from ..data.bulk import cache_root
+from ..data.left_out import Problem
 from ..models.versions import dtype_option
-from .compare import step_times
+from .adapters import check_adapter, name_base
+from .calibration import calibration
+from .card import write_card
+from .checkpoints import newest, of_the_disk, reason
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
-from .loop import TrainResult, evaluate, train, visited
+from .data_options import columns, is_streamed, streamed_pairs, truncation
+from .ending import draw, last_fields, no_pair_left, plain_torch_times, report, write_summary
+from .ending import loss_title as loss_title
+from .fit import check_fits
+from .groups import group_summary, learned_groups
+from .identity import identity
+from .loop import TrainResult, evaluate, train
+from .machine import peak_memory
 from .metrics import MetricsFile
 from .model import Policy, complete, load_policy, prepare_policy, save_policy
-from .optim import epoch_order, total_steps
-from .plots import plot_run
-from .reference import PairData, with_reference
-from .sft import train_sft
-from .start import RunFolder, check_device, find_model, refuse_many_processes
+from .optim import TrainingError
+from .order import epoch_order, steps_of
+from .reference import Referee
+from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
+from .run_options import GROUPS
+from .sft import SupervisedRows, fine_tune, train_sft
+from .sinks import Run, Sinks, check_sinks
+from .start import RunFolder, check_device, find_model, quiet_bars, refuse_many_processes
 
 
 def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -64,6 +78,18 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     Raises `UserError`, `DataError` (both say what to change) or `TrainingError`.
     """
     refuse_many_processes()
+    config, own = resolve(options)
+    check_device(config.device)
+    check_adapter(config, own)
+    check_sinks(config.report_to)
+    resumed = resumed_from(config, dk.__version__, console.say)
+    quiet_bars(console)
+    run_folder = RunFolder(config, resumed.path if resumed else None)
+    return Job(config, own, run_folder, console, resumed).run()
+
+
+def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
+    """(the configuration that `options` give, whether model and data are the user's own)."""
     own = any(options.get(k) for k in ("model_name_or_path", "dataset_name", "train_file"))
     recipe = {} if own else embedded_layers()[0]
     if options.get("num_train_epochs") is not None:
@@ -73,22 +99,33 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
         raise UserError("dataset_name is missing: pass a JSONL file of pairs (--dataset_name FILE)")
     if own and config.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: pass a model's name or folder")
-    if own and config.sft_steps:
-        raise UserError("sft_steps is of the embedded default: your own model is not fine-tuned")
-    check_device(config.device)
-    if not console.is_terminal:
-        from transformers.utils import logging
+    if own and config.sft_steps and config.sft_file is None:
+        raise UserError(
+            "sft_steps is of the embedded default: your own model is not fine-tuned, unless "
+            "sft_file gives it conversations"
+        )
+    for option in ("sft_file", "ref_model_name_or_path"):
+        if not own and getattr(config, option) is not None:
+            raise UserError(f"{option} goes with a model and pairs of your own (the default's fit)")
+    return config, own
 
-        logging.disable_progress_bar()  # a log file needs no bars of loading and saving
-    return _Job(config, own, RunFolder(config), console).run()
 
-
-class _Job:
+class Job:
     """One run, its folder and what was left out of its data."""
 
+    groups = GROUPS  # of the options that it has
+    command = "train"
+
     def __init__(
-        self, config: DPOTrainConfig, own: bool, run_folder: RunFolder, console: Console
+        self,
+        config: DPOTrainConfig,
+        own: bool,
+        run_folder: RunFolder,
+        console: Console,
+        resumed: Resumed | None = None,
     ) -> None:
+        self.resumed = resumed
+        self.sinks: Sinks | None = None
         self.config, self.own, self.console = config, own, console
         self.run_folder, self.folder = run_folder, run_folder.path
         self.policy: Policy | None = None
@@ -100,9 +137,17 @@ class _Job:
         """Run; whatever ends it early keeps the weights, or leaves nothing if there are none."""
         try:
             return self._run()
+        except Exception as error:
+            self._keep()
+            if of_the_disk(error) and not isinstance(error, UserError | DataError | TrainingError):
+                raise TrainingError(f"{self.folder}: {reason(error)}") from error
+            raise
         except BaseException:
             self._keep()
             raise
+        finally:
+            if self.sinks is not None:
+                self.sinks.close()
 
     def _keep(self) -> None:
         """Save a policy that has been trained; take a folder back in which nothing was trained."""
@@ -110,92 +155,143 @@ class _Job:
         if self.policy is None or not begun:
             self.run_folder.drop()
             return
-        if not self.saved:
-            with self.console.held():
-                save_policy(self.policy, self.folder / "model")
         what = "" if "training" in begun else " (SFT alone: training on pairs had not begun)"
-        print(
-            f"dpo-kernels: the run did not end; its weights are in {self.folder / 'model'}{what}",
-            file=sys.stderr,
-        )
+        kept = f"its weights are in {self.folder / 'model'}{what}"
+        if not self.saved:
+            try:
+                with self.console.held():
+                    save_policy(self.policy, self.folder / "model")
+            except Exception as error:  # told beside the error that ended the run
+                kept = f"its weights could not be saved: {reason(error)}"
+        _tell(f"the run did not end; {kept}")
+        last = newest(self.folder / "checkpoints")
+        if last is not None:
+            _tell(f"go on from {last.name} with: {self._command()}")
+
+    def _command(self) -> str:
+        """How this run is taken up again."""
+        file = shlex.quote(str(self.folder / "config.yaml"))
+        return f"dpo-kernels {self.command} --config {file} --resume_from_checkpoint true"
 
     def _run(self) -> dict[str, Any]:
         config, say = self.config, self.console.say
         began = time.perf_counter()
         torch.manual_seed(config.seed)
+        conversations: list[TokenSequence] = []
         if self.own:
             policy = self._users_model()
             train_pairs, eval_pairs = self._pairs(policy)
-            self._open_folder()
+            conversations = self._conversations(policy)
+            identity = self._identity(policy, train_pairs, eval_pairs)
+            self._open_folder(policy)
+            if self.resumed is None:
+                self.policy = policy
+                fine_tune(policy, conversations, config, self.folder, self.console)
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
                 train_pairs, eval_pairs = self._pairs(policy, source)
-                self._open_folder()
+                identity = self._identity(policy, train_pairs, eval_pairs)
+                self._open_folder(policy)
                 self.policy = policy
-                self._sft(policy, source, len(train_pairs))
+                if self.resumed is None:
+                    self._sft(policy, source, len(train_pairs))
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-        used = visited(len(train_pairs), config)
-        data = with_reference(policy, train_pairs, config, self.console, "training pairs", used)
-        held_out = None
-        metrics = MetricsFile(self.folder / "metrics.jsonl")
-        before: dict[str, float] = {}
-        if eval_pairs:
-            held_out = with_reference(policy, eval_pairs, config, self.console, "held-out pairs")
-            before = evaluate(policy, held_out, config, self.console, "before training")
-            metrics.write({"step": 0, "epoch": 0.0, **before})
-        prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs)
-        text_before = self._complete(policy, ids)
-        result = train(policy, data, held_out, config, metrics, self.console)
-        with self.console.held():  # before anything that could still fail
-            save_policy(policy, self.folder / "model")
-        self.saved = True
-        after: dict[str, float] = {}
-        if held_out is not None:
-            after = evaluate(policy, held_out, config, self.console, "after training")
-            metrics.write({"step": result.steps, "epoch": metrics.rows[-1]["epoch"], **after})
-        text_after = self._complete(policy, ids)
-        try:
-            plot_run(metrics.rows, self.folder / "training.png", loss_title(config))
-        except Exception as error:  # matplotlib is absent or broken: the run is none the worse
-            say(f"warning: training.png was not drawn: {error}")
-        peak = _peak_memory(policy)
-        timing = self._timing(policy, data)
+        referee = Referee(policy, config, self.console, self.own)
+        data, held_out = references(referee, train_pairs, eval_pairs, self.folder, self.resumed)
+        if config.sft_eval_file is not None and held_out is not None:
+            kept_out = self._read_conversations(policy, config.sft_eval_file)
+            held_out = replace(held_out, conversations=kept_out)
+        if config.max_steps == 0 and held_out is None:
+            raise UserError(
+                "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
+                "eval_fraction"
+            )
+        groups = learned_groups(config, policy.device, train_pairs, say)
+        prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs[:64])
+        metrics = metrics_of(self.folder, self.resumed)
+        margins: list[float] = []
+        found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
+        if self.resumed is not None:
+            found = self.resumed.values["found"]
+        self._report_to(metrics, found["run_id"])
+        if self.resumed is None:
+            if held_out is not None:
+                found["before"] = evaluate(
+                    policy, held_out, config, self.console, "before training", margins=margins
+                )
+                metrics.write({"step": 0, "epoch": 0.0, **found["before"]})
+            found["text_before"] = self._complete(policy, ids)
+        before, text_before = found["before"], found["text_before"]
+        if config.max_steps == 0:  # to evaluate only
+            result, after, text_after = TrainResult(0, 0.0, 0.0, 0.0), before, text_before
+        else:
+            kept = {"version": dk.__version__, "identity": identity, "found": found}
+            keeper = Keeper.of(self.folder, config, kept, self.resumed)
+            beside = SupervisedRows(policy, conversations, config) if config.sft_rows else None
+            result = train(
+                policy, data, held_out, config, metrics, self.console, keeper, groups, beside
+            )
+            with self.console.held():  # before anything that could still fail
+                save_policy(policy, self.folder / "model")
+            self.saved = True
+            after, margins = {}, []
+            if held_out is not None:
+                after = evaluate(
+                    policy, held_out, config, self.console, "after training", groups, margins
+                )
+                epoch = metrics.rows[-1]["epoch"]
+                metrics.write({"step": result.steps, "epoch": epoch, **after})
+            text_after = self._complete(policy, ids)
+        draw(metrics, self.folder, loss_title(config), say)
+        peak = peak_memory(policy.device)
+        timing = plain_torch_times(policy, data, config, self.own)
         summary = {
             "output_dir": str(self.folder),
             "backend": backend,
             "steps": result.steps,
+            "skipped_steps": result.skipped_steps,
             "pairs": len(train_pairs),
             "held_out_pairs": len(eval_pairs),
             "step0_loss": result.step0_loss,
             "step0_expected": result.step0_expected,
             "before": before,
             "after": after,
+            "calibration": calibration(margins),
+            **({"groups": group_summary(groups, train_pairs)} if groups is not None else {}),
             "sample": {"prompt": prompt, "before": text_before, "after": text_after},
             "median_step_time": result.median_step_time,
             "peak_memory_bytes": peak,
             **timing,
-            "left_out": self.left_out.counts(),
-            "left_out_rows": self.left_out.shown(),
-            "data": dict(self.left_out.notes),
-            "seconds": time.perf_counter() - began,
-            "version": dk.__version__,
-            "torch": torch.__version__,
+            **last_fields(self.left_out, began),
         }
-        text = json.dumps(summary, indent=2, ensure_ascii=False)
-        # Rows that were left out are quoted as they came, with what no encoding holds.
-        quoted = (text + "\n").encode("utf-8", "backslashreplace")
-        (self.folder / "summary.json").write_bytes(quoted)
-        self._report(summary, result)
+        write_summary(self.folder, summary)
+        if self.saved:
+            write_card(self.folder / "model", config, summary, loss_title(config))
+        report(summary, result, self.left_out, say)
         return summary
 
     # --- parts ---
 
-    def _open_folder(self) -> None:
+    def _identity(
+        self,
+        policy: Policy,
+        pairs: Sequence[TokenPair | TokenSequence],
+        held_out: Sequence[TokenPair | TokenSequence],
+    ) -> dict[str, Any]:
+        """What the run's checkpoints belong to; one that is resumed must belong to the same."""
+        now = identity(self.config, policy.model, policy.tokenizer, pairs, held_out)
+        if self.resumed is not None:
+            self.resumed.check(now)
+        return now
+
+    def _open_folder(self, policy: Policy) -> None:
+        if self.config.save_steps:
+            check_room(policy, self.config, self.folder, self.console.say)
         self.run_folder.open(self.console.say)
-        self.config.save(self.folder / "config.json")
+        self.config.save(self.folder / "config.yaml", self.groups)
         every = self.folder / "left_out.jsonl"
         self.left_out.write(every)
         if len(self.left_out.problems) > len(self.left_out.shown()):
@@ -203,10 +299,29 @@ class _Job:
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
 
+    def _report_to(self, metrics: MetricsFile, run_id: str) -> None:
+        """New lines of metrics go to the services of `report_to` as well."""
+        step = self.resumed.step if self.resumed is not None else 0
+        self.sinks = Sinks(Run(self.folder, self.config, run_id, step), self.console.say)
+        metrics.beside = self.sinks.write
+
+    def _note_left_out(self, problem: Problem) -> None:
+        """A row that is left out while training goes on."""
+        if self.run_folder.opened:
+            with (self.folder / "left_out.jsonl").open("a", encoding="utf-8") as file:
+                file.write(problem.as_json())
+
     def _users_model(self) -> Policy:
         name = str(self.config.model_name_or_path)
-        found = replace(self.config, model_name_or_path=find_model(name))
-        return load_policy(found, self.console.say)
+        reference = self.config.ref_model_name_or_path
+        if reference is not None:
+            find_model(reference, "ref_model_name_or_path")  # before the data is read
+        found = find_model(name)
+        check_fits(found, self.config)
+        policy = load_policy(replace(self.config, model_name_or_path=found), self.console.say)
+        if self.config.use_peft:
+            name_base(policy.model, name)
+        return policy
 
     def _small_model(self, source: Path) -> Policy:
         """A fresh model of the embedded configuration."""
@@ -229,11 +344,13 @@ class _Job:
         config = load_config(shared, sft)
         rows = read_conversations(source / "sft.jsonl", self.left_out)
         sequences = tokenize_conversations(rows, policy.tokenizer, config.max_length, self.left_out)
-        whole = _steps(len(sequences), config)
+        whole = steps_of(len(sequences), config)
         steps = self.config.sft_steps
+        if self.config.max_steps == 0 and steps is None:
+            steps = 0
         if steps is None:
             # A run cut short is cut short here as well: the recipe's two parts keep their ratio.
-            share = _steps(num_pairs, self.config) / _steps(num_pairs, load_config(dpo))
+            share = steps_of(num_pairs, self.config) / steps_of(num_pairs, load_config(dpo))
             steps = max(1, round(whole * min(share, 1.0)))
         if steps < whole:
             self.console.say(f"SFT: {steps} steps of the recipe's {whole} (--sft_steps sets them)")
@@ -247,29 +364,61 @@ class _Job:
         loss = train_sft(policy, sequences, config, metrics, self.console)
         self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
 
+    def _conversations(self, policy: Policy) -> list[TokenSequence]:
+        """The rows of `sft_file`, tokenised; none without it."""
+        file = self.config.sft_file
+        return self._read_conversations(policy, file) if file is not None else []
+
+    def _read_conversations(self, policy: Policy, file: str) -> list[TokenSequence]:
+        since = len(self.left_out.problems)
+        rows = read_conversations(file, self.left_out, columns(self.config))
+        sequences = tokenize_conversations(
+            rows,
+            policy.tokenizer,
+            truncation(self.config),
+            self.left_out,
+            Limits.of(policy.model.config),
+            self.console.progress,
+        )
+        if not sequences:
+            raise no_pair_left(file, self.left_out, since, "conversation")
+        return sequences
+
     def _pairs(
         self, policy: Policy, source: Path | None = None
-    ) -> tuple[list[TokenPair], list[TokenPair]]:
+    ) -> tuple[Sequence[TokenPair], Sequence[TokenPair]]:
         """Training and held-out pairs, tokenised."""
         config = self.config
         train_file = config.dataset_name or str(source and source / "train.jsonl")
         eval_file = config.eval_file or (str(source / "eval.jsonl") if source else None)
+        if is_streamed(config, train_file):
+            self.left_out.sink = self._note_left_out
+            stream, apart, self.texts = streamed_pairs(
+                train_file, policy, config, self.left_out, self.console.say, not eval_file
+            )
+            self._check_row_options(train_file, list(self.texts.values()))
+            return stream, self._read(policy, eval_file) if eval_file else apart
         pairs = self._read(policy, train_file)
         if eval_file:
             return pairs, self._read(policy, eval_file)
-        n = round(config.eval_fraction * len(pairs))
-        if config.eval_fraction > 0 and len(pairs) > 1:
-            n = max(n, 1)
-        # epoch -1: an order that no training epoch has
-        held = set(epoch_order(len(pairs), config.seed, -1, True)[:n])
+        held = self._held_out(len(pairs))
         return (
             [p for i, p in enumerate(pairs) if i not in held],
             [p for i, p in enumerate(pairs) if i in held],
         )
 
+    def _held_out(self, rows: int) -> set[int]:
+        """The rows that are held out where there is no file of such."""
+        fraction = self.config.eval_fraction
+        n = round(fraction * rows)
+        if fraction > 0 and rows > 1:
+            n = max(n, 1)
+        # epoch -1: an order that no training epoch has
+        return set(epoch_order(rows, self.config.seed, -1, True)[:n])
+
     def _read(self, policy: Policy, file: str) -> list[TokenPair]:
         since = len(self.left_out.problems)
-        texts = read_pairs(file, self.left_out)
+        texts = read_pairs(file, self.left_out, columns(self.config))
         if self.config.uses_offset and any(t.offset is None for t in texts):
             where = next(t.source for t in texts if t.offset is None)
             raise DataError(f"{where}: margin: missing, but odpo needs a margin in every row")
@@ -278,14 +427,16 @@ class _Job:
         self._check_row_options(file, texts)
         self.texts.update({t.source: t for t in texts})
         limits = Limits.of(policy.model.config)
-        pairs = tokenize_pairs(
+        pairs = tokenize_many(
             texts,
             policy.tokenizer,
-            self.config.max_length,
+            truncation(self.config),
             self.left_out,
             self.console.say,
             limits,
             self.console.progress,
+            self.config.dataset_num_proc,
+            cache_root() / "tokens",
         )
         if not pairs:
             raise no_pair_left(file, self.left_out, since)
@@ -306,14 +457,21 @@ class _Job:
                 f"{file}: the column weight or beta does not fit the loss: {error}"
             ) from None
 
-    def _sample_prompt(self, policy: Policy, pairs: list[TokenPair]) -> tuple[str, list[int]]:
+    def _sample_prompt(self, policy: Policy, pairs: Sequence[TokenPair]) -> tuple[str, list[int]]:
         """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""
         wanted = self.config.sample_prompt
         if wanted is None:
             pair = min(pairs, key=lambda p: len(p.prompt))
-            prompt = self.texts[pair.source].prompt
+            text = self.texts.get(pair.source)
+            if text is None:
+                ids = list(pair.prompt)
+                return policy.tokenizer.decode(ids), ids
+            prompt = text.prompt
             shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             return shown, list(pair.prompt)
+        return self._wanted_prompt(policy, wanted)
+
+    def _wanted_prompt(self, policy: Policy, wanted: str) -> tuple[str, list[int]]:
         if policy.tokenizer.chat_template:
             messages: list[Message] = [{"role": "user", "content": wanted}]
             return wanted, policy.tokenizer.apply_chat_template(
@@ -325,82 +483,6 @@ class _Job:
         n = self.config.sample_max_new_tokens
         return complete(policy, ids, n) if n > 0 and ids else ""
 
-    def _timing(self, policy: Policy, data: PairData) -> dict[str, Any]:
-        wanted = self.config.compare_plain_torch
-        if not (wanted if wanted is not None else not self.own):
-            return {}
-        config = replace(self.config, gradient_checkpointing=False)
-        indices = visited(len(data.pairs), config)[: config.per_device_train_batch_size]
-        ours, plain = step_times(policy, data, indices, config)
-        return {
-            "step_seconds": statistics.median(ours),
-            "plain_torch_step_seconds": statistics.median(plain),
-        }
 
-    def _report(self, summary: dict[str, Any], result: TrainResult) -> None:
-        say, before, after = self.console.say, summary["before"], summary["after"]
-        say()
-        if before:
-            say(f"{'held out':<34}{'before':>10}{'after':>10}")
-            for name, key in (
-                ("loss", "eval_loss"),
-                ("reward accuracy", "eval_rewards/accuracies"),
-                ("reward accuracy, a tie is a half", "eval_rewards/accuracies_ties_half"),
-                ("reward margin", "eval_rewards/margins"),
-                ("log-prob accuracy", "eval_logps/accuracies"),
-            ):
-                say(f"{name:<34}{before[key]:>10.4f}{after[key]:>10.4f}")
-            say("reward accuracy asks whether the reward (log-ratio to the reference) prefers the")
-            say("chosen: before training policy and reference are one, so every pair is a tie.")
-        sample = summary["sample"]
-        if sample["before"] or sample["after"]:
-            say(f"\nprompt: {sample['prompt']}")
-            say(f"before: {sample['before']}")
-            say(f"after:  {sample['after']}")
-        say(
-            f"\nbackend {summary['backend']}: {result.median_step_time:.3f} s an optimizer step "
-            f"(median of {result.steps}), peak memory {summary['peak_memory_bytes'] / 2**30:.2f} "
-            "GiB"
-        )
-        if "step_seconds" in summary:
-            ours, plain = summary["step_seconds"], summary["plain_torch_step_seconds"]
-            say(
-                f"forward and backward of one batch: {ours:.3f} s; the same in plain torch (model "
-                f"logits, log_softmax, gather): {plain:.3f} s, {plain / ours:.2f}x"
-            )
-        say(self.left_out.summary())
-        names = ["metrics.jsonl", "training.png", "config.json", "summary.json", "left_out.jsonl"]
-        there = [name for name in names if (self.folder / name).exists()]
-        say(f"saved in {summary['output_dir']}: model/, {', '.join(there)}")
-
-
-_LENGTH_REASONS = {"prompt too long", "completion too short", "same after truncation"}
-
-
-def no_pair_left(file: str, left_out: LeftOut, since: int) -> NoUsableRow:
-    """The error of a file whose rows were all left out, the last of them by tokenisation."""
-    reasons = {p.reason for p in left_out.problems[since:]}
-    what = "no pair fits max_length" if reasons <= _LENGTH_REASONS else "no pair is left"
-    return left_out.nothing(file, what, since)
-
-
-def _steps(n: int, config: DPOTrainConfig) -> int:
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return total_steps(n, per_step, config)
-
-
-def loss_title(config: DPOTrainConfig) -> str:
-    """The loss in words: "DPO: 0.8 sigmoid + 0.2 ipo + 0.5 SFT"."""
-    weights = config.loss_weights or [1.0] * len(config.loss_type)
-    parts = [*zip(weights, config.loss_type, strict=True)]
-    if config.sft_weight:
-        parts.append((config.sft_weight, "SFT"))
-    return "DPO: " + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)
-
-
-def _peak_memory(policy: Policy) -> int:
-    """Bytes: on a GPU what torch allocated, on a CPU the resident set of the process."""
-    if policy.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(policy.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _tell(text: str) -> None:
+    print(f"dpo-kernels: {text}", file=sys.stderr)

@@ -7,8 +7,9 @@ that unequal batches do not weigh unequally, and batch losses are shares that ad
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +21,25 @@ import dpo_kernels as dk
 from ..data import ScoredBatch, TokenPair
 from ..inputs.transfer import to_device
 from ..models.attached import HeadOutput
-from ..models.forward import PairTask, run_pairs
+from ..models.falling import FallingWatch
+from ..models.forward import PairTask, Reference, run_pairs
 from ..models.step0 import WrongReference
 from ..models.step0 import check_step0 as check_same
+from ..models.step1 import FirstStepError, check_ends, check_scored
 from ..models.structure import deterministic
+from .averages import Average
 from .config import DPOTrainConfig
 from .console import Console
+from .groups import Groups
+from .machine import compiled, peak_memory
 from .metrics import EVAL_ONLY, MetricsFile, PairMeter
 from .model import Policy
-from .optim import Stepper, TrainingError, epoch_order, total_steps
-from .reference import PairData
+from .optim import Stepper, TrainingError
+from .order import step_indices, steps_of
+from .reference import LiveReference, PairData
+from .resume import Keeper, fine_tuned_first
+from .sft import SupervisedRows, evaluate_sft
+from .state import Progress, TrainingState
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,16 @@ class TrainResult:
     median_step_time: float  # seconds, the first step left out
     step0_loss: float
     step0_expected: float
+    skipped_steps: int = 0
 
 
 class PairLoss:
     """The configured loss of batches of pairs."""
 
-    def __init__(self, policy: Policy, config: DPOTrainConfig) -> None:
+    def __init__(
+        self, policy: Policy, config: DPOTrainConfig, groups: Groups | None = None
+    ) -> None:
+        self.groups = groups
         # The module form, because beta-DPO keeps a running margin between batches.
         self.function = dk.FusedLinearDPOLoss(**config.loss_options())
         self.policy, self.uses_offset = policy, config.uses_offset
@@ -71,7 +85,7 @@ class PairLoss:
         batch = self.policy.batch(pairs)
         return PairTask(
             batch.labels,
-            self.reference(data, indices),
+            self.reference(data, indices, batch),
             {**(options or {}), **self.offset(pairs)},
             self.policy.fused,
             batch,
@@ -79,7 +93,11 @@ class PairLoss:
             self.function,
         )
 
-    def reference(self, data: PairData, indices: Sequence[int]) -> Tensor | None:
+    def reference(
+        self, data: PairData, indices: Sequence[int], batch: ScoredBatch
+    ) -> Reference | None:
+        if isinstance(data.reference, LiveReference) and data.reference.whole:
+            return data.reference.states(batch)
         return data.reference.of(indices, self.policy.device) if data.reference else None
 
     def offset(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
@@ -91,7 +109,14 @@ class PairLoss:
             found["weights"] = [1.0 if p.weight is None else p.weight for p in pairs]
         if any(p.beta is not None for p in pairs):
             found["beta"] = [p.beta or self.function.options["beta"] for p in pairs]
-        return {k: to_device(torch.tensor(v), self.policy.device) for k, v in found.items()}
+        given = {k: to_device(torch.tensor(v), self.policy.device) for k, v in found.items()}
+        if self.groups is None:
+            return given
+        plain = given.get("beta", torch.full((len(pairs),), float(self.function.options["beta"])))
+        learned = self.groups.options(pairs, plain)
+        if "offset" in given:
+            learned["offset"] = learned["offset"] + given["offset"]
+        return {**given, **learned}
 
 
 def chosen_tokens(pairs: Sequence[TokenPair]) -> int:
@@ -101,10 +126,16 @@ def chosen_tokens(pairs: Sequence[TokenPair]) -> int:
 
 @torch.no_grad()
 def evaluate(
-    policy: Policy, data: PairData, config: DPOTrainConfig, console: Console, what: str
+    policy: Policy,
+    data: PairData,
+    config: DPOTrainConfig,
+    console: Console,
+    what: str,
+    groups: Groups | None = None,
+    margins: list[float] | None = None,
 ) -> dict[str, float]:
-    """Loss and metrics of held-out pairs, names prefixed `eval_`."""
-    loss = PairLoss(policy, config)
+    """Loss and metrics of held-out pairs, names prefixed `eval_`; `margins` takes the pairs'."""
+    loss = PairLoss(policy, config, groups)
     loss.function.eval()
     meter, n, size = PairMeter(), len(data.pairs), config.per_device_eval_batch_size
     tokens = chosen_tokens(data.pairs)
@@ -113,8 +144,12 @@ def evaluate(
     with deterministic(policy.model):
         for start in console.progress(starts, f"evaluation {what}", len(starts), "batches"):
             out, _ = loss(data, range(start, min(start + size, n)), n, tokens)
+            if margins is not None and out.rewards is not None:
+                margins += (out.rewards[0] - out.rewards[1]).tolist()
             meter.add(out, config.beta if data.reference else None)
     result = meter.result()
+    if data.conversations:
+        result["sft_loss"] = evaluate_sft(policy, data.conversations, size)["eval_loss"]
     result["runtime"] = time.perf_counter() - began
     return {f"eval_{name}": value for name, value in result.items()}
 
@@ -134,7 +169,7 @@ def check_step0(
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
     assert out.rewards is not None and out.pair_logps is not None
-    if data.reference:
+    if data.reference and not config.ref_model_name_or_path:
         options = config.loss_options()
         try:
             check_same(
@@ -150,20 +185,16 @@ def check_step0(
     return float(out.loss), float(out.zero_loss)
 
 
-def step_indices(n: int, config: DPOTrainConfig, steps: int) -> Iterator[tuple[list[int], float]]:
-    """(indices of the step's pairs, epochs done after it), a function of the seed alone."""
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    shuffle = config.train_sampling_strategy == "random"
-    done = epoch = 0
-    while True:
-        order = epoch_order(n, config.seed, epoch, shuffle)
-        for start in range(0, n, per_step):
-            if done == steps:
-                return
-            chunk = order[start : start + per_step]
-            done += 1
-            yield chunk, epoch + (start + len(chunk)) / n
-        epoch += 1
+def check_first_rows(policy: Policy, pairs: Sequence[TokenPair]) -> None:
+    """The first batch has tokens that are scored, and its completions end once."""
+    sequences = [p.sequences[0] for p in pairs] + [p.sequences[1] for p in pairs]
+    ends = [[s.ids[t] for t in list(s.scored)[-2:]] for s in sequences]
+    eos = [policy.tokenizer.eos_token_id]
+    try:
+        check_scored([s.num_scored for s in sequences])
+        check_ends(ends, eos, [p.source for p in pairs], "--check_first_step false")
+    except FirstStepError as error:
+        raise TrainingError(str(error)) from None
 
 
 # On a CPU a batch is run in parts of about this many tokens: as fast (the matrix products are large
@@ -199,15 +230,30 @@ def parts_of(
     return parts
 
 
+@dataclass
+class Work:
+    """What a step ran over."""
+
+    tokens: int = 0  # real ones, prompts counted in each sequence
+    computed: int = 0  # positions of the trunk's calls
+    padded: int = 0  # positions of the same batches, each sequence padded to the longest
+
+
 def _gradients(
-    loss: PairLoss, data: PairData, indices: list[int], config: DPOTrainConfig, meter: PairMeter
-) -> tuple[Tensor, int]:
-    """Accumulate the gradients of one optimizer step's pairs; (loss, tokens) of the step."""
+    loss: PairLoss,
+    data: PairData,
+    indices: list[int],
+    config: DPOTrainConfig,
+    meter: PairMeter,
+    falling: FallingWatch,
+) -> tuple[Tensor, Work]:
+    """Accumulate the gradients of one optimizer step's pairs; the step's loss, and its work."""
     micro = config.per_device_train_batch_size
     num_chosen = chosen_tokens([data.pairs[i] for i in indices])
-    total, tokens = torch.zeros((), device=loss.policy.device), 0
+    total, work = torch.zeros((), device=loss.policy.device), Work()
     for start in range(0, len(indices), micro):
         batch_indices = indices[start : start + micro]
+        work.padded += _padded([data.pairs[i] for i in batch_indices])
         router = bool(loss.policy.router_weight)
         for part in parts_of(batch_indices, data.pairs, config, loss.policy.device, router):
             out, batch = loss(data, part, len(indices), num_chosen)
@@ -215,20 +261,20 @@ def _gradients(
             out.loss.backward()
             total = total + out.loss.detach()
             meter.add(out, config.beta if data.reference else None)
-            tokens += batch.num_tokens
+            if data.reference and out.rewards is not None and out.pair_logps is not None:
+                names = batch.sources[: len(part)]
+                falling.add(out.rewards, out.pair_logps, config.beta, names)
+            work.tokens += batch.num_tokens
+            work.computed += sum(call.input_ids.numel() for call in batch.calls)
             del out, batch  # the graph's last references: free it before the next forward
-    return total, tokens
+    if loss.groups is not None:
+        loss.groups.penalty([data.pairs[i] for i in indices]).backward()
+    return total, work
 
 
-def visited(n: int, config: DPOTrainConfig) -> list[int]:
-    """The pairs out of `n` that the run's steps visit."""
-    steps = _steps(n, config)
-    return sorted({i for indices, _ in step_indices(n, config, steps) for i in indices})
-
-
-def _steps(n: int, config: DPOTrainConfig) -> int:
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return total_steps(n, per_step, config)
+def _padded(pairs: Sequence[TokenPair]) -> int:
+    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
+    return 2 * len(pairs) * longest
 
 
 def train(
@@ -238,60 +284,206 @@ def train(
     config: DPOTrainConfig,
     metrics: MetricsFile,
     console: Console,
+    keeper: Keeper | None = None,
+    groups: Groups | None = None,
+    beside: SupervisedRows | None = None,
 ) -> TrainResult:
-    """Train the policy in place; metrics every `logging_steps`.
+    """Train the policy in place, `beside` supervised rows of its own.
+
+    Metrics are written every `logging_steps`, checkpoints as `keeper` has it.
 
     Raises `TrainingError` on a loss or gradient that is not finite, naming the pairs of the step,
-    or if the policy is not the reference before the first step.
+    or if the policy is not the reference before the first step; `Interrupted` between two steps,
+    behind a checkpoint of the last one.
     """
-    n = len(data.pairs)
-    steps = _steps(n, config)
-    stepper = Stepper(policy.model, config, steps)
-    loss = PairLoss(policy, config)
-    first = next(step_indices(n, config, steps))[0][: config.per_device_train_batch_size]
-    step0, expected = check_step0(policy, data, config, first)
-    console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")
-    meter, logged, tokens_seen, tokens_logged = PairMeter(), 0, 0, 0
-    times: list[float] = []
-    plan = step_indices(n, config, steps)
-    for step, (indices, epoch) in enumerate(
-        console.progress(plan, "training", steps, "steps", lines=False), start=1
-    ):
+    keeper = keeper or Keeper(None, 0, {})
+    return _Loop(policy, data, held_out, config, metrics, console, keeper, groups, beside).run()
+
+
+class _Loop:
+    """Steps, lines of metrics, evaluations and checkpoints, in this order."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        data: PairData,
+        held_out: PairData | None,
+        config: DPOTrainConfig,
+        metrics: MetricsFile,
+        console: Console,
+        keeper: Keeper,
+        groups: Groups | None,
+        beside: SupervisedRows | None,
+    ) -> None:
+        self.beside = beside
+        self.added: dict[str, Any] = {}  # metrics of the rows beside the pairs
+        self.policy, self.data, self.held_out = policy, data, held_out
+        self.config, self.metrics, self.console = config, metrics, console
+        self.keeper = keeper
+        self.steps = steps_of(len(data.pairs), config)
+        self.groups = groups
+        self.stepper = Stepper(policy.model, config, self.steps, groups)
+        self.loss = PairLoss(policy, config, groups)
+        self.progress = Progress()
+        self.average = Average(policy.model, config.ema_decay) if config.ema_decay else None
+        modules: dict[str, Any] = {"loss": self.loss.function}
+        if groups is not None:
+            modules["groups"] = groups
+        if self.average is not None:
+            modules["average"] = self.average
+        live = data.reference if isinstance(data.reference, LiveReference) else None
+        if live is not None and (live.every or fine_tuned_first(config)):
+            modules["reference"] = live.reference.model  # no start of the run gives it again
+        self.state = TrainingState(policy.model, self.stepper, modules, self.progress)
+        self.falling = FallingWatch(said=config.on_falling_logps == "ignore")
+        self.between = True  # two steps: weights, optimizer and counters are of one step
+
+    def run(self) -> TrainResult:
+        progress, config = self.progress, self.config
+        plan = step_indices(len(self.data.pairs), config, self.steps)
+        if self.keeper.resumed:
+            self.keeper.resumed.restore(self.state)
+            self.console.say(f"resumed at step {progress.step}: {self.keeper.resumed.path}")
+        else:
+            first = next(step_indices(len(self.data.pairs), config, self.steps))[0]
+            first = first[: config.per_device_train_batch_size]
+            if config.check_first_step:
+                check_first_rows(self.policy, [self.data.pairs[i] for i in first])
+            progress.step0 = check_step0(self.policy, self.data, config, first)
+            step0, expected = progress.step0
+            self.console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")
+        rest = itertools.islice(plan, progress.step, None)
+        left = self.steps - progress.step
+        try:
+            with compiled(self.policy.model, config):
+                for indices, epoch in self.console.progress(
+                    rest, "training", left, "steps", lines=False
+                ):
+                    if self._patience_is_over():
+                        break
+                    self.between = False
+                    self._step(indices, epoch)
+                    self.between = True
+        except KeyboardInterrupt:
+            if self.between:
+                with self.console.held():
+                    self.keeper.save(self.state, len(self.metrics.rows), wait=True)
+            raise
+        if self.keeper.every:
+            self.keeper.save(self.state, len(self.metrics.rows))
+        self.keeper.finish()
+        if self.average is not None:
+            self.average.put_into_model()
+        rest_times = sorted(progress.times[1:] or progress.times)
+        median = rest_times[len(rest_times) // 2]
+        return TrainResult(progress.step, median, *progress.step0, progress.skipped_steps)
+
+    def _patience_is_over(self) -> bool:
+        patience = self.config.early_stopping_patience
+        if patience is None or self.progress.worse < patience:
+            return False
+        self.console.say(
+            f"stopped at step {self.progress.step}: {patience} evaluations without an eval_loss "
+            f"below {self.progress.best:.4f}"
+        )
+        return True
+
+    def _step(self, indices: list[int], epoch: float) -> None:
+        progress, config = self.progress, self.config
         began = time.perf_counter()
-        total, tokens = _gradients(loss, data, indices, config, meter)
-        tokens_seen += tokens
-        tokens_logged += tokens
-        extra = stepper.step(total, f"step {step}", [data.pairs[i].source for i in indices])
-        times.append(time.perf_counter() - began)
-        if stepper.warning:
-            console.say(stepper.warning)
-            stepper.warning = ""
-        logged += 1
-        if step % config.logging_steps == 0 or step == steps:
-            took = sum(times[-logged:])
-            row = {k: v for k, v in meter.result(logged).items() if k not in EVAL_ONLY}
-            row |= {
-                "step": step,
-                "epoch": epoch,
-                **extra,
-                "num_tokens": tokens_seen,
-                "step_time": took / logged,
-                "tokens_per_s": tokens_logged / took,
-                "pairs_per_s": meter.pairs / took,
-            }
-            metrics.write(row)
-            shown = {"loss": f"{row['loss']:.4f}", "margin": f"{row['rewards/margins']:.3f}"}
-            console.postfix(**shown)
-            console.note(
-                f"step {step}/{steps}: loss {row['loss']:.4f}, margin "
-                f"{row['rewards/margins']:.4f}, accuracy {row['rewards/accuracies']:.3f}, "
-                f"{row['step_time']:.2f} s a step"
-            )
-            meter, logged, tokens_logged = PairMeter(), 0, 0
-        if held_out and config.eval_steps and step % config.eval_steps == 0 and step < steps:
-            quiet = Console(quiet=True)
-            metrics.write(
-                {"step": step, "epoch": epoch, **evaluate(policy, held_out, config, quiet, "")}
-            )
-    rest = sorted(times[1:] or times)
-    return TrainResult(steps, rest[len(rest) // 2], step0, expected)
+        step = progress.step + 1
+        state = None if self.loss.function.state is None else self.loss.function.state.clone()
+        meter = PairMeter()
+        total, work = _gradients(self.loss, self.data, indices, config, meter, self.falling)
+        if self.beside is not None:
+            more, self.added = self.beside.gradients(step)
+            total = total + more
+        sources = [self.data.pairs[i].source for i in indices]
+        may_skip = progress.skipped_steps < config.skip_nonfinite
+        extra = self.stepper.step(total, f"step {step}", sources, may_skip)
+        skipped = extra.pop("skipped", None)
+        if skipped is not None:
+            progress.skipped_steps += 1
+            self.console.say(f"warning: left out: {skipped}")
+            if state is not None and self.loss.function.state is not None:
+                self.loss.function.state.copy_(state)
+        else:
+            progress.meter.merge(meter)
+            progress.logged_steps += 1
+            if self.average is not None:
+                self.average.follow(step)
+            if self.data.reference:
+                self.data.reference.after_step(self.policy, step)
+        progress.times.append(time.perf_counter() - began)
+        if self.stepper.warning:
+            self.console.say(self.stepper.warning)
+            self.stepper.warning = ""
+        progress.step = step
+        progress.tokens += work.tokens
+        progress.logged_tokens += work.tokens
+        progress.computed += work.computed
+        progress.padded += work.padded
+        if step % config.logging_steps == 0 or step == self.steps:
+            self._log(epoch, extra)
+            self._say_falling(step)
+        if (
+            self.held_out
+            and config.eval_steps
+            and step % config.eval_steps == 0
+            and step < self.steps
+        ):
+            self._evaluate(epoch)
+        if self.keeper.due(step):
+            self.keeper.save(self.state, len(self.metrics.rows))
+
+    def _say_falling(self, step: int) -> None:
+        text = self.falling.look()
+        if text and self.config.on_falling_logps == "stop":
+            raise TrainingError(f"step {step}: {text} (--on_falling_logps warn goes on)")
+        if text:
+            self.console.say(f"warning: step {step}: {text}")
+
+    def _evaluate(self, epoch: float) -> None:
+        assert self.held_out is not None
+        progress, quiet = self.progress, Console(quiet=True)
+        found = evaluate(self.policy, self.held_out, self.config, quiet, "", self.groups)
+        self.metrics.write({"step": progress.step, "epoch": epoch, **found})
+        if progress.best is None or found["eval_loss"] < progress.best:
+            progress.best, progress.worse = found["eval_loss"], 0
+        else:
+            progress.worse += 1
+
+    def _log(self, epoch: float, extra: dict[str, Any]) -> None:
+        progress, config = self.progress, self.config
+        meter = progress.meter
+        since = progress.step % config.logging_steps or config.logging_steps
+        times = progress.times[-since:]  # a resumed run has the latest alone
+        took = sum(times) * since / len(times)
+        row: dict[str, Any] = {"step": progress.step, "epoch": epoch, **extra, **self.added}
+        if config.skip_nonfinite:
+            row["skipped_steps"] = progress.skipped_steps
+        if not meter.pairs:  # all that was not finite
+            self.metrics.write(row)
+            return
+        means = meter.result(progress.logged_steps)
+        row = {k: v for k, v in means.items() if k not in EVAL_ONLY} | row
+        row |= {
+            **(self.groups.metrics() if self.groups is not None else {}),
+            "num_tokens": progress.tokens,
+            "step_time": took / since,
+            "tokens_per_s": progress.logged_tokens / took,
+            "pairs_per_s": meter.pairs / took,
+            "padding_saved": 1 - progress.computed / progress.padded,
+            "mem/peak": peak_memory(self.policy.device) / 2**30,
+        }
+        self.metrics.write(row)
+        shown = {"loss": f"{row['loss']:.4f}", "margin": f"{row['rewards/margins']:.3f}"}
+        self.console.postfix(**shown)
+        self.console.note(
+            f"step {progress.step}/{self.steps}: loss {row['loss']:.4f}, margin "
+            f"{row['rewards/margins']:.4f}, accuracy {row['rewards/accuracies']:.3f}, "
+            f"{row['step_time']:.2f} s a step"
+        )
+        progress.meter = PairMeter()
+        progress.logged_steps = progress.logged_tokens = 0
+        progress.computed = progress.padded = 0

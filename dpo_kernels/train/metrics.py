@@ -12,6 +12,7 @@ evaluations add `eval_rewards/accuracies_ties_half`, where a tie counts one half
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,6 @@ class PairMeter:
         self._sums: Tensor | None = None
         self._loss: Tensor | None = None
         self.pairs = 0
-        self.steps = 0
 
     def add(self, out: HeadOutput, beta: float | None) -> None:
         """Add one batch; `beta` is None where there is no reference.
@@ -67,27 +67,64 @@ class PairMeter:
         self._loss = loss if self._loss is None else self._loss + loss
         self.pairs += len(margins)
 
+    def merge(self, other: PairMeter) -> None:
+        """Add what another one has seen."""
+        if other._sums is None or other._loss is None:
+            return
+        device = other._sums.device
+        self._sums = other._sums if self._sums is None else self._sums.to(device) + other._sums
+        self._loss = other._loss if self._loss is None else self._loss.to(device) + other._loss
+        self.pairs += other.pairs
+
+    def state(self) -> dict[str, Any]:
+        """The sums as plain numbers, which JSON keeps to the last bit."""
+        if self._sums is None or self._loss is None:
+            return {}
+        return {"sums": self._sums.tolist(), "loss": float(self._loss), "pairs": self.pairs}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> PairMeter:
+        """The meter whose `state` this is."""
+        meter = cls()
+        if state:
+            meter._sums = torch.tensor(state["sums"], dtype=torch.float64)
+            meter._loss = torch.tensor(state["loss"], dtype=torch.float64)
+            meter.pairs = state["pairs"]
+        return meter
+
     def result(self, steps: int = 1) -> dict[str, float]:
         """Means since the start; the loss is the mean over `steps`."""
         assert self._sums is not None and self._loss is not None
-        values = (self._sums / self.pairs).tolist()
-        return {"loss": float(self._loss) / steps, **dict(zip(_NAMES, values, strict=True))}
+        # All sums come from the device at once.
+        loss, *sums = torch.cat([self._loss.reshape(1), self._sums]).tolist()
+        values = [x / self.pairs for x in sums]
+        return {"loss": loss / steps, **dict(zip(_NAMES, values, strict=True))}
 
 
 class MetricsFile:
     """One JSON object a line, flushed at once so that a run can be watched."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rows: list[dict[str, Any]] | None = None) -> None:
+        """A new file, or one that starts with the rows of an earlier run."""
         self.path = path
-        self.rows: list[dict[str, Any]] = []
-        path.write_text("", encoding="utf-8")
+        self.rows: list[dict[str, Any]] = rows or []
+        self.beside: Callable[[dict[str, Any]], None] | None = None  # told of every new row
+        part = path.with_name(path.name + ".tmp")
+        part.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        part.replace(path)
 
     def write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if self.beside is not None:
+            self.beside(row)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+def read_metrics(path: Path, first: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a metrics file, or the `first` of them.
+
+    Only then may lines behind them be torn, as a run that was killed leaves them.
+    """
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line) for line in lines[:first]]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,9 @@ from ..models.lm_head import head_parts, head_scaling
 from ..models.options import FusedOptions
 from ..models.shared_prompt import choose_sharing, trunk_states
 from ..models.structure import base_model_of, deterministic, trunk_of
+from .adapters import quantisation, with_adapter
 from .config import DPOTrainConfig, UserError
+from .start import find_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,17 +109,68 @@ def load_policy(config: DPOTrainConfig, say: Callable[[str], None] = print) -> P
         raise UserError("model_name_or_path is missing: pass a model's name or folder")
     name = config.model_name_or_path
     tokenizer = load_tokenizer(name, config.gguf_file, config.chat_template)
+    model = with_adapter(_load(name, config.gguf_file, config, say), config)
+    return prepare_policy(model, tokenizer, config, say)
+
+
+def load_reference(
+    config: DPOTrainConfig, policy: Policy, say: Callable[[str], None] = print
+) -> Policy:
+    """The reference that a configuration names (`ref_model_name_or_path`), frozen.
+
+    It scores the policy's token ids: `UserError` if its own tokenizer or vocabulary is another.
+    """
+    name = find_model(str(config.ref_model_name_or_path), "ref_model_name_or_path")
+    model = _load(name, None, config, say)
+    rows, others = (len(embedding_of(m).weight) for m in (model, policy.model))
+    if rows < min(others, len(policy.tokenizer)):
+        raise UserError(
+            f"ref_model_name_or_path: {name} knows {rows} token ids, the policy {others}: the two "
+            "must share a tokenizer"
+        )
+    try:
+        own = loading.load_tokenizer(name, None, None)
+    except ValueError:
+        own = None  # a folder of weights alone
+    if own is not None and own.get_vocab() != policy.tokenizer.get_vocab():
+        mine, theirs = policy.tokenizer.get_vocab(), own.get_vocab()
+        differ = sorted(set(mine.items()) ^ set(theirs.items()))[:3]
+        raise UserError(
+            f"ref_model_name_or_path: {name} has another tokenizer than the model (for one, "
+            f"{', '.join(repr(token) for token, _ in differ)}): its log-probs would be of other "
+            "texts"
+        )
+    config = replace(config, gradient_checkpointing=False)
+    reference = prepare_policy(model, policy.tokenizer, config, say)
+    reference.model.requires_grad_(False)
+    return reference
+
+
+def embedding_of(model: Any) -> Any:
+    """The embedding of a model's token ids."""
+    return model.get_input_embeddings()
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """The policy as it is now, as a reference of its own."""
+    model = copy.deepcopy(policy.model).requires_grad_(False)
+    return replace(policy, model=model, head=base_model_of(model).get_output_embeddings())
+
+
+def _load(
+    name: str, gguf_file: str | None, config: DPOTrainConfig, say: Callable[[str], None]
+) -> PreTrainedModel:
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     with _what_the_user_gave():
-        model = loading.load_model(
+        return loading.load_model(
             name,
-            config.gguf_file,
+            gguf_file,
             dtype=torch.float32 if config.bf16 else dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            quantisation=quantisation(config),
             say=say,
         )
-    return prepare_policy(model, tokenizer, config, say)
 
 
 def load_tokenizer(name: str, gguf_file: str | None, chat_template: str | None) -> Any:

@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..models.step1 import MOVED, FirstStep, FirstStepError
 from .config import DPOTrainConfig, UserError
+
+__all__ = ["MOVED", "Stepper", "TrainingError", "make_optimizer", "make_schedule"]
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where and why. The weights are as before the step."""
 
 
-def make_optimizer(model: nn.Module, config: DPOTrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters; norms and biases are not decayed."""
+def make_optimizer(
+    model: nn.Module, config: DPOTrainConfig, groups: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters; norms and biases are not decayed.
+
+    `groups`: what is trained beside the model, at `group_learning_rate`.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    parts: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
+    if groups is not None:
+        rate = config.group_learning_rate
+        parts.append({"params": list(groups.parameters()), "weight_decay": 0.0, "lr": rate})
+    parts = [part for part in parts if part["params"]]
     if config.optim == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate)
+        return torch.optim.SGD(parts, lr=config.learning_rate)
     if config.optim == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=config.learning_rate)
+        return torch.optim.RMSprop(parts, lr=config.learning_rate)
+    if config.optim == "adagrad":
+        return torch.optim.Adagrad(parts, lr=config.learning_rate)
+    if config.optim == "adafactor":
+        from transformers.optimization import Adafactor
+
+        # As transformers' Trainer has it: the schedule is ours, no scale of its own.
+        return Adafactor(parts, lr=config.learning_rate, scale_parameter=False, relative_step=False)
     # fused: one pass over each parameter, where the plain loop makes several over memory
     return torch.optim.AdamW(
-        groups,
+        parts,
         lr=config.learning_rate,
         eps=config.adam_epsilon,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -51,86 +70,99 @@ def make_schedule(
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
-# Below this share of weights that a step has moved, training in a narrow dtype is called vain.
-MOVED = 0.5
-_SAMPLE = 4096  # weights looked at in each parameter
-
-
 class Stepper:
     """Clip, check, step, schedule: what ends every optimizer step."""
 
-    def __init__(self, model: nn.Module, config: DPOTrainConfig, steps: int) -> None:
-        self.optimizer = make_optimizer(model, config)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DPOTrainConfig,
+        steps: int,
+        groups: nn.Module | None = None,
+    ) -> None:
+        self.optimizer = make_optimizer(model, config, groups)
         self.schedule = make_schedule(self.optimizer, config, steps)
+        names = {p: name for name, p in model.named_parameters()}
+        if groups is not None:
+            names |= {p: f"groups.{name}" for name, p in groups.named_parameters()}
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise UserError("the model has no parameter that requires a gradient")
+        # In the optimizer's order, which its own state goes by.
+        self.names = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
         self.max_norm = config.max_grad_norm or math.inf
         self.warning = ""  # set by the first step that should move anything
-        self._watch = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)
+        self._first = FirstStep(model, "--check_first_step false")
+        self._first.done = not config.check_first_step
 
     @property
     def learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
 
-    def step(self, loss: Tensor, what: str, sources: list[str]) -> dict[str, Any]:
-        """One step; `TrainingError` before the weights are touched if anything is not finite."""
+    def step(
+        self, loss: Tensor, what: str, sources: list[str], may_skip: bool = False
+    ) -> dict[str, Any]:
+        """One step; `TrainingError` before the weights are touched if anything is not finite.
+
+        `may_skip`: the step is then left out instead, and the result has `skipped`, a text.
+        """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
-        bad = [
-            f"{name} is {float(value)}"
-            for name, value in (("the loss", loss), ("the gradient norm", norm))
-            if not bool(torch.isfinite(value))
-        ]
+        # One wait for the device: both numbers come together.
+        values = torch.stack([loss.detach().double(), norm.double()]).tolist()
+        named = zip(("the loss", "the gradient norm"), values, strict=True)
+        bad = [f"{name} is {value}" for name, value in named if not math.isfinite(value)]
+        rate = self.learning_rate
         if bad:
             shown = ", ".join(sources[:16]) + (", ..." if len(sources) > 16 else "")
-            raise TrainingError(
+            text = (
                 f"{what}: {' and '.join(bad)}; the weights were not changed. In this step: {shown}"
             )
-        rate = self.learning_rate
-        watched = self._sample() if self._watch and rate > 0 else None
-        self.optimizer.step()
-        if watched is not None:
-            self._watch = False
-            self._compare(watched, rate)
+            if not may_skip:
+                raise TrainingError(text)
+            self.schedule.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            return {"learning_rate": rate, "skipped": text}
+        try:
+            self._first.after_backward(loss)
+            self.optimizer.step()
+            self._first.after_step(self.optimizer)
+        except FirstStepError as error:
+            raise TrainingError(f"{what}: {error}") from None
+        self.warning = "\n".join(f"warning: {text}" for text in self._first.warnings)
+        self._first.warnings.clear()
         self.schedule.step()
         # None, not zeros: gradients then take no memory while the next forward runs
         self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": float(norm), "learning_rate": rate}
+        return {"grad_norm": values[1], "learning_rate": rate}
 
-    def _sample(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(a parameter, some of its weights, whether each of them has a gradient)."""
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What the optimizer keeps of each parameter, by its name."""
+        every = [p for group in self.optimizer.param_groups for p in group["params"]]
+        pairs = zip(self.names, every, strict=True)
+        return {n: dict(self.optimizer.state[p]) for n, p in pairs if p in self.optimizer.state}
+
+    def group_options(self) -> list[dict[str, Any]]:
+        """Rates and the like of the optimizer's groups."""
         return [
-            (p, _some(p).clone(), _some(p.grad) != 0) for p in self.parameters if p.grad is not None
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
         ]
 
-    def _compare(self, samples: list[tuple[Tensor, Tensor, Tensor]], rate: float) -> None:
-        counts = [torch.stack([((_some(p) != b) & g).sum(), g.sum()]) for p, b, g in samples]
-        moved, wanted = torch.stack(counts).sum(0).tolist()
-        if moved < MOVED * wanted:
-            dtype = str(self.parameters[0].dtype).removeprefix("torch.")
-            self.warning = (
-                f"warning: the first step moved {moved / wanted:.1%} of the weights that have a "
-                f"gradient (sampled): at learning_rate {rate:g} most updates are too small for "
-                f"{dtype} and are lost. Train with --dtype float32 --bf16 true (fp32 weights, bf16 "
-                "arithmetic) or with a larger learning_rate"
-            )
+    def schedule_state(self) -> dict[str, Any]:
+        """The schedule's position; its functions are made anew."""
+        return {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
 
-
-def _some(x: Tensor) -> Tensor:
-    """Every n-th of the elements, `_SAMPLE` of them."""
-    return x.detach().reshape(-1)[:: max(x.numel() // _SAMPLE, 1)]
-
-
-def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """The order of `n` pairs in an epoch: a function of (seed, epoch) alone."""
-    if not shuffle:
-        return list(range(n))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator).tolist()
-
-
-def total_steps(n: int, per_step: int, config: DPOTrainConfig) -> int:
-    """Optimizer steps of the run: `max_steps`, or epochs of ceil(n / per_step) steps."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return math.ceil(config.num_train_epochs * math.ceil(n / per_step))
+    def restore(
+        self,
+        state: Mapping[str, dict[str, Any]],
+        groups: list[dict[str, Any]],
+        schedule: dict[str, Any],
+    ) -> None:
+        """Put back what `state`, `group_options` and `schedule_state` gave."""
+        whole = self.optimizer.state_dict()
+        whole["state"] = {i: state[name] for i, name in enumerate(self.names) if name in state}
+        for group, kept in zip(whole["param_groups"], groups, strict=True):
+            group |= {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
+        self.optimizer.load_state_dict(whole)
+        functions = self.schedule.state_dict().get("lr_lambdas", [])
+        self.schedule.load_state_dict({**schedule, "lr_lambdas": functions})

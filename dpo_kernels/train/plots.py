@@ -20,11 +20,14 @@ def plot_run(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    pairs = any("logps/chosen" in row or "eval_logps/chosen" in row for row in rows)
+    panels = _PANELS if pairs else _PANELS[:1]  # supervised: a loss alone
+    size = (2, 2) if len(panels) > 1 else (1, 1)
+    figure = Figure(figsize=(5 * size[0], 3.5 * size[1]), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    axes = figure.subplots(2, 2).flat
-    for axis, (name, series) in zip(axes, _PANELS, strict=True):
+    axes = figure.subplots(*size, squeeze=False).flat
+    for axis, (name, series) in zip(axes, panels, strict=True):
         for i, (key, label) in enumerate(series):
             train = [(r["step"], r[key]) for r in rows if key in r]
             # held out, ties count one half: an untrained policy then starts at 0.5, not at 0

@@ -1,25 +1,48 @@
-"""The reference's log-probs, computed once before training.
+"""The reference's log-probs: computed once before training, as rows come, or taken from the cache.
 
-The reference is the starting policy, so its log-probs are one forward pass over all pairs: no
-second model is held or run during training. Sums per sequence are kept, or values per token where
-the loss needs them (LD-DPO weighs tokens).
+The reference is the starting policy or another checkpoint (`ref_model_name_or_path`). Its log-probs
+are one pass over all pairs, so no second model is held during training, and what the cache
+(`models/reference_cache.py`) holds is not computed again. Three kinds of runs hold a model: those
+whose reference moves (`sync_ref_model`: TR-DPO and EMA; nothing of it is cached), those whose loss
+compares whole distributions (TDPO), and those that stream their data, which are not to wait for a
+pass.
+
+Sums per sequence are kept, or values per token where the loss needs them (LD-DPO weighs tokens).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..data import TokenPair
+from ..data import ScoredBatch, TokenPair, TokenSequence
 from ..inputs.transfer import to_device
-from ..models.references import needs_reference
+from ..models.forward import ReferenceStates
+from ..models.reference_cache import (
+    ReferenceCache,
+    default_folder,
+    reference_identity,
+    sequence_key,
+)
+from ..models.references import needs_reference, needs_states
 from ..models.structure import deterministic
-from .config import DPOTrainConfig
+from .config import DPOTrainConfig, UserError
 from .console import Console
-from .model import Policy
+from .model import Policy, frozen_copy, load_reference
+
+
+class References(Protocol):
+    """Log-probs by the numbers of the pairs."""
+
+    def of(self, indices: Sequence[int], device: torch.device) -> Tensor:
+        """`ref_logps` of a batch: [2B] sums, or [N] per token, chosen before rejected."""
+
+    def after_step(self, policy: Policy, step: int) -> None:
+        """Called when optimizer step `step` is done."""
 
 
 @dataclass(frozen=True)
@@ -30,30 +53,184 @@ class Reference:
     rejected: dict[int, Tensor]
 
     def of(self, indices: Sequence[int], device: torch.device) -> Tensor:
-        """`ref_logps` of a batch: [2B] sums, or [N] per token, chosen before rejected."""
         values = [self.chosen[i] for i in indices] + [self.rejected[i] for i in indices]
-        joined = torch.stack(values) if values[0].dim() == 0 else torch.cat(values)
-        return to_device(joined, device)
+        return to_device(_joined(values), device)
+
+    def after_step(self, policy: Policy, step: int) -> None:
+        """Nothing: it stays as it is."""
+
+
+class LiveReference:
+    """A reference model that is asked batch by batch; of `sync_ref_model` it follows the policy.
+
+    `whole`: the loss compares whole distributions, and takes `states`.
+    """
+
+    def __init__(
+        self,
+        reference: Policy,
+        pairs: Sequence[TokenPair],
+        config: DPOTrainConfig,
+        cache: ReferenceCache | None,
+        follows: bool = True,
+    ) -> None:
+        self.reference, self.pairs, self.cache = reference, pairs, cache
+        self.per_token = config.ld_alpha is not None
+        self.every = config.ref_model_sync_steps if config.sync_ref_model and follows else 0
+        self.share = config.ref_model_mixup_alpha
+        self.whole = needs_states(config.loss_options())
+
+    @torch.no_grad()
+    def states(self, batch: ScoredBatch) -> ReferenceStates:
+        """What the head of the policy compares its own states of `batch` with."""
+        with deterministic(self.reference.model):
+            return ReferenceStates(self.reference.hidden(batch), self.reference.head_arguments())
+
+    @torch.no_grad()
+    def of(self, indices: Sequence[int], device: torch.device) -> Tensor:
+        pairs = [self.pairs[i] for i in indices]
+        sequences = _sequences(pairs)
+        keys = [sequence_key(s) for s in sequences] if self.cache is not None else []
+        values = self.cache.get(keys) if self.cache is not None else None
+        if values is None:
+            values = _scores(self.reference, pairs)
+            if self.cache is not None:
+                self.cache.put(keys, values)
+                self.cache.refresh()
+        values = [v.to(self._dtype) for v in values]
+        return to_device(_joined(values if self.per_token else [v.sum() for v in values]), device)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        wide = self.reference.head.weight.dtype == torch.float64
+        return torch.float64 if wide else torch.float32
+
+    @torch.no_grad()
+    def after_step(self, policy: Policy, step: int) -> None:
+        """TR-DPO: reference <- share * policy + (1 - share) * reference, every `every` steps."""
+        if not self.every or step % self.every:
+            return
+        theirs = dict(policy.model.named_parameters())
+        for name, mine in self.reference.model.named_parameters():
+            mine.lerp_(theirs[name].to(mine), self.share)
 
 
 @dataclass(frozen=True)
 class PairData:
-    """Tokenised pairs and the reference's log-probs of them (None: the loss has no reference)."""
+    """Tokenised pairs and the reference of them (None: the loss has no reference)."""
 
-    pairs: list[TokenPair]
-    reference: Reference | None = None
+    pairs: Sequence[TokenPair]
+    reference: References | None = None
+    conversations: Sequence[TokenSequence] = ()  # held out, beside pairs that are
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    return torch.stack(values) if values[0].dim() == 0 else torch.cat(values)
+
+
+def _sequences(pairs: Sequence[TokenPair]) -> list[TokenSequence]:
+    return [p.sequences[0] for p in pairs] + [p.sequences[1] for p in pairs]
+
+
+def _scores(policy: Policy, pairs: Sequence[TokenPair]) -> list[Tensor]:
+    """[scored tokens] of each sequence, chosen then rejected."""
+    batch = policy.batch(list(pairs))
+    with deterministic(policy.model):
+        return list(policy.logps(batch, "none").cpu().split(batch.scored_lengths))
+
+
+class Referee:
+    """Who gives a run's reference log-probs, and the cache that they are kept in."""
+
+    def __init__(
+        self, policy: Policy, config: DPOTrainConfig, console: Console, own: bool = True
+    ) -> None:
+        self.policy, self.config, self.console = policy, config, console
+        self.needed = needs_reference(config.loss_options())
+        self.other: Policy | None = None
+        self.cache: ReferenceCache | None = None
+        self._live: Policy | None = None
+        self.whole = False
+        if not self.needed:
+            return
+        if config.ref_model_name_or_path:
+            self.other = load_reference(config, policy, console.say)
+            console.say(
+                f"reference: {config.ref_model_name_or_path}, another checkpoint than the policy "
+                "(step 0 is not checked)"
+            )
+        self.whole = needs_states(config.loss_options())
+        if self.whole and not config.sync_ref_model:
+            console.say("reference: stays beside the policy (a loss of whole distributions)")
+            return
+        if config.sync_ref_model:
+            console.say(
+                "reference: follows the policy (sync_ref_model), so nothing of it is cached"
+            )
+            return
+        # The embedded default is new at each run; what was named is used for it too.
+        if own or config.reference_cache not in ("auto", None):
+            self.cache = open_cache(self.other or policy, config, console)
+
+    def data(
+        self,
+        pairs: Sequence[TokenPair],
+        what: str,
+        used: Sequence[int] | None = None,
+        live: bool = False,
+    ) -> PairData:
+        """The pairs with their reference; `live`: asked for as the rows come."""
+        if not self.needed:
+            return PairData(pairs)
+        if live or self.config.sync_ref_model or self.whole:
+            first = self._live is None
+            if self._live is None:
+                self._live = self.other or frozen_copy(self.policy)
+            # One model for the training pairs, which move it, and the held-out ones.
+            return PairData(pairs, LiveReference(self._live, pairs, self.config, self.cache, first))
+        model = self.other or self.policy
+        return with_reference(model, pairs, self.config, self.console, what, used, self.cache)
+
+    @property
+    def stays(self) -> bool:
+        """Whether a model is held while the policy is trained."""
+        return self.whole or (self.needed and self.config.sync_ref_model)
+
+    def done(self) -> None:
+        """The passes are over: what only they needed goes."""
+        if self._live is None:
+            self.other = None
+
+
+def open_cache(policy: Policy, config: DPOTrainConfig, console: Console) -> ReferenceCache | None:
+    """The cache of what `policy`, as it is now, gives; None where there is to be none."""
+    if config.reference_cache is None:
+        return None
+    named = config.reference_cache != "auto"
+    folder = config.reference_cache if named else default_folder()
+    try:
+        identity = reference_identity(policy.model, policy.dtype)
+        return ReferenceCache(folder, identity, console.say)
+    except OSError as error:
+        if named:
+            raise UserError(
+                f"reference_cache: {folder} cannot be written to: {error.strerror}"
+            ) from None
+        console.say(f"reference cache: none ({folder}: {error.strerror})")
+        return None
 
 
 @torch.no_grad()
 def with_reference(
     policy: Policy,
-    pairs: list[TokenPair],
+    pairs: Sequence[TokenPair],
     config: DPOTrainConfig,
     console: Console,
     what: str,
     used: Sequence[int] | None = None,
+    cache: ReferenceCache | None = None,
 ) -> PairData:
-    """The pairs with the log-probs that `policy`, as it is now, gives them.
+    """The pairs with the log-probs that `policy` (the reference), as it is now, gives them.
 
     `used`: the only pairs that will be asked for (a run of few steps does not visit all). Else the
     batches are those of `evaluate`, so that an evaluation of the unchanged policy repeats the
@@ -65,13 +242,69 @@ def with_reference(
     size = config.per_device_eval_batch_size
     reference = Reference({}, {})
     used = range(len(pairs)) if used is None else used
+    if cache is not None:
+        _fill(cache, policy, pairs, used, size, console, what)
+        for start in range(0, len(used), size):
+            group = used[start : start + size]
+            values = cache.get([sequence_key(s) for s in _sequences([pairs[i] for i in group])])
+            if values is None:  # damaged between the pass and now
+                values = _scores(policy, [pairs[i] for i in group])
+            values = values if per_token else [_sum(v) for v in values]
+            _keep(reference, group, values)
+        return PairData(pairs, reference)
     starts = range(0, len(used), size)
     for start in console.progress(starts, f"reference log-probs ({what})", len(starts), "batches"):
         group = used[start : start + size]
         batch = policy.batch([pairs[i] for i in group])
         with deterministic(policy.model):
             logps = policy.logps(batch, "none" if per_token else "sum").cpu()
-        values = list(logps.split(batch.scored_lengths) if per_token else logps)
-        for i, chosen, rejected in zip(group, values, values[len(group) :], strict=False):
-            reference.chosen[i], reference.rejected[i] = chosen.clone(), rejected.clone()
+        _keep(reference, group, list(logps.split(batch.scored_lengths) if per_token else logps))
     return PairData(pairs, reference)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.double().sum().to(values.dtype)
+
+
+def _keep(reference: Reference, group: Sequence[int], values: list[Tensor]) -> None:
+    for i, chosen, rejected in zip(group, values, values[len(group) :], strict=False):
+        reference.chosen[i], reference.rejected[i] = chosen.clone(), rejected.clone()
+
+
+def _fill(
+    cache: ReferenceCache,
+    policy: Policy,
+    pairs: Sequence[TokenPair],
+    used: Sequence[int],
+    size: int,
+    console: Console,
+    what: str,
+) -> None:
+    """Score what the cache lacks, a batch at a time, each kept as soon as it is there."""
+    keys = {i: [sequence_key(s) for s in pairs[i].sequences] for i in used}
+
+    def lacks(i: int) -> bool:
+        return any(key not in cache for key in keys[i])
+
+    todo = [i for i in used if lacks(i)]
+    if not todo:
+        console.say(
+            f"reference log-probs ({what}): all {len(used)} pairs are in the cache, no pass"
+        )
+        return
+    if len(todo) < len(used):
+        console.say(
+            f"reference log-probs ({what}): {len(used) - len(todo)} of {len(used)} pairs are in "
+            "the cache"
+        )
+    starts = list(range(0, len(todo), size))
+    with cache.pass_from_the_front() as front:
+        order = starts if front else starts[::-1]
+        title = f"reference log-probs ({what})"
+        for start in console.progress(order, title, len(order), "batches"):
+            group = todo[start : start + size]
+            if not any(lacks(i) for i in group):  # another run was there first
+                continue
+            values = _scores(policy, [pairs[i] for i in group])
+            cache.put([keys[i][0] for i in group] + [keys[i][1] for i in group], values)
+            cache.refresh()

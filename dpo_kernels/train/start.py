@@ -13,16 +13,21 @@ from typing import Any
 import torch
 
 from ..data import Limits
+from .checkpoints import run_of
 from .config import DPOTrainConfig, UserError
+from .console import Console
 
 # What a run writes into its folder.
 RUN_FILES = (
-    "config.json",
+    "config.yaml",
     "metrics.jsonl",
     "sft_metrics.jsonl",
     "left_out.jsonl",
     "training.png",
     "model",
+    "checkpoints",
+    "tensorboard",
+    "wandb",
     "summary.json",
 )
 
@@ -36,6 +41,14 @@ def refuse_many_processes() -> None:
                 "on many devices is not supported; run dpo-kernels train without torchrun, or "
                 "TRL's trainer with our integration"
             )
+
+
+def quiet_bars(console: Console) -> None:
+    """A log file needs no bars of loading and saving."""
+    if not console.is_terminal:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def check_device(name: str) -> None:
@@ -52,7 +65,7 @@ def check_device(name: str) -> None:
         raise UserError(f"device: {name!r} cannot be used here: {first}") from None
 
 
-def find_model(name: str) -> str:
+def find_model(name: str, option: str = "model_name_or_path") -> str:
     """`name`, or the folder of the cache that holds it where the hub cannot be reached.
 
     transformers asks the hub again and again before it gives up, for each file; one question
@@ -62,7 +75,7 @@ def find_model(name: str) -> str:
     if path.exists() or path.suffix == ".gguf":
         return str(path)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no name of the hub
-        raise UserError(f"model_name_or_path: {name} cannot be loaded: there is no such folder")
+        raise UserError(f"{option}: {name} cannot be loaded: there is no such folder")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import get_session
 
@@ -77,7 +90,7 @@ def find_model(name: str) -> str:
         return snapshot_download(name, local_files_only=True)
     except Exception:
         raise UserError(
-            f"model_name_or_path: {name} cannot be loaded: there is no such folder here, it is not "
+            f"{option}: {name} cannot be loaded: there is no such folder here, it is not "
             f"in the cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} cannot be reached "
             f"({why})"
         ) from None
@@ -102,14 +115,23 @@ def model_limits(name: str, gguf_file: str | None, say: Callable[[str], None]) -
 class RunFolder:
     """The folder of a run: checked at the start, made when there is something to write."""
 
-    def __init__(self, config: DPOTrainConfig) -> None:
-        self.path = Path(config.output_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
+    def __init__(self, config: DPOTrainConfig, resumed: Path | None = None) -> None:
+        """`resumed`: the checkpoint to go on from, whose run's folder is this one or another."""
+        self.path = Path(
+            config.output_dir
+            or (resumed and run_of(resumed))
+            or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+        )
         config.output_dir = str(self.path)
         self._made: list[Path] = []
         self.opened = False
+        self.resumed = resumed is not None and run_of(resumed) == self.path.absolute()
+        # One that was to go on and has no checkpoint yet begins again in its own folder.
+        again = config.resume_from_checkpoint == "true" and (self.path / "config.yaml").is_file()
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir: {self.path} is a file")
-        if self.path.is_dir() and any(self.path.iterdir()) and not config.overwrite_output_dir:
+        free = config.overwrite_output_dir or self.resumed or again
+        if self.path.is_dir() and any(self.path.iterdir()) and not free:
             raise UserError(
                 f"output_dir: {self.path} is not empty; choose another or pass "
                 "--overwrite_output_dir"
@@ -120,6 +142,8 @@ class RunFolder:
 
     def open(self, say: Callable[[str], None]) -> None:
         """Make the folder; the files of an earlier run go, what no run wrote stays."""
+        if self.resumed:
+            return
         whole = self.path.absolute()
         self._made = [p for p in (whole, *whole.parents) if not p.exists()]
         try:

@@ -12,36 +12,36 @@ from typing import Any
 
 _OFF: tuple[Any, ...] = (None, False, "", [], {}, 0, "none", "no")
 
-_NO_CHECKPOINTS = "no checkpoints are written: the model is saved at the end, and when a run stops"
+_CHECKPOINTS = "checkpoints hold the whole run, every save_steps; the model is saved at the end"
 _ONE_PROCESS = "training runs on one device in one process"
-_NO_ADAPTERS = "adapters and quantised weights are not trained here (TRL with our integration is)"
 _NO_WORKERS = "batches are made in the process itself, without a data loader"
 _LOCAL_FILE = "data comes from a file (dataset_name, eval_file)"
 _NO_HUB = "nothing is uploaded: the trained model is a folder"
-_LOGGED = "metrics are written to metrics.jsonl in the run's folder"
+_LOGGED = "metrics are written to metrics.jsonl in the run's folder, and to what report_to names"
 _PLAIN_OPTIMIZER = "optimizers are set by learning_rate, weight_decay, adam_* and max_grad_norm"
-_REFERENCE_ONCE = "the reference is the starting policy, and its log-probs are computed once"
+_REFERENCE_ONCE = (
+    "the reference (the starting policy, or ref_model_name_or_path) scores every pair once"
+)
 _PRECISION = "the dtype of the weights is the option dtype"
 
 # reason -> names
 _REFUSED: dict[str, str] = {
-    _NO_CHECKPOINTS: "save_steps save_strategy save_total_limit save_only_model save_on_each_node "
-    "enable_jit_checkpoint resume_from_checkpoint load_best_model_at_end metric_for_best_model "
-    "greater_is_better ignore_data_skip restore_callback_states_from_checkpoint",
+    _CHECKPOINTS: "save_only_model save_on_each_node enable_jit_checkpoint "
+    "load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip "
+    "restore_callback_states_from_checkpoint",
     _ONE_PROCESS: "fsdp fsdp_config deepspeed ddp_find_unused_parameters ddp_bucket_cap_mb "
     "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout accelerator_config "
     "parallelism_config local_rank ignore_bias_buffers log_on_each_node log_level_replica "
     "average_tokens_across_devices",
-    _NO_ADAPTERS: "use_peft lora_r lora_alpha lora_dropout lora_target_modules "
-    "lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora load_in_8bit "
-    "load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+    "adapters are those of causal language models": "lora_task_type",
     _NO_WORKERS: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
-    "dataloader_multiprocessing_context dataset_num_proc length_column_name group_by_length",
-    _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split dataset_streaming",
+    "dataloader_multiprocessing_context length_column_name group_by_length",
+    _LOCAL_FILE: "dataset_config dataset_train_split dataset_test_split "
+    "datasets streaming test_split_size dataset_kwargs",
     _NO_HUB: "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
     "hub_revision",
-    _LOGGED: "report_to run_name project logging_dir trackio_space_id trackio_bucket_id "
+    _LOGGED: "logging_dir trackio_space_id trackio_bucket_id "
     "trackio_static_space_id logging_strategy logging_first_step logging_nan_inf_filter log_level "
     "include_num_input_tokens_seen disable_tqdm",
     _PRECISION: "bf16 fp16 bf16_full_eval fp16_full_eval tf32",
@@ -50,8 +50,7 @@ _REFUSED: dict[str, str] = {
     "the loss is smoothed by label_smoothing": "label_smoothing_factor",
     "checkpointing is on or off (gradient_checkpointing)": "gradient_checkpointing_kwargs "
     "activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps",
-    "the kernels of this package are the ones that run": "use_liger_kernel liger_kernel_config "
-    "torch_compile torch_compile_backend torch_compile_mode",
+    "the kernels of this package are the ones that run": "use_liger_kernel liger_kernel_config",
     "training looks for no batch size": "auto_find_batch_size",
     "noise on the embeddings would make policy and reference differ": "neftune_noise_alpha",
     "evaluation is the mean over all held-out pairs, in steps of eval_steps": "eval_strategy "
@@ -59,12 +58,9 @@ _REFUSED: dict[str, str] = {
     "eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
     "label_names generate_during_eval",
     "order and sampling follow seed alone": "data_seed full_determinism",
-    "sequences keep their start": "truncation_mode",
-    "max_length cuts the whole sequence": "max_prompt_length max_completion_length",
     "the layout is batch_layout": "padding_free pad_to_multiple_of use_logits_to_keep",
-    _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model "
-    "ref_model_mixup_alpha "
-    "ref_model_sync_steps ref_model_name_or_path ref_adapter_name model_adapter_name",
+    _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size ref_adapter_name "
+    "model_adapter_name",
     "dropout is always off: policy and reference are one function": "disable_dropout",
     "a router's loss is not added here": "router_aux_loss_coef",
     "model options are dtype, attn_implementation and trust_remote_code": "model_init_kwargs "
@@ -72,11 +68,18 @@ _REFUSED: dict[str, str] = {
     "columns that are not used are named, and left": "remove_unused_columns",
     "train does both, evaluation where there are held-out pairs": "do_train do_eval do_predict",
     "there is no such report": "debug skip_memory_metrics",
+    "every turn of the assistant is scored, of a prompt nothing": "assistant_only_loss "
+    "completion_only_loss",
+    "rows are not packed into one sequence": "packing packing_strategy eval_packing",
+    "a chat template comes from a file (chat_template)": "chat_template_path",
+    "the column is 'text'": "dataset_text_field",
+    "the end token is the tokenizer's": "eos_token",
+    "the order follows train_sampling_strategy": "shuffle_dataset",
 }
 
 # What happens here anyway, beside `_OFF`.
 _TAKEN: dict[str, tuple[Any, ...]] = {
-    "save_only_model": (True,),
+    "enable_jit_checkpoint": (True,),
     "local_rank": (-1,),
     "ddp_timeout": (1800,),
     "logging_strategy": ("steps",),
@@ -84,30 +87,31 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "disable_dropout": (True,),
     "remove_unused_columns": (True,),
     "eval_on_start": (True,),
-    "truncation_mode": ("keep_start",),
     "do_train": (True,),
     "do_eval": (True,),
     "skip_memory_metrics": (True,),
     "average_tokens_across_devices": (True,),
     "gradient_checkpointing_kwargs": ({"use_reentrant": False},),
     "dataset_train_split": ("train",),
-    "report_to": (["none"],),
+    "dataset_test_split": ("test",),
+    "assistant_only_loss": (True, None),
+    "completion_only_loss": (True, None),
+    "dataset_text_field": ("text",),
+    "shuffle_dataset": (True,),
+    "packing_strategy": ("bfd",),
     # What `DPOConfig().to_dict()` writes of settings that mean nothing here, or nothing alone.
     "label_smoothing_factor": (0.0,),
+    "lora_task_type": ("causal_lm",),
     "log_on_each_node": (True,),
     "logging_nan_inf_filter": (True,),
     "log_level": ("passive",),
     "log_level_replica": ("warning",),
-    "project": ("huggingface",),
     "eval_do_concat_batches": (True,),
     "hub_token": ("<hub_token>",),
     "hub_strategy": ("every_save",),
     "dataloader_in_order": (True,),
-    "dataset_num_proc": (1,),
     "length_column_name": ("length",),
     "pad_token": ("<pad_token>",),
-    "ref_model_mixup_alpha": (0.6,),
-    "ref_model_sync_steps": (512,),
     "accelerator_config": (
         {
             "split_batches": False,
@@ -120,10 +124,10 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     ),
 }
 # Off would change what happens here.
-_NOT_OFF = ("disable_dropout", "logging_strategy")
+_NOT_OFF = ("disable_dropout", "logging_strategy", "assistant_only_loss", "completion_only_loss")
 
 REASONS = {name: reason for reason, names in _REFUSED.items() for name in names.split()}
-TRANSLATED = ("warmup_ratio", "use_cpu", "activation_checkpointing")
+TRANSLATED = ("save_strategy", "warmup_ratio", "use_cpu", "activation_checkpointing")
 NAMES = (*REASONS, *TRANSLATED)
 
 
@@ -151,6 +155,10 @@ def translate(name: str, value: Any, others: Mapping[str, Any]) -> dict[str, Any
 
 
 def _translated(name: str, value: Any, others: Mapping[str, Any]) -> dict[str, Any]:
+    if name == "save_strategy":
+        if value not in ("steps", "no"):
+            raise ValueError(f"save_strategy must be steps or no, got {value!r}: see save_steps")
+        return {} if value == "steps" else {"save_steps": 0}
     if name == "warmup_ratio":
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {value!r}")

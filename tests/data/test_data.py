@@ -143,8 +143,9 @@ def test_undecodable_line_and_missing_file(tmp_path: Path) -> None:
     assert len(read_pairs(file, left_out)) == 1 and left_out.counts() == {"broken JSON": 1}
     with pytest.raises(DataError, match="does not exist"):
         read_pairs(tmp_path / "none.jsonl", LeftOut())
-    with pytest.raises(DataError, match="is a folder"):
-        read_pairs(tmp_path, LeftOut())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is a folder without data files"):
+        read_pairs(tmp_path / "empty", LeftOut())
     file.write_text("{}\n")
     with pytest.raises(DataError, match="no usable preference pair"):
         read_pairs(file, LeftOut())

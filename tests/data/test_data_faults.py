@@ -5,13 +5,7 @@ Ids in names and comments are of the public reports that showed the situation.
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
 import json
-import os
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +13,14 @@ import pytest
 from test_data import TEMPLATE, bot, byte_tokenizer, user, write
 
 from dpo_kernels.data import (
-    DataError,
     LeftOut,
     Limits,
     NoUsableRow,
     PreferencePair,
     TokenPair,
-    make_batch,
     read_pairs,
     tokenize_pairs,
 )
-from dpo_kernels.data.batches import Sharing
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 CHAT = {"prompt": [user("q")], "chosen": [bot("yes")], "rejected": [bot("no")]}
@@ -71,124 +62,6 @@ def scored(tokenizer: Any, pair: TokenPair) -> tuple[str, str]:
 def chat(*rows: dict[str, Any]) -> PreferencePair:
     prompt, chosen, rejected = rows
     return PreferencePair([prompt], [chosen], [rejected], "f:1")
-
-
-# --- files ---
-
-
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress], ids=["gzip", "bzip2"])
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl"])
-def test_packed_files_are_unpacked(tmp_path: Path, pack: Any, name: str) -> None:
-    file = tmp_path / name
-    file.write_bytes(pack(b"\n".join(json.dumps(GOOD).encode() for _ in range(3)) + b"\n{"))
-    left_out = LeftOut()
-    assert [p.source for p in read_pairs(file, left_out)] == [f"{file}:{i}" for i in (1, 2, 3)]
-    assert [p.where for p in left_out.problems] == [f"{file}:4"]
-
-
-def test_a_broken_gzip_is_one_line(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl.gz"
-    file.write_bytes(gzip.compress(json.dumps(GOOD).encode() * 900)[:-12])
-    with pytest.raises(DataError, match="cannot be read to its end"):
-        read_pairs(file, LeftOut())
-
-
-def test_a_byte_order_mark_costs_no_row(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
-    left_out = LeftOut()
-    assert len(read_pairs(file, left_out)) == 1 and not left_out.problems
-
-
-@pytest.mark.parametrize(
-    ("head", "what"),
-    [
-        (b"PAR1", "Parquet"),
-        (b"ARROW1\0\0", "Arrow"),
-        (b"\xff\xfe{\0", "UTF-16"),
-        (b"PK\x03\x04", "zip"),
-        (b"\x28\xb5\x2f\xfd", "zstd"),
-    ],
-)
-def test_foreign_files_are_refused_by_name(tmp_path: Path, head: bytes, what: str) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(head + b"\n" * 50)
-    with pytest.raises(DataError, match=f"{what}.*expected JSONL"):
-        read_pairs(file, LeftOut())
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_list_is_read_with_its_lines(tmp_path: Path, indent: int | None) -> None:
-    """datasets#6891 among them: one object a line, where only the last parsed as a line."""
-    file = tmp_path / "a.json"
-    file.write_text(json.dumps([GOOD, 3, {**GOOD, "margin": 1}], indent=indent))
-    left_out = LeftOut()
-    pairs = read_pairs(file, left_out)
-    lines = (1, 1, 1) if indent is None else (2, 7, 8)
-    assert [p.source for p in pairs] == [f"{file}:{lines[0]}", f"{file}:{lines[2]}"]
-    assert [p.where for p in left_out.problems] == [f"{file}:{lines[1]}"]
-    rows = ",\n".join(json.dumps(GOOD) for _ in range(3))
-    file.write_text(f"[\n{rows}\n]\n")
-    assert [p.source for p in read_pairs(file, left_out)] == [f"{file}:{i}" for i in (2, 3, 4)]
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ('[\n{"a": 1},\n{"a"', 3),
-        ("[\n{}\n{}\n]", 3),
-        ("[{},]", 1),
-        ("[{}]\n{}", 0),
-        ("{\n{", 0),
-        ("[{}", 1),
-        ("[\n{}\n]\n]", 4),
-        ("{\n}", 1),
-    ],
-)
-def test_broken_lists_name_the_line(tmp_path: Path, text: str, line: int) -> None:
-    file = tmp_path / "a.json"
-    file.write_text(text)
-    with pytest.raises(DataError, match=f"a.json:{line}: " if line else "no usable"):
-        read_pairs(file, LeftOut())
-
-
-def test_csv(tmp_path: Path) -> None:
-    file = tmp_path / "a.csv"
-    chosen = json.dumps([bot("x")]).replace('"', '""')
-    file.write_text(
-        "prompt,chosen,rejected,margin,id\r\n"
-        'a,"two\nlines",c,0.5,1\r\n'
-        "a,b,c\r\n"
-        "a,b,c,much,2\r\n"
-        f'"[{{""role"": ""user"", ""content"": ""q""}}]","{chosen}",'
-        f'"{chosen.replace("x", "y")}",,3\r\n'
-    )
-    left_out = LeftOut()
-    first, second = read_pairs(file, left_out)
-    assert (first.source, first.chosen, first.offset) == (f"{file}:2", "two\nlines", 0.5)
-    assert (second.source, second.chosen) == (f"{file}:6", [bot("x")])
-    assert [(p.where, p.field) for p in left_out.problems] == [
-        (f"{file}:4", "line"),
-        (f"{file}:5", "margin"),
-    ]
-    file.write_text("question,chosen,rejected,chosen\na,b,c,d\n")
-    with pytest.raises(DataError, match="the columns are question, chosen"):
-        read_pairs(file, LeftOut())
-    file.write_text("prompt,chosen,rejected\na,\"[{'role': 'assistant'}]\",c\n")
-    with pytest.raises(DataError, match="messages as JSON"):
-        read_pairs(file, LeftOut())
-
-
-def test_standard_input_and_pipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = json.dumps(GOOD).encode() + b"\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-    assert read_pairs("-", LeftOut())[0].source == "<stdin>:1"
-    fifo = tmp_path / "pipe"
-    os.mkfifo(fifo)
-    thread = threading.Thread(target=lambda: fifo.write_bytes(data * 3))
-    thread.start()
-    assert len(read_pairs(fifo, LeftOut())) == 3
-    thread.join()
 
 
 # --- rows ---
@@ -369,119 +242,6 @@ def test_twenty_lines_of_a_kind_and_all_in_the_file(tmp_path: Path) -> None:
         "expected",
         "reason",
     }
-
-
-# --- special tokens, and what is scored ---
-
-
-def adds(tokenizer: Any, bos: bool, eos: bool) -> Any:
-    """The tokenizer with BOS, EOS or both put around every text."""
-    from tokenizers.processors import TemplateProcessing
-
-    single = f"{'<s> ' if bos else ''}$A{' </s>' if eos else ''}"
-    ids = [(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<s>", "</s>")]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=single, special_tokens=ids
-    )
-    return tokenizer
-
-
-@pytest.mark.parametrize("eos", [False, True])
-@pytest.mark.parametrize("written", ["", "<s>"])
-def test_one_bos_whoever_writes_it(written: str, eos: bool) -> None:
-    """trl#1591, axolotl#1616; a tokenizer that appends EOS ends no prompt with it."""
-    tokenizer = adds(byte_tokenizer(), True, eos)
-    for end in ("", "</s>", "</s>\n"):
-        pair = PreferencePair(f"{written}ab", f" c{end}", f" d{end}", "f:1")
-        ids, left_out = tokens(pair, tokenizer, warn=pytest.fail)
-        assert ids and tokenizer.decode(list(ids.prompt)) == "<s>ab"
-        assert scored(tokenizer, ids) == (" c</s>", " d</s>")
-        found = [note for note in left_out.notes if "BOS" in note]
-        assert len(found) == (1 if written else 0)
-        assert left_out.notes["plain completions with the end token (EOS) in their text"] == (
-            2 if end else 0
-        )
-
-
-def test_the_templates_end_token_is_scored_once() -> None:
-    """unsloth#3228"""
-    tokenizer = byte_tokenizer()
-    ids, left_out = tokens(chat(user("q</s>"), bot("yes</s>"), bot("no</s></s> ")), tokenizer)
-    assert ids and tokenizer.decode(list(ids.prompt)) == "<s>user:q</s><s>assistant:"
-    assert scored(tokenizer, ids) == ("yes</s>", "no</s>")
-    assert sum(n for note, n in left_out.notes.items() if "kept once" in note) == 3
-
-
-def test_a_begin_token_in_the_text_is_kept_once() -> None:
-    """trl#1591 in other places: a completion's text, a conversation's first message."""
-    tokenizer = adds(byte_tokenizer(), True, False)
-    ids, _ = tokens(PreferencePair("<s>ab", "<s> c", "<s> d", "f:1"), tokenizer)
-    assert ids and tokenizer.decode(list(ids.prompt)) == "<s>ab"
-    assert scored(tokenizer, ids) == (" c</s>", " d</s>")
-    ids, left_out = tokens(chat(user("<s>q"), bot("a"), bot("b")), byte_tokenizer())
-    assert ids and tokenizer.decode(list(ids.prompt)) == "<s>user:q</s><s>assistant:"
-    assert sum(n for note, n in left_out.notes.items() if "kept once" in note) == 1
-    bare = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-    ids, left_out = tokens(chat(user("q"), bot("a"), bot("b")), byte_tokenizer(bare))
-    assert ids and left_out.notes["conversations that do not end with the end token (EOS)"] == 1
-
-
-def test_a_repeated_prompt_is_taken_once(tmp_path: Path) -> None:
-    """trl#1752"""
-    rows = [
-        {"prompt": [user("q")], "chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]},
-        {"prompt": [user("q")], "chosen": [bot("a")], "rejected": [user("q"), bot("b")]},
-        {
-            "prompt": [user("0"), bot("1"), user("q")],
-            "chosen": [user("q"), bot("a")],
-            "rejected": [user("0"), bot("1"), user("q"), bot("b")],
-        },
-    ]
-    pairs, left_out, _ = read(tmp_path, *rows)
-    for pair in pairs:
-        assert (pair.chosen, pair.rejected) == ([bot("a")], [bot("b")])
-    assert sum(left_out.notes.values()) == 5
-
-
-MULTI = PreferencePair(
-    [user("q")], [bot("a"), user("why"), bot("so")], [bot("b"), user("why"), bot("no")], "f:1"
-)
-
-
-def test_the_users_turns_are_not_scored() -> None:
-    tokenizer = byte_tokenizer()
-    ids, _ = tokens(MULTI, tokenizer, warn=pytest.fail)
-    assert ids and scored(tokenizer, ids) == ("a</s>so</s>", "b</s>no</s>")
-    # the layout that training and the plain step read
-    batch = make_batch([ids], Sharing("padded"), 0)
-    assert tokenizer.decode(batch.labels.tolist()) == "a</s>so</s>b</s>no</s>"
-    assert batch.cu_seqlens.tolist() == [0, 5, 10]
-    shared = make_batch([ids], Sharing("prefix"), 0)
-    assert shared.labels.tolist() == batch.labels.tolist()
-    # a completion that begins with the user, and a limit that cuts inside the user's turn
-    late = PreferencePair([user("q")], [user("r"), bot("a")], [user("s"), bot("b")], "f:1")
-    found, _ = tokens(late, tokenizer, warn=pytest.fail)
-    assert found and scored(tokenizer, found) == ("a</s>", "b</s>")
-    found, left_out = tokens(MULTI, tokenizer, len(ids.prompt) + 4)
-    assert found and scored(tokenizer, found) == ("a</s>", "b</s>")
-    assert left_out.notes[f"completions cut at max_length={len(ids.prompt) + 4}"] == 2
-
-
-REWRITES = (  # earlier answers are shortened, as templates do that drop earlier thoughts
-    "{% for m in messages %}{{ '<s>' + m['role'] + ':' }}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] if loop.last else '-' }}{{ '</s>' }}{% endgeneration %}"
-    "{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
-)
-
-
-def test_turns_by_the_templates_marks_or_refused() -> None:
-    tokenizer = byte_tokenizer(REWRITES)
-    ids, _ = tokens(MULTI, tokenizer, warn=lambda text: None)
-    assert ids and scored(tokenizer, ids) == ("-</s>so</s>", "-</s>no</s>")
-    bare = REWRITES.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    found, left_out = tokens(MULTI, byte_tokenizer(bare))
-    assert found is None and left_out.counts() == {"turns cannot be told apart": 1}
 
 
 # --- what the model can be fed, and templates that raise ---

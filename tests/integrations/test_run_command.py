@@ -63,7 +63,6 @@ def test_the_options_reach_the_processes_below(capfd):
         (["run"], "run needs a command behind --", 2),
         (["run", "python"], "unrecognized arguments: python", 2),
         (["run", "--", "no-such-program"], "no program 'no-such-program' on PATH", 127),
-        (["doctor", "--", "x"], "unrecognized arguments: -- x", 2),
     ],
 )
 def test_mistakes_are_one_line(argv, said, expected, capsys):

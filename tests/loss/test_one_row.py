@@ -57,6 +57,10 @@ def test_every_option_is_said_to_be_something():
     assert all(0 < len(text) < 90 for text in losses.OPTIONS.values())
 
 
+def test_own_options_are_those_of_the_rows():
+    assert {name for row in losses.TABLE.values() for name in row.options} == set(losses.OWN)
+
+
 def test_what_a_loss_needs_and_keeps_is_in_its_row():
     assert losses.requires("sigmoid") == set()
     assert losses.requires(["sigmoid", "odpo"]) == {"offset"}

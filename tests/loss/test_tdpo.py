@@ -355,8 +355,6 @@ def test_opcheck():
             bias,
             None,
             None,
-            *ref,
-            None,
             targets,
             IGNORE,
             1.0,
@@ -364,12 +362,14 @@ def test_opcheck():
             1.0,
             "entropy",
             strategy,
+            strategy,
             count,
             1 << 20,
             False,
             "cpu",
+            *ref,
         )
-        torch.library.opcheck(torch.ops.dpo_kernels.linear_kl, arguments, test_utils=utils)
+        torch.library.opcheck(torch.ops.dpo_kernels.linear_logps, arguments, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -33,13 +33,17 @@ def case(dtype, V, offset=0.0, rows=3, T=4):
     return (logits + offset).to(dtype), (ref - offset).to(dtype), targets
 
 
+def token_kl(logits, ref, targets, **options):
+    return ops.token_logps(logits, targets, ref_logits=ref, **options)
+
+
 def run(logits, ref, targets, weights, backend, **options):
     """logps, reference's logps, KL, and the gradient of the logits of weights [2, R, T]."""
     x = logits.detach().clone().requires_grad_()
     transform = LogitTransform.of(**options)
-    out = ops.token_kl(x, ref, targets, transform=transform, backend=backend)
-    (out.policy.logps * weights[0] + out.kl * weights[1]).sum().backward()
-    return out.policy.logps.detach(), out.ref_logps, out.kl.detach(), x.grad
+    out = token_kl(x, ref, targets, transform=transform, backend=backend)
+    (out.logps * weights[0] + out.kl * weights[1]).sum().backward()
+    return out.logps.detach(), out.ref_logps, out.kl.detach(), x.grad
 
 
 def by_hand(logits, ref, targets, weights, **options):
@@ -132,7 +136,7 @@ def test_a_probability_too_small_for_fp32_is_still_one(backend):
     x, r = torch.zeros(1, 1, 5000), torch.zeros(1, 1, 5000)
     x[..., 3000] = -inf
     r[..., 3000] = -300.0
-    out = ops.token_kl(x, r, torch.tensor([[1]]), backend=backend)
+    out = token_kl(x, r, torch.tensor([[1]]), backend=backend)
     assert out.kl.item() == inf
 
 
@@ -182,16 +186,14 @@ def test_views_and_dtypes_of_their_own(backend):
         weights = torch.randn(2, *targets.shape)
         expected = run(x.contiguous(), r.contiguous(), targets, weights, backend)
         leaf = x.detach().requires_grad_()
-        out = ops.token_kl(leaf, r, targets, backend=backend)
-        (grad,) = torch.autograd.grad(
-            (out.policy.logps * weights[0] + out.kl * weights[1]).sum(), leaf
-        )
+        out = token_kl(leaf, r, targets, backend=backend)
+        (grad,) = torch.autograd.grad((out.logps * weights[0] + out.kl * weights[1]).sum(), leaf)
         torch.testing.assert_close(out.kl, expected[2], rtol=1e-6, atol=1e-6)
         # One unit of bf16: columns may fall to other lanes.
         torch.testing.assert_close(grad, expected[3], rtol=2**-7, atol=1e-6)
     for bad in ((base.transpose(1, 2), other), (base[..., :9], base.transpose(1, 2)[:, :7, :])):
         with pytest.raises(ValueError, match=r"ref_logits must have shape|unit stride in V"):
-            ops.token_kl(*bad, torch.zeros(bad[0].shape[:2], dtype=torch.long), backend=backend)
+            token_kl(*bad, torch.zeros(bad[0].shape[:2], dtype=torch.long), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -201,8 +203,8 @@ def test_in_place(backend):
     expected = run(logits, ref, targets, weights, backend)[3]
     leaf = logits.clone().requires_grad_()
     x, kept = leaf * 1.0, ref.clone()
-    out = ops.token_kl(x, ref, targets, inplace=True, backend=backend)
-    loss = (out.policy.logps * weights[0] + out.kl * weights[1]).sum()
+    out = token_kl(x, ref, targets, inplace=True, backend=backend)
+    loss = (out.logps * weights[0] + out.kl * weights[1]).sum()
     assert torch.equal(x, logits)  # nothing is written forward
     before = x._version
     loss.backward(retain_graph=True)
@@ -214,20 +216,20 @@ def test_in_place(backend):
         loss.backward()
     # The very same memory is read before it is written; memory that overlaps otherwise is not.
     same = leaf * 1.0
-    out = ops.token_kl(same, same.detach(), targets, inplace=True, backend=backend)
+    out = token_kl(same, same.detach(), targets, inplace=True, backend=backend)
     out.kl.sum().backward()
     assert same.abs().max() < 1e-7
     both = torch.randn(4, 4, 97, requires_grad=True) * 1.0
     with pytest.raises(ValueError, match="share memory"):
-        ops.token_kl(both[:3], both[1:].detach(), targets, inplace=True, backend=backend)
-    ops.token_kl(both[:2], both[2:].detach(), targets[:2], inplace=True, backend=backend)
+        token_kl(both[:3], both[1:].detach(), targets, inplace=True, backend=backend)
+    token_kl(both[:2], both[2:].detach(), targets[:2], inplace=True, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("shape", [(0, 5, 11), (3, 0, 11), (3, 1, 1)])
 def test_empty_and_tiny(backend, shape):
     x, targets = torch.randn(shape, requires_grad=True), torch.zeros(shape[:2], dtype=torch.long)
-    out = ops.token_kl(x, torch.randn(shape), targets, backend=backend)
+    out = token_kl(x, torch.randn(shape), targets, backend=backend)
     assert out.kl.shape == shape[:2] and not out.kl.any()
     out.kl.sum().backward()
     assert not x.grad.any()
@@ -236,8 +238,8 @@ def test_empty_and_tiny(backend, shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_target_out_of_range_gives_nan_not_a_read(backend):
     x = torch.randn(1, 3, 10, requires_grad=True)
-    out = ops.token_kl(x, torch.randn(1, 3, 10), torch.tensor([[3, 10, -1]]), backend=backend)
-    for value in (out.kl, out.policy.logps, out.ref_logps):
+    out = token_kl(x, torch.randn(1, 3, 10), torch.tensor([[3, 10, -1]]), backend=backend)
+    for value in (out.kl, out.logps, out.ref_logps):
         assert value.isnan().tolist() == [[False, True, True]]
     out.kl.sum().backward()
     assert x.grad[0, 0].isfinite().all() and x.grad[0, 1:].isnan().all()
@@ -263,12 +265,12 @@ def test_every_instruction_set(isa, dtype):
 
 def test_rows_do_not_depend_on_their_batch_or_the_threads():
     logits, ref, targets = case(torch.bfloat16, 40_000, rows=9)
-    together = ops.token_kl(logits, ref, targets, backend="cpu").kl
+    together = token_kl(logits, ref, targets, backend="cpu").kl
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         alone = [
-            ops.token_kl(
+            token_kl(
                 logits[i : i + 1, j : j + 1],
                 ref[i : i + 1, j : j + 1],
                 targets[i : i + 1, j : j + 1],
@@ -290,9 +292,9 @@ def test_the_specification_differentiates_twice():
 
     def f(x):
         transform = LogitTransform.of(logit_softcap=3.0, temperature=0.8)
-        out = ops.token_kl(x, ref, targets, transform=transform)
-        plain = ops.token_kl(x, ref, targets)
-        return out.policy.logps, out.kl, plain.kl
+        out = token_kl(x, ref, targets, transform=transform)
+        plain = token_kl(x, ref, targets)
+        return out.logps, out.kl, plain.kl
 
     assert torch.autograd.gradcheck(f, x) and torch.autograd.gradgradcheck(f, x)
 
@@ -303,11 +305,12 @@ def test_opcheck(backend):
     targets = torch.tensor([[1, IGNORE, 3], [0, 16, IGNORE]])
     # aot_dispatch is checked by the compile tests: here it would trace the interpreter.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (logits, ref, targets, IGNORE, 1.0, 0.0, 1.0, False, backend)
-    torch.library.opcheck(torch.ops.dpo_kernels.token_kl, arguments, test_utils=utils)
-    grads, lses = torch.randn(2, 2, 3), torch.randn(2, 2, 3, dtype=torch.float64)
-    arguments = (*grads, logits.detach(), ref, targets, *lses, IGNORE, 1.0, 0.0, 1.0, backend)
-    for name in ("token_kl_backward", "token_kl_backward_"):
+    arguments = (logits, targets, IGNORE, 1.0, 0.0, 1.0, "", False, backend, ref)
+    torch.library.opcheck(torch.ops.dpo_kernels.token_logps, arguments, test_utils=utils)
+    (grad, grad_kl), (lse, ref_lse) = torch.randn(2, 2, 3), torch.randn(2, 2, 3).double()
+    options = (IGNORE, 1.0, 0.0, 1.0, backend)
+    arguments = (grad, logits.detach(), targets, lse, *options, grad_kl, ref, ref_lse)
+    for name in ("token_logps_backward", "token_logps_backward_"):
         op = getattr(torch.ops.dpo_kernels, name)
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -316,7 +319,7 @@ def test_cuda_says_what_is_missing():
     logits, ref, targets = case(torch.float32, 5)
     words = "backend 'cuda' has no kernel for the KL of reference and policy"
     with pytest.raises(ValueError, match=words):
-        ops.token_kl(logits, ref, targets, backend="cuda")
+        token_kl(logits, ref, targets, backend="cuda")
     chosen = dk.backends.choose(None, torch.device("cuda"), torch.float32, "token_kl")
     assert chosen == ("triton" if "triton" in dk.backends.available() else "torch")
 
@@ -327,7 +330,7 @@ def test_refused():
         (torch.randn(2, 3, 6), ValueError, "ref_logits must have shape"),
         (torch.randn(6, 5), ValueError, "ref_logits must have 3 dimensions"),
         (torch.zeros(2, 3, 5, dtype=torch.long), ValueError, "ref_logits must be fp32"),
-        (None, TypeError, "ref_logits must be a torch.Tensor"),
+        (3, TypeError, "ref_logits must be a torch.Tensor"),
     ):
         with pytest.raises(error, match=words):
-            ops.token_kl(x, ref, y)
+            token_kl(x, ref, y)

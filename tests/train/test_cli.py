@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_data import BAD, bot, byte_tokenizer, user, write
 from test_train import one_thread, tiny_model  # noqa: F401 (a fixture)
 
@@ -93,7 +94,7 @@ def test_train(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [r["step"] for r in metrics if "loss" in r] == [2, 4, 6]
     assert [r["step"] for r in metrics if "eval_loss" in r] == [0, 3, 6]
     assert (out / "training.png").read_bytes()[:4] == b"\x89PNG"
-    config = json.loads((out / "config.json").read_text())
+    config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["max_length"] == 128 and config["beta"] == 0.1
     trained = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
     transformers.AutoTokenizer.from_pretrained(out / "model")
@@ -211,7 +212,7 @@ def test_config_file(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     }
     file.write_text(json.dumps(options))
     assert run("train", "--config", file, "--max_steps", "1", "--ld_alpha", "none") == 0
-    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (saved["max_steps"], saved["loss_type"]) == (1, ["sigmoid", "sft"])
     file.write_text(json.dumps({**options, "learning_rat": 1}))
     assert "did you mean 'learning_rate'" in refused(capsys, "train", "--config", file)

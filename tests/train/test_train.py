@@ -31,7 +31,7 @@ from dpo_kernels.train.model import (
 )
 from dpo_kernels.train.optim import Stepper, TrainingError
 from dpo_kernels.train.plots import plot_run
-from dpo_kernels.train.reference import PairData, with_reference
+from dpo_kernels.train.reference import PairData, Referee
 from dpo_kernels.train.sft import train_sft
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs transformers")
@@ -210,7 +210,7 @@ def data_of(policy: Policy, n: int = 8, **options: Any) -> PairData:
     pairs = random_pairs(n)
     if options.get("loss_type") == "odpo":
         pairs = [replace(p, offset=0.1 * i) for i, p in enumerate(pairs)]
-    return with_reference(policy, pairs, config_of(**options), QUIET, "")
+    return Referee(policy, config_of(**options), QUIET, own=False).data(pairs, "")
 
 
 def run_train(tmp_path: Path, n: int = 8, **options: Any) -> tuple[Policy, list[dict[str, Any]]]:
@@ -315,6 +315,8 @@ def test_parts_change_nothing_but_memory(tmp_path: Path, monkeypatch: pytest.Mon
         {"ld_alpha": 0.5},
         {"f_divergence_type": "js_divergence"},
         {"reference_free": True},
+        {"loss_type": "tdpo1"},
+        {"loss_type": ["tdpo2", "sft"], "loss_weights": [1.0, 0.1], "tdpo_alpha": 0.7},
         {"optim": "sgd"},
         {"optim": "rmsprop", "lr_scheduler_type": "constant"},
         {"dtype": "float64"},
@@ -345,6 +347,8 @@ def test_learns_and_metrics_have_trls_names(tmp_path: Path) -> None:
         "step_time",
         "tokens_per_s",
         "pairs_per_s",
+        "padding_saved",
+        "mem/peak",
     }
     assert rows[-1]["loss"] < 0.3 and rows[-1]["rewards/accuracies"] == 1.0
     assert rows[-1]["epoch"] == 10.0
@@ -482,7 +486,7 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"batch_layout": "packed"}, "batch_layout must be one of"),
         ({"loss_type": "sigmoidal"}, "did you mean"),
         ({"loss_type": "exo_pair"}, "label_smoothing"),
-        ({"loss_type": "tdpo1"}, "'tdpo1' compares whole distributions"),
+        ({"loss_type": "tdpo1", "ld_alpha": 0.5}, "ld_alpha weighs log-probs"),
         ({"beta": -1.0}, "beta must be"),
         ({"simpo_gamma": 0.7}, "simpo_gamma"),
         ({"backend": "tpu"}, "backend must be one of"),

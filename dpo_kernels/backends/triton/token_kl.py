@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...inputs.transform import LogitTransform
 from .launch import ALIGN, VARYING, aligned, lanes, on
-from .token_logps import _ALIGN, _scalars, _scalars_backward, _value
+from .token_logps import _ALIGN, _origin, _scalars, _scalars_backward, _value
 
 # As in token_logps.py.
 FORWARD = {"K": 1, "num_warps": 4}
@@ -222,17 +222,6 @@ def _forward(
 @triton.jit
 def _softmax(value, hi, rounding, k):
     return tl.exp2((value - hi) * k) * rounding
-
-
-@triton.jit
-def _origin(row_lse, unit, inverse, k):
-    """lse / unit as fp32, 0 of unit 0, and the factor that makes up for its rounding."""
-    exact = row_lse * inverse
-    hi = exact.to(tl.float32)
-    rounding = tl.exp2((hi.to(tl.float64) - exact).to(tl.float32) * k)
-    if unit == 0.0:
-        rounding = tl.exp(-row_lse).to(tl.float32)
-    return hi, rounding
 
 
 @triton.jit

@@ -295,6 +295,17 @@ def _forward(
 
 
 @triton.jit
+def _origin(row_lse, unit, inverse, k):
+    """lse / unit as fp32, 0 of unit 0, and the factor that makes up for its rounding."""
+    exact = row_lse * inverse
+    hi = exact.to(tl.float32)
+    rounding = tl.exp2((hi.to(tl.float64) - exact).to(tl.float32) * k)
+    if unit == 0.0:
+        rounding = tl.exp(-row_lse).to(tl.float32)
+    return hi, rounding
+
+
+@triton.jit
 def _gradient(
     x,
     cols,
@@ -390,11 +401,8 @@ def _backward(
         x = tl.load(row + cols, mask=whole, other=0.0).to(tl.float32)
         row_lse = tl.load(lse + index)
         unit = tl.zeros([], tl.float64) + unit_hi + unit_lo
-        exact = row_lse * (tl.zeros([], tl.float64) + inv_hi + inv_lo)  # lse / unit; 0 of unit 0
-        near = exact.to(tl.float32)
-        rounding = tl.exp2((near.to(tl.float64) - exact).to(tl.float32) * k)
-        if unit == 0.0:
-            rounding = tl.exp(-row_lse).to(tl.float32)
+        inverse = tl.zeros([], tl.float64) + inv_hi + inv_lo
+        near, rounding = _origin(row_lse, unit, inverse, k)
         target = head + y.to(tl.int32)
         if (target >= first) & (target < first + TILE):
             d = _gradient(

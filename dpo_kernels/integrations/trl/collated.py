@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...losses import rows_of
+from ... import losses
 from ...models.attached import attach_head
 from ...models.forward import (
     Reference,
@@ -31,6 +31,8 @@ from ...models.step0 import check_first_step
 from ...models.structure import deterministic
 from .. import hf_trainer
 from ..announce import announce
+from ..cached_reference import cache_of
+from ..first_step import check_first_loss, check_first_rows, watch_first_step
 from ..rows import (
     LABELS,
     WithRowColumns,
@@ -85,8 +87,9 @@ def _options(args: Any, fused: FusedOptions) -> dict[str, Any]:
     }
     if args.loss_weights:
         options["loss_weights"] = tuple(args.loss_weights)
-    if any("discopop_tau" in row.options for row in rows_of(args.loss_type)):
-        options["discopop_tau"] = args.discopop_tau
+    for row in losses.rows_of(tuple(args.loss_type)):
+        # What a loss alone takes, where TRL has it under the same name.
+        options |= {n: x for n in row.options if (x := getattr(args, n, None)) is not None}
     return {**options, **fused.loss_options}
 
 
@@ -110,6 +113,7 @@ def _init(original: Callable, module: Any) -> Callable:
         plain = not getattr(self, "_is_vlm", False) and not hasattr(self, "_truncate_inputs")
         labels = plain and map_style(self.train_dataset, self.eval_dataset)
         self.data_collator = WithRowColumns(self.data_collator, labels)
+        watch_first_step(self)
 
     return __init__
 
@@ -150,8 +154,8 @@ def _no_reference(module: Any, named: bool) -> Iterator[None]:
 def _precompute(original: Callable) -> Callable:
     @functools.wraps(original)
     def _precompute_ref_logps(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        if not needs_reference(loss_options(self)):
-            return dataset
+        if not needs_reference(loss_options(self)) or cache_of(self) is not None:
+            return dataset  # without one, or with one that is kept by content as rows come
         return original(self, dataset, *args, **kwargs)
 
     return _precompute_ref_logps
@@ -230,6 +234,8 @@ def _compute_loss(original: Callable) -> Callable:
         if needs_reference(options):
             reference = _reference_of(self, inputs, labels, needs_states(options))
         first = training and not self._reference_seen
+        if first:
+            check_first_rows(self, labels)
         if first and not getattr(self, "_is_vlm", False):
             hf_trainer.check_head_of(self)
         model_inputs = _model_inputs(inputs)
@@ -239,6 +245,8 @@ def _compute_loss(original: Callable) -> Callable:
             out = pair_step(
                 model, model_inputs, labels, reference, options, self.fused, router_weight
             )
+            if first and out.loss is not None:
+                check_first_loss(self, out.loss)
             if first and reference is not None:
                 _check_reference(self, model, model_inputs, out, labels, reference, options)
         if first:
@@ -265,12 +273,21 @@ def _reference_of(trainer: Any, inputs: dict[str, Any], labels: Tensor, states: 
     """[2B] precomputed, or from the reference now: [2B, T - 1], or its states."""
     if trainer.precompute_ref_logps and "ref_chosen_logps" in inputs:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-    with _reference(trainer) as reference:
-        if states:
-            return reference_states(reference, _model_inputs(inputs), labels, trainer.fused)
-        logps = scored_tokens(reference, _model_inputs(inputs), labels, trainer.fused).logps
+    model_inputs = _model_inputs(inputs)
+
+    def score(reference: Any) -> Tensor:
+        logps = scored_tokens(reference, model_inputs, labels, trainer.fused).logps
         assert logps is not None
         return logps
+
+    cache = None if states else cache_of(trainer)
+    if cache is not None:
+        dtype = hf_trainer.model_dtype(trainer)
+        return cache.logps(model_inputs, labels, dtype, lambda: _reference(trainer), score)
+    with _reference(trainer) as reference:
+        if states:
+            return reference_states(reference, model_inputs, labels, trainer.fused)
+        return score(reference)
 
 
 def _check_reference(

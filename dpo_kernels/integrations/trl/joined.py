@@ -28,13 +28,16 @@ from ...models.step0 import check_step0
 from ...models.structure import deterministic
 from .. import hf_trainer
 from ..announce import announce
+from ..first_step import check_first_rows, watch_first_step
 from ..rows import WithRowColumns, check_row_columns, take_row_options
 from .collated import OPT_OUT
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes")
-# TRL's names: the losses that all these versions have; those that came with `dpo_loss`'s argument
-# `loss_type`; those for which TRL divides by the lengths first, with our name of the loss of what
-# was divided; those for which it makes the NLL of the chosen.
+# TRL's names. Its losses that all these versions have, and that came with the later ones; that are
+# the NLL alone; and what its loss of log-probs over lengths is once it has divided by them.
+_LATER = {"sft"}
+_NLL = {"sft"}
+_DIVIDED = {"ipo": "ipo_sum"}
 _OWN = {
     "sigmoid",
     "hinge",
@@ -50,9 +53,6 @@ _OWN = {
     "apo_down",
     "discopop",
 }
-_OWN_BY_ARGUMENT = {"sft"}
-_OF_MEANS = {"ipo": "ipo_sum"}
-_OF_NLL = {"sft"}
 
 
 def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:
@@ -81,6 +81,7 @@ def _init(original: Callable) -> Callable:
         original(self, *args, **kwargs)
         attach_head(self.model)  # now: below what accelerate will wrap it in
         self.data_collator = WithRowColumns(self.data_collator)
+        watch_first_step(self)
 
     return __init__
 
@@ -136,6 +137,8 @@ def _concatenated_forward(original: Callable, module: Any) -> Callable:
         _refuse(self)
         batch, row_options = take_row_options(batch)
         inputs, labels = _joined(self, batch, module)
+        if not is_ref_model and self.model.training and not self._reference_seen:
+            check_first_rows(self, labels)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         attach_head(self.accelerator.unwrap_model(model))
@@ -159,7 +162,7 @@ def _summary(
     counts = scored.sum(1)
     B = len(labels) // 2
     sums = out.logps.sum(1)
-    if not _OF_MEANS.keys().isdisjoint(_names(trainer)):
+    if not _DIVIDED.keys().isdisjoint(_names(trainer)):
         sums = sums / counts
     result = {"chosen_logps": sums[:B], "rejected_logps": sums[B:]}
     if reference:
@@ -174,7 +177,7 @@ def _summary(
         with torch.no_grad():
             aligned = (out.logps - out.log_sum_sq_probs).sum(1) / counts
             result["policy_weights"] = (aligned[:B] + aligned[B:]).exp().clamp(max=1)
-    if trainer.args.rpo_alpha is not None or not _OF_NLL.isdisjoint(_names(trainer)):
+    if trainer.args.rpo_alpha is not None or not _NLL.isdisjoint(_names(trainer)):
         # TRL marks what is not scored with token 0, which so is never counted.
         counted = scored[:B] & (targets[:B] != 0)
         result["nll_loss"] = -(out.logps[:B] * counted).sum() / counted.sum()
@@ -248,8 +251,7 @@ def _dpo_loss(original: Callable) -> Callable:
         name = given.get("loss_type", _names(self)[0])
         _check_reference(self, logps, ref, name)
         ours = {**self.fused.loss_options, **self._row_options}
-        named = "loss_type" in signature.parameters
-        theirs = name in _OWN or (named and name in _OWN_BY_ARGUMENT)
+        theirs = name in _OWN or (name in _LATER and "loss_type" in signature.parameters)
         if theirs and not ours:
             return original(self, *args, **kwargs)
         return _our_loss(self, name, logps, ref, ours)
@@ -262,7 +264,7 @@ def _our_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [B] and rewards of a loss or an option that this TRL does not have."""
     options: dict[str, Any] = {
-        "loss_type": _OF_MEANS.get(name, name),
+        "loss_type": name,
         "beta": trainer.beta,
         "label_smoothing": trainer.label_smoothing,
         "reference_free": bool(trainer.reference_free),
@@ -275,6 +277,7 @@ def _our_loss(
             f"f_divergence_type={f_divergence!r} of this version of TRL is another function; "
             f"{name!r} with {', '.join(ours) or 'it'} takes reverse_kl alone"
         )
+    options["loss_type"] = _DIVIDED.get(name, name)
     options = hf_trainer.loss_state(trainer, options)
     lengths = trainer._lengths
     reference = (None, None) if options["reference_free"] else ref

@@ -1,0 +1,123 @@
+"""Rows of Parquet and Arrow files, and of `datasets` objects: typed columns, read in parts.
+
+They need pyarrow (the extra `data`). A file is never in memory whole: Parquet comes by row groups,
+Arrow from a memory map. Places count rows from 1.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .left_out import BadField, DataError
+from .row import EXPECTED, Row, Rows, kind_of
+
+NEEDS = "pip install 'dpo-kernels[data]'"
+BATCH = 1024  # rows turned into Python objects at a time
+
+
+def parquet_rows(shown: str, file: Any) -> Rows:
+    """The rows of a Parquet file; `file` is open, or a path."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(
+            f"{shown} is a Parquet file, which needs pyarrow ({NEEDS}); else expected {EXPECTED}"
+        ) from None
+    try:
+        source = parquet.ParquetFile(_seekable(file), memory_map=isinstance(file, str | Path))
+        batches = source.iter_batches(batch_size=BATCH)
+        yield from _rows(shown, batches)
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow's errors have no common base but this
+        raise _broken(shown, "a Parquet file", error) from None
+
+
+def arrow_rows(shown: str, file: Any) -> Rows:
+    """The rows of an Arrow file or stream (what `save_to_disk` of `datasets` writes)."""
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise DataError(
+            f"{shown} is an Arrow file, which needs pyarrow ({NEEDS}); else expected {EXPECTED}"
+        ) from None
+    try:
+        source = pa.memory_map(str(file)) if isinstance(file, str | Path) else _seekable(file)
+        try:
+            reader = pa.ipc.open_file(source)
+            batches: Iterable[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except pa.ArrowInvalid:
+            source.seek(0)
+            batches = pa.ipc.open_stream(source)
+        yield from _rows(shown, batches)
+    except DataError:
+        raise
+    except Exception as error:
+        raise _broken(shown, "an Arrow file", error) from None
+
+
+def dataset_rows(dataset: Iterable[Any]) -> Rows:
+    """The rows of a `datasets` object, or of any iterable of mappings."""
+    for i, row in enumerate(dataset):
+        where = f"dataset[{i}]"
+        if not hasattr(row, "keys"):
+            yield where, BadField("row", kind_of(row), "a mapping", "broken row")
+        else:
+            yield where, {name: _plain(row[name]) for name in row.keys()}  # noqa: SIM118
+
+
+def _seekable(file: Any) -> Any:
+    if isinstance(file, str | Path):
+        return str(file)
+    return file if file.seekable() else io.BytesIO(file.read())
+
+
+def _broken(shown: str, what: str, error: Exception) -> DataError:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return DataError(f"{shown} is {what} that cannot be read ({said}), expected {EXPECTED}")
+
+
+def _rows(shown: str, batches: Iterable[Any]) -> Iterator[tuple[str, Row | BadField]]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH):
+            part = batch.slice(start, BATCH)
+            try:
+                rows: list[Any] = part.to_pylist()
+            except Exception:  # one value that does not decode: the others are kept
+                rows = [_one(part, i) for i in range(part.num_rows)]
+            for row in rows:
+                number += 1
+                where = f"{shown}:{number}"
+                yield (
+                    where,
+                    row
+                    if isinstance(row, BadField)
+                    else {name: _plain(value) for name, value in row.items()},
+                )
+
+
+def _one(part: Any, i: int) -> Any:
+    try:
+        return part.slice(i, 1).to_pylist()[0]
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return BadField("row", f"undecodable values ({said})", "text in UTF-8", "broken row")
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON would have given it. Typed columns hold keys that a row has not, as nulls."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, str | bool | int | float) or value is None:
+        return value
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return value

@@ -1,0 +1,79 @@
+"""The checks around step 1, and of log-probs that fall, for transformers' Trainer and TRL's."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..models.falling import FallingLogps, fallen, falling_text
+from ..models.step1 import FirstStep, check_connected, check_rows, eos_ids_of
+
+OPT_OUT = "fused={'check_first_step': False}, or patch_trl(check_first_step=False)"
+
+
+class FirstStepCallback(TrainerCallback):
+    """Watches the first optimizer step of a trainer."""
+
+    def __init__(self, on_falling_logps: str = "warn") -> None:
+        self.on_falling = on_falling_logps
+        self.watch: FirstStep | None = None
+        self.loss: Tensor | None = None  # the first
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model")
+        if model is not None and not state.global_step:
+            self.watch = FirstStep(model, OPT_OUT)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.watch is not None:
+            self.watch.after_backward(self.loss)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.watch is None:
+            return
+        self.watch.after_step(kwargs["optimizer"])
+        for text in self.watch.warnings:
+            warnings.warn(text, stacklevel=2)
+        self.watch.warnings.clear()
+        if self.watch.done:
+            self.watch = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Log-probs that fall together, by the means that are logged."""
+        names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+        if self.on_falling == "ignore" or not logs or any(n not in logs for n in names):
+            return
+        beta = getattr(args, "beta", None) or kwargs.get("beta") or 0.1
+        ratios = [float(logs[n]) / beta for n in names[:2]]
+        ref = [float(logs[n]) - r for n, r in zip(names[2:], ratios, strict=True)]
+        if not fallen(ratios[0], ratios[1], ref[0], ref[1]):
+            return
+        text = falling_text(*ratios)
+        if self.on_falling == "stop":
+            raise FallingLogps(text)
+        self.on_falling = "ignore"
+        warnings.warn(text, stacklevel=2)
+
+
+def watch_first_step(trainer: Any) -> None:
+    """Give a trainer the callback, unless its `fused` has the check off."""
+    if trainer.fused.check_first_step:
+        trainer._first_step = FirstStepCallback(trainer.fused.on_falling_logps)
+        trainer.add_callback(trainer._first_step)
+
+
+def check_first_rows(trainer: Any, labels: Tensor) -> None:
+    """The rows of the first batch [2B, T]: scored, and ended once."""
+    if trainer.fused.check_first_step:
+        tokenizer = getattr(trainer, "processing_class", None)
+        check_rows(labels, eos_ids_of(trainer.model, tokenizer), opt_out=OPT_OUT)
+
+
+def check_first_loss(trainer: Any, loss: Tensor) -> None:
+    """The first loss has a gradient to give."""
+    if trainer.fused.check_first_step:
+        check_connected(trainer.model, loss)
+        trainer._first_step.loss = loss.detach()

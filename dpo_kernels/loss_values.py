@@ -1,0 +1,66 @@
+"""The checks of the values of loss options (`loss_options.py`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .inputs import checks
+from .loss_options import F_DIVERGENCES, OWN, PER_PAIR, LossOptions
+
+_TINY = 2.2250738585072014e-308  # the smallest fp64 with a finite inverse
+
+
+def check_values(o: LossOptions) -> None:
+    """Types and values of the options."""
+
+    def require(ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} must be {expected}, got {checks.shown(getattr(o, name))}")
+
+    for name in [*OWN, "label_smoothing", "sft_weight", "f_alpha_divergence_coef"]:
+        checks.number(name, getattr(o, name))
+    if not isinstance(o.beta, Tensor):
+        x = checks.positive("beta", o.beta, "a positive finite number, or a tensor of such")
+        require(x >= _TINY, "beta", "a positive number with a finite inverse")
+    for name in ("use_weighting", "reference_free"):
+        checks.flag(name, getattr(o, name))
+    for name in ("num_pairs", "num_chosen_tokens"):
+        if getattr(o, name) is not None:
+            _check_count(name, getattr(o, name))
+    _check_tensors(o)
+    require(o.discopop_tau >= _TINY, "discopop_tau", "positive")
+    checks.choice("f_divergence_type", o.f_divergence_type, F_DIVERGENCES)
+    checks.choice("reduction", o.reduction, ("mean", "none"))
+    require(0 < o.beta_dpo_keep <= 1, "beta_dpo_keep", "in (0, 1]")
+    require(0 <= o.beta_dpo_momentum <= 1, "beta_dpo_momentum", "in [0, 1]")
+    require(o.alphapo_alpha != 0, "alphapo_alpha", "other than 0 (at 0 it is simpo)")
+    if o.ld_alpha is not None:
+        checks.number("ld_alpha", o.ld_alpha, "None or a finite number")
+
+
+def _check_count(name: str, value: object) -> None:
+    """A normaliser: a positive number, or a tensor of one without dimensions."""
+    expected = "a positive finite number, or a tensor [] of one"
+    if not isinstance(value, Tensor):
+        checks.positive(name, value, expected)
+        return
+    if value.dtype.is_complex or value.dtype == torch.bool:
+        raise ValueError(f"{name} must be {expected}, got {value.dtype}")
+    checks.shape(name, checks.is_tensor(name, value), (), "one number")
+    checks.values(name, value, lambda x: (x > 0) & x.isfinite(), expected)
+
+
+def _check_tensors(o: LossOptions) -> None:
+    """Types and values of what may come a pair; shapes and devices are known with the batch."""
+    for name in PER_PAIR:
+        value = getattr(o, name)
+        if value is None or (name == "beta" and not isinstance(value, Tensor)):
+            continue
+        checks.floating(name, value)
+        checks.values(name, value, torch.isfinite, "finite")
+        if name == "beta":
+            checks.values(name, value, lambda x: x.double() >= _TINY, "positive")
+    if o.beta_dpo_state is not None:
+        checks.floating("beta_dpo_state", o.beta_dpo_state)
+        checks.shape("beta_dpo_state", o.beta_dpo_state, (2,), "mean and deviation")

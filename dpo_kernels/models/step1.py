@@ -1,0 +1,261 @@
+"""The checks around the first step: what would train at log 2 for ever ends there, with its cause.
+
+Before the forward, the rows: a token of each is scored, and none ends twice. After the backward,
+the gradients: every trainable weight has one, and it is not zero. After the optimizer's step, the
+weights: they moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .structure import base_model_of
+
+# Below this share of the weights with a gradient that a step has moved, it is called vain.
+MOVED = 0.5
+_SAMPLE = 4096  # weights looked at in each parameter
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+class FirstStepError(ValueError):
+    """Nothing can be learned so; the message says why."""
+
+
+def check_rows(
+    labels: Tensor, eos_ids: Iterable[int | None] = (), names: Sequence[str] = (), opt_out: str = ""
+) -> None:
+    """`FirstStepError` for a batch [2B, T] without a scored token, or whose rows end twice.
+
+    Labels are the ids where they are scored, -100 elsewhere. `names`: of the pairs, for messages.
+    """
+    rows = [row[row != -100].tolist() for row in labels.cpu()]
+    check_scored([len(row) for row in rows], opt_out)
+    check_ends([row[-2:] for row in rows], eos_ids, names, opt_out)
+
+
+def check_scored(counts: Sequence[int], opt_out: str = "") -> None:
+    """`FirstStepError` where no sequence of a batch has a scored token."""
+    if not any(counts):
+        raise FirstStepError(
+            "no token of the first batch is scored: the labels are all masked (-100). "
+            "Completions are empty, were cut off (max_length), or the completion mask is of "
+            "another template" + _unless(opt_out)
+        )
+
+
+def check_ends(
+    ends: Sequence[Sequence[int]],
+    eos_ids: Iterable[int | None],
+    names: Sequence[str] = (),
+    opt_out: str = "",
+) -> None:
+    """`FirstStepError` where half of the rows end with the end token twice.
+
+    `ends`: the last two scored ids of each row, chosen then rejected.
+    """
+    known = {i for i in eos_ids if i is not None}
+    twice = [r for r, e in enumerate(ends) if len(e) == 2 and e[0] == e[1] and e[0] in known]
+    if twice and 2 * len(twice) >= len(ends):
+        pairs = max(len(ends) // 2, 1)
+        where = f" ({names[twice[0] % pairs]})" if names else ""
+        raise FirstStepError(
+            f"{len(twice)} of {len(ends)} completions of the first batch end with the end token "
+            f"(EOS, id {ends[twice[0]][1]}) twice{where}: it is in the text and added once more; "
+            "the model would learn to go on after its end. Take it out of the text, or of the chat "
+            "template" + _unless(opt_out)
+        )
+
+
+def eos_ids_of(model: nn.Module, tokenizer: Any = None) -> list[int | None]:
+    """The ids that end a sequence, by the tokenizer or else the model's configuration."""
+    known = getattr(getattr(tokenizer, "tokenizer", tokenizer), "eos_token_id", None)
+    if known is None:
+        known = getattr(base_model_of(model).config, "eos_token_id", None)
+    return list(known) if isinstance(known, list | tuple) else [known]
+
+
+def check_connected(model: nn.Module, loss: Tensor) -> None:
+    """`FirstStepError` for a loss that no trainable weight has a part in (backward would raise)."""
+    if not loss.requires_grad and torch.is_grad_enabled():
+        raise FirstStepError(f"the loss does not depend on a trainable weight: {cause_of(model)}")
+
+
+def cause_of(model: nn.Module) -> str:
+    """Why weights have no gradient, as far as it can be seen."""
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    for module in model.modules():
+        if _flag(module, "merged"):
+            return (
+                "an adapter is merged into its weights, where it is not trained (unmerge_adapter, "
+                "or load it without merging)"
+            )
+    if not names:
+        return (
+            "every weight is frozen (requires_grad=False): an adapter that was loaded without "
+            "is_trainable=True or was merged (merge_and_unload), or a model that was frozen"
+        )
+    if any(_flag(module, "disable_adapters") for module in model.modules()):
+        return "the adapter is switched off (disable_adapter)"
+    if all("lora_" in name or "adapter" in name for name in names):
+        return (
+            "the trainable weights are an adapter's that the forward does not use (another adapter "
+            "is active), or gradient checkpointing cuts it off (use_reentrant=False mends that)"
+        )
+    if any(p.grad is not None for p in model.parameters()):
+        return (
+            "the gradients are all 0: chosen and rejected are equal, or the loss is flat where it "
+            "starts"
+        )
+    return "the head is detached from the model: its states come from a no_grad or a detach()"
+
+
+def _flag(module: nn.Module, name: str) -> bool:
+    if not hasattr(module, "active_adapters"):  # PEFT's layers alone
+        return False
+    value = getattr(module, name, False)
+    return isinstance(value, bool) and value
+
+
+class FirstStep:
+    """Watches a model through its first optimizer step that is to move something.
+
+        watch.after_backward(loss)  # gradients are there, and not zero (but of a loss of 0)
+        optimizer.step()
+        watch.after_step(optimizer) # weights have moved
+
+    `done` is True from then on. `warnings` holds what is strange and may be meant.
+    """
+
+    def __init__(self, model: nn.Module, opt_out: str = "") -> None:
+        self.model, self.opt_out = model, opt_out
+        self.done = False
+        self.warnings: list[str] = []
+        self._gradients_seen = False
+        self._before: list[tuple[Tensor, Tensor, Tensor]] | None = None
+
+    @torch.no_grad()
+    def after_backward(self, loss: float | Tensor | None = None) -> None:
+        """Before the optimizer's step: `FirstStepError` where nothing has a gradient.
+
+        `loss` of the step: one of 0 (all weights 0, a hinge that is met) may have gradients of 0.
+        """
+        if self.done:
+            return
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        # DeepSpeed keeps gradients elsewhere; FSDP1 leaves a rank without some of the weights.
+        if any(hasattr(p, "ds_id") or p.numel() == 0 for _, p in trained):
+            self.done = True
+            return
+        if not self._gradients_seen:
+            self._check_gradients(trained, loss)
+            self._gradients_seen = True
+        self._before = [
+            (p, _some(p).clone(), _some(p.grad) != 0) for _, p in trained if p.grad is not None
+        ]
+
+    def _check_gradients(
+        self, trained: list[tuple[str, nn.Parameter]], loss: float | Tensor | None
+    ) -> None:
+        if not trained:
+            raise FirstStepError(f"nothing is trained: {cause_of(self.model)}")
+        live = [(n, p) for n, p in trained if p.grad is not None]
+        norms = [_local(p.grad.abs().max()).float().cpu() for _, p in live if p.grad is not None]
+        alive = {n for (n, _), norm in zip(live, norms, strict=True) if bool(norm)}
+        if live and not alive and (loss is None or float(loss) == 0):
+            self.warnings.append(
+                "every gradient of the first step is 0: its loss is 0 or flat there (rows of "
+                "weight 0, or a loss that has nothing left to ask)"
+            )
+            return
+        if not alive:
+            raise FirstStepError(
+                f"after the first backward no trainable weight has a gradient: "
+                f"{cause_of(self.model)}" + _unless(self.opt_out)
+            )
+        silent = [n for n, _ in trained if n not in alive and not self._may_be_silent(n)]
+        head = self._head_names()
+        trunk = [n for n, _ in trained if n not in head]
+        if trunk and not alive & set(trunk):
+            raise FirstStepError(
+                "after the first backward the head alone has a gradient: it is detached from the "
+                "model below it (a no_grad or detach(), or frozen inputs under gradient "
+                "checkpointing)" + _unless(self.opt_out)
+            )
+        if silent:
+            shown = ", ".join(silent[:4]) + (f" and {len(silent) - 4} more" if silent[4:] else "")
+            self.warnings.append(
+                f"after the first backward {len(silent)} of {len(trained)} trainable weights have "
+                f"no gradient, or one of zeros: {shown}"
+            )
+
+    def _head_names(self) -> set[str]:
+        head = base_model_of(self.model).get_output_embeddings()
+        mine = {id(p) for p in head.parameters()} if head is not None else set()
+        return {n for n, p in self.model.named_parameters() if id(p) in mine}
+
+    def _may_be_silent(self, name: str) -> bool:
+        """LoRA's A, while B is zero; experts that no token went to; a key's bias, which softmax
+        does not see."""
+        quiet = ("lora_A", "lora_embedding_A", "experts", "k_proj.bias", "lora_magnitude")
+        return any(part in name for part in quiet)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Any) -> None:
+        """`FirstStepError` where no weight has moved; a warning where few have."""
+        if self.done or self._before is None:
+            return
+        before, self._before = self._before, None
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if not any(rates):
+            if not any(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups):
+                raise FirstStepError(
+                    "the learning rate is 0: no step moves a weight. Set learning_rate above 0"
+                    + _unless(self.opt_out)
+                )
+            return  # the warm-up begins at 0: the next step will tell
+        if getattr(optimizer, "step_was_skipped", False):
+            return  # a gradient scaler looks for its scale
+        self.done = True
+        counts = [torch.stack([((_some(p) != b) & g).sum(), g.sum()]).cpu() for p, b, g in before]
+        moved, wanted = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
+        if wanted and moved < MOVED * wanted:
+            self._too_small(moved / wanted, max(rates), before[0][0].dtype)
+
+    def _too_small(self, share: float, rate: float, dtype: torch.dtype) -> None:
+        name = str(dtype).removeprefix("torch.")
+        if dtype in _NARROW:
+            text = (
+                f"the first step moved {share:.1%} of the weights that have a gradient (sampled): "
+                f"at learning_rate {rate:g} most updates are too small for {name} and are lost. "
+                "Train with --dtype float32 --bf16 true (fp32 weights, bf16 arithmetic) or with a "
+                "larger learning_rate"
+            )
+        else:
+            text = (
+                f"the first step moved {share:.1%} of the weights that have a gradient (sampled): "
+                f"the optimizer does not hold them, or learning_rate {rate:g} is too small for "
+                f"{name}"
+            )
+        if share == 0:
+            raise FirstStepError(text + _unless(self.opt_out))
+        self.warnings.append(text)
+
+
+def _unless(opt_out: str) -> str:
+    return f". If this is meant: {opt_out}" if opt_out else ""
+
+
+def _local(x: Tensor) -> Tensor:
+    full = getattr(x, "full_tensor", None)
+    return full() if full is not None else x
+
+
+def _some(x: Tensor) -> Tensor:
+    """Every n-th of the elements, `_SAMPLE` of them; of a sharded weight, of this rank's part."""
+    local = getattr(x, "to_local", None)
+    x = (local() if local is not None else x).detach().reshape(-1)
+    return x[:: max(x.numel() // _SAMPLE, 1)]

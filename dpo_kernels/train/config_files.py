@@ -1,0 +1,98 @@
+"""Configurations in files: read from YAML and JSON, written as either."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .run_options import GROUPS
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for: one clear line, no traceback."""
+
+
+YAML = (".yaml", ".yml")
+ENDINGS = (*YAML, ".json")
+
+
+def nearest(name: str, known: Iterable[str], before: str = "") -> str:
+    """`; did you mean ...?` with the nearest of the known names, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {before + near[0]!r}?" if near else ""
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file, `--learning-rate`'s dashes read as underscores."""
+    file = Path(path)
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise UserError(f"--config: {path} {what}")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix in YAML:
+            # YAML 1.1 reads 1e-6 as a text (it wants 1.0e-6): read such texts as the numbers meant.
+            content = _yaml_numbers(_yaml().safe_load(text))
+        else:
+            content = json.loads(text)
+    except UserError:
+        raise
+    except Exception as error:  # either parser's own error type
+        said = " ".join(str(error).split())
+        raise UserError(f"--config: {path} cannot be read: {said}") from None
+    content = {} if content is None else content  # every line of it is a comment
+    if not isinstance(content, dict):
+        raise UserError(f"--config: {path} must hold a mapping of options")
+    if wrong := [key for key in content if not isinstance(key, str)]:
+        raise UserError(f"--config: {path}: an option's name must be a text, got {wrong[0]!r}")
+    return {key.replace("-", "_"): value for key, value in content.items()}
+
+
+def yaml_text(config: Any, groups: Iterable[Any] = GROUPS) -> str:
+    """A configuration as YAML, its groups apart; what `read_config_file` reads gives it again."""
+    values = dataclasses.asdict(config)
+    lines = []
+    for group in groups:
+        mine = {f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values}
+        if mine:
+            text = _yaml().safe_dump(mine, sort_keys=False, allow_unicode=True, width=10**6)
+            lines.append(f"# {group.__doc__}\n{text}")
+    return "\n".join(lines)
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(
+            "a configuration in YAML needs the package pyyaml: pip install pyyaml, or write it "
+            "as JSON"
+        ) from None
+    return yaml
+
+
+def _yaml_numbers(content: Any) -> Any:
+    if not isinstance(content, dict):
+        return content
+    for key, value in content.items():
+        if isinstance(value, list):
+            content[key] = [_number(v) if key in _NUMBERS else v for v in value]
+        elif isinstance(value, str) and key.replace("-", "_") in _NUMBERS:
+            content[key] = _number(value)
+    return content
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+_NUMBERS = {
+    f.name for group in GROUPS for f in dataclasses.fields(group) if "float" in str(f.type)
+} | {"warmup_ratio"}

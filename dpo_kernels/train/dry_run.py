@@ -1,0 +1,234 @@
+"""`dpo-kernels train --dry_run`: what a run would do and take, without training or writing.
+
+    options -> model and data -> batches -> memory -> two steps at learning rate 0 -> time
+
+The rows that would be left out are reported as in a run. What cannot be done is a `UserError`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..data import ScoredBatch, TokenPair, embedded
+from .config import DPOTrainConfig, UserError, refusals
+from .console import Console
+from .fit import ADVICE, available, device_of, shown, step_memory
+from .job import Job, resolve
+from .loop import PairLoss, chosen_tokens, parts_of
+from .machine import peak_memory
+from .model import Policy
+from .optim import Stepper
+from .order import step_indices, total_steps
+from .reference import PairData, Referee, Reference
+from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
+
+_SAMPLED = 64  # batches whose layout is counted
+
+
+def dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    """Report what the job that `options` describe would do; returns the numbers.
+
+    Raises `UserError` where it would be refused or cannot fit, `DataError` for its data.
+    """
+    refuse_many_processes()
+    if refused := refusals(options):
+        for text in refused:
+            console.say(f"refused: {text}")
+        raise UserError(f"{len(refused)} option(s) are refused; the first: {refused[0]}")
+    config, own = resolve(options)
+    check_device(config.device)
+    quiet_bars(console)
+    return _DryRun(config, own, RunFolder(config), console).run()
+
+
+class _DryRun(Job):
+    """Loads what a run loads; its folder is checked and never made."""
+
+    def _run(self) -> dict[str, Any]:
+        config = self.config
+        torch.manual_seed(config.seed)
+        room = available(device_of(config))
+        if self.own:
+            policy = self._users_model()
+            pairs, held_out = self._pairs(policy)
+            self._conversations(policy)
+        else:
+            with embedded.folder() as source:
+                policy = self._small_model(source)
+                pairs, held_out = self._pairs(policy, source)
+        counts = self._counts(policy, pairs, held_out)
+        longest = max(_micro_batches(pairs, config), key=lambda b: _tokens(pairs, b))
+        memory = self._memory(policy, pairs, longest, room)
+        return {**counts, **memory, **self._times(policy, pairs, held_out, counts)}
+
+    def _counts(
+        self, policy: Policy, pairs: Sequence[TokenPair], held_out: Sequence[TokenPair]
+    ) -> dict[str, Any]:
+        """Batches and tokens of the whole run, and what the layout saves."""
+        config, say = self.config, self.console.say
+        sizes = [_size(p) for p in pairs]
+        lengths = sorted(len(s.ids) for p in pairs for s in p.sequences)
+        per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        steps = total_steps(len(pairs), per_step, config)
+        tokens = sum(
+            sizes[i] for chosen, _ in step_indices(len(pairs), config, steps) for i in chosen
+        )
+        say(
+            f"\n{len(pairs)} pairs to train on, {len(held_out)} held out; {self.left_out.summary()}"
+        )
+        for remark in self.left_out.remarks():
+            say(f"data: {remark}")
+        prompts = sum(len(p.prompt) for p in pairs) / max(sum(sizes) / 2, 1)
+        say(
+            f"tokens of a sequence: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}; "
+            f"prompts are {prompts:.0%} of them"
+        )
+        say(
+            f"{steps} optimizer steps of {per_step} pairs ({config.per_device_train_batch_size} a "
+            f"batch), {tokens / steps:.0f} tokens each, {tokens} in all"
+        )
+        computed, padded = self._layout(policy, pairs)
+        saved = 1 - computed / padded
+        say(f"layout: {saved:.0%} of the positions of a padded batch are not computed")
+        return {
+            "pairs": len(pairs),
+            "held_out_pairs": len(held_out),
+            "steps": steps,
+            "tokens": tokens,
+            "longest": lengths[-1],
+            "saved": saved,
+            "left_out": self.left_out.counts(),
+        }
+
+    def _layout(self, policy: Policy, pairs: Sequence[TokenPair]) -> tuple[int, int]:
+        """Positions that the trunk computes of a sample of batches, and padded ones of the same."""
+        computed = padded = 0
+        for indices in _micro_batches(pairs, self.config)[:_SAMPLED]:
+            chunk = [pairs[i] for i in indices]
+            computed += _positions(policy.batch(chunk))
+            padded += 2 * len(chunk) * max(len(s.ids) for p in chunk for s in p.sequences)
+        return computed, padded
+
+    def _memory(
+        self, policy: Policy, pairs: Sequence[TokenPair], longest: list[int], room: int | None
+    ) -> dict[str, Any]:
+        """The largest step's memory; `UserError` if it is more than there is."""
+        say = self.console.say
+        parts = parts_of(longest, pairs, self.config, policy.device, bool(policy.router_weight))
+        part = max(parts, key=lambda p: _tokens(pairs, p))
+        taken = step_memory(policy, policy.batch([pairs[i] for i in part]), self.config)
+        need = sum(taken.values())
+        say(f"\nmemory of the largest step on {policy.device}, estimated:")
+        for name, size in taken.items():
+            say(f"  {name:<12}{shown(size):>12}")
+        say(f"  {'together':<12}{shown(need):>12}" + (f" of {shown(room)} free" if room else ""))
+        if room is not None and need > room:
+            raise UserError(
+                f"this run does not fit: its largest step takes about {shown(need)}, and "
+                f"{policy.device} has {shown(room)} free ({ADVICE})"
+            )
+        return {"memory": taken, "memory_free": room}
+
+    def _times(
+        self,
+        policy: Policy,
+        pairs: Sequence[TokenPair],
+        held_out: Sequence[TokenPair],
+        counts: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The time of the run, from two steps at learning rate 0 over a batch of middling size."""
+        config, say = self.config, self.console.say
+        batches = sorted(_micro_batches(pairs, config), key=lambda b: _tokens(pairs, b))
+        indices = batches[len(batches) // 2]
+        quiet = Console(quiet=True)
+        # No cache: what this run would find there is not what is to be timed.
+        referee = Referee(policy, replace(config, reference_cache=None), quiet, self.own)
+        began = time.perf_counter()
+        data = referee.data(pairs, "", indices)
+        forward = time.perf_counter() - began
+        try:
+            seconds = [_step(policy, data, indices, config) for _ in range(2)]
+        except torch.OutOfMemoryError as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"this run does not fit: {first} ({ADVICE})") from None
+        step, tokens = seconds[1], _tokens(pairs, indices)
+        training = step * counts["tokens"] / tokens
+        evaluated = sum(_size(p) for p in held_out)
+        passes = 0 if not held_out else 3 + counts["steps"] // (config.eval_steps or 10**12)
+        every = min(counts["tokens"], sum(_size(p) for p in pairs))
+        scored = every if isinstance(data.reference, Reference) else 0
+        scoring = forward / tokens * scored
+        if forward < 1e-3 or data.reference is None:
+            forward = step / 3
+        rest = forward / tokens * evaluated * passes
+        say(
+            f"\ntime, guessed from two steps of {len(indices)} pairs ({step:.2f} s, "
+            f"{tokens / step:.0f} tokens/s): {_clock(training + scoring + rest)}"
+        )
+        say(
+            f"  training {_clock(training)}, reference {_clock(scoring)}, evaluation {_clock(rest)}"
+        )
+        if not self.own or config.sft_file is not None:
+            say("  supervised steps and samples are not in it")
+        say(f"peak memory of these steps: {shown(peak_memory(policy.device))}")
+        say("\ndry run: nothing was trained, nothing was written")
+        return {"step_seconds": step, "seconds": training + scoring + rest}
+
+
+def _step(policy: Policy, data: PairData, indices: list[int], config: DPOTrainConfig) -> float:
+    """Seconds of one optimizer step that changes no weight."""
+    config = replace(config, learning_rate=0.0, weight_decay=0.0, warmup_steps=0)
+    config = replace(config, check_first_step=False)  # which asks for weights that move
+    stepper, loss = Stepper(policy.model, config, 1), PairLoss(policy, config)
+    chosen = chosen_tokens([data.pairs[i] for i in indices])
+    total = torch.zeros((), device=policy.device)
+    began = time.perf_counter()
+    router = bool(policy.router_weight)
+    for part in parts_of(indices, data.pairs, config, policy.device, router):
+        out, _ = loss(data, part, len(indices), chosen)
+        assert out.loss is not None
+        out.loss.backward()
+        total = total + out.loss.detach()
+    stepper.step(total, "the probe", [data.pairs[i].source for i in indices])
+    if policy.device.type == "cuda":
+        torch.cuda.synchronize(policy.device)
+    return time.perf_counter() - began
+
+
+def _micro_batches(pairs: Sequence[TokenPair], config: DPOTrainConfig) -> list[list[int]]:
+    """The batches of the first pass over the pairs (of fewer, if the run has fewer steps)."""
+    micro = config.per_device_train_batch_size
+    per_step = micro * config.gradient_accumulation_steps
+    steps = min(total_steps(len(pairs), per_step, config), -(-len(pairs) // per_step))
+    return [
+        indices[start : start + micro]
+        for indices, _ in step_indices(len(pairs), config, steps)
+        for start in range(0, len(indices), micro)
+    ]
+
+
+def _tokens(pairs: Sequence[TokenPair], indices: Sequence[int]) -> int:
+    return sum(_size(pairs[i]) for i in indices)
+
+
+def _size(pair: TokenPair) -> int:
+    """Tokens of both sequences of a pair, the prompt in each."""
+    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+def _positions(batch: ScoredBatch) -> int:
+    return sum(call.input_ids.numel() for call in batch.calls)
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    if minutes < 90:
+        return f"{minutes:.0f} min"
+    return f"{int(minutes // 60)} h {int(minutes % 60)} min"

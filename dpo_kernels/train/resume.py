@@ -1,0 +1,192 @@
+"""A run that writes checkpoints, and one that goes on from them: what is kept, found and put back.
+
+A resumed run loads model and data as it did at first, and compares them with what its checkpoint
+belongs to. Weights and everything else that steps change are then put back (`state`). The
+reference is read, because the trained weights cannot give it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data import StreamedPairs, TokenPair
+from ..models.references import needs_reference
+from .checkpoints import Checkpoints, check_space, find, newest, read_tensors, read_values, run_of
+from .config import DPOTrainConfig, UserError
+from .identity import differences
+from .metrics import MetricsFile, read_metrics
+from .model import Policy
+from .order import visited
+from .reference import PairData, Referee, Reference
+from .state import TrainingState, load_reference, save_reference
+
+
+@dataclass
+class Resumed:
+    """A checkpoint to go on from."""
+
+    path: Path
+    values: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.values["progress"]["step"])
+
+    def check(self, now: Mapping[str, Any]) -> None:
+        """`UserError` with every difference between its run and this one."""
+        found = differences(self.values["identity"], now)
+        if found:
+            raise UserError(
+                f"resume_from_checkpoint: {self.path} is of another run: {'; '.join(found)}"
+            )
+
+    def restore(self, state: TrainingState) -> None:
+        what = f"resume_from_checkpoint: {self.path}"
+        state.restore(read_tensors(self.path), self.values, what)
+
+
+def resumed_from(
+    config: DPOTrainConfig, version: str, say: Callable[[str], None]
+) -> Resumed | None:
+    """What `resume_from_checkpoint` asks for; None where a run is to start from its beginning."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted != "true":
+        path = find(Path(wanted).expanduser())
+    else:
+        if config.output_dir is None:
+            raise UserError(
+                "resume_from_checkpoint=true goes on in output_dir: pass --output_dir FOLDER"
+            )
+        found = newest(Path(config.output_dir) / "checkpoints")
+        if found is None:
+            say(f"no checkpoint in {config.output_dir}: the run starts from its beginning")
+            return None
+        path = found
+    return Resumed(path, read_values(path, version))
+
+
+@dataclass
+class Keeper:
+    """When checkpoints are written, with what besides the training state."""
+
+    checkpoints: Checkpoints | None
+    every: int
+    values: dict[str, Any]  # identity, version, and what the job found before training
+    resumed: Resumed | None = None
+    saved: int = -1  # the last step of a save
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        config: DPOTrainConfig,
+        values: dict[str, Any],
+        resumed: Resumed | None,
+    ) -> Keeper:
+        """The keeper of a run's folder; to a resumed run its checkpoint is the newest."""
+        checkpoints = None
+        if config.save_steps:
+            checkpoints = Checkpoints(folder / "checkpoints", config.save_total_limit)
+        keeper = cls(checkpoints, config.save_steps, values, resumed)
+        if resumed and checkpoints and run_of(resumed.path) == folder.absolute():
+            checkpoints.drop_after(resumed.step)
+            keeper.saved = resumed.step
+        return keeper
+
+    def save(self, state: TrainingState, metrics_rows: int, wait: bool = False) -> None:
+        """Write the state unless this step is written already."""
+        if self.checkpoints is None:
+            return
+        step = state.progress.step
+        if step != self.saved:
+            values = {**self.values, "metrics_rows": metrics_rows, **state.values()}
+            self.checkpoints.save(step, state.tensors(), values)
+            self.saved = step
+        if wait:
+            self.checkpoints.finish()
+
+    def due(self, step: int) -> bool:
+        return bool(self.every) and step % self.every == 0
+
+    def finish(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.finish()
+
+
+def check_room(
+    policy: Policy, config: DPOTrainConfig, folder: Path, say: Callable[[str], None]
+) -> None:
+    """Model and checkpoints (weights, and up to two moments of each) fit on the disk."""
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in policy.model.parameters()]
+    trained = sum(size for size, grad in sizes if grad)
+    each = trained * (1 + {"sgd": 0, "rmsprop": 1, "adagrad": 1}.get(config.optim, 2))
+    many = config.save_total_limit or max(config.max_steps, 0) // config.save_steps + 1
+    warning = check_space(folder, each, many, sum(size for size, _ in sizes))
+    if warning:
+        say(warning)
+
+
+def metrics_of(folder: Path, resumed: Resumed | None) -> MetricsFile:
+    """A run's metrics; of a resumed one those that its checkpoint knew."""
+    file = folder / "metrics.jsonl"
+    if resumed is None:
+        return MetricsFile(file)
+    source = run_of(resumed.path) / "metrics.jsonl"
+    return MetricsFile(file, read_metrics(source, resumed.values["metrics_rows"]))
+
+
+def fine_tuned_first(config: DPOTrainConfig) -> bool:
+    """Whether the reference is the policy behind supervised steps of the same run."""
+    own = config.sft_file is not None and config.sft_steps != 0
+    mixed_only = config.sft_steps is None and bool(config.sft_rows)
+    return config.model_name_or_path is None or (own and not mixed_only)
+
+
+def references(
+    referee: Referee,
+    pairs: Sequence[TokenPair],
+    held_out: Sequence[TokenPair],
+    folder: Path,
+    resumed: Resumed | None,
+) -> tuple[PairData, PairData | None]:
+    """The pairs with what the reference gives to them: computed, or as the run kept it."""
+    config = referee.config
+    if isinstance(pairs, StreamedPairs) or config.sync_ref_model:
+        data = referee.data(pairs, "training pairs", live=True)
+        return data, referee.data(held_out, "held-out pairs", live=True) if held_out else None
+    used = visited(len(pairs), config)
+    # Of a resumed run nothing is put back yet: the policy is still the one it started from.
+    if resumed is not None and needs_reference(config.loss_options()) and not referee.stays:
+        found = load_reference(resumed.path.parent)
+        kept = found.get("training", Reference({}, {}))
+        missing = [i for i in used if i not in kept.chosen]
+        if missing:
+            if fine_tuned_first(config):
+                raise UserError(
+                    f"max_steps: {config.max_steps} asks for pairs that the run did not score "
+                    "before it began"
+                )
+            more = referee.data(pairs, "more pairs", missing).reference
+            assert isinstance(more, Reference)
+            kept = Reference(kept.chosen | more.chosen, kept.rejected | more.rejected)
+        data = PairData(pairs, kept)
+        evaluated = PairData(held_out, found.get("held out"))
+    else:
+        data = referee.data(pairs, "training pairs", used)
+        evaluated = PairData(held_out)
+        if held_out:
+            evaluated = referee.data(held_out, "held-out pairs")
+    referee.done()
+    scored = {
+        name: found.reference
+        for name, found in (("training", data), ("held out", evaluated))
+        if isinstance(found.reference, Reference)
+    }
+    if config.save_steps and scored:
+        save_reference(folder / "checkpoints", scored)
+    return data, evaluated if held_out else None

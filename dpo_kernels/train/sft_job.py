@@ -1,0 +1,154 @@
+"""The job of `dpo-kernels sft`: from a model and conversations to a fine-tuned model.
+
+    load -> evaluate -> SFT -> evaluate -> save
+
+Folder, signals and what is kept of a run that ends early are as in `job.py`.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import dpo_kernels as dk
+
+from ..data import TokenSequence
+from .adapters import check_adapter
+from .config import DPOTrainConfig, UserError, load_config
+from .console import Console
+from .ending import draw, files_of, last_fields, say_sample, write_summary
+from .job import Job
+from .machine import peak_memory
+from .model import Policy, save_policy
+from .resume import Keeper, metrics_of, resumed_from
+from .run_options import GROUPS, SFT_DEFAULTS, SFT_GROUPS
+from .sft import evaluate_sft, train_sft
+from .sinks import check_sinks
+from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
+
+# What belongs to pairs alone.
+_OF_PAIRS = {f for g in GROUPS if g not in SFT_GROUPS for f in g.__dataclass_fields__}
+
+
+def resolve_sft(options: Mapping[str, Any]) -> DPOTrainConfig:
+    """The configuration that `options` give; what belongs to pairs alone is refused."""
+    for name in options:
+        if name in _OF_PAIRS:
+            raise UserError(f"{name} is an option of `train`: sft has no preference loss")
+    config = load_config(SFT_DEFAULTS, options)
+    if config.model_name_or_path is None:
+        raise UserError("model_name_or_path is missing: pass a model's name or folder")
+    if config.dataset_name is None:
+        raise UserError(
+            "dataset_name is missing: pass a JSONL file of conversations (--dataset_name FILE)"
+        )
+    if config.dataset_streaming:
+        raise UserError("dataset_streaming: sft reads its rows at once")
+    return config
+
+
+def run_sft(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    """Run the job that `options` (names of `DPOTrainConfig`) describe; returns its summary.
+
+    Raises `UserError`, `DataError` (both say what to change) or `TrainingError`.
+    """
+    refuse_many_processes()
+    config = resolve_sft(options)
+    check_device(config.device)
+    check_adapter(config, True)
+    check_sinks(config.report_to)
+    resumed = resumed_from(config, dk.__version__, console.say)
+    quiet_bars(console)
+    run_folder = RunFolder(config, resumed.path if resumed else None)
+    return _SFTJob(config, True, run_folder, console, resumed).run()
+
+
+class _SFTJob(Job):
+    groups = SFT_GROUPS
+    command = "sft"
+
+    def _run(self) -> dict[str, Any]:
+        config, say, began = self.config, self.console.say, time.perf_counter()
+        torch.manual_seed(config.seed)
+        policy = self._users_model()
+        train_rows, eval_rows = self._rows(policy)
+        identity = self._identity(policy, train_rows, eval_rows)
+        self._open_folder(policy)
+        self.policy = policy
+        backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
+        say(f"backend {backend}; {len(train_rows)} rows to train on, {len(eval_rows)} held out")
+        metrics = metrics_of(self.folder, self.resumed)
+        size = config.per_device_eval_batch_size
+
+        def evaluate() -> dict[str, float]:
+            return evaluate_sft(policy, eval_rows, size) if eval_rows else {}
+
+        run_id = self.resumed.values["found"]["run_id"] if self.resumed else uuid.uuid4().hex[:16]
+        self._report_to(metrics, run_id)
+        prompt, ids = self._sft_prompt(policy, eval_rows or train_rows)
+        if self.resumed is None:
+            before, text_before = evaluate(), self._complete(policy, ids)
+            if before:
+                metrics.write({"step": 0, "epoch": 0.0, **before})
+        else:
+            found = self.resumed.values["found"]
+            before, text_before = found["before"], found["text_before"]
+        kept = {"before": before, "text_before": text_before, "run_id": run_id}
+        values = {"version": dk.__version__, "identity": identity, "found": kept}
+        keeper = Keeper.of(self.folder, config, values, self.resumed)
+        between = evaluate if eval_rows else None
+        train_sft(policy, train_rows, config, metrics, self.console, between, keeper)
+        with self.console.held():  # before anything that could still fail
+            save_policy(policy, self.folder / "model")
+        self.saved = True
+        last = metrics.rows[-1]
+        after = evaluate()
+        if after:
+            metrics.write({"step": last["step"], "epoch": last["epoch"], **after})
+        draw(metrics, self.folder, "SFT", say)
+        summary = {
+            "output_dir": str(self.folder),
+            "backend": backend,
+            "steps": last["step"],
+            "rows": len(train_rows),
+            "held_out_rows": len(eval_rows),
+            "before": before,
+            "after": after,
+            "sample": {
+                "prompt": prompt,
+                "before": text_before,
+                "after": self._complete(policy, ids),
+            },
+            "peak_memory_bytes": peak_memory(policy.device),
+            **last_fields(self.left_out, began),
+        }
+        write_summary(self.folder, summary)
+        if before:
+            was, now = before["eval_loss"], after["eval_loss"]
+            say(f"\nheld-out loss per token: {was:.4f} before, {now:.4f} after")
+        say_sample(summary["sample"], say)
+        say(self.left_out.summary())
+        say(f"saved in {self.folder}: {files_of(self.folder)}")
+        return summary
+
+    def _rows(self, policy: Policy) -> tuple[list[TokenSequence], list[TokenSequence]]:
+        """Training and held-out rows, tokenised."""
+        config = self.config
+        rows = self._read_conversations(policy, str(config.dataset_name))
+        if config.eval_file:
+            return rows, self._read_conversations(policy, config.eval_file)
+        held = self._held_out(len(rows))
+        train_rows = [r for i, r in enumerate(rows) if i not in held]
+        return train_rows, [r for i, r in enumerate(rows) if i in held]
+
+    def _sft_prompt(self, policy: Policy, rows: list[TokenSequence]) -> tuple[str, list[int]]:
+        """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""
+        if self.config.sample_prompt is not None:
+            return self._wanted_prompt(policy, self.config.sample_prompt)
+        found = min(rows, key=lambda r: (r.start == 0, r.start))
+        ids = list(found.ids[: found.start])
+        return policy.tokenizer.decode(ids, skip_special_tokens=True).strip(), ids

@@ -1,0 +1,129 @@
+"""The checks around step 1 and the reference cache, under TRL and transformers' Trainer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+pytest.importorskip("trl", reason="pip install trl")
+
+import trl_runs
+from test_transformers import trainer as hf_trainer
+
+from dpo_kernels.integrations.trl import DPOTrainer, WrongReference, collated
+from dpo_kernels.models.reference_cache import ReferenceCache
+from dpo_kernels.models.step1 import FirstStepError
+
+needs_v1 = pytest.mark.skipif(not trl_runs.V1, reason="of TRL 1.x")
+
+
+def run(model: Any = None, **options: Any) -> Any:
+    """Train `max_steps=2` under TRL; options of the config, and of the trainer with `of_`."""
+    mine = {k[3:]: options.pop(k) for k in list(options) if k.startswith("of_")}
+    rows = mine.pop("rows", None)
+    args = trl_runs.config(**{"max_steps": 2, **options})
+    model = tiny.model() if model is None else model
+    from datasets import Dataset
+
+    made = DPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows or tiny.rows(12)),
+        processing_class=tiny.tokenizer(),
+        **{"ref_model": copy.deepcopy(model), **mine},
+    )
+    made.train()
+    return made
+
+
+def test_wrong_reference() -> None:
+    with pytest.raises(WrongReference, match="another reference model"):
+        run(of_ref_model=tiny.model(seed=5))
+
+
+def test_learning_rate_of_zero() -> None:
+    with pytest.raises(FirstStepError, match="the learning rate is 0"):
+        run(learning_rate=0.0)
+    run(learning_rate=0.0, of_fused={"check_first_step": False})
+    run(warmup_steps=1)
+
+
+@needs_v1
+def test_masked_labels() -> None:
+    made = DPOTrainer(
+        model=tiny.model(),
+        ref_model=tiny.model(),
+        args=trl_runs.config(max_steps=2),
+        train_dataset=__import__("datasets").Dataset.from_list(tiny.rows(12)),
+        processing_class=tiny.tokenizer(),
+    )
+    collate = made.data_collator
+
+    def masked(examples: Any) -> Any:
+        batch = collate(examples)
+        batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
+        return batch
+
+    made.data_collator = masked
+    with pytest.raises(FirstStepError, match="labels are all masked"):
+        made.train()
+
+
+def test_doubled_end_token() -> None:
+    rows = [{k: v + " <eos> <eos>" * (k != "prompt") for k, v in r.items()} for r in tiny.rows(12)]
+    with pytest.raises(FirstStepError, match=r"end token \(EOS, id 1\) twice"):
+        run(of_rows=rows)
+
+
+def test_merged_adapter() -> None:
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    policy = peft.get_peft_model(tiny.model(), trl_runs.lora())
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.3)
+    merged = policy.merge_and_unload()
+    with pytest.raises((WrongReference, FirstStepError), match="merged"):
+        run(merged, of_ref_model=tiny.model())
+    still = peft.get_peft_model(tiny.model(), trl_runs.lora())
+    still.merge_adapter()
+    with pytest.raises((WrongReference, FirstStepError, ValueError), match="merged"):
+        run(still, of_ref_model=tiny.model())
+
+
+@needs_v1
+def test_the_cache_of_the_reference(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """trl 1.16 keys its cache without ld_alpha; ours holds tokens. A second run asks nothing."""
+    asked: list[int] = []
+    plain = collated._reference
+
+    def watched(*args: Any) -> Any:
+        asked.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(collated, "_reference", watched)
+    fused = {"reference_cache": str(tmp_path)}
+    first = run(of_fused=fused, max_steps=3)
+    assert len(asked) == 4  # three batches, and once to name it
+    monkeypatch.setattr(ReferenceCache, "put", lambda *args: pytest.fail("scored again"))
+    for options in ({"learning_rate": 1e-4}, {"ld_alpha": 0.5}, {"loss_type": "ipo"}):
+        asked.clear()
+        again = run(of_fused=fused, max_steps=3, **options)
+        assert len(asked) == 1
+        without = run(max_steps=3, **options)
+        got, expected = (
+            [h["loss"] for h in t.state.log_history if "loss" in h] for t in (again, without)
+        )
+        assert got == pytest.approx(expected, abs=1e-6)
+    assert first.state.global_step == 3
+
+
+def test_under_transformers_trainer(tmp_path: Any) -> None:
+    with pytest.raises(FirstStepError, match="the learning rate is 0"):
+        hf_trainer(
+            tmp_path, tiny.model(), ref_model=tiny.model(), max_steps=2, learning_rate=0.0
+        ).train()
