@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.forward import labels_of
-
 # column -> option of the loss
 ROW_OPTIONS = {"beta": "beta", "weight": "weights", "margin": "offset"}
 
@@ -53,54 +51,23 @@ def check_row_columns(given: Mapping[str, Any]) -> None:
                     number_of(column, value, f"{key} row {i}")
 
 
-LABELS = "dpo_kernels_labels"  # in a batch: its labels, which stay on the host
-
-
-class OnTheHost:
-    """A tensor that trainers do not move with their batch, since it is none to them."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 class WithRowColumns:
-    """A collator that hands on the row columns which the given one would drop.
+    """A collator that hands on the row columns which the given one would drop."""
 
-    With `labels` the labels of a batch of `input_ids` and `completion_mask` are handed on as well,
-    where they were made: whoever asks the host for the scored tokens has no device to wait for.
-    """
-
-    def __init__(self, collator: Callable[[list], Mapping[str, Any]], labels: bool = False) -> None:
-        self.collator, self.labels = collator, labels
+    def __init__(self, collator: Callable[[list], Mapping[str, Any]]) -> None:
+        self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         # Taken out first: a collator that pads whatever it is given would trip over them.
         columns = {k: row_numbers(examples, k) for k in ROW_OPTIONS if k in examples[0]}
         plain = [{k: v for k, v in e.items() if k not in columns} for e in examples]
         batch = dict(self.collator(plain, *args, **kwargs))
-        if self.labels and "completion_mask" in batch:
-            labels = labels_of(batch["input_ids"], batch["completion_mask"])
-            batch[LABELS] = OnTheHost(labels)
         return batch | columns
 
     def __getattr__(self, name: str) -> Any:
         if name == "collator":  # asked for before __init__, when a worker unpickles it
             raise AttributeError(name)
         return getattr(self.collator, name)
-
-
-def labels_in(batch: Mapping[str, Any]) -> Tensor:
-    """[2B, T] the labels of a batch: the host's own where they came along and still fit it."""
-    kept = batch.get(LABELS)
-    if kept is not None and kept.tensor.shape == batch["input_ids"].shape:
-        return kept.tensor
-    return labels_of(batch["input_ids"], batch["completion_mask"])
-
-
-def map_style(*sets: Any) -> bool:
-    """Whether no data set is a stream: accelerate puts the batches of one together again."""
-    found = [d for s in sets for d in (s.values() if isinstance(s, dict) else [s])]
-    return all(d is None or hasattr(d, "__getitem__") for d in found)
 
 
 def take_row_options(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

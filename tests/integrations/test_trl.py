@@ -15,7 +15,7 @@ pytest.importorskip("trl", reason="pip install trl")
 pytest.importorskip("peft", reason="pip install peft")
 
 import trl
-from trl_runs import V1, VERSION, assert_same, lora, make, run
+from trl_runs import V1, assert_same, lora, make, run
 
 from dpo_kernels.integrations.trl import DPOTrainer, patch_trl, unpatch_trl
 
@@ -273,24 +273,3 @@ def test_metrics_are_reduced_once_a_logging_step():
     made.accelerator.reduce = lambda *a: (calls.append(a[0].shape), reduce(*a))[1]
     made.train()
     assert len(calls) == 2 and calls[0][0] == 3
-
-
-@pytest.mark.skipif(VERSION < (1,), reason="TRL 0.29 cuts a batch after it was collated")
-def test_labels_stay_where_they_were_collated(monkeypatch):
-    """A trainer moves its batch to the device; the host's labels need no waiting for it."""
-    from dpo_kernels.integrations import rows
-    from dpo_kernels.integrations.trl import collated
-
-    steps, seen = collated.pair_step, []
-    monkeypatch.setattr(collated, "pair_step", lambda *a: (seen.append(a[2]), steps(*a))[1])
-    made = make(DPOTrainer, max_steps=1)
-    batch = made.data_collator([made.train_dataset[i] for i in range(4)])
-    kept = batch[rows.LABELS].tensor
-    assert torch.equal(kept, rows.labels_of(batch["input_ids"], batch["completion_mask"]))
-    prepared = made._prepare_inputs(batch)
-    made.compute_loss(made.model, prepared)
-    assert seen[0] is kept
-    cut = {k: v[:, :-1] if k.endswith(("ids", "mask")) else v for k, v in batch.items()}
-    assert torch.equal(rows.labels_in(cut), kept[:, :-1])  # made anew where it does not fit
-    assert rows.map_style(made.train_dataset, {"a": made.train_dataset, "b": None})
-    assert not rows.map_style(iter([]))

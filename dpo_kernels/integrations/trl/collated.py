@@ -20,6 +20,7 @@ from ... import losses
 from ...models.attached import attach_head
 from ...models.forward import (
     Reference,
+    labels_of,
     pair_logps,
     pair_step,
     reference_states,
@@ -33,14 +34,7 @@ from .. import hf_trainer
 from ..announce import announce
 from ..cached_reference import cache_of
 from ..first_step import check_first_loss, check_first_rows, watch_first_step
-from ..rows import (
-    LABELS,
-    WithRowColumns,
-    check_row_columns,
-    labels_in,
-    map_style,
-    take_row_options,
-)
+from ..rows import WithRowColumns, check_row_columns, take_row_options
 from ..trainer_metrics import (
     ONE_BY_ONE,
     PackedMetrics,
@@ -50,7 +44,7 @@ from ..trainer_metrics import (
     real_pairs,
 )
 
-_NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", LABELS}
+_NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 OPT_OUT = "DPOTrainer(..., fused={'check_reference': False}) or patch_trl(check_reference=False)"
 
 
@@ -109,10 +103,7 @@ def _init(original: Callable, module: Any) -> Callable:
         with _adapter_on_head(module), _no_reference(module, named) if free else nullcontext():
             original(self, *args, **kwargs)
         attach_head(self.model)  # now: below what accelerate will wrap it in
-        # TRL 0.29 cuts a batch after it was collated, and a vision collator's ids are the model's.
-        plain = not getattr(self, "_is_vlm", False) and not hasattr(self, "_truncate_inputs")
-        labels = plain and map_style(self.train_dataset, self.eval_dataset)
-        self.data_collator = WithRowColumns(self.data_collator, labels)
+        self.data_collator = WithRowColumns(self.data_collator)
         watch_first_step(self)
 
     return __init__
@@ -205,7 +196,7 @@ def _compute_ref_log_probs(original: Callable) -> Callable:
     def compute_ref_log_probs(self: Any, *args: Any) -> tuple[Tensor, Tensor]:
         model = args[0] if len(args) == 2 else None  # since TRL 1.10
         inputs, _ = take_row_options(_rows(self, args[-1]))
-        labels = labels_in(inputs)
+        labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
         with _reference(self, model) as reference:
             logps = pair_logps(
                 reference,
@@ -225,7 +216,7 @@ def _compute_loss(original: Callable) -> Callable:
         training = self.model.training
         tokens = inputs["attention_mask"].sum()  # TRL 0.29 counts those that it cuts off too
         inputs, row_options = take_row_options(_rows(self, inputs))
-        labels = labels_in(inputs)
+        labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
         options = {**loss_options(self), **row_options}
         if not training:
             options |= ONE_BY_ONE

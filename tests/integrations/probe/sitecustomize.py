@@ -26,6 +26,9 @@ def _base(model):
 
 
 def _watch_training(module):
+    import torch
+
+    torch.manual_seed(0)  # axolotl makes its adapters before it seeds
     plain = module.Trainer.train
 
     def train(self, *args, **kwargs):
