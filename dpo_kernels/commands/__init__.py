@@ -12,6 +12,7 @@ from . import (
     judge_command,
     pairs_command,
     report_command,
+    run_command,
     score_command,
     sft_command,
     sweep_command,
@@ -21,6 +22,7 @@ from . import (
 
 COMMANDS = (
     train_command,
+    run_command,
     sft_command,
     score_command,
     data_command,

@@ -96,7 +96,13 @@ def detach_head(model: nn.Module) -> None:
         base.__class__ = getattr(type(base), _PLAIN_CLASS)
 
 
+def head_calls(model: nn.Module) -> int:
+    """How often the fused head has run below `model` so that a gradient can come back."""
+    return vars(base_model_of(model)).get(_CALLS, 0)
+
+
 _PLAIN_FORWARD, _PLAIN_CLASS = "_dpo_plain_forward", "_dpo_plain_class"
+_CALLS = "_dpo_head_calls"
 _PROBE: Any = object()
 
 
@@ -256,6 +262,8 @@ def _end_in_head(model: Any, hidden: Tensor, function: Callable[..., HeadOutput]
 
     Outside of what torch.compile traces: the ops choose their chunks by numbers.
     """
+    if torch.is_grad_enabled():
+        vars(model)[_CALLS] = vars(model).get(_CALLS, 0) + 1
     head, scaling = model.get_output_embeddings(), head_scaling(model.config)
     rest: dict[str, Any] = {}
     names: list[str] = []
