@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import backends, losses, memory
+    from . import backends, losses, memory, parallel
     from .front import (
         DPOOutput,
         FusedDPOLoss,
@@ -37,10 +37,11 @@ __all__ = [
     "linear_sequence_logps",
     "losses",
     "memory",
+    "parallel",
     "preference_loss",
     "sequence_logps",
 ]
-_MODULES = ("backends", "losses", "memory")
+_MODULES = ("backends", "losses", "memory", "parallel")
 
 
 def _load(name: str) -> object:
