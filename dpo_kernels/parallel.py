@@ -103,31 +103,36 @@ def _summed(shards: VocabShards, g: Tensor) -> Tensor:
 
 
 def agree(
-    shards: VocabShards, options: dict[str, str], batch: Callable[[], dict[str, str]]
+    shards: VocabShards,
+    options: dict[str, str],
+    batch: Callable[[], dict[str, str]],
+    problem: str = "",
 ) -> None:
-    """`ValueError`, on all ranks and by name, where they were called with different arguments.
+    """`ValueError`, on all ranks and by name, where they were called with different arguments, or
+    where there is a `problem` on one.
 
-    Looked at once for the same `options`: then those of the `batch` are compared as well.
+    Looked at once for the same `options`: then those of the `batch` are compared as well. Ranks
+    that part later than at their first call are not seen: they wait for each other, up to the
+    timeout of the process group.
     """
     key = tuple(options.items())
     if key in shards.agreed:
+        if problem:
+            raise ValueError(f"rank {shards.rank} of vocab_group: {problem}")
         return
     found: list[Any] = [None] * len(shards.sizes)
-    dist.all_gather_object(found, {**options, **batch()}, group=shards.group)
-    for name in dict.fromkeys(name for facts in found for name in facts):
-        first = found[0].get(name, "nothing")
-        for i, facts in enumerate(found):
-            own = facts.get(name, "nothing")
-            if own != first:
+    dist.all_gather_object(found, (problem, {**options, **batch()}), group=shards.group)
+    for i, (wrong, _) in enumerate(found):
+        if wrong:
+            raise ValueError(f"rank {i} of vocab_group: {wrong}")
+    facts = [own for _, own in found]
+    for name in dict.fromkeys(name for own in facts for name in own):
+        told = [own.get(name, "nothing") for own in facts]
+        for i, value in enumerate(told):
+            if value != told[0]:
                 raise ValueError(
-                    f"{name} must be the same on all ranks of vocab_group, got {first} on rank 0 "
-                    f"and {own} on rank {i}. (Weights that FSDP shards are not sharded by "
+                    f"{name} must be the same on all ranks of vocab_group, got {told[0]} on rank 0 "
+                    f"and {value} on rank {i}. (Weights that FSDP shards are not sharded by "
                     "vocabulary: its ranks have batches of their own.)"
                 )
-    for i, facts in enumerate(found):
-        if facts.get(PROBLEM):
-            raise ValueError(f"rank {i} of vocab_group: {facts[PROBLEM]}")
     shards.agreed.add(key)
-
-
-PROBLEM = "problem"  # the fact that is no argument: what is wrong on one rank

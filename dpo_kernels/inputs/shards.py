@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..parallel import PROBLEM, VocabShards, agree, replicated, shards_of
+from ..parallel import VocabShards, agree, replicated, shards_of
 from . import checks
 
 
@@ -59,10 +59,11 @@ def own_rows(
         parts = zip(("lora A", "lora B", "lora scaling"), head.lora or (None,) * 3, strict=False)
         heads = {"hidden": head.hidden, "weight": head.weight, "bias": head.bias, **dict(parts)}
         facts |= {prefix + name: _told(x) for name, x in heads.items()}
-    facts[PROBLEM] = problem
-    agree(shards, facts, lambda: {f"{n} of the first call": _values(x) for n, x in tensors.items()})
-    if problem:
-        raise ValueError(f"rank {shards.rank} of vocab_group: {problem}")
+
+    def of_the_batch() -> dict[str, str]:
+        return {f"{name} of the first call": _values(x) for name, x in tensors.items()}
+
+    agree(shards, facts, of_the_batch, problem)
     down = None if policy.lora is None else policy.lora[0]
     hidden, down = replicated(shards, checks.floating("hidden", policy.hidden), down)
     if policy.lora is not None:

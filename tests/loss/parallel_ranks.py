@@ -1,6 +1,6 @@
 """One rank of the tests of the sharded head: runs every check, writes what failed as JSON.
 
-    python parallel_ranks.py RANK WORLD STORE OUT
+python parallel_ranks.py RANK WORLD STORE OUT
 """
 
 import json
@@ -12,13 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
-from linear_cases import B, H, IGNORE, T, V, labels_of, needs_reference, tensors
+from linear_cases import IGNORE, OPTIONS, B, H, T, V, labels_of, tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo_kernels as dk
-from dpo_kernels.losses import TABLE
 
 CHECKS = {}
-STATS = dk.losses.STATS if hasattr(dk.losses, "STATS") else None
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 SIZES = {2: (50, 33), 4: (40, 1, 0, 42)}  # uneven, and none at all
 GROUP = []
@@ -31,7 +30,7 @@ def check(function):
 
 def shards(V=V):
     world, rank = dist.get_world_size(), dist.get_rank()
-    sizes = SIZES[world] if V == sum(SIZES[world]) else [V // world] * world
+    sizes = SIZES[world] if sum(SIZES[world]) == V else [V // world] * world
     return dk.parallel.vocab_parallel(dist.group.WORLD, sizes[rank], vocab=V)
 
 
@@ -43,13 +42,15 @@ def leaf(x, train=True):
     return None if x is None else x.detach().clone().requires_grad_(train)
 
 
-def near(name, got, expected, tolerance):
-    scale = expected.double().abs().max().clamp(min=1e-3) if expected.numel() else 1.0
-    if not torch.equal(got.isfinite(), expected.isfinite()):
-        raise AssertionError(f"{name}: {got} against {expected}")
+def near(name, got, expected, tolerance, scale=None):
+    assert got.shape == expected.shape, name
+    assert torch.equal(got.isfinite(), expected.isfinite()), f"{name}: {got}, not {expected}"
     good = expected.isfinite()
-    error = ((got.double() - expected.double())[good].abs().max() / scale) if good.any() else 0
-    assert error <= tolerance, f"{name}: off by {float(error):.1e}"
+    if good.any():
+        got, expected = got[good].double(), expected[good].double()
+        scale = expected.abs().max() if scale is None else scale.double()
+        error = float((got - expected).abs().max() / scale.clamp(min=1e-3))
+        assert error <= tolerance, f"{name}: off by {error:.1e}"
 
 
 def compare(
@@ -93,8 +94,7 @@ def compare(
         outputs.append(out)
         if out.loss.requires_grad:
             out.loss.sum().backward()
-        cut = (lambda n, g: rows(s, g) if n in ("weight", "bias", "up") else g) if whole else None
-        grads.append({n: cut(n, t.grad) if cut else t.grad for n, t in x.items()})
+        grads.append({name: t.grad for name, t in x.items()})
     expected, got = outputs
     assert got.strategy == expected.strategy, (got.strategy, expected.strategy)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
@@ -105,38 +105,30 @@ def compare(
     for name, g in grads[0].items():
         assert (g is None) == (grads[1][name] is None), name
         if g is not None:
-            scale = grads[0]["hidden"] if grads[0]["hidden"] is not None else g
-            floor = scale.double().abs().max() * tolerance
-            off = (grads[1][name].double() - g.double()).abs().max() if g.numel() else 0
-            top = g.double().abs().max() if g.numel() else 0
-            assert off <= max(tolerance * top, floor), f"gradient of {name}: off by {off:.1e}"
+            whole = name in ("hidden", "down")
+            near(name, grads[1][name], g if whole else rows(s, g), tolerance, g.abs().max())
     return got
 
 
-def options_of(name):
-    """What a loss needs beside the batch."""
-    known = {"num_pairs", "num_chosen_tokens"}
-    need = {x for x in dk.losses.requires(name)} - known
-    return {x: torch.linspace(0.1, 0.9, B, dtype=torch.float64) for x in need}
+def every_loss(dtype):
+    for name in dk.losses.available():
+        row = dk.losses.get(name)
+        ref = "hidden" if row.reference else None
+        compare(dtype, loss_type=name, ref=ref, **OPTIONS.get(row.name, {}))
 
 
 @check
 def every_loss_in_float64():
-    for name in dk.losses.available():
-        ref = "hidden" if needs_reference(name) and name != "sft" else None
-        compare(torch.float64, loss_type=name, ref=ref, **options_of(name))
+    every_loss(torch.float64)
 
 
 @check
 def every_loss_in_fp32():
-    for name in dk.losses.available():
-        ref = "hidden" if needs_reference(name) and name != "sft" else None
-        compare(torch.float32, loss_type=name, ref=ref, **options_of(name))
+    every_loss(torch.float32)
 
 
 @check
 def strategies():
-    budget = 32 * (4 * 64 + 12 * H)  # chunks of a few blocks, on every rank the same
     for loss in ("sigmoid", "tdpo2"):
         for strategy in ("streaming", "recompute"):
             for budget in (None, 32 * (8 * 128 + 20 * H)):
@@ -217,9 +209,7 @@ def ties_go_to_the_lowest_index():
     for y, expected in ((0, 1.0), (s.sizes[0], 0.0), (s.vocab - 1, 0.0)):
         labels = torch.full((2, 3), y)
         call = {"stats": "is_top1", "reduction": "none"}
-        _, stats = dk.linear_sequence_logps(
-            hidden, rows(s, weight), labels, vocab_group=s, **call
-        )
+        _, stats = dk.linear_sequence_logps(hidden, rows(s, weight), labels, vocab_group=s, **call)
         assert (stats["is_top1"] == expected).all(), (y, stats)
 
 
@@ -316,7 +306,7 @@ def ranks_that_differ_are_named():
 
     def wrong(text, w=None, x=hidden, y=labels, group=None, **options):
         s = group or shards()
-        w = rows(s, weight) if w is None else w
+        w = rows(shards(), weight) if w is None else w
         raises(text, x, w, y, reference_free=True, vocab_group=s, **options)
 
     wrong("beta must be the same on all ranks", beta=0.2 if last else 0.1)
@@ -349,9 +339,7 @@ def a_process_group_will_do():
     labels = labels_of()
     a = dk.linear_sequence_logps(hidden, weight, labels)
     for _ in range(2):
-        b = dk.linear_sequence_logps(
-            hidden, rows(s, weight), labels, vocab_group=dist.group.WORLD
-        )
+        b = dk.linear_sequence_logps(hidden, rows(s, weight), labels, vocab_group=dist.group.WORLD)
     near("logps", b, a, 1e-5)
     module = dk.FusedLinearDPOLoss(reference_free=True, vocab_group=dist.group.WORLD)
     module(leaf(hidden), rows(s, weight), labels).loss.backward()
@@ -369,10 +357,10 @@ def bytes_sent_do_not_depend_on_the_vocabulary():
         for kind in ("score", "streaming"):
             x = leaf(hidden, kind == "streaming")
             w = leaf(rows(s, weight), kind == "streaming")
-            options = {"reference_free": True, "vocab_group": s}
+            options = {"reference_free": True, "vocab_group": s, "strategy": kind}
             dk.fused_linear_dpo_loss(x, w, labels, **options)  # options are looked at once
             with counted() as calls:
-                out = dk.fused_linear_dpo_loss(x, w, labels, strategy=kind, **options)
+                out = dk.fused_linear_dpo_loss(x, w, labels, **options)
                 if kind == "streaming":
                     out.loss.backward()
             sent.append(calls)
@@ -407,14 +395,103 @@ class counted:
 
 
 @check
+def nothing_of_the_whole_vocabulary_is_made():
+    """The largest tensor made is a shard's: its weight gradient, or a chunk of its logits."""
+    size = 4096
+    s = shards(size)
+    torch.manual_seed(10)
+    hidden, weight, *_ = tensors(V=size)
+    labels = labels_of(size)
+    scored = int((labels[:, 1:] != IGNORE).sum())
+    own = rows(s, weight)
+    for strategy in ("streaming", "recompute"):
+        x, w = leaf(hidden), leaf(own)
+        with Largest() as largest:
+            out = dk.fused_linear_dpo_loss(
+                x, w, labels, reference_free=True, vocab_group=s, strategy=strategy
+            )
+            out.loss.backward()
+        most = max(s.widest * H, (scored + 15) // 16 * 16 * s.widest)
+        assert s.rows * H <= largest.numel <= most, (largest.numel, most)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        for x in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // 4)
+        return out
+
+
+@check
+def other_forms_of_a_batch():
+    """Packed rows, a common start, lists of losses, a reference without a head of its own."""
+    s = shards()
+    torch.manual_seed(11)
+    hidden, weight, bias, ref_hidden, _ = tensors(torch.float64)
+    labels = labels_of()
+    flat, ends = labels.reshape(-1), torch.arange(0, 2 * B * T + 1, T, dtype=torch.int32)
+    packed = {"cu_seqlens": ends}
+    per_token = torch.randn(2 * B, T - 1, dtype=torch.float64)
+    start = labels.clone()
+    start[B:, 2:5] = start[:B, 2:5]
+    cases = [
+        ((hidden.reshape(-1, H), flat), packed | {"reference_free": True}),
+        ((hidden, labels), {"ref_hidden": ref_hidden}),
+        ((hidden, labels), {"ref_logps": per_token, "ld_alpha": 0.5}),
+        ((hidden, start), {"reference_free": True, "drop_common_prefix": True}),
+        ((hidden, labels), {"reference_free": True, "loss_type": ["sigmoid", "sft"]}),
+        ((hidden, labels), {"reference_free": True, "reduction": "none"}),
+    ]
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        for (x, y), options in cases:
+            given = {
+                k: v.to(dtype) if k[:3] == "ref" and v is not True else v
+                for k, v in options.items()
+            }
+            found = []
+            for own, group in ((lambda a: a, None), (lambda a: rows(s, a), s)):
+                leaves = [leaf(x.to(dtype)), leaf(own(weight.to(dtype)))]
+                out = dk.fused_linear_dpo_loss(
+                    *leaves, y, bias=own(bias.to(dtype)), vocab_group=group, **given
+                )
+                out.loss.sum().backward()
+                found.append((out, *(t.grad for t in leaves)))
+            for a, b in zip(found[1][0], found[0][0], strict=True):
+                near(str(options), a, b, tolerance)
+            near("hidden", found[1][1], found[0][1], tolerance)
+            near("weight", found[1][2], rows(s, found[0][2]), tolerance, found[0][2].abs().max())
+
+
+@check
+def a_second_backward_says_what_it_cannot():
+    s = shards()
+    hidden, weight, *_ = tensors(torch.float64)
+    x = leaf(hidden)
+    out = dk.fused_linear_dpo_loss(
+        x, rows(s, weight), labels_of(), reference_free=True, vocab_group=s
+    )
+    try:
+        (g,) = torch.autograd.grad(out.loss, x, create_graph=True)
+        g.sum().backward()
+    except RuntimeError as error:
+        assert "once_differentiable" in str(error) or "second derivatives" in str(error), error
+    else:
+        raise AssertionError("a gradient was dropped without a word")
+
+
+@check
 def chunks_are_the_same_on_all_ranks():
     """However uneven: planned for the largest shard. The head's logits are those of a shard."""
     s = shards()
     torch.manual_seed(9)
     hidden, weight, *_ = tensors()
     labels = labels_of()
-    with counted() as calls:
-        pass
     x, w = leaf(hidden), leaf(rows(s, weight))
     options = {"reference_free": True, "vocab_group": s, "memory_budget": 1}
     dk.fused_linear_dpo_loss(x, w, labels, strategy="recompute", **options)
@@ -447,5 +524,4 @@ def main():
 
 
 if __name__ == "__main__":
-    assert set(TABLE)
     main()
