@@ -3,7 +3,9 @@
 python parallel_ranks.py RANK WORLD STORE OUT
 """
 
+import functools
 import json
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -20,7 +22,6 @@ import dpo_kernels as dk
 CHECKS = {}
 STATS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 SIZES = {2: (50, 33), 4: (40, 1, 0, 42)}  # uneven, and none at all
-GROUP = []
 
 
 def check(function):
@@ -28,7 +29,12 @@ def check(function):
     return function
 
 
+@functools.cache
 def shards(V=V):
+    return new_shards(V)
+
+
+def new_shards(V=V):
     world, rank = dist.get_world_size(), dist.get_rank()
     sizes = SIZES[world] if sum(SIZES[world]) == V else [V // world] * world
     return dk.parallel.vocab_parallel(dist.group.WORLD, sizes[rank], vocab=V)
@@ -176,6 +182,10 @@ def narrow_weights():
 def other_backends():
     compare(torch.float32, call={"backend": "torch"})
     compare(torch.float32, ref="logps", call={"backend": "cpu"})
+    # On CPU tensors in its interpreter.
+    if "triton" in dk.backends.available() and dist.get_world_size() == 2:
+        for loss in ("sigmoid", "tdpo1"):
+            compare(torch.float32, loss_type=loss, call={"backend": "triton"})
 
 
 @check
@@ -305,7 +315,7 @@ def ranks_that_differ_are_named():
     labels = labels_of()
 
     def wrong(text, w=None, x=hidden, y=labels, group=None, **options):
-        s = group or shards()
+        s = group or new_shards()  # the first call of these
         w = rows(shards(), weight) if w is None else w
         raises(text, x, w, y, reference_free=True, vocab_group=s, **options)
 
@@ -315,7 +325,7 @@ def ranks_that_differ_are_named():
     wrong("labels of the first call", y=labels.roll(1, 0) if last else labels)
     wrong("hidden of the first call must", x=hidden[:, 1:] if last else hidden)
     wrong("hidden must be the same", x=leaf(hidden, last))
-    s = shards()
+    s = new_shards()
     wrong("of vocab_group: weight must have", w=weight if last else rows(s, weight), group=s)
     wrong("must be a torch.distributed.ProcessGroup", group="tensor")
     try:
@@ -483,6 +493,19 @@ def a_second_backward_says_what_it_cannot():
         assert "once_differentiable" in str(error) or "second derivatives" in str(error), error
     else:
         raise AssertionError("a gradient was dropped without a word")
+
+
+@check
+def the_example_of_the_docs():
+    page = Path(__file__).parents[2] / "docs/parallel.md"
+    code = re.search(r"```py\n(.*?)```", page.read_text(), re.DOTALL)[1]
+    assert 'dist.init_process_group("gloo")' in code
+    names = {}
+    exec(code.replace('dist.init_process_group("gloo")', "pass"), names)
+    assert names["weight"].grad.shape == names["weight"].shape
+    losses = [None] * dist.get_world_size()
+    dist.all_gather_object(losses, names["out"].loss.item())
+    assert len(set(losses)) == 1, losses
 
 
 @check

@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 
+import dpo_kernels
+
+ROOT = Path(dpo_kernels.__file__).parent.parent
 SCRIPT = Path(__file__).parent / "parallel_ranks.py"
 CHECKS = [
     node.name
     for node in ast.parse(SCRIPT.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.decorator_list
+    if isinstance(node, ast.FunctionDef)
+    and any(isinstance(d, ast.Name) and d.id == "check" for d in node.decorator_list)
 ]
 SECONDS = 300
 
@@ -36,7 +40,9 @@ def results(tmp_path_factory):
 
 
 def spawn(world, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     ranks = []
     for rank in range(world):
         log = (folder / f"log{rank}").open("w")
