@@ -116,8 +116,8 @@ def fused_linear_dpo_loss(
 
     Raises:
         ValueError, TypeError: a wrong argument, named, before any kernel runs.
-        RuntimeError: a second backward through a result of "streaming"; a sharded head under
-            torch.compile.
+        RuntimeError: a second backward through a result of "streaming"; a sharded head in a graph
+            of torch.compile (where it may break the graph it does).
     """
     given = {
         "shift": shift,

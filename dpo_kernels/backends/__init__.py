@@ -196,14 +196,14 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"dpo_kernels.backends.{name}")
 
 
-@functools.cache
 def over_shards(name: str, shards: Any) -> str:
     """The name by which ops find backend `name` over logits of `shards` (`VocabShards`)."""
-    from .vocab_shards import ShardedRows
+    if name not in shards.names:
+        from .vocab_shards import ShardedRows
 
-    own = f"{name}@{len(_sharded)}"
-    _sharded[own] = ShardedRows(load(name), shards)
-    return own
+        shards.names[name] = f"{name}@{len(_sharded)}"
+        _sharded[shards.names[name]] = ShardedRows(load(name), shards)
+    return shards.names[name]
 
 
 def base(name: str) -> str:

@@ -45,6 +45,7 @@ class VocabShards:
         self.rows = self.sizes[self.rank]
         self.start = sum(self.sizes[: self.rank])
         self.stop = self.start + self.rows
+        self.names: dict[str, str] = {}  # of backends over these shards
         self.agreed: set[Any] = set()  # calls whose options were seen to be the same on all ranks
 
     def __repr__(self) -> str:

@@ -509,6 +509,30 @@ def the_example_of_the_docs():
 
 
 @check
+def under_compile():
+    """The collectives do not trace: refused where one graph is demanded, else run beside it."""
+    if dist.get_world_size() > 2:
+        return
+    s = shards()
+    torch.manual_seed(12)
+    hidden, weight, *_ = tensors()
+    labels, own = labels_of(), leaf(rows(s, weight))
+
+    def loss(x, w):
+        return dk.fused_linear_dpo_loss(x, w, labels, reference_free=True, vocab_group=s).loss
+
+    expected, compiled = loss(hidden, own), torch.compile(loss, backend="eager")
+    near("loss", compiled(hidden, own).detach(), expected.detach(), 1e-5)
+    torch.compiler.reset()
+    try:
+        torch.compile(loss, backend="eager", fullgraph=True)(hidden, own)
+    except Exception as error:
+        assert "vocab_group" in str(error)
+    else:
+        raise AssertionError("traced")
+
+
+@check
 def chunks_are_the_same_on_all_ranks():
     """However uneven: planned for the largest shard. The head's logits are those of a shard."""
     s = shards()
