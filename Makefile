@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: help build train test test-integrations lint bench peers gpu-check check-full clean \
-  wheel wheel-check wheel-twice compat large-data
+.PHONY: help build train iterate frontier frontier-full test test-integrations lint bench \
+  peers gpu-check check-full clean wheel wheel-check wheel-twice compat large-data
 
 help:
 	@echo "make train   build if needed, train the embedded default model (a few minutes)"
+	@echo "make iterate   three rounds of sampling, judging by rule and training (under ten minutes)"
+	@echo "make frontier  reward against KL, offline and iterative (SENTENCES=FILE; 15 minutes)"
 	@echo "make test    build if needed, run the whole test suite"
 	@echo "make build   make $(VENV) with the package and its test tools"
 	@echo "make test-integrations   TRL, Trainer, Lightning: each supported release in its own venv"
@@ -37,13 +39,28 @@ $(STAMP): $(SOURCES)
 	# torch first and pinned: left to itself pip takes the newest CUDA build.
 	$(PIP) install -q "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install -q -c constraints.txt setuptools pybind11 cmake ninja
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[train,test]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[train,judge,test]'
 	@touch $(STAMP)
 
 build: $(STAMP)
 
 train: $(STAMP)
 	$(BIN)/dpo-kernels train
+
+# Called again it goes on where it was; `rm -r runs/iterate` starts anew.
+iterate: $(STAMP)
+	$(BIN)/dpo-kernels iterate --output_dir runs/iterate
+
+# Reward against KL on SENTENCES (docs/iterate.md says where to get them); goes on where it was.
+SENTENCES ?= sentences.jsonl
+FRONTIER = $(BIN)/python benchmarks/frontier.py $(SENTENCES)
+frontier: $(STAMP)
+	$(PIP) install -q -c constraints.txt vaderSentiment
+	$(FRONTIER)
+
+frontier-full: $(STAMP)
+	$(PIP) install -q -c constraints.txt vaderSentiment
+	$(FRONTIER) --full --out build/frontier-full
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest

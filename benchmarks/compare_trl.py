@@ -2,7 +2,7 @@
 
     python benchmarks/compare_trl.py [--rounds 3] [--json FILE] [options of trl_script.py]
 
-Runs alternate (TRL, patched, patched with a shared prompt, TRL, ...), each in a process of its own.
+Runs alternate (TRL, patched with padded rows, patched, TRL, ...), each in a process of its own.
 A run's first step warms up and is left out; the time is the median of the others over all rounds.
 On a machine that others use the CPU time of all threads says more than the clock.
 It needs TRL: `make test-integrations` leaves environments with it in build/integrations/.
@@ -32,7 +32,7 @@ patch_trl({options})
 sys.argv = {argv!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-VARIANTS = {"TRL": None, "patch_trl()": "", "patch_trl(share_prefix=True)": "share_prefix=True"}
+VARIANTS = {"TRL": None, "patch_trl(layout='padded')": "layout='padded'", "patch_trl()": ""}
 
 
 def run(patch: str | None, arguments: list[str], threads: int) -> dict[str, Any]:

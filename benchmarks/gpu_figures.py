@@ -13,6 +13,7 @@ one of them):
     host       microseconds of the host for a small batch, beside plain torch
     head       the linear head beside its bare matrix products: budgets, dtypes, what is trained
     step       a whole training step of a Llama of 1.2 billion random weights
+    layouts    the same step over ragged pairs in padded, packed and shared rows
     peers      the quick cases of `dpo-kernels bench` with every peer that is installed
 
 A figure with a target says whether it was met. Times are medians of device events; those of the
@@ -31,6 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -381,8 +383,8 @@ def _peak_mib() -> float:
 # ---- a whole step -------------------------------------------------------------------------------
 
 
-def step(tiny: bool) -> Figures:
-    """Forward, loss, backward and AdamW of a random bf16 Llama; the reference is given."""
+def _llama(tiny: bool) -> tuple[Any, torch.optim.Optimizer, int]:
+    """A Llama of random bf16 weights, its optimizer, its vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = (64, 128, 2, 2, 331) if tiny else (2048, 8192, 16, 32, 128256)
@@ -400,7 +402,12 @@ def step(tiny: bool) -> Figures:
     )
     with torch.device(DEVICE):
         model = LlamaForCausalLM(config).bfloat16()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=GPU)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=GPU), V
+
+
+def step(tiny: bool) -> Figures:
+    """Forward, loss, backward and AdamW of a random bf16 Llama; the reference is given."""
+    model, optimizer, V = _llama(tiny)
     R, T = (4, 12) if tiny else (8, 1024)
     ids = torch.randint(0, V, (R, T), device=DEVICE)
     labels = ids.clone()
@@ -444,6 +451,50 @@ def step(tiny: bool) -> Figures:
         yield name, row
 
 
+# Prompt's share of the tokens -> speed of shared rows over padded ones, at least.
+LAYOUT_TARGETS = {0.25: 1.0, 0.5: 1.5, 0.75: 2.0}
+
+
+def layouts(tiny: bool) -> Figures:
+    """Padded, packed and shared rows of the same ragged pairs, through `plain.dpo_step`."""
+    from dpo_kernels.integrations import plain
+
+    model, optimizer, V = _llama(tiny)
+    plain.attach(model)
+    draw = torch.Generator().manual_seed(0)
+    mean, pairs = (24, 2) if tiny else (1024, 8)
+    for share, target in LAYOUT_TARGETS.items():
+        examples = []
+        for _ in range(pairs):
+            sizes = [
+                int(size * (0.5 + float(torch.rand((), generator=draw)))) + 1
+                for size in (mean * share, mean * (1 - share), mean * (1 - share))
+            ]
+            three = [torch.randint(V, (n,), generator=draw).tolist() for n in sizes]
+            names = ("prompt_ids", "chosen_ids", "rejected_ids")
+            examples.append(dict(zip(names, three, strict=True)))
+        host = plain.PreferenceCollator(0)(examples)
+        batch = {k: v if k == "labels" else v.to(DEVICE) for k, v in host.items()}
+        tokens, padded = int(host["attention_mask"].sum()), 0.0
+        for layout in ("padded", "packed", "shared"):
+            optimizer.zero_grad()
+            _reset_peak()
+
+            def run(layout=layout, batch=batch):
+                optimizer.zero_grad()
+                fused = {"layout": layout, "head_stats": False}
+                plain.dpo_step(model, batch, reference_free=True, fused=fused).loss.backward()
+                optimizer.step()
+
+            ms = device_time(run, 1 if tiny else 6)
+            padded = padded or ms
+            row: Row = {"ms": ms, "tokens/s": 1e3 * tokens / ms, "peak MiB": _peak_mib()}
+            row["speed over padded"] = padded / ms
+            if layout == "shared":
+                row |= judged(padded / ms, target, least=True)
+            yield f"prompt {share:.2f} of {mean} tokens, {layout}", row
+
+
 # ---- peers --------------------------------------------------------------------------------------
 
 
@@ -466,6 +517,7 @@ SECTIONS: dict[str, Callable[[bool], Figures]] = {
     "host": host,
     "head": head,
     "step": step,
+    "layouts": layouts,
     "peers": peers,
 }
 

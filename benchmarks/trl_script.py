@@ -103,6 +103,10 @@ trainer = DPOTrainer(
     train_dataset=Dataset.from_list(rows),
     callbacks=[clock],
 )
+counted = [0]  # tokens that the policy's trunk is given
+trainer.model.get_input_embeddings().register_forward_hook(
+    lambda module, args, output: counted.__setitem__(0, counted[0] + args[0].numel())
+)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 trainer.train()
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -112,6 +116,7 @@ result = {
     "cpu_seconds": clock.cpu_seconds,
     "peak_mb": after // 1024,
     "peak_before_mb": before // 1024,
+    "tokens": counted[0] / options.steps,
     "losses": losses,
 }
 print(json.dumps(result))

@@ -19,27 +19,37 @@ if TYPE_CHECKING:
         DPOOutput,
         FusedDPOLoss,
         FusedLinearDPOLoss,
+        UnpairedOutput,
         fused_dpo_loss,
         fused_linear_dpo_loss,
+        fused_linear_unpaired_loss,
+        fused_unpaired_loss,
+        kl_baseline,
         linear_sequence_logps,
         preference_loss,
         sequence_logps,
+        unpaired_loss,
     )
 
 __all__ = [
     "DPOOutput",
     "FusedDPOLoss",
     "FusedLinearDPOLoss",
+    "UnpairedOutput",
     "__version__",
     "backends",
     "fused_dpo_loss",
     "fused_linear_dpo_loss",
+    "fused_linear_unpaired_loss",
+    "fused_unpaired_loss",
+    "kl_baseline",
     "linear_sequence_logps",
     "losses",
     "memory",
     "parallel",
     "preference_loss",
     "sequence_logps",
+    "unpaired_loss",
 ]
 _MODULES = ("backends", "losses", "memory", "parallel")
 

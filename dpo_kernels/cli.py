@@ -51,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     parser = _parser()
+    argv, behind = _split(argv)
     argv, layer = _with_config(parser, _underscored(argv))
     args, rest = parser.parse_known_args(argv)
+    if behind:
+        args.behind = behind
     if not hasattr(args, "run"):
         if rest:
             raise UserError(f"unrecognized arguments: {' '.join(rest)}")
@@ -198,6 +201,12 @@ def _literal(texts: list[str]) -> Any:
         except ValueError:
             values.append(None if text in ("None", "none", "null") else text)
     return True if not values else values[0] if len(values) == 1 else values
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and behind the bare `--` of `run` another program's."""
+    at = list(argv).index("--") if list(argv[:1]) == ["run"] and "--" in argv else len(argv)
+    return list(argv[:at]), list(argv[at + 1 :])
 
 
 def _underscored(argv: Sequence[str]) -> list[str]:

@@ -17,6 +17,8 @@ from . import requirements
 from .version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "gguf", "matplotlib", "tqdm")
+# Packages below the trainers of others, beside those trainers' own.
+_BELOW_TRAINERS = ("peft", "accelerate", "datasets", "deepspeed")
 
 
 class Section(NamedTuple):
@@ -340,9 +342,26 @@ def _gpu_verification_lines(kernels: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _trainers() -> dict[str, Any]:
+    """Other packages' DPO trainers, and what a patch would do with each; none is imported."""
+    from .integrations import shapes
+
+    return {
+        "packages": {name: requirements.version_of(name) for name in _BELOW_TRAINERS},
+        "trainers": {t.package: shapes.what_a_patch_does(t) for t in shapes.TRAINERS},
+    }
+
+
+def _trainer_lines(found: dict[str, Any]) -> list[str]:
+    below = ", ".join(f"{name} {v or 'absent'}" for name, v in found["packages"].items())
+    lines = [f"DPO trainers of other packages ({below}):"]
+    return lines + [f"  {name:<13}{what}" for name, what in found["trainers"].items()]
+
+
 # In the order of the report. OpenMP and the self-test come after these.
 SECTIONS = (
     Section("packages", _packages, _package_lines, needs_torch=False),
+    Section("trainers", _trainers, _trainer_lines, needs_torch=False),
     Section("devices", _devices, lambda names: [f"devices: {', '.join(names)}"]),
     Section("gpu_software", _gpu_software, _gpu_software_lines),
     Section("cpu", _cpu, _cpu_lines),

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import listwise
+from .inputs import checks
 from .inputs.call import of_logits, of_pairs, of_scored_logits
+from .listwise import is_listwise
 from .loss import from_tokens
 from .loss.at_once import from_sums
 from .loss.from_pairs import DPOOutput, Pairs, loss_of
@@ -43,7 +46,8 @@ def fused_dpo_loss(
     """DPO loss of a batch of pairs from the policy's logits.
 
     L = -log sigmoid(beta [(log pi/pi_ref)(chosen) - (log pi/pi_ref)(rejected)])  (arXiv 2305.18290)
-    or any other loss of `losses.TABLE` by `loss_type`.
+    or any other loss of `losses.TABLE` by `loss_type`; `loss_type="plackett_luce"` with
+    `num_completions=K` ranks K completions of a prompt, sequence k B + i that of rank k.
 
     Args:
         logits: [2B, T, V] or packed [N, V]; fp32, bf16, fp16 (fp64 on the torch backend); unit
@@ -82,6 +86,24 @@ def fused_dpo_loss(
     Raises:
         ValueError, TypeError: a wrong argument, named, before any kernel runs.
     """
+    if is_listwise(loss_options):
+        listwise.refuse_prefix(drop_common_prefix)
+        how: dict[str, Any] = {
+            "cu_seqlens": cu_seqlens,
+            "shift": shift,
+            "ignore_index": ignore_index,
+            "temperature": temperature,
+            "logit_softcap": logit_softcap,
+            "logit_scale": logit_scale,
+            "backend": backend,
+        }
+        reference = listwise.reference_sums(ref_logps, ref_logits is not None, "ref_logits")
+        found = sequence_logps(logits, labels, inplace=inplace, stats=stats, **how)
+        if ref_logits is not None:
+            checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
+            with torch.no_grad():
+                reference = sequence_logps(ref_logits, labels, **how)
+        return listwise.from_scored(found, stats, reference, loss_options)
     given = {
         "shift": shift,
         "ignore_index": ignore_index,

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import listwise, ops
 from .inputs.linear_call import LinearCall, of_hidden, of_scored_hidden
 from .inputs.shards import GivenHead
+from .listwise import is_listwise
 from .loss.from_pairs import DPOOutput
 from .loss.from_tokens import finish, reduce
 from .loss.stream_pairs import stream
@@ -119,6 +120,34 @@ def fused_linear_dpo_loss(
         RuntimeError: a second backward through a result of "streaming"; a sharded head in a graph
             of torch.compile (where it may break the graph it does).
     """
+    if is_listwise(loss_options):
+        listwise.refuse_prefix(drop_common_prefix)
+        if strategy is not None:
+            raise ValueError(f"strategy={strategy!r} has no meaning for {listwise.NAME!r}")
+        how: dict[str, Any] = {
+            "cu_seqlens": cu_seqlens,
+            "scored_lengths": scored_lengths,
+            "shift": shift,
+            "ignore_index": ignore_index,
+            "memory_budget": memory_budget,
+            "batch_invariant": batch_invariant,
+            "temperature": temperature,
+            "logit_softcap": logit_softcap,
+            "logit_scale": logit_scale,
+            "backend": backend,
+            "vocab_group": vocab_group,
+        }
+        sums = listwise.reference_sums(ref_logps, ref_hidden is not None, "ref_hidden")
+        found = linear_sequence_logps(
+            hidden, weight, labels, bias=bias, lora=lora, stats=stats, **how
+        )
+        if ref_hidden is not None:
+            other = (ref_weight, ref_bias, None) if ref_weight is not None else (weight, bias, lora)
+            with torch.no_grad():
+                sums = linear_sequence_logps(
+                    ref_hidden, other[0], labels, bias=other[1], lora=other[2], **how
+                )
+        return listwise.from_scored(found, stats, sums, loss_options)
     given = {
         "shift": shift,
         "ignore_index": ignore_index,

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # The texts that an option may be, where they are few.
 CHOICES = {"f_divergence_type": F_DIVERGENCES}
-# Options that may be tensors [B], and take gradients.
-PER_PAIR = ("beta", "offset", "weights")
+# Options that may be tensors [B]; all but `label_smoothing` take gradients.
+PER_PAIR = ("beta", "label_smoothing", "offset", "weights")
 
 
 def _own(default: float) -> Any:
@@ -35,7 +35,7 @@ class LossOptions:
     loss_type: str | tuple[str, ...] = "sigmoid"
     loss_weights: tuple[float, ...] | None = None
     beta: float | Tensor = 0.1
-    label_smoothing: float = 0.0
+    label_smoothing: float | Tensor = 0.0
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
     discopop_tau: float = _own(0.05)
@@ -73,7 +73,7 @@ OPTIONS: dict[str, str] = {
     "loss_type": "a name or a list of names of losses",
     "loss_weights": "one weight for each loss_type",
     "beta": "how strongly the policy is held to the reference; a tensor [B]: of each pair",
-    "label_smoothing": "assumed share of flipped preferences (cDPO)",
+    "label_smoothing": "assumed share of flipped preferences (cDPO); a tensor [B]: of each pair",
     "f_divergence_type": "f-divergence of the scores",
     "f_alpha_divergence_coef": "alpha of alpha_divergence",
     "discopop_tau": "temperature of discopop",

@@ -19,7 +19,8 @@ def check_values(o: LossOptions) -> None:
             raise ValueError(f"{name} must be {expected}, got {checks.shown(getattr(o, name))}")
 
     for name in [*OWN, "label_smoothing", "sft_weight", "f_alpha_divergence_coef"]:
-        checks.number(name, getattr(o, name))
+        if not isinstance(getattr(o, name), Tensor):
+            checks.number(name, getattr(o, name))
     if not isinstance(o.beta, Tensor):
         x = checks.positive("beta", o.beta, "a positive finite number, or a tensor of such")
         require(x >= _TINY, "beta", "a positive number with a finite inverse")
@@ -55,12 +56,17 @@ def _check_tensors(o: LossOptions) -> None:
     """Types and values of what may come a pair; shapes and devices are known with the batch."""
     for name in PER_PAIR:
         value = getattr(o, name)
-        if value is None or (name == "beta" and not isinstance(value, Tensor)):
+        alone = name in ("beta", "label_smoothing")  # also one number for all
+        if value is None or (alone and not isinstance(value, Tensor)):
             continue
         checks.floating(name, value)
         checks.values(name, value, torch.isfinite, "finite")
         if name == "beta":
             checks.values(name, value, lambda x: x.double() >= _TINY, "positive")
+        if name == "label_smoothing":
+            if value.requires_grad:
+                raise ValueError("label_smoothing takes no gradient: detach it")
+            checks.values(name, value, lambda x: (x >= 0) & (x <= 0.5), "in [0, 0.5]")
     if o.beta_dpo_state is not None:
         checks.floating("beta_dpo_state", o.beta_dpo_state)
         checks.shape("beta_dpo_state", o.beta_dpo_state, (2,), "mean and deviation")

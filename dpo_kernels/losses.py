@@ -68,6 +68,8 @@ class Loss:
     tokens of KL(reference || policy) (TDPO): both models' distributions are needed, log-probs are
     not enough.
     `smoothing`: None if `label_smoothing` has no meaning, else whether 0 is allowed.
+    `soft`: how the row takes `label_smoothing` of each pair [B]: `mix` the loss with its mirror
+    image, `offset` through its own offset; None: not.
     `kl_weight`: name of the option (or a number) that weighs K; `kl_stops_chosen`: the chosen K
     is taken without its gradient.
     `sft`: name of the option (or a number) that weighs the NLL of the chosen, added to the row.
@@ -87,12 +89,13 @@ class Loss:
     score: str = "ratio"
     reference: bool = True
     smoothing: bool | None = None
+    soft: str | None = None
     f_divergence: bool = False
     sft: str | float | None = None
     kl_weight: str | float = 1.0
     kl_stops_chosen: bool = False
     shows_reference: bool = False
-    offset: Callable[[LossOptions, Tensor | None, Tensor | None], Tensor] | None = None
+    offset: Callable[[LossOptions, Tensor | None, Tensor | None], Tensor | None] | None = None
     adapts: Callable[[Tensor, LossOptions], tuple[Tensor, Tensor]] | None = None
     state: str | None = None
     options: tuple[str, ...] = ()
@@ -104,6 +107,8 @@ class Loss:
         An f-divergence or an offset is refused for a list in which one loss does not take it, and
         the other options are read by the loss alone whose they are.
         """
+        if isinstance(o.label_smoothing, Tensor):  # mixed in where the loss is made
+            return o if self.soft == "offset" else o.but(label_smoothing=0.0)
         foreign = self.smoothing is None and o.label_smoothing != 0
         return o.but(label_smoothing=0.0) if foreign else o
 
@@ -115,7 +120,8 @@ class Loss:
     @property
     def by_length(self) -> bool:
         """Whether u, v or the terms depend on how many tokens were scored."""
-        return self.score in ("mean", "odds", "power") or self.offset is not None
+        own = self.offset is not None and self.soft != "offset"
+        return self.score in ("mean", "odds", "power") or own
 
     @property
     def per_token(self) -> bool:
@@ -150,7 +156,7 @@ class Loss:
     def takes_offset(self, terms: Terms) -> bool:
         """Whether every term is a function of the margin D alone."""
         margin_only = bool(terms) and all(t.a == -t.b for t in terms)
-        return margin_only and self.score in ("ratio", "mean")
+        return margin_only and self.score in ("ratio", "mean") and self.soft != "offset"
 
 
 def _logistic(e: float, scaled: bool = True, c: float = 0.0, w_beta: bool = False) -> Terms:
@@ -160,12 +166,17 @@ def _logistic(e: float, scaled: bool = True, c: float = 0.0, w_beta: bool = Fals
     return (yes, no) if e else (yes,)
 
 
+def _smoothing(o: LossOptions) -> float:
+    """`label_smoothing` as terms hold it; one of each pair is mixed in where the loss is made."""
+    return 0.0 if isinstance(o.label_smoothing, Tensor) else o.label_smoothing
+
+
 def _sigmoid(o: LossOptions) -> Terms:
-    return _logistic(o.label_smoothing)
+    return _logistic(_smoothing(o))
 
 
 def _robust(o: LossOptions) -> Terms:
-    e = o.label_smoothing
+    e = _smoothing(o)
     yes, *no = _logistic(e)
     return (
         replace(yes, w=(1 - e) / (1 - 2 * e)),
@@ -182,7 +193,7 @@ def _ipo(o: LossOptions) -> Terms:
 
 
 def _exo(o: LossOptions) -> Terms:
-    return (Term(EXO, 1, 1, -1, c_offset=-1, p=o.label_smoothing),)
+    return (Term(EXO, 1, 1, -1, c_offset=-1, p=_smoothing(o)),)
 
 
 def _nca(o: LossOptions) -> Terms:
@@ -203,6 +214,21 @@ def _squares(w: float) -> Terms:
         Term(SQUARE, w, 1, 0, scaled=False, c_inv_beta=-0.5),
         Term(SQUARE, w, 0, 1, scaled=False, c_inv_beta=0.5),
     )
+
+
+def _soft_squares(o: LossOptions) -> Terms:
+    """(u - (p - 1/2) / beta)^2 + (v + (p - 1/2) / beta)^2, p = 1 - e; of e [B] by the offset."""
+    e = o.label_smoothing
+    each, c = (1.0, 0.0) if isinstance(e, Tensor) else (0.0, 0.5 - e)
+    return (
+        Term(SQUARE, 1, 1, 0, scaled=False, c_inv_beta=-c, c_offset=-each),
+        Term(SQUARE, 1, 0, 1, scaled=False, c_inv_beta=c, c_offset=each),
+    )
+
+
+def _half_minus(o: LossOptions, n_w: Tensor | None, n_l: Tensor | None) -> Tensor | None:
+    e = o.label_smoothing
+    return 0.5 - e.double() if isinstance(e, Tensor) else None
 
 
 def _apo_zero(o: LossOptions) -> Terms:
@@ -256,7 +282,7 @@ def _cal_dpo(o: LossOptions) -> Terms:
 
 
 def _simpo(o: LossOptions) -> Terms:
-    return _logistic(o.label_smoothing, c=o.simpo_gamma)
+    return _logistic(_smoothing(o), c=o.simpo_gamma)
 
 
 def _orpo(o: LossOptions) -> Terms:
@@ -279,6 +305,7 @@ TABLE: dict[str, Loss] = {
             "-(1-e) log s(h) - e log s(-h), h = beta D",
             "2305.18290",
             smoothing=True,
+            soft="mix",
             f_divergence=True,
         ),
         Loss("hinge", _hinge, "relu(1 - h)", "2309.06657", f_divergence=True),
@@ -318,6 +345,15 @@ TABLE: dict[str, Loss] = {
             lambda o: _squares(1.0),
             "(u - 1/(2 beta))^2 + (v + 1/(2 beta))^2",
             "2405.00675",
+        ),
+        Loss(
+            "sppo_soft",
+            _soft_squares,
+            "(u - (p - 1/2)/beta)^2 + (v + (p - 1/2)/beta)^2, p = 1 - e",
+            "2405.00675",
+            smoothing=True,
+            soft="offset",
+            offset=_half_minus,
         ),
         Loss(
             "aot",
@@ -480,6 +516,15 @@ ALIASES = {
 }
 
 
+# Losses that are of no pairs, and who has them.
+ELSEWHERE = {
+    "kto": "is of single completions: use unpaired_loss or fused_unpaired_loss",
+    "apo_zero_unpaired": "is of single completions: use unpaired_loss or fused_unpaired_loss",
+    "plackett_luce": "ranks K completions of a prompt: use fused_dpo_loss or "
+    "fused_linear_dpo_loss with num_completions=K, and no other loss beside it",
+}
+
+
 def available() -> list[str]:
     """Names that `loss_type` takes, aliases included."""
     return [*TABLE, *ALIASES]
@@ -491,6 +536,8 @@ def get(name: str) -> Loss:
         raise TypeError(f"loss_type must be a name or a list of names, got {type(name).__name__}")
     key = ALIASES.get(name, name)
     if key not in TABLE:
+        if name in ELSEWHERE:
+            raise ValueError(f"loss_type: {name!r} {ELSEWHERE[name]}")
         near = difflib.get_close_matches(name, available(), n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"loss_type: unknown loss {name!r}{hint} Known: {', '.join(available())}")
@@ -573,7 +620,13 @@ def _check_applies(o: LossOptions, losses: list[Loss], given: Container[str]) ->
     names = ", ".join(row.name for row in losses)
     e = o.label_smoothing
     smoothed = [row for row in losses if row.smoothing is not None]
-    if e and not smoothed:
+    if isinstance(e, Tensor):
+        hard = [row.name for row in smoothed if row.soft is None]
+        if hard or not smoothed:
+            what = hard[0] if hard else names
+            raise ValueError(f"label_smoothing of each pair ([B]) has no meaning for {what}")
+        smoothed = []
+    elif e and not smoothed:
         raise ValueError(f"label_smoothing={e} has no meaning for loss_type {names}")
     for row in smoothed:
         if not 0 <= e < 0.5 or (row.smoothing is False and e == 0):

@@ -9,7 +9,17 @@ from torch.nn.functional import logsigmoid, softplus
 
 IGNORE = -100
 WIDE = torch.float64
-SMOOTHED = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "sigmoid_norm", "simpo", "cpo"}
+SMOOTHED = {
+    "sigmoid",
+    "exo_pair",
+    "robust",
+    "aot",
+    "aot_unpaired",
+    "sigmoid_norm",
+    "simpo",
+    "cpo",
+    "sppo_soft",
+}
 DIVERGENT = {
     "sigmoid",
     "sigmoid_norm",
@@ -75,6 +85,7 @@ NAMES = (
     "robust",
     "bco_pair",
     "sppo_hard",
+    "sppo_soft",
     "aot",
     "aot_unpaired",
     "apo_zero",
@@ -150,6 +161,7 @@ def pair_term(name, o, w, l, rw, rl, n_w, n_l, kl=None):
         ),
         "bco_pair": lambda: -logsigmoid(b * u) - logsigmoid(-b * v),
         "sppo_hard": lambda: squares,
+        "sppo_soft": lambda: (u - (0.5 - e) / b) ** 2 + (v + (0.5 - e) / b) ** 2,
         "aot": lambda: cdpo(b * ((w - l).sort()[0] - (rw - rl).sort()[0])),
         "aot_unpaired": lambda: cdpo(b * (u.sort()[0] - v.sort()[0])),
         "apo_zero": lambda: 1 - s(b * u) + s(b * v),

@@ -25,7 +25,9 @@ PAGES = [
     "benchmarks/results/README.md",
     *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md"))),
 ]
-RUN_ELSEWHERE = {"docs/integrations.md"}  # tests/integrations/test_recipes.py
+RUN_ELSEWHERE = {  # tests/integrations/test_recipes.py
+    f"docs/{path.name}" for path in (ROOT / "docs").glob("integrations*.md")
+}
 
 
 def python_blocks() -> list:

@@ -43,7 +43,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TOTAL = 570  # seconds; the limit of a process is cut to what is left of it
 BUILD, SMOKE, TESTS, SANITIZER = 200, 60, 120, 60  # seconds
-SECTIONS = {"kernels": 60, "rows": 30, "host": 30, "head": 60, "step": 60, "peers": 90}
+SECTIONS = {
+    "kernels": 60,
+    "rows": 30,
+    "host": 30,
+    "head": 60,
+    "step": 60,
+    "layouts": 60,
+    "peers": 90,
+}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 NO_TESTS = 5  # pytest's exit code where nothing was selected
 NEEDED = ("pybind11", "cmake", "ninja", "pytest", "triton", "transformers")

@@ -3,13 +3,15 @@
     python tools/test_integrations.py [NAME ...] [--list] [--record]
 
 The venvs live in build/integrations/NAME and are made once. torch is pinned first, from
-constraints.txt: left to itself pip takes the newest CUDA build. `--record` writes what ran, with
-versions, to docs/integrations-tested.md.
+constraints.txt: left to itself pip takes the newest CUDA build. An environment of a client also
+runs that client's own training command, as it is and below `dpo-kernels run`, and compares losses,
+memory and time. `--record` writes what ran, with versions, to docs/integrations-tested.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -21,14 +23,26 @@ ROOT = Path(__file__).parent.parent
 VENVS = ROOT / "build" / "integrations"
 RECORD = ROOT / "docs" / "integrations-tested.md"
 
-# name -> requirements besides torch and pytest: the ends of each supported range. What comes with
-# --no-deps is read, not run: its own requirements (DeepSpeed, torchvision, ...) stay out.
+# name -> requirements besides torch and pytest: the ends of each supported range, and TRL on both
+# sides of its changes of shape. What comes with --no-deps is read, not run: its own requirements
+# (DeepSpeed, torchvision, ...) stay out. --without is taken out again: PyPI has it for CUDA alone,
+# and beside a CPU build of torch it does not load; --empty puts an empty module in such a place.
 MATRIX = {
     "trl-1.16": ["trl==1.16.0", "peft==0.21.2", "transformers==5.23.0", "lightning==2.6.6"],
     "trl-1.9": ["trl==1.9.0", "peft==0.21.2", "transformers==5.23.0"],
     "trl-1.0": ["trl==1.0.0", "peft==0.21.2", "transformers==5.23.0"],
+    "trl-0.29": ["trl==0.29.1", "peft==0.18.1", "transformers==4.57.6"],
+    "trl-0.25": ["trl==0.25.1", "peft==0.18.1", "transformers==4.57.6"],
     "trl-0.24": ["trl==0.24.0", "peft==0.17.1", "transformers==4.57.6"],
     "trl-0.18": ["trl==0.18.2", "peft==0.15.2", "transformers==4.53.3", "datasets<4"],
+    "llamafactory": [
+        "llamafactory==0.9.5",
+        "--without torchvision",
+        "--without torchaudio",
+        "--empty torchaudio",
+    ],
+    "ms-swift": ["ms-swift==4.6.0", "trl==0.29.1"],
+    "axolotl": ["axolotl==0.19.0"],
     "recipes": [
         "trl==0.24.0",
         "transformers==4.57.6",
@@ -49,7 +63,14 @@ MATRIX = {
     "lightning-2.4": ["lightning==2.4.0", "transformers==4.51.3", "accelerate==1.6.0"],
 }
 # What an environment runs, where that is not the whole folder.
-ONLY = {"recipes": "test_recipes.py"}
+CLIENT_TESTS = ["test_client_commands.py", "test_recipes.py"]
+ONLY = {
+    "recipes": ["test_recipes.py"],
+    **dict.fromkeys(("llamafactory", "ms-swift", "axolotl"), CLIENT_TESTS),
+}
+# Whose own training command an environment runs.
+CLIENTS = {"llamafactory": "llamafactory", "ms-swift": "swift", "axolotl": "axolotl"}
+CLIENTS |= {"trl-1.16": "trl"}
 SHOWN = (
     "torch",
     "trl",
@@ -58,6 +79,8 @@ SHOWN = (
     "accelerate",
     "lightning",
     "llamafactory",
+    "ms-swift",
+    "axolotl",
     "openrlhf",
     "torchtune",
 )
@@ -75,11 +98,18 @@ def prepare(name: str) -> Path:
     assert torch is not None, "constraints.txt pins torch"
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
     subprocess.run([*pip, torch[0]], check=True)
-    alone = [w.split()[1] for w in MATRIX[name] if w.startswith("--no-deps")]
-    rest = [w for w in MATRIX[name] if not w.startswith("--no-deps")]
-    subprocess.run([*pip, torch[0], "pytest>=8", *rest], check=True)
-    if alone:
-        subprocess.run([*pip, "--no-deps", *alone], check=True)
+    marked: dict[str, list[str]] = {"--no-deps": [], "--without": [], "--empty": []}
+    for word in MATRIX[name]:
+        if word.startswith("--"):
+            marked[word.split()[0]].append(word.split()[1])
+    rest = [w for w in MATRIX[name] if not w.startswith("--")]
+    subprocess.run([*pip, torch[0], "pytest>=8", "pyyaml", *rest], check=True)
+    if marked["--no-deps"]:
+        subprocess.run([*pip, "--no-deps", *marked["--no-deps"]], check=True)
+    if marked["--without"]:
+        subprocess.run([*pip[:-2], "uninstall", "-q", "-y", *marked["--without"]], check=True)
+    for module in marked["--empty"]:
+        (next(folder.glob("lib/python*/site-packages")) / f"{module}.py").touch()
     stamp.write_text(wanted)
     return python
 
@@ -88,12 +118,14 @@ def test(name: str) -> dict[str, str]:
     """Run the folder; the result as the table shows it. Its output goes to NAME.log."""
     python = prepare(name)
     log = VENVS / f"{name}.log"
-    what = f"tests/integrations/{ONLY.get(name, '')}"
+    what = [f"tests/integrations/{file}" for file in ONLY.get(name, [""])]
+    measured = VENVS / f"{name}.commands"
+    measured.unlink(missing_ok=True)
     start = time.monotonic()
     with log.open("w") as out:
         # From the source tree: `_C`, built for this Python, is there; the rest is Python.
         done = subprocess.run(
-            [python, "-m", "pytest", "-q", "-W", "ignore", what, "-p", "no:cacheprovider"],
+            [python, "-m", "pytest", "-q", "-W", "ignore", *what, "-p", "no:cacheprovider"],
             cwd=ROOT,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -102,6 +134,8 @@ def test(name: str) -> dict[str, str]:
                 "PATH": f"{python.parent}:/usr/bin:/bin",
                 "HF_HUB_OFFLINE": "1",
                 "HOME": str(VENVS),
+                "CLIENTS": CLIENTS.get(name, ""),
+                "CLIENT_RECORD": str(measured),
             },
         )
     lines = log.read_text().strip().splitlines()
@@ -123,17 +157,24 @@ def test(name: str) -> dict[str, str]:
 
 def record(rows: list[dict[str, str]]) -> None:
     """Rows by name over those recorded earlier."""
-    known: dict[str, str] = {}
+    tests: dict[str, str] = {}
+    commands: dict[str, list[str]] = {}
     if RECORD.exists():
         for line in RECORD.read_text().splitlines():
             if line.startswith("| `"):
-                known[line.split("`")[1]] = line
+                tests[line.split("`")[1]] = line
+            elif line.startswith("| ") and " `" in line:
+                commands.setdefault(line.split("`")[1], []).append(line)
     day = time.strftime("%Y-%m-%d")
     for r in rows:
-        known[r["name"]] = (
+        tests[r["name"]] = (
             f"| `{r['name']}` | {r['versions']} | {r['passed']} | {r['failed']} | {r['skipped']} | "
             f"{day} |"
         )
+        measured = VENVS / f"{r['name']}.commands"
+        if measured.exists():
+            found = [json.loads(line) for line in measured.read_text().splitlines()]
+            commands[r["name"]] = [_command_row(r["name"], row, day) for row in found]
     head = [
         "# Integrations: what was tested",
         "",
@@ -142,8 +183,34 @@ def record(rows: list[dict[str, str]]) -> None:
         "| environment | versions | passed | failed | skipped | on |",
         "|---|---|---|---|---|---|",
     ]
-    lines = [known[name] for name in MATRIX if name in known]
-    RECORD.write_text("\n".join([*head, *lines]) + "\n")
+    lines = [*head, *(tests[name] for name in MATRIX if name in tests)]
+    if commands:
+        lines += [
+            "",
+            "## Training commands",
+            "",
+            "Each client's own command, as it is and below `dpo-kernels run`: a Llama of two "
+            "layers with 32,000 tokens, 60 pairs, one thread of a CPU, both in one run. The loss's "
+            "difference is the largest of all steps; a bf16 run is held to twice the distance of "
+            "the plain bf16 run from the plain fp32 one. Memory is the peak of training over what "
+            "the process held before it; the ratios are plain to fused. On a shared machine time "
+            "says little.",
+            "",
+            "| command | environment | steps | fused calls | trunk | difference of the loss | "
+            "memory | time | on |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(line for name in MATRIX for line in commands.get(name, [])),
+        ]
+    RECORD.write_text("\n".join(lines) + "\n")
+
+
+def _command_row(name: str, row: dict, day: str) -> str:
+    plain, fused = row["megabytes"]
+    return (
+        f"| {row['case']} | `{name}` | {row['steps']} | {row['calls']} | {row['trunk']} | "
+        f"{row['difference']:.1e} | {plain:.0f} to {fused:.0f} MiB, {row['memory']:.1f}x | "
+        f"{row['time']:.1f}x | {day} |"
+    )
 
 
 def main() -> None:

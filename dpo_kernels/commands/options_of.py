@@ -128,3 +128,13 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given: of the configuration file, under those of the command line."""
     ours = ("run", "layer", PRINT_CONFIG, "dry_run")
     return {**getattr(args, "layer", {}), **{k: v for k, v in vars(args).items() if k not in ours}}
+
+
+def printed(args: argparse.Namespace, config: Any) -> bool:
+    """Print the resolved configuration if --print_config asks for it."""
+    if not hasattr(args, PRINT_CONFIG):
+        return False
+    from ..train.config_files import yaml_text
+
+    print(yaml_text(config, [type(config)]), end="")
+    return True

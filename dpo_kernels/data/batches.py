@@ -5,18 +5,15 @@ without its head) runs over one or more calls; from their hidden states, concate
 `rows` picks the state that predicts each scored token, in sequence order. So whatever the layout,
 the head sees `hidden [N, H]`, `labels [N]` and `cu_seqlens [2B + 1]` (`shift=False`).
 
-Two layouts of a pair, mixed freely in one batch:
+Layouts:
 
-- plain: two rows, prompt ++ chosen and prompt ++ rejected, right-padded to their call. No attention
-  mask is needed: attention is causal, so a real token never sees the padding behind it.
-- shared: one row, prompt ++ chosen ++ rejected, the prompt computed once. A 4-D mask hides the
-  chosen branch from the rejected one, whose positions restart where the prompt ends. The state of
-  the last prompt token predicts the first token of both branches and is gathered twice; autograd
-  adds the two gradients. (Prefix sharing: arXiv 2410.20305, without its duplicated token.)
-
-A mask makes attention pay for every (query, key) entry of the row, hidden or not, where the plain
-causal path pays for half. So sharing wins when the prompt is long beside the completions;
-`Sharing("auto")` takes the cheaper of the two for each pair by counting both.
+- padded: two rows a pair, prompt ++ chosen and prompt ++ rejected, right-padded to their call. No
+  attention mask is needed: attention is causal, so a real token never sees the padding behind it.
+- packed: all sequences one behind the other in one row, each a segment (`data.segments`).
+- shared: packed, and the prompt once: prompt ++ chosen is a segment, the rest of rejected another
+  that sees the prompt. The state of the last prompt token predicts the first token of both
+  completions and is gathered twice; autograd adds the two gradients.
+- auto: the cheapest by counting tokens and attention entries, pair by pair.
 
 Letters: `B` pairs, `R` rows and `S` positions of a trunk call, `N` scored tokens, `L` shared
 length.
@@ -24,49 +21,75 @@ length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..inputs.transfer import to_device
+from .segments import Segment, Segments
 from .sequences import Ids, TokenPair, TokenSequence
 
-# What one more trunk call costs, in tokens: rows are padded into a common call as long as the
+LAYOUTS = ("padded", "packed", "shared", "auto")
+_OLD_NAMES = {"prefix": "shared"}
+# What one more trunk call costs, in tokens: padded rows go into a common call as long as the
 # padding costs less than that. Only a throughput choice; results do not depend on it.
 CPU_CALL_TOKENS = 48
+# `auto` leaves rows padded unless this share of the padded batch's work is saved.
+WORTH = 0.05
+
+
+def layout_name(name: str, argument: str = "layout") -> str:
+    """The layout of that name, older names included; `ValueError` for another."""
+    name = _OLD_NAMES.get(name, name)
+    if name not in LAYOUTS:
+        raise ValueError(f"{argument} must be one of {', '.join(LAYOUTS)}, got {name!r}")
+    return name
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """How pairs are laid out: "padded" (plain rows), "prefix" (always shared) or "auto".
+    """How pairs are laid out: "padded", "packed", "shared" (older: "prefix") or "auto".
 
     `attention_ratio` is the cost of one (query, key) entry of all layers over that of one token of
     all linear maps: 2 H / parameters per layer, roughly. `call_tokens` is `CPU_CALL_TOKENS` or, on
-    a GPU where one large call is best, None.
+    a GPU where one large call is best, None. `may_share`: False where a prompt must not be shared
+    (a router's loss counts every token), so that auto packs.
     """
 
     mode: str = "padded"
     attention_ratio: float = 0.0
     call_tokens: int | None = CPU_CALL_TOKENS
+    may_share: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", layout_name(self.mode))
 
     def shares(self, prefix: int, chosen: int, rejected: int) -> bool:
-        """Whether a pair of sequences of these lengths, the first `prefix` equal, is one row."""
-        if self.mode != "auto":
-            return self.mode == "prefix"
-        S = chosen + rejected - prefix
-        entries = S * S - (chosen * chosen + rejected * rejected) / 2
-        return prefix > self.attention_ratio * entries
+        """Whether a pair of sequences of these lengths, the first `prefix` equal, is shared."""
+        if not prefix or self.mode not in ("shared", "auto"):
+            return False
+        if self.mode == "shared":
+            return True
+        # Attention pays for half of a causal segment's entries, and on a CPU, where the entries
+        # of a segment with a parent go through a mask, for all of those.
+        own = rejected - prefix
+        entries = own * rejected - rejected * rejected / 2
+        return self.may_share and prefix > self.attention_ratio * entries
+
+    def cost(self, tokens: float, entries: float) -> float:
+        """Work of so many tokens and attention entries, in tokens."""
+        return tokens + self.attention_ratio * entries
 
 
 @dataclass(frozen=True)
 class TrunkCall:
-    """One forward of the trunk."""
+    """One forward of the trunk: padded rows, or one packed row and its segments."""
 
-    input_ids: Tensor  # [R, S] int64
-    position_ids: Tensor | None  # [R, S]; None: 0..S-1
-    mask: Tensor | None  # [R, 1, S, S] bool, True where a query sees a key; None: causal
+    input_ids: Tensor  # [R, S] int64; [1, T] with segments
+    position_ids: Tensor | None  # [1, T]; None: 0..S-1
+    segments: Segments | None
     lengths: list[int]  # [R] real tokens of each row
 
 
@@ -83,69 +106,85 @@ class ScoredBatch:
     num_tokens: int  # real tokens of all sequences, prompts counted in each (as TRL counts)
     num_chosen_scored: int  # scored tokens of the first half of the sequences
 
+    @property
+    def trunk_tokens(self) -> int:
+        """Positions that the trunk computes, padding included."""
+        return sum(call.input_ids.numel() for call in self.calls)
+
     def to(self, device: torch.device | str) -> ScoredBatch:
         """The same batch with what the trunk reads on `device`; the labels stay."""
-
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else to_device(x, device)
-
-        calls = [
-            replace(
-                call,
-                input_ids=to_device(call.input_ids, device),
-                position_ids=move(call.position_ids),
-                mask=move(call.mask),
+        calls = []
+        for call in self.calls:
+            if call.segments is not None:
+                call.segments.bounds(device)  # once a batch: no layer waits for it
+            positions = call.position_ids
+            calls.append(
+                replace(
+                    call,
+                    input_ids=to_device(call.input_ids, device),
+                    position_ids=None if positions is None else to_device(positions, device),
+                )
             )
-            for call in self.calls
-        ]
         return replace(self, calls=calls, rows=to_device(self.rows, device))
 
 
 @dataclass
-class _Row:
-    """One row of a call before padding. `branch` is (L, end of chosen) for a shared row."""
+class _Placed:
+    """A sequence in its call: the flat place of its first token, and of the first behind `L`."""
 
-    ids: Ids
-    branch: tuple[int, int] | None
-    start: int = 0  # flat index of its first position, once placed
+    start: int = 0
+    shared: int = 0  # L: its first tokens are another's
+    rest: int = 0
+
+    def predictors(self, sequence: TokenSequence) -> Tensor:
+        """Flat place of the state that predicts each scored token: the position before it."""
+        at = torch.tensor(sequence.scored, dtype=torch.int64) - 1
+        return torch.where(at < self.shared, self.start + at, self.rest + at - self.shared)
 
 
 def make_batch(pairs: Sequence[TokenPair], sharing: Sharing, pad_id: int) -> ScoredBatch:
     """The batch of these pairs: sequences [chosen; rejected]."""
     if not pairs:
         raise ValueError("a batch needs at least one pair, got none")
-    rows: list[_Row] = []
-    first: list[tuple[_Row, TokenSequence]] = []
-    second: list[tuple[_Row, TokenSequence]] = []
-    for pair in pairs:
-        chosen, rejected = pair.sequences
-        L = _shared_length(chosen.ids, rejected.ids)
-        if sharing.shares(L, len(chosen.ids), len(rejected.ids)):
-            row = _Row(chosen.ids + rejected.ids[L:], (L, len(chosen.ids)))
-            rows.append(row)
-            first.append((row, chosen))
-            second.append((row, rejected))
-        else:
-            alone = _Row(chosen.ids, None), _Row(rejected.ids, None)
-            rows.extend(alone)
-            first.append((alone[0], chosen))
-            second.append((alone[1], rejected))
-    calls = _calls(rows, sharing.call_tokens, pad_id)
-    indices = [_predictors(row, seq, False) for row, seq in first]
-    indices += [_predictors(row, seq, True) for row, seq in second]
-    return _assemble(
-        calls, indices, [s for _, s in first + second], [p.source for p in pairs], len(pairs)
-    )
+    twos = [pair.sequences for pair in pairs]
+    shared = []
+    for chosen, rejected in twos:
+        L = shared_length(chosen.ids, rejected.ids)
+        shared.append(L if sharing.shares(L, len(chosen.ids), len(rejected.ids)) else 0)
+    flat = [s.ids for two in twos for s in two]
+    if _pads(sharing, flat, shared):
+        calls, placed = _padded(flat, sharing.call_tokens, pad_id)
+    else:
+        calls, placed = _packed(flat, shared)
+    order = [*range(0, len(flat), 2), *range(1, len(flat), 2)]  # chosen, then rejected
+    sequences = [twos[i // 2][i % 2] for i in order]
+    indices = [placed[i].predictors(s) for i, s in zip(order, sequences, strict=True)]
+    return _assemble(calls, indices, sequences, [p.source for p in pairs], len(pairs))
 
 
 def make_sequence_batch(
     sequences: Sequence[TokenSequence], sharing: Sharing, pad_id: int
 ) -> ScoredBatch:
     """A batch of single sequences (SFT); nothing is shared."""
-    rows = [_Row(s.ids, None) for s in sequences]
-    calls = _calls(rows, sharing.call_tokens, pad_id)
-    indices = [_predictors(row, seq, False) for row, seq in zip(rows, sequences, strict=True)]
+    flat = [s.ids for s in sequences]
+    if _pads(sharing, flat, []):
+        calls, placed = _padded(flat, sharing.call_tokens, pad_id)
+    else:
+        calls, placed = _packed(flat, [])
+    indices = [p.predictors(s) for p, s in zip(placed, sequences, strict=True)]
     return _assemble(calls, indices, list(sequences), [s.source for s in sequences], len(sequences))
+
+
+def _pads(sharing: Sharing, flat: list[Ids], shared: list[int]) -> bool:
+    """Whether these sequences, pair by pair, are to be padded rows."""
+    if sharing.mode != "auto":
+        return sharing.mode == "padded"
+    groups = _groups([len(ids) for ids in flat], sharing.call_tokens)
+    sizes = [(len(g), len(flat[g[0]])) for g in groups]
+    padded = sum(sharing.cost(R * S, R * S * S / 2) for R, S in sizes)
+    segments = Segments(_parts(flat, shared))
+    packed = sharing.cost(sum(segments.lengths), segments.entries())
+    return packed > (1 - WORTH) * padded
 
 
 def _assemble(
@@ -169,7 +208,7 @@ def _assemble(
     )
 
 
-def _shared_length(a: Ids, b: Ids) -> int:
+def shared_length(a: Ids, b: Ids) -> int:
     """Length of the common start, leaving each sequence at least one token of its own."""
     limit = min(len(a), len(b)) - 1
     n = 0
@@ -178,55 +217,86 @@ def _shared_length(a: Ids, b: Ids) -> int:
     return n
 
 
-def _predictors(row: _Row, sequence: TokenSequence, rejected: bool) -> Tensor:
-    """Flat index of the state that predicts each scored token: that of the position before it."""
-    positions = torch.tensor(sequence.scored, dtype=torch.int64) - 1
-    if rejected and row.branch is not None:
-        L, end = row.branch
-        positions = torch.where(positions < L, positions, positions + (end - L))
-    return row.start + positions
-
-
-def _calls(rows: list[_Row], call_tokens: int | None, pad_id: int) -> list[TrunkCall]:
-    """Group rows of one kind and similar length into calls, and place each row."""
-    groups: list[list[_Row]] = []
-    for shared in (True, False):
-        kind = [row for row in rows if (row.branch is not None) == shared]
-        for row in sorted(kind, key=lambda r: -len(r.ids)):  # stable: deterministic
-            joins = (
-                groups
-                and (groups[-1][0].branch is not None) == shared
-                and (call_tokens is None or len(groups[-1][0].ids) - len(row.ids) <= call_tokens)
-            )
-            if joins:
-                groups[-1].append(row)
-            else:
-                groups.append([row])
-    calls, start = [], 0
-    for group in groups:
-        S = len(group[0].ids)
-        ids = torch.full((len(group), S), pad_id, dtype=torch.int64)
-        for r, row in enumerate(group):
-            ids[r, : len(row.ids)] = torch.tensor(row.ids)
-            row.start = start + r * S
-        start += len(group) * S
-        lengths = [len(row.ids) for row in group]
-        branches = [row.branch for row in group if row.branch is not None]
-        if branches:
-            calls.append(TrunkCall(ids, *_shared_positions(branches, S), lengths))
+def _groups(lengths: list[int], call_tokens: int | None) -> list[list[int]]:
+    """Sequences of similar length, the longest first: each group is a padded call."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: deterministic
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and (call_tokens is None or longest - lengths[i] <= call_tokens):
+            groups[-1].append(i)
         else:
-            calls.append(TrunkCall(ids, None, None, lengths))
-    return calls
+            groups.append([i])
+    return groups
 
 
-def _shared_positions(branches: list[tuple[int, int]], S: int) -> tuple[Tensor, Tensor]:
-    """position_ids [R, S] and mask [R, 1, S, S] of shared rows."""
-    L = torch.tensor([b[0] for b in branches])[:, None]  # [R, 1]
-    end = torch.tensor([b[1] for b in branches])[:, None]
-    at = torch.arange(S)[None]  # [1, S]
-    in_rejected = at >= end  # [R, S]
-    in_chosen = (at >= L) & ~in_rejected
-    positions = torch.where(in_rejected, at - (end - L), at)
-    causal = torch.ones(S, S, dtype=torch.bool).tril()
-    mask = causal[None] & ~(in_rejected[:, :, None] & in_chosen[:, None, :])
-    return positions, mask[:, None]
+def _padded(
+    flat: list[Ids], call_tokens: int | None, pad_id: int
+) -> tuple[list[TrunkCall], list[_Placed]]:
+    calls, placed, start = [], [_Placed() for _ in flat], 0
+    for group in _groups([len(ids) for ids in flat], call_tokens):
+        S = len(flat[group[0]])
+        ids = torch.full((len(group), S), pad_id, dtype=torch.int64)
+        for r, i in enumerate(group):
+            ids[r, : len(flat[i])] = torch.tensor(flat[i])
+            placed[i].start = placed[i].rest = start + r * S
+        start += len(group) * S
+        calls.append(TrunkCall(ids, None, None, [len(flat[i]) for i in group]))
+    return calls, placed
+
+
+def _parts(flat: list[Ids], shared: list[int]) -> list[Segment]:
+    """A segment for each sequence; the second of a pair sees `shared` tokens of the first."""
+    parts = []
+    for i, ids in enumerate(flat):
+        L = shared[i // 2] if shared and i % 2 else 0
+        parts.append(Segment(len(ids) - L, i - 1 if L else -1, L))
+    return parts
+
+
+def _packed(flat: list[Ids], shared: list[int]) -> tuple[list[TrunkCall], list[_Placed]]:
+    parts = _parts(flat, shared)
+    ids: list[int] = []
+    positions: list[Tensor] = []
+    placed: list[_Placed] = []
+    for i, part in enumerate(parts):
+        start = placed[part.parent].start if part.prefix else len(ids)
+        placed.append(_Placed(start, part.prefix, len(ids)))
+        ids.extend(flat[i][part.prefix :])
+        positions.append(torch.arange(part.prefix, part.prefix + part.length))
+    row = torch.tensor([ids], dtype=torch.int64)
+    return [TrunkCall(row, torch.cat(positions)[None], Segments(parts), [len(ids)])], placed
+
+
+def laid_out_tokens(pair: TokenPair, sharing: Sharing) -> int:
+    """Tokens of a pair in a packed row, what it shares once; those of its rows if padded."""
+    chosen, rejected = (s.ids for s in pair.sequences)
+    if sharing.mode == "padded":
+        return 2 * max(len(chosen), len(rejected))
+    L = shared_length(chosen, rejected)
+    shares = sharing.shares(L, len(chosen), len(rejected))
+    return len(chosen) + len(rejected) - (L if shares else 0)
+
+
+def within_budget(
+    indices: Sequence[int], size: Callable[[int], int], budget: int
+) -> list[list[int]]:
+    """One optimizer step's `indices` in batches of at most `budget` tokens, in their order.
+
+    First fit, the largest first: fewest batches that are nearly full. A function of the list alone,
+    so of (seed, epoch), whatever the number of workers. One that is larger than the budget is a
+    batch of its own.
+    """
+    places = sorted(range(len(indices)), key=lambda at: -size(indices[at]))  # stable
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for at in places:
+        need = size(indices[at])
+        for b, left in enumerate(room):
+            if need <= left:
+                bins[b].append(at)
+                room[b] -= need
+                break
+        else:
+            bins.append([at])
+            room.append(budget - need)
+    return [[indices[at] for at in sorted(group)] for group in sorted(bins, key=min)]

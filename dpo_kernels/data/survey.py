@@ -4,7 +4,7 @@ Lengths and shares are sums and histograms. Equal and nearly equal rows are foun
 at the end: 8 bytes a row for the pair, the prompt and the swapped pair each, 64 for the sketch.
 
 Nearly equal: the sketch is a MinHash of the words' 3-grams in eight bands; two rows of which a band
-agrees are alike in most of their words (with 80 % of 3-grams in common 96 % are found).
+agrees are alike. With 90 % of 3-grams in common 99 % are found, with 40 % one in 200.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from .pairs import PreferencePair, Turn
 from .sequences import TokenPair
 
-BANDS, DEPTH = 8, 5
+BANDS, DEPTH = 8, 8
 _PRIME = (1 << 61) - 1
 _DRAW = np.random.default_rng(7)
 _FACTORS = _DRAW.integers(1, 1 << 31, (BANDS * DEPTH, 1), dtype=np.uint64)

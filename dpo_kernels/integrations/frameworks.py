@@ -8,9 +8,12 @@ from typing import Any
 
 from ..models.versions import number
 
-# Ranges [first, last) of releases; `make test-integrations` runs both ends of each.
+# Ranges [first, last) of releases; `make test-integrations` runs both ends of each, but for those
+# ahead: of TRL and its clients it is the shape of the trainer that decides (`shapes`).
 TESTED = {
-    "trl": (("0.18", "0.25"), ("1.0", "1.17")),
+    "trl": (("0.18", "0.30"), ("1.0", "2")),
+    "llamafactory": (("0.9.4", "0.10"),),
+    "ms-swift": (("4.0", "5"),),
     "transformers": (("4.51", "6"),),
     "lightning": (("2.4", "3"),),
     "pytorch-lightning": (("2.4", "3"),),
@@ -19,6 +22,10 @@ TESTED = {
 
 class UnsupportedVersion(ImportError):
     """A framework whose version has not been tested with this package."""
+
+
+class UnsupportedShape(UnsupportedVersion):
+    """A framework whose trainer has not the methods that are known here."""
 
 
 def require(module: str, pip_name: str | None = None) -> Any:
@@ -34,14 +41,19 @@ def require(module: str, pip_name: str | None = None) -> Any:
         ) from error
 
 
+def version_of(package: str) -> str | None:
+    """The installed version; None where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def check_version(package: str, *, allow_untested: bool = False) -> tuple[int, ...]:
     """The installed version; `UnsupportedVersion` outside the tested ranges."""
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        raise ImportError(
-            f"dpo_kernels.integrations needs {package}: pip install {package}"
-        ) from None
+    found = version_of(package)
+    if found is None:
+        raise ImportError(f"dpo_kernels.integrations needs {package}: pip install {package}")
     ranges = TESTED[package]
     inside = any(number(first) <= number(found) < number(last) for first, last in ranges)
     if not inside and not allow_untested:

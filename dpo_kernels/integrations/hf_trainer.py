@@ -28,6 +28,14 @@ def check_head_of(trainer: Any) -> None:
             check_head(policy, trainer.fused.backend)
 
 
+def model_dtype(trainer: Any) -> torch.dtype:
+    """The dtype in which the model computes."""
+    precision = trainer.accelerator.mixed_precision
+    if precision in ("fp16", "bf16"):
+        return torch.bfloat16
+    return base_model_of(trainer.accelerator.unwrap_model(trainer.model)).dtype
+
+
 def loss_state(trainer: Any, options: dict[str, Any]) -> dict[str, Any]:
     """`options` with the state that their loss keeps; an evaluation leaves it as it is."""
     if not fresh_state(options.get("loss_type", "sigmoid")):

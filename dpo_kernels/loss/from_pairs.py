@@ -112,6 +112,17 @@ def loss_of(
         loss = ops.pair_loss(
             u, v, terms, beta=beta_row, offset=_offset(row, p, options), backend=backend
         )
+        if isinstance(options.label_smoothing, Tensor) and row.soft == "mix":
+            e, shift = options.label_smoothing, _offset(row, p, options)
+            mirror = ops.pair_loss(
+                v,
+                u,
+                terms,
+                beta=beta_row,
+                offset=None if shift is None else -shift,
+                backend=backend,
+            )
+            loss = _weighted(1 - e, loss) + _weighted(e, mirror)
         for factor in (keep, p.wpo):
             loss = loss if factor is None else _weighted(factor, loss)
         per_pair = per_pair + (loss if weight == 1.0 else _weighted(weight, loss))
@@ -271,7 +282,7 @@ def length_offset(
     if given is not None:
         given = given.detach().double()
         o = o.but(offset=given if pairs is None else given[pairs])
-    if row.offset is None:
+    if row.offset is None or not row.by_length:
         return o.offset
     assert lengths is not None
     B = lengths.shape[0] // 2

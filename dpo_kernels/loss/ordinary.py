@@ -54,6 +54,8 @@ class Ordinary:
             return None
         if o.use_weighting or o.weights is not None or o.sft_weight != 0:
             return None
+        if isinstance(o.label_smoothing, Tensor):
+            return None
         if any(isinstance(x, Tensor) and x.requires_grad for x in (o.beta, o.offset)):
             return None
         return Ordinary(row, o, [t.phi for t in terms], flatten(terms))

@@ -6,7 +6,9 @@ over this room.
     structure      what wraps a model, its trunk, its eval mode
     lm_head        the head's weight, bias, adapter and scales, whole on this rank
     experts        the load-balancing loss of a mixture of experts
-    shared_prompt  one trunk pass over the prompt that chosen and rejected share
+    layouts        padded batches in, packed segments inside, states back where they were
+    layout_check   the first batch in a layout, beside padded rows
+    segment_attention, segment_kernels   attention by segment under transformers' interface
     references     which losses need a reference, and the reference below an adapter
     head_check, step0   the two checks before the first step
     loading, versions   checkpoints (GGUF, adapters), and what releases of transformers changed

@@ -23,10 +23,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+import dpo_kernels as dk
+
 from ..data import ScoredBatch
 from .experts import router_loss, router_loss_of_calls
+from .layout_check import check_first_batch
+from .layouts import LaidOut, known, lay_out, pairs_of, run_call, trunk_states
 from .lm_head import call_head, check_head_kind, gathered_head, head_parts, head_scaling
-from .shared_prompt import shared_states, trunk_states
 from .structure import base_model_of, text_config, trunk_of
 
 
@@ -58,8 +61,9 @@ class HeadCall:
 
     function: Callable[[Tensor, dict[str, Any]], HeadOutput]
     length: int = 0  # T: prompt tuning puts virtual tokens in front, which are cut off again
-    share_prefix: bool = False
+    layout: str = "padded"
     batch: ScoredBatch | None = None  # in place of input_ids
+    check_layout: bool = True
 
 
 def attach_head(model: nn.Module) -> Any:
@@ -92,7 +96,13 @@ def detach_head(model: nn.Module) -> None:
         base.__class__ = getattr(type(base), _PLAIN_CLASS)
 
 
+def head_calls(model: nn.Module) -> int:
+    """How often the fused head has run below `model` so that a gradient can come back."""
+    return vars(base_model_of(model)).get(_CALLS, 0)
+
+
 _PLAIN_FORWARD, _PLAIN_CLASS = "_dpo_plain_forward", "_dpo_plain_class"
+_CALLS = "_dpo_head_calls"
 _PROBE: Any = object()
 
 
@@ -200,19 +210,50 @@ def _states(
         if layers is None:
             return hidden, None
         return hidden, router_loss_of_calls(model, layers, call.batch.calls)
-    if call.share_prefix:
-        if router:
-            raise ValueError(
-                "share_prefix: a shared prompt is routed once, which changes the auxiliary loss of "
-                "a mixture of experts; set share_prefix=False"
-            )
-        return shared_states(model, trunk, args, kwargs), None
-    states = trunk(*args, **kwargs)
+    if args:
+        kwargs = {"input_ids": args[0], **kwargs}
+    laid = lay_out(model, kwargs, call.layout, router)
+    if laid is not None and call.check_layout and not known(model).checked:
+        _check_layout(model, kwargs["input_ids"], laid, call.layout)
+        laid = lay_out(model, kwargs, call.layout, router)  # None, if it did not hold
     aux = None
+    if laid is not None:
+        extra = {"output_router_logits": True} if router else {}
+        states = run_call(model, trunk, laid.call, **extra)
+        if router:
+            aux = router_loss(model, getattr(states, "router_logits", None), None)
+        return laid.put_back(states.last_hidden_state), aux
+    states = trunk(**kwargs)
     if router:
         mask = kwargs.get("attention_mask")
         aux = router_loss(model, getattr(states, "router_logits", None), mask)
     return states.last_hidden_state[:, -call.length :], aux
+
+
+@torch.compiler.disable
+def _check_layout(model: Any, ids: Tensor, laid: LaidOut, asked: str) -> None:
+    pairs = pairs_of(ids, laid, ids.numel() // 2)
+    check_first_batch(model, pairs, laid.mode, functools.partial(score_states, model), asked)
+
+
+def score_states(model: Any, hidden: Tensor, batch: ScoredBatch) -> Tensor:
+    """[N] log-probs of the batch's scored tokens, through the head of an attached model."""
+
+    def score(hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
+        logps = dk.linear_sequence_logps(
+            hidden,
+            labels=batch.labels,
+            cu_seqlens=batch.cu_seqlens,
+            scored_lengths=batch.scored_lengths,
+            shift=False,
+            reduction="none",
+            **head,
+        )
+        return HeadOutput(logps=logps)
+
+    logps = _end_in_head(model, hidden, score).logps
+    assert logps is not None
+    return logps
 
 
 @torch.compiler.disable
@@ -221,6 +262,8 @@ def _end_in_head(model: Any, hidden: Tensor, function: Callable[..., HeadOutput]
 
     Outside of what torch.compile traces: the ops choose their chunks by numbers.
     """
+    if torch.is_grad_enabled():
+        vars(model)[_CALLS] = vars(model).get(_CALLS, 0) + 1
     head, scaling = model.get_output_embeddings(), head_scaling(model.config)
     rest: dict[str, Any] = {}
     names: list[str] = []

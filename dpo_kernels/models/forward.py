@@ -162,6 +162,16 @@ def _arguments(head: dict[str, Any], fused: FusedOptions) -> dict[str, Any]:
     return {**head, "backend": fused.backend, "memory_budget": fused.memory_budget}
 
 
+def head_call(
+    function: Callable[..., HeadOutput],
+    length: int,
+    fused: FusedOptions,
+    batch: ScoredBatch | None = None,
+) -> HeadCall:
+    """`HeadCall` as the options have it; a batch of ours is laid out already."""
+    return HeadCall(function, length, fused.layout or "auto", batch, fused.check_layout)
+
+
 def run_pairs(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -179,7 +189,7 @@ def run_pairs(
         router_weight = router_loss_weight(base_model_of(model))
     length = 0 if task.batch is not None else task.labels.shape[1]
     function = task.first_loss if first else task.loss
-    call = HeadCall(function, length, task.fused.share_prefix, task.batch)
+    call = head_call(function, length, task.fused, task.batch)
     out = run_head(model, inputs, call, bool(router_weight))
     if out.loss is None:
         raise RuntimeError(f"{type(model).__name__} answered without a loss: a wrapper dropped it")
@@ -211,7 +221,7 @@ def scored_tokens(
 ) -> HeadOutput:
     """`logps` [2B, T - 1] of the scored tokens and the statistics asked for."""
     function = functools.partial(score_tokens, labels=labels, fused=fused, stats=stats)
-    return run_head(model, inputs, HeadCall(function, labels.shape[1], fused.share_prefix))
+    return run_head(model, inputs, head_call(function, labels.shape[1], fused))
 
 
 @torch.no_grad()
@@ -236,7 +246,7 @@ def reference_states(
         kept.append(ReferenceStates(hidden, head))
         return HeadOutput(logps=hidden)
 
-    run_head(model, inputs, HeadCall(keep, labels.shape[1], fused.share_prefix))
+    run_head(model, inputs, head_call(keep, labels.shape[1], fused))
     return kept[0]
 
 

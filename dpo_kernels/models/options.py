@@ -7,6 +7,8 @@ from typing import Any
 
 import dpo_kernels as dk
 
+from ..data.batches import layout_name
+
 # Statistics of the policy's distribution that TRL logs: entropy, logits/*, mean_token_accuracy.
 HEAD_STATS = ("entropy", "mean_logits", "is_top1")
 _LOSS_OPTIONS = {f.name for f in fields(dk.losses.LossOptions)}
@@ -27,7 +29,12 @@ class FusedOptions:
             together.
         reference_cache: a folder that keeps the reference's log-probs by content
             (`models.reference_cache`); None: they are not kept.
-        share_prefix: run the trunk once over the prompt that chosen and rejected share.
+        layout: how the trunk runs over a batch: "padded" (as it comes), "packed" (one row without
+            padding), "shared" (and a prompt that chosen and rejected share once), "auto" (the
+            cheapest that the model can take, by counting).
+        share_prefix: True is another name of layout="shared", False of "padded".
+        check_layout: before a layout is used, up to four pairs of the first batch also run padded
+            and must give the same loss, log-probs and gradient.
         head_stats: entropy, mean logits and token accuracy among the metrics, read from the logits
             that the loss forms anyway.
         memory_budget: bytes for logits, as `fused_linear_dpo_loss`.
@@ -39,7 +46,9 @@ class FusedOptions:
     check_first_step: bool = True
     on_falling_logps: str = "warn"
     reference_cache: str | None = None
-    share_prefix: bool = False
+    share_prefix: bool | None = None
+    layout: str | None = None  # None: auto
+    check_layout: bool = True
     head_stats: bool = True
     memory_budget: int | None = None
     backend: str | None = None
@@ -50,6 +59,17 @@ class FusedOptions:
                 "on_falling_logps must be 'warn', 'stop' or 'ignore', got "
                 f"{self.on_falling_logps!r}"
             )
+        layout = self.layout
+        if layout is None:
+            layout = {None: "auto", True: "shared", False: "padded"}[self.share_prefix]
+        layout = layout_name(layout)
+        if self.share_prefix and layout != "shared":
+            raise ValueError(
+                f"share_prefix=True is another name of layout='shared', got layout={layout!r} "
+                "beside it"
+            )
+        object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "share_prefix", layout == "shared")
         unknown = set(self.loss_options) - _LOSS_OPTIONS
         if unknown:
             raise ValueError(

@@ -79,6 +79,8 @@ def trunk_of(model: Any) -> nn.Module:
     trunk = getattr(model, "base_model", model)
     if config is not None and text_config(config) is not config and transformers_before(5):
         trunk = model.model  # vision-language models named their trunk so
+    if trunk is model:  # a prefix that no attribute has (Llama 4's text model)
+        trunk = getattr(model, "model", model)
     if config is None or trunk is model or model.get_output_embeddings() is None:
         raise ValueError(
             f"{type(model).__name__} has no trunk and lm_head; expected a causal language model"

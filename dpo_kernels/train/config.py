@@ -62,6 +62,10 @@ class DPOTrainConfig(
         if resume in ("true", "false", "none"):
             self.resume_from_checkpoint = "true" if resume == "true" else None
         check_fields(self)
+        self.layout = "shared" if self.layout == "prefix" else self.layout
+        budget = self.max_tokens_per_batch
+        if budget is not None and budget < 1:
+            raise UserError(f"max_tokens_per_batch must be at least 1 or null, got {budget}")
         for name in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -171,6 +175,15 @@ class DPOTrainConfig(
             _, losses = dk.losses.resolve(options)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
+        for row, _, _ in losses:
+            by_token = "ld_alpha" if self.ld_alpha is not None else "use_weighting"
+            several = self.gradient_accumulation_steps > 1 or self.max_tokens_per_batch is not None
+            if row.batch_coupled and several and getattr(self, by_token):
+                raise UserError(
+                    f"loss_type {row.name!r} couples the pairs of a step, which several batches "
+                    f"know by their log-probs alone, and {by_token} weighs tokens: use "
+                    "gradient_accumulation_steps=1 without max_tokens_per_batch"
+                )
         self._check_applies([row for row, _, _ in losses])
 
     def _check_applies(self, rows: list[Any]) -> None:
@@ -225,7 +238,7 @@ class DPOTrainConfig(
 
 
 _HINTS = get_type_hints(DPOTrainConfig)
-ALIASES = {"torch_dtype": "dtype", "train_file": "dataset_name"}
+ALIASES = {"torch_dtype": "dtype", "train_file": "dataset_name", "batch_layout": "layout"}
 
 
 def check_fields(config: Any) -> None:

@@ -81,6 +81,10 @@ def streamed_pairs(
     def fits(pair: PreferencePair) -> None:
         if config.uses_offset and pair.offset is None:
             raise BadField("margin", "missing", "a margin in every row (odpo)", "missing field")
+        if pair.label_smoothing is not None:
+            raise BadField(
+                "label_smoothing", "a value of the row", "one for all rows", "not supported"
+            )
 
     pairs = StreamedPairs(rows, rest, reader, maker, fits)
     texts = {}

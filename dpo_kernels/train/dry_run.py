@@ -119,7 +119,7 @@ class _DryRun(Job):
     ) -> dict[str, Any]:
         """The largest step's memory; `UserError` if it is more than there is."""
         say = self.console.say
-        parts = parts_of(longest, pairs, self.config, policy.device, bool(policy.router_weight))
+        parts = parts_of(longest, pairs, self.config, policy)
         part = max(parts, key=lambda p: _tokens(pairs, p))
         taken = step_memory(policy, policy.batch([pairs[i] for i in part]), self.config)
         need = sum(taken.values())
@@ -188,8 +188,7 @@ def _step(policy: Policy, data: PairData, indices: list[int], config: DPOTrainCo
     chosen = chosen_tokens([data.pairs[i] for i in indices])
     total = torch.zeros((), device=policy.device)
     began = time.perf_counter()
-    router = bool(policy.router_weight)
-    for part in parts_of(indices, data.pairs, config, policy.device, router):
+    for part in parts_of(indices, data.pairs, config, policy):
         out, _ = loss(data, part, len(indices), chosen)
         assert out.loss is not None
         out.loss.backward()

@@ -21,7 +21,8 @@ from torch import Tensor
 import dpo_kernels as dk
 
 from ..data import ScoredBatch
-from ..models.shared_prompt import trunk_states
+from ..data.segments import Segments
+from ..models.layouts import trunk_states
 from ..models.structure import base_model_of, text_config, trunk_of
 from ..models.versions import dtype_option
 from .config import DPOTrainConfig, UserError
@@ -102,7 +103,7 @@ def _kept(model: Any, policy: Policy, batch: ScoredBatch) -> int:
         **dtype_option(model.dtype),
         "attn_implementation": model.config._attn_implementation,
     }
-    with FakeTensorMode() as mode, torch.device(policy.device):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.device(policy.device):
         twin = AutoModelForCausalLM.from_config(model.config, **options).train()
         disable_dropout(twin)
         trunk = trunk_of(twin)
@@ -126,7 +127,8 @@ def _moved(batch: ScoredBatch, move: Callable[[Tensor], Tensor]) -> ScoredBatch:
             call,
             input_ids=move(call.input_ids),
             position_ids=None if call.position_ids is None else move(call.position_ids),
-            mask=None if call.mask is None else move(call.mask),
+            # Of their own: what they keep for a device is made of these tensors.
+            segments=None if call.segments is None else Segments(call.segments.parts),
         )
         for call in batch.calls
     ]

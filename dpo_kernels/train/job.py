@@ -444,6 +444,12 @@ class Job:
 
     def _check_row_options(self, file: str, texts: list[PreferencePair]) -> None:
         """The loss takes the columns of numbers that the rows bring."""
+        smoothed = next((t.source for t in texts if t.label_smoothing is not None), None)
+        if smoothed is not None:
+            raise DataError(
+                f"{smoothed}: label_smoothing: a value of each row is not taken by the losses yet; "
+                "take the column out, or set --label_smoothing for all rows"
+            )
         options = self.config.loss_options()
         for column, option in (("weight", "weights"), ("beta", "beta")):
             if any(getattr(t, column) is not None for t in texts):

@@ -19,6 +19,7 @@ from torch import Tensor
 import dpo_kernels as dk
 
 from ..data import ScoredBatch, TokenPair
+from ..data.batches import laid_out_tokens, within_budget
 from ..inputs.transfer import to_device
 from ..models.attached import HeadOutput
 from ..models.falling import FallingWatch
@@ -40,6 +41,7 @@ from .reference import LiveReference, PairData
 from .resume import Keeper, fine_tuned_first
 from .sft import SupervisedRows, evaluate_sft
 from .state import Progress, TrainingState
+from .whole_step import coupled, coupled_gradients
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,10 @@ class PairLoss:
         )
 
     def reference(
-        self, data: PairData, indices: Sequence[int], batch: ScoredBatch
+        self, data: PairData, indices: Sequence[int], batch: ScoredBatch | None
     ) -> Reference | None:
         if isinstance(data.reference, LiveReference) and data.reference.whole:
+            assert batch is not None
             return data.reference.states(batch)
         return data.reference.of(indices, self.policy.device) if data.reference else None
 
@@ -165,7 +168,9 @@ def check_step0(
     """
     loss = PairLoss(policy, config)
     loss.function.eval()
-    with deterministic(policy.model), policy.autocast():
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    # Of the random numbers that the steps draw (beta-DPO's) it takes none.
+    with torch.random.fork_rng(devices), deterministic(policy.model), policy.autocast():
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
     assert out.rewards is not None and out.pair_logps is not None
@@ -203,19 +208,15 @@ CPU_PART_TOKENS = 1024
 
 
 def parts_of(
-    indices: list[int],
-    pairs: Sequence[TokenPair],
-    config: DPOTrainConfig,
-    device: torch.device,
-    whole: bool = False,
+    indices: list[int], pairs: Sequence[TokenPair], config: DPOTrainConfig, policy: Policy
 ) -> list[list[int]]:
     """One batch cut into the parts that run forward and backward on their own.
 
     Losses that couple the pairs of a batch (AOT sorts over it) need it whole, as a router's loss
-    does (`whole`); so does a GPU.
+    does; so does a GPU, and so does who gave a budget of tokens.
     """
-    coupled = any(dk.losses.get(name).batch_coupled for name in config.loss_type)
-    if whole or coupled or device.type != "cpu":
+    budget = config.max_tokens_per_batch is not None
+    if budget or policy.router_weight or coupled(config) or policy.device.type != "cpu":
         return [indices]
     parts: list[list[int]] = []
     tokens = CPU_PART_TOKENS
@@ -248,22 +249,36 @@ def _gradients(
     falling: FallingWatch,
 ) -> tuple[Tensor, Work]:
     """Accumulate the gradients of one optimizer step's pairs; the step's loss, and its work."""
-    micro = config.per_device_train_batch_size
+    beta = config.beta if data.reference else None
     num_chosen = chosen_tokens([data.pairs[i] for i in indices])
-    total, work = torch.zeros((), device=loss.policy.device), Work()
-    for start in range(0, len(indices), micro):
-        batch_indices = indices[start : start + micro]
-        work.padded += _padded([data.pairs[i] for i in batch_indices])
-        router = bool(loss.policy.router_weight)
-        for part in parts_of(batch_indices, data.pairs, config, loss.policy.device, router):
+    batches = batches_of(indices, data.pairs, config, loss.policy)
+    work = Work(
+        padded=sum(
+            _padded([data.pairs[i] for i in group])
+            for group in groups_of(indices, data.pairs, config, loss.policy)
+        )
+    )
+
+    def note(out: HeadOutput, names: list[str]) -> None:
+        meter.add(out, beta)
+        if beta is not None and out.rewards is not None and out.pair_logps is not None:
+            falling.add(out.rewards, out.pair_logps, beta, names)
+
+    total = torch.zeros((), device=loss.policy.device)
+    if coupled(config) and len(batches) > 1:
+        out, work.tokens, work.computed = coupled_gradients(
+            loss, data, indices, batches, num_chosen
+        )
+        note(out, [data.pairs[i].source for i in indices])
+        assert out.loss is not None
+        total = out.loss
+    else:
+        for part in batches:
             out, batch = loss(data, part, len(indices), num_chosen)
             assert out.loss is not None
             out.loss.backward()
             total = total + out.loss.detach()
-            meter.add(out, config.beta if data.reference else None)
-            if data.reference and out.rewards is not None and out.pair_logps is not None:
-                names = batch.sources[: len(part)]
-                falling.add(out.rewards, out.pair_logps, config.beta, names)
+            note(out, batch.sources[: len(part)])
             work.tokens += batch.num_tokens
             work.computed += sum(call.input_ids.numel() for call in batch.calls)
             del out, batch  # the graph's last references: free it before the next forward
@@ -275,6 +290,26 @@ def _gradients(
 def _padded(pairs: Sequence[TokenPair]) -> int:
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
     return 2 * len(pairs) * longest
+
+
+def batches_of(
+    indices: list[int], pairs: Sequence[TokenPair], config: DPOTrainConfig, policy: Policy
+) -> list[list[int]]:
+    """One optimizer step's pairs in the batches that run forward and backward on their own."""
+    groups = groups_of(indices, pairs, config, policy)
+    return [part for group in groups for part in parts_of(group, pairs, config, policy)]
+
+
+def groups_of(
+    indices: list[int], pairs: Sequence[TokenPair], config: DPOTrainConfig, policy: Policy
+) -> list[list[int]]:
+    """One optimizer step's pairs by number, or up to a budget of tokens; the loss is the same."""
+    budget = config.max_tokens_per_batch
+    if budget is not None:
+        sharing = policy.sharing
+        return within_budget(indices, lambda i: laid_out_tokens(pairs[i], sharing), budget)
+    micro = config.per_device_train_batch_size
+    return [indices[start : start + micro] for start in range(0, len(indices), micro)]
 
 
 def train(

@@ -19,13 +19,14 @@ import dpo_kernels as dk
 
 from ..data import ScoredBatch, Sharing, TokenPair, make_batch
 from ..models import loading
-from ..models.attached import HeadCall, attach_head, run_head
+from ..models.attached import HeadCall, attach_head, run_head, score_states
 from ..models.experts import router_loss_weight
 from ..models.forward import score_tokens
 from ..models.head_check import check_head
+from ..models.layout_check import check_first_batch
+from ..models.layouts import choose_sharing, known, trunk_states
 from ..models.lm_head import head_parts, head_scaling
 from ..models.options import FusedOptions
-from ..models.shared_prompt import choose_sharing, trunk_states
 from ..models.structure import base_model_of, deterministic, trunk_of
 from .adapters import quantisation, with_adapter
 from .config import DPOTrainConfig, UserError
@@ -46,6 +47,9 @@ class Policy:
     fused: FusedOptions = field(default_factory=FusedOptions)
     router_weight: float = 0.0  # of a mixture of experts' load-balancing loss
     bf16: bool = False  # compute in bfloat16 by autocast
+    asked: str = "padded"  # the layout as it was asked for
+    check_layout: bool = False  # the first batch in a layout is compared with padded rows
+    say: Callable[[str], None] = print
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +93,37 @@ class Policy:
 
     def batch(self, pairs: list[TokenPair]) -> ScoredBatch:
         """The batch of these pairs; what the trunk reads is on the policy's device."""
-        return make_batch(pairs, self.sharing, self.pad_id).to(self.device)
+        batch = make_batch(pairs, self.sharing, self.pad_id)
+        segments = any(call.segments is not None for call in batch.calls)
+        if segments and self.check_layout:
+            self.check_layout = False
+            self._check_layout(pairs, batch)
+            batch = make_batch(pairs, self.sharing, self.pad_id)
+        return batch.to(self.device)
+
+    def _check_layout(self, pairs: list[TokenPair], batch: ScoredBatch) -> None:
+        """Up to four of the pairs also run padded; under "auto" a layout that differs is left."""
+        base = base_model_of(self.model)
+        some = [pairs[0]]
+        for pair in pairs[1:4]:
+            if _padded_tokens([*some, pair]) > _padded_tokens(pairs) // 2:
+                break
+            some.append(pair)
+        shared = batch.trunk_tokens < batch.num_tokens
+        mode = "shared" if shared else "packed"
+        with _what_the_user_gave(), self.autocast():
+            check_first_batch(base, some, mode, functools.partial(score_states, base), self.asked)
+        state = known(base)
+        if state.unusable:
+            self.sharing = replace(self.sharing, mode="padded")
+            self.say(f"layout: padded rows, because {state.unusable}")
+        else:
+            self.say(state.report)
+
+
+def _padded_tokens(pairs: list[TokenPair]) -> int:
+    """Positions of the pairs in one call of padded rows."""
+    return 2 * len(pairs) * max(len(s.ids) for p in pairs for s in p.sequences)
 
 
 @contextmanager
@@ -217,7 +251,13 @@ def prepare_policy(
             bf16=config.bf16,
         )
         with policy.autocast():
-            policy.sharing = choose_sharing(base, config.batch_layout, say)
+            policy.sharing = choose_sharing(base, config.layout, say)
+        policy.asked, policy.check_layout, policy.say = config.layout, config.check_layout, say
+        if policy.router_weight and config.max_tokens_per_batch is not None:
+            raise UserError(
+                "max_tokens_per_batch: the load-balancing loss of a mixture of experts depends on "
+                "which pairs are in a batch; set the model's router_aux_loss_coef to 0"
+            )
     return policy
 
 

@@ -281,12 +281,18 @@ class SupervisedOptions:
 class SpeedOptions:
     """speed"""
 
-    batch_layout: str = option(
+    layout: str = option(
         "auto",
-        "prefix: the prompt of a pair is computed once; padded: twice; auto: "
-        "whichever is cheaper, pair by pair",
-        ("auto", "prefix", "padded"),
+        "padded: rows of one length; packed: one row without padding; shared: and the prompt of "
+        "a pair once (also called prefix); auto: the cheapest that the model can take",
+        ("auto", "padded", "packed", "shared", "prefix"),
     )
+    max_tokens_per_batch: int | None = option(
+        None,
+        "tokens of one forward and backward: the pairs of an optimizer step are put together up "
+        "to so many, in place of per_device_train_batch_size; None: by number of pairs",
+    )
+    check_layout: bool = option(True, "compare a layout with padded rows on the first batch")
     backend: str | None = option(None, "cuda, triton, cpu, torch; None: by device")
     gradient_checkpointing: bool = option(
         False,
@@ -347,10 +353,10 @@ class ScoreOptions:
     )
     max_tokens_per_batch: int = option(8192, "tokens of one forward, padding included")
     strict: bool = option(False, "refuse the first bad row instead of leaving it out")
-    batch_layout: str = option(
+    layout: str = option(
         "auto",
-        "of pairs, prefix: the prompt is computed once; padded: twice; auto: whichever is cheaper",
-        ("auto", "prefix", "padded"),
+        "of pairs: padded, packed, shared (the prompt once; also called prefix), auto",
+        ("auto", "padded", "packed", "shared", "prefix"),
     )
     backend: str | None = option(None, "cuda, triton, cpu, torch; None: by device")
 

@@ -58,7 +58,7 @@ _REFUSED: dict[str, str] = {
     "eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
     "label_names generate_during_eval",
     "order and sampling follow seed alone": "data_seed full_determinism",
-    "the layout is batch_layout": "padding_free pad_to_multiple_of use_logits_to_keep",
+    "the layout is the option layout": "padding_free pad_to_multiple_of use_logits_to_keep",
     _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size ref_adapter_name "
     "model_adapter_name",
     "dropout is always off: policy and reference are one function": "disable_dropout",

@@ -23,6 +23,7 @@ from dpo_kernels.data import (
     tokenize_conversations,
     tokenize_pairs,
 )
+from dpo_kernels.data.segments import Segments
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
@@ -241,7 +242,20 @@ def random_pairs(n: int, seed: int = 0, vocab: int = 90) -> list[TokenPair]:
     return pairs
 
 
-@pytest.mark.parametrize("mode", ["padded", "prefix", "auto"])
+def visible_in(segments: Segments) -> torch.Tensor:
+    """[T, T] True where a query of the packed row sees a key."""
+    bounds = segments.bounds("cpu")
+    T = int(bounds.cu_q[-1])
+    keys = torch.arange(T) if bounds.keys is None else bounds.keys
+    mask = torch.zeros(T, T, dtype=torch.bool)
+    for i, part in enumerate(segments.parts):
+        places = keys[bounds.cu_k[i] : bounds.cu_k[i + 1]]
+        for q in range(part.length):
+            mask[int(bounds.cu_q[i]) + q, places[: part.prefix + q + 1]] = True
+    return mask
+
+
+@pytest.mark.parametrize("mode", ["padded", "packed", "prefix", "auto"])
 @pytest.mark.parametrize("call_tokens", [None, 0, 4])
 def test_batch_rows_and_labels(mode: str, call_tokens: int | None) -> None:
     """Every scored label, in order, with the state that predicts it: that of its prefix."""
@@ -256,10 +270,10 @@ def test_batch_rows_and_labels(mode: str, call_tokens: int | None) -> None:
     seen: list[tuple[int, ...]] = []
     for call in batch.calls:
         R, S = call.input_ids.shape
-        mask = call.mask[:, 0] if call.mask is not None else torch.ones(S, S).tril().expand(R, S, S)
+        mask = visible_in(call.segments) if call.segments else torch.ones(S, S).tril()
         for r in range(R):
             for t in range(S):
-                visible = mask[r, t].bool()
+                visible = mask[t].bool()
                 seen.append(tuple(call.input_ids[r][visible].tolist()))
                 if call.position_ids is not None:
                     at = call.position_ids[r][visible].tolist()
@@ -274,8 +288,10 @@ def test_prefix_layout_runs_each_token_once() -> None:
     assert [c.input_ids.shape for c in shared.calls] == [(1, 25)]
     auto = make_batch([pair], Sharing("auto", attention_ratio=1e-3), 0)
     assert [c.input_ids.shape for c in auto.calls] == [(1, 25)]
-    dear = make_batch([pair], Sharing("auto", attention_ratio=1.0), 0)
-    assert all(c.mask is None for c in dear.calls)
+    # A rejected completion that is long beside its prompt: its entries cost more than the prompt.
+    long = TokenPair((5,), (6,) * 30, (7,) * 30, "f")
+    dear = make_batch([long], Sharing("auto", attention_ratio=1.0), 0)
+    assert sum(c.input_ids.numel() for c in dear.calls) == 62
 
 
 def test_empty_prompt_and_empty_batch() -> None:

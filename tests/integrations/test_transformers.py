@@ -201,13 +201,18 @@ def test_plain_loop_and_prefix_sharing():
     assert losses[0][-1] != pytest.approx(losses[0][0], abs=1e-3)
 
 
-def test_prefix_sharing_refuses_left_padding_and_images():
+def test_prefix_sharing_takes_left_padding_and_refuses_images():
     model = tiny.model()
     plain.attach(model)
     batch = batches(1)[0]
-    left = {**batch, "attention_mask": batch["attention_mask"].flip(1)}
-    with pytest.raises(ValueError, match="padded on the right"):
-        plain.reference_logps(model, left, fused={"share_prefix": True})
+    mask = batch["attention_mask"].flip(1)
+    labels = batch["input_ids"].masked_fill(mask == 0, -100)
+    left = {**batch, "attention_mask": mask, "labels": labels}
+    one, two = (
+        plain.reference_logps(model, left, fused={"share_prefix": share}) for share in (False, True)
+    )
+    keep = mask[:, 1:].bool() & mask[:, :-1].bool()  # a row's first token is scored from padding
+    torch.testing.assert_close(one[keep], two[keep], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="pixel_values"):
         plain.reference_logps(
             model, {**batch, "pixel_values": torch.zeros(1)}, fused={"share_prefix": True}

@@ -15,10 +15,9 @@ pytest.importorskip("trl", reason="pip install trl")
 
 from datasets import Dataset
 
-from dpo_kernels.integrations import trl_online
-from dpo_kernels.integrations.trl import patch_trl, unpatch_trl
+from dpo_kernels.integrations.trl import FusedOptions, online, patch_trl, unpatch_trl
 
-Online = trl_online.trainer_class()
+Online = online.trainer_class()
 if Online is None:
     pytest.skip("this TRL's OnlineDPOTrainer needs more than trl", allow_module_level=True)
 ORIGINAL = Online._forward
@@ -35,7 +34,10 @@ def unpatched():
 def test_forward_is_trls(max_length):
     model = tiny.model(dtype=torch.float64)
     accelerator = SimpleNamespace(unwrap_model=lambda m: m, autocast=nullcontext)
-    stub = SimpleNamespace(max_length=max_length, accelerator=accelerator)
+    fused = FusedOptions()
+    stub = SimpleNamespace(
+        max_length=max_length, accelerator=accelerator, fused=fused, _dpo_announced=True
+    )
     torch.manual_seed(0)
     prompt, completion = torch.randint(2, 64, (4, 5)), torch.randint(2, 64, (4, 3))
     prompt_mask, completion_mask = torch.ones_like(prompt), torch.ones_like(completion)
@@ -43,12 +45,10 @@ def test_forward_is_trls(max_length):
     completion_mask[1, 2:] = 0
     given = (prompt, prompt_mask, completion, completion_mask)
     theirs = ORIGINAL(stub, copy.deepcopy(model), *given)
-    patch_trl()
-    ours = Online._forward(stub, model, *given)
+    ours = online.overrides()["_forward"](ORIGINAL)(stub, model, *given)
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() < 1e-12
     theirs_model = copy.deepcopy(model)
-    unpatch_trl()
     weight = torch.randn_like(theirs)
     (ORIGINAL(stub, theirs_model, *given) * weight).sum().backward()
     (ours * weight).sum().backward()
@@ -90,10 +90,12 @@ def train():
     return [row for row in made.state.log_history if "loss" in row]
 
 
-def test_a_run_is_trls():
+def test_a_run_is_trls(caplog):
     theirs = train()
     patch_trl()
     ours = train()
+    (line,) = [r.message for r in caplog.records if r.name == "dpo_kernels.trl"]
+    assert "OnlineDPOTrainer of trl" in line and "runs the fused head" in line
     for a, b in zip(theirs, ours, strict=True):
         for name in a.keys() - {"step_time"}:
             assert b[name] == pytest.approx(a[name], abs=2e-4, rel=1e-4), name

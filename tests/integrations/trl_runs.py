@@ -14,7 +14,8 @@ from datasets import Dataset
 from dpo_kernels.integrations import frameworks
 
 VERSION = frameworks.check_version("trl", allow_untested=True)
-V1 = VERSION >= (1,)
+# The shape of TRL 0.29 and 1.x.
+V1 = hasattr(frameworks.require("trl.trainer.dpo_trainer").DPOTrainer, "_compute_loss")
 
 
 @dataclass

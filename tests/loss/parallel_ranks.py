@@ -479,6 +479,34 @@ def other_forms_of_a_batch():
 
 
 @check
+def losses_that_are_not_of_pairs():
+    """Of single completions, and of ranked ones."""
+    s = shards()
+    torch.manual_seed(13)
+    labels, desirable = labels_of(), torch.arange(2 * B) % 3 == 0
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        hidden, weight, bias, ref_hidden, ref_weight = tensors(dtype)
+        for name, options in (
+            ("kto", {"desirable": desirable, "z": 0.1}),
+            ("apo_zero_unpaired", {"desirable": desirable}),
+            ("plackett_luce", {"num_completions": 4}),
+        ):
+            pairs = name == "plackett_luce"
+            loss = dk.fused_linear_dpo_loss if pairs else dk.fused_linear_unpaired_loss
+            found = []
+            for own, group in ((lambda a: a, None), (lambda a: rows(s, a), s)):
+                x, w = leaf(hidden), leaf(own(weight))
+                head = {"bias": own(bias), "ref_hidden": ref_hidden, "ref_weight": own(ref_weight)}
+                out = loss(x, w, labels, loss_type=name, vocab_group=group, **head, **options)
+                out.loss.backward()
+                found.append((out.loss.detach(), x.grad, w.grad))
+            (a, dx, dw), (b, ex, ew) = found
+            near(name, b, a, tolerance)
+            near("hidden", ex, dx, tolerance)
+            near("weight", ew, rows(s, dw), tolerance, dw.abs().max())
+
+
+@check
 def a_second_backward_says_what_it_cannot():
     s = shards()
     hidden, weight, *_ = tensors(torch.float64)

@@ -83,7 +83,7 @@ def test_values(model: str, tmp_path: Path, capsys: Capture) -> None:  # noqa: F
         truth(model, plain, rows[2]["token_ids"]), abs=2e-5
     )
     small = tmp_path / "small.jsonl"
-    more = ("--max_tokens_per_batch", "1", "--batch_layout", "padded")
+    more = ("--max_tokens_per_batch", "1", "--layout", "padded")
     assert run(*args, "--output_file", small, *more) == 0
     for a, b in zip(rows, rows_of(small), strict=True):
         assert a.keys() == b.keys()

@@ -18,7 +18,7 @@ from dpo_kernels.data import PreferencePair, Sharing, TokenSequence, make_batch,
 from dpo_kernels.data.pairs import LeftOut
 from dpo_kernels.models.attached import HeadOutput
 from dpo_kernels.models.loading import without_quantization
-from dpo_kernels.models.versions import dtype_option
+from dpo_kernels.models.versions import dtype_option, transformers_before
 from dpo_kernels.train.compare import plain_logps, step_times
 from dpo_kernels.train.config import DPOTrainConfig, UserError, load_config, read_config_file
 from dpo_kernels.train.console import Console
@@ -85,7 +85,7 @@ def tiny_policy(model: Any = None, say: Any = print, **options: Any) -> Policy:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("mode", ["prefix", "auto", "padded"])
+@pytest.mark.parametrize("mode", ["packed", "prefix", "auto", "padded"])
 def test_layouts_agree_with_the_models_own_logits(mode: str, attention: str) -> None:
     """Log-probs and every gradient, in float64, against padded logits + log_softmax + gather."""
     model = tiny_model(dtype=torch.float64, attn_implementation=attention)
@@ -110,11 +110,11 @@ def test_layouts_agree_with_the_models_own_logits(mode: str, attention: str) -> 
         ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}, True),
         ("GPTNeoX", {}, True),
         # logits with extras: soft-capping, divided, multiplied
-        ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 4}, False),
+        ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 4}, True),
         ("Granite", {"logits_scaling": 4.0}, True),
         ("Cohere", {"logit_scale": 0.25}, True),
-        # what one 4-D mask cannot express
-        ("Mistral", {"sliding_window": 4}, False),
+        ("Mistral", {"sliding_window": 4}, True),
+        # a recurrent state
         ("Mamba", {"state_size": 4}, False),
     ],
 )
@@ -125,8 +125,7 @@ def test_architectures(name: str, options: dict[str, Any], shared: bool) -> None
         model = tiny_model(name, dtype=torch.float64, **options)
     except (TypeError, ValueError, AttributeError) as error:
         pytest.skip(f"{name} is not in this transformers: {error}")
-    if name == "GPT2" and "torch_dtype" in dtype_option(None):
-        shared = False  # before transformers 4.56 it takes no 4-D mask in float64
+    shared &= not transformers_before(4, 55)
     policy = tiny_policy(model, said.append, dtype="float64")
     assert (policy.sharing.mode == "auto") == shared == (not said), said
     if not shared:
@@ -148,14 +147,6 @@ def _logp_of(model: Any, sequence: TokenSequence) -> torch.Tensor:
     ids = torch.tensor([sequence.ids])
     logps = model(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
     return logps.gather(-1, ids[0, 1:, None])[sequence.first_scored - 1 :].sum().detach()
-
-
-def test_flash_attention_is_refused_for_shared_prompts() -> None:
-    from dpo_kernels.models.shared_prompt import no_sharing
-
-    config = tiny_model().config
-    config._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2 takes no 4-D mask" in no_sharing(config)
 
 
 def test_unknown_head_extra_is_an_error() -> None:
@@ -483,7 +474,12 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"beta": "high"}, "beta must be float"),
         ({"max_length": 1.5}, "max_length must be int or null"),
         ({"strict": 1}, "strict must be bool"),
-        ({"batch_layout": "packed"}, "batch_layout must be one of"),
+        ({"batch_layout": "rows"}, "layout must be one of"),
+        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch must be at least 1"),
+        (
+            {"loss_type": "aot", "ld_alpha": 0.5, "gradient_accumulation_steps": 2},
+            "'aot' couples the pairs.*ld_alpha weighs tokens",
+        ),
         ({"loss_type": "sigmoidal"}, "did you mean"),
         ({"loss_type": "exo_pair"}, "label_smoothing"),
         ({"loss_type": "tdpo1", "ld_alpha": 0.5}, "ld_alpha weighs log-probs"),

@@ -7,16 +7,16 @@ import importlib
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.attached import attach_head
-from ..models.forward import scored_tokens
-from ..models.options import FusedOptions
-from ..models.structure import deterministic
+from ...models.attached import attach_head
+from ...models.forward import scored_tokens
+from ...models.structure import deterministic
+from .. import hf_trainer
+from ..announce import announce
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
 
@@ -34,7 +34,17 @@ def trainer_class() -> type | None:
 
 
 def overrides() -> dict[str, Callable[[Any], Any]]:
-    return {"_forward": _forward}
+    return {"__init__": _init, "_forward": _forward}
+
+
+def _init(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.fused = type(self).fused_default
+        self._dpo_announced = False
+        original(self, *args, **kwargs)
+
+    return __init__
 
 
 def _forward(original: Callable) -> Callable:
@@ -60,15 +70,16 @@ def _forward(original: Callable) -> Callable:
         mask = torch.cat([prompt_mask, completion_mask], 1)
         labels = torch.cat([torch.full_like(prompt_ids, -100), completion_ids], 1)
         images = {k: vision_inputs[k] for k in _VISION if vision_inputs and k in vision_inputs}
-        fused = getattr(type(self), "fused_default", FusedOptions())
-        plain = replace(fused, share_prefix=False)  # rows of one completion each
         attach_head(self.accelerator.unwrap_model(model))
         # Without gradient it is the reference's turn.
         mode = nullcontext() if torch.is_grad_enabled() else deterministic(model)
         with self.accelerator.autocast(), mode:
             inputs = {"input_ids": ids, "attention_mask": mask, **images}
-            logps = scored_tokens(model, inputs, labels, plain).logps
+            logps = scored_tokens(model, inputs, labels, self.fused).logps
         assert logps is not None
+        if torch.is_grad_enabled() and not self._dpo_announced:
+            self._dpo_announced = True
+            announce(self, hf_trainer.model_dtype(self), None)
         return logps[:, -completion_ids.shape[1] :]
 
     return forward

@@ -1,4 +1,4 @@
-"""Overrides of TRL 0.18 to 0.24's DPOTrainer: log-probs without logits, and losses it lacks.
+"""Overrides of TRL 0.18 to 0.28's DPOTrainer: log-probs without logits, and losses it lacks.
 
 These versions keep prompt and completion apart and join them in `concatenated_forward`; their
 `dpo_loss` takes sequence log-probs. A loss that TRL has stays TRL's own (its running mean of
@@ -21,16 +21,16 @@ from torch import Tensor
 
 import dpo_kernels as dk
 
-from ..models.attached import HeadOutput, attach_head
-from ..models.forward import scored_tokens
-from ..models.options import FusedOptions
-from ..models.step0 import check_step0
-from ..models.structure import deterministic
-from . import hf_trainer
-from .announce import announce
-from .first_step import check_first_rows, watch_first_step
-from .rows import WithRowColumns, check_row_columns, take_row_options
-from .trl_v1 import OPT_OUT, model_dtype
+from ...models.attached import HeadOutput, attach_head
+from ...models.forward import scored_tokens
+from ...models.options import FusedOptions
+from ...models.step0 import check_step0
+from ...models.structure import deterministic
+from .. import hf_trainer
+from ..announce import announce
+from ..first_step import check_first_rows, watch_first_step
+from ..rows import WithRowColumns, check_row_columns, take_row_options
+from .collated import OPT_OUT
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes")
 # TRL's names. Its losses that all these versions have, and that came with the later ones; that are
@@ -192,7 +192,7 @@ def _get_batch_loss_metrics(original: Callable) -> Callable:
     def get_batch_loss_metrics(
         self: Any, model: Any, batch: dict[str, Any], train_eval: str = "train"
     ) -> Any:
-        first = train_eval == "train" and not getattr(self, "_reference_seen", True)
+        first = train_eval == "train" and not self._reference_seen
         if first and not self.is_vision_model:
             hf_trainer.check_head_of(self)
         if first and self.fused.check_reference and not self.state.global_step:
@@ -205,9 +205,8 @@ def _get_batch_loss_metrics(original: Callable) -> Callable:
         loss, metrics = original(self, model, batch, train_eval)
         self._noiseless = []
         if first and hasattr(self, "_lengths"):
-            announce(self, model_dtype(self), None)
-        if hasattr(self, "_reference_seen"):
-            self._reference_seen |= train_eval == "train"
+            announce(self, hf_trainer.model_dtype(self), None)
+        self._reference_seen |= train_eval == "train"
         if train_eval == "eval" and hasattr(self, "_lengths"):
             pairs = torch.ones(self._lengths.shape[1], device=self.accelerator.device)
             self._evaluated.append(float(self.accelerator.gather_for_metrics(pairs).sum()))
@@ -244,8 +243,7 @@ def _dpo_loss(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def dpo_loss(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if "fused" not in vars(self) or not hasattr(self, "_lengths"):
-            # A subclass that goes past this __init__ and forward (LLaMA-Factory's) has TRL's loss.
+        if not hasattr(self, "_lengths"):  # a subclass that goes past our forward has TRL's loss
             return original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
         logps = [given[k] for k in ("chosen_logps", "rejected_logps")]
@@ -298,6 +296,6 @@ def _check_reference(trainer: Any, logps: list[Tensor], ref: list[Tensor], name:
     if not trainer.model.training:
         return
     policy = torch.stack([x.detach() for x in trainer._noiseless or logps])
-    dtype = policy.dtype if policy.dtype == torch.float64 else model_dtype(trainer)
+    dtype = policy.dtype if policy.dtype == torch.float64 else hf_trainer.model_dtype(trainer)
     rewards = policy - torch.stack(ref)
     check_step0(rewards, policy, {"beta": 1.0}, dtype, OPT_OUT)

@@ -1,6 +1,6 @@
-"""Overrides of TRL 1.x's DPOTrainer: its loss, its reference log-probs, its metrics' reduction.
+"""Overrides of TRL 0.29's and 1.x's DPOTrainer: its loss, reference log-probs, reduced metrics.
 
-TRL 1.x collates [chosen; rejected] into `input_ids`, `attention_mask`, `completion_mask`; what a
+They collate [chosen; rejected] into `input_ids`, `attention_mask`, `completion_mask`; what a
 batch holds besides (images, token types) goes to the model as TRL passes it.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import losses
-from ..models.attached import attach_head
-from ..models.forward import (
+from ... import losses
+from ...models.attached import attach_head
+from ...models.forward import (
     Reference,
     labels_of,
     pair_logps,
@@ -26,16 +26,16 @@ from ..models.forward import (
     reference_states,
     scored_tokens,
 )
-from ..models.options import FusedOptions
-from ..models.references import needs_reference, needs_states, reference_adapter
-from ..models.step0 import check_first_step
-from ..models.structure import base_model_of, deterministic
-from . import hf_trainer
-from .announce import announce
-from .cached_reference import cache_of
-from .first_step import check_first_loss, check_first_rows, watch_first_step
-from .rows import WithRowColumns, check_row_columns, take_row_options
-from .trainer_metrics import (
+from ...models.options import FusedOptions
+from ...models.references import needs_reference, needs_states, reference_adapter
+from ...models.step0 import check_first_step
+from ...models.structure import deterministic
+from .. import hf_trainer
+from ..announce import announce
+from ..cached_reference import cache_of
+from ..first_step import check_first_loss, check_first_rows, watch_first_step
+from ..rows import WithRowColumns, check_row_columns, take_row_options
+from ..trainer_metrics import (
     ONE_BY_ONE,
     PackedMetrics,
     evaluation_metrics,
@@ -126,7 +126,10 @@ def _adapter_on_head(module: Any) -> Iterator[None]:
 @contextmanager
 def _no_reference(module: Any, named: bool) -> Iterator[None]:
     """TRL loads a reference model where none is given; a loss without reference needs none."""
-    load = module.create_model_from_path
+    load = getattr(module, "create_model_from_path", None)
+    if load is None:
+        yield
+        return
     calls = [load] if named else []  # a policy given by name is loaded first
 
     def create(*args: Any, **kwargs: Any) -> Any:
@@ -147,6 +150,15 @@ def _precompute(original: Callable) -> Callable:
         return original(self, dataset, *args, **kwargs)
 
     return _precompute_ref_logps
+
+
+def _rows(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The batch, cut to `max_length` where the trainer and not its collator does that (0.29)."""
+    cut = getattr(trainer, "_truncate_inputs", None)
+    if cut is None:
+        return inputs
+    names = ("input_ids", "attention_mask", "completion_mask")
+    return {**inputs, **dict(zip(names, cut(*(inputs[n] for n in names)), strict=True))}
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +195,7 @@ def _compute_ref_log_probs(original: Callable) -> Callable:
     @functools.wraps(original)
     def compute_ref_log_probs(self: Any, *args: Any) -> tuple[Tensor, Tensor]:
         model = args[0] if len(args) == 2 else None  # since TRL 1.10
-        inputs, _ = take_row_options(args[-1])
+        inputs, _ = take_row_options(_rows(self, args[-1]))
         labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
         with _reference(self, model) as reference:
             logps = pair_logps(
@@ -202,7 +214,8 @@ def _compute_loss(original: Callable) -> Callable:
     @functools.wraps(original)
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         training = self.model.training
-        inputs, row_options = take_row_options(inputs)
+        tokens = inputs["attention_mask"].sum()  # TRL 0.29 counts those that it cuts off too
+        inputs, row_options = take_row_options(_rows(self, inputs))
         labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
         options = {**loss_options(self), **row_options}
         if not training:
@@ -228,9 +241,8 @@ def _compute_loss(original: Callable) -> Callable:
             if first and reference is not None:
                 _check_reference(self, model, model_inputs, out, labels, reference, options)
         if first:
-            announce(self, model_dtype(self), out.strategy)
+            announce(self, hf_trainer.model_dtype(self), out.strategy)
         self._reference_seen |= training
-        tokens = inputs["attention_mask"].sum()
         beta = None if reference is None else options["beta"]
         loss = out.loss
         assert loss is not None
@@ -261,7 +273,7 @@ def _reference_of(trainer: Any, inputs: dict[str, Any], labels: Tensor, states: 
 
     cache = None if states else cache_of(trainer)
     if cache is not None:
-        dtype = model_dtype(trainer)
+        dtype = hf_trainer.model_dtype(trainer)
         return cache.logps(model_inputs, labels, dtype, lambda: _reference(trainer), score)
     with _reference(trainer) as reference:
         if states:
@@ -280,20 +292,12 @@ def _check_reference(
 ) -> None:
     if not trainer.fused.check_reference or trainer.state.global_step:
         return
-    dtype = model_dtype(trainer)
+    dtype = hf_trainer.model_dtype(trainer)
     seen = check_first_step(
         model, model_inputs, labels, out, reference, options, trainer.fused, dtype, OPT_OUT
     )
     # What is logged of the first step is the policy as it was checked: rewards of 0.
     out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
-
-
-def model_dtype(trainer: Any) -> torch.dtype:
-    """The dtype in which the model computes."""
-    precision = trainer.accelerator.mixed_precision
-    if precision in ("fp16", "bf16"):
-        return torch.bfloat16
-    return base_model_of(trainer.accelerator.unwrap_model(trainer.model)).dtype
 
 
 def _evaluation_loop(original: Callable) -> Callable:

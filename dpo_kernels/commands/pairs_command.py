@@ -1,0 +1,42 @@
+"""`dpo-kernels pairs`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .options_of import add_options, given, printed
+
+
+def add(commands: Any) -> None:
+    from ..iterate.command_options import PairsConfig
+
+    pairs = commands.add_parser(
+        "pairs",
+        help="make preference pairs of samples and verdicts",
+        usage="dpo-kernels pairs [CONFIG.yaml] [OPTIONS]",
+        description="Write rows prompt, chosen, rejected, margin, p_chosen: any trainer of "
+        "preference pairs reads them. Exit code 1 if there is none.",
+        epilog="example: dpo-kernels pairs --samples samples.jsonl --verdicts verdicts.jsonl "
+        "--output pairs.jsonl --select all --length_matched 0.2",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add_options(pairs, (PairsConfig,), {})
+    pairs.set_defaults(run=run, command=pairs, trl=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..iterate.command_options import PairsConfig
+    from ..iterate.pair_rules import make_pairs
+    from ..iterate.records import read_samples, read_table, write_table
+    from ..iterate.settings import load_options
+
+    config = load_options(PairsConfig, given(args))
+    if printed(args, config):
+        return 0
+    samples, verdicts = read_samples(config.samples), read_table(config.verdicts)
+    rows, counts = make_pairs(samples, verdicts, config, config.seed)
+    write_table(config.output, rows)
+    print(f"{counts.describe()}; in {config.output}")
+    return 0 if rows else 1

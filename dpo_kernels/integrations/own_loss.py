@@ -1,0 +1,138 @@
+"""Trainers that keep their own loss and get log-probs without logits: LLaMA-Factory's, ms-swift's.
+
+Both have a TRL trainer's bones and a forward, a loss and metrics of their own. What is exchanged is
+the forward, which is where the logits are; every loss option of theirs stays their code.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..models.attached import attach_head
+from ..models.forward import scored_tokens
+from ..models.options import FusedOptions
+from ..models.step0 import check_step0
+from ..models.structure import deterministic
+from . import hf_trainer
+from .announce import announce
+
+
+class RowScores(NamedTuple):
+    """Of rows [chosen; rejected]: what a forward of theirs is made from."""
+
+    logps: Tensor  # [2B, T - 1], 0 where not scored
+    mean_logits: Tensor | None  # [2B, T - 1], likewise
+    scored: Tensor  # [2B, T - 1]
+    aux_loss: Tensor | None
+
+    @property
+    def counts(self) -> Tensor:
+        return self.scored.sum(1)
+
+
+def init(original: Callable, refuse: Callable[[Any], None]) -> Callable:
+    """Their `__init__`, with the head below what accelerate wraps policy and reference in."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.fused = type(self).fused_default
+        self._reference_seen = False
+        given = signature.bind(self, *args, **kwargs).arguments
+        for name in ("model", "ref_model"):
+            if isinstance(given.get(name), nn.Module):
+                attach_head(given[name])
+        original(self, *args, **kwargs)
+        refuse(self)
+
+    return __init__
+
+
+def row_scores(
+    trainer: Any, model: nn.Module, inputs: dict[str, Any], labels: Tensor, reference: bool
+) -> RowScores:
+    """Log-probs of the scored tokens of `model`, in its own precision."""
+    attach_head(trainer.accelerator.unwrap_model(model))
+    stats = () if reference or not trainer.fused.head_stats else ("mean_logits",)
+    out = scored_tokens(model, inputs, labels, trainer.fused, stats)
+    assert out.logps is not None
+    scored = (labels[:, 1:] != -100).to(out.logps.device)
+    return RowScores(out.logps, out.mean_logits, scored, out.aux_loss)
+
+
+def weighted_sums(rows: RowScores, position: Tensor, ld_alpha: float | None) -> Tensor:
+    """[2B] log-probs; with `ld_alpha` what a completion has beyond the shorter one weighs that.
+
+    `position` [2B, T - 1] counts from 0 at a row's first scored token.
+    """
+    if ld_alpha is None:
+        return rows.logps.sum(1)
+    shared = torch.minimum(*rows.counts.chunk(2)).repeat(2)[:, None]
+    return torch.where(position < shared, rows.logps, ld_alpha * rows.logps).sum(1)
+
+
+def first_step(
+    original: Callable,
+    reference_logps: Callable[[Any, Any, dict[str, Any]], tuple[Tensor, Tensor] | None],
+    opt_out: str,
+) -> Callable:
+    """Their `get_batch_loss_metrics`; before the first step both models are looked at."""
+
+    @functools.wraps(original)
+    def get_batch_loss_metrics(
+        self: Any, model: Any, batch: dict[str, Any], train_eval: str = "train", **kwargs: Any
+    ) -> Any:
+        first = train_eval == "train" and not self._reference_seen
+        if first:
+            hf_trainer.check_head_of(self)
+            if self.fused.check_reference and not self.state.global_step:
+                _check_reference(self, model, batch, reference_logps, opt_out)
+        result = original(self, model, batch, train_eval, **kwargs)
+        if first:
+            self._reference_seen = True
+            announce(self, hf_trainer.model_dtype(self), None)
+        return result
+
+    return get_batch_loss_metrics
+
+
+def _check_reference(
+    trainer: Any, model: Any, batch: dict[str, Any], reference_logps: Callable, opt_out: str
+) -> None:
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # its own forward belongs to the step
+    looking: AbstractContextManager = deterministic(model)
+    with torch.no_grad(), looking:
+        theirs = reference_logps(trainer, model, dict(batch))
+        if theirs is None:
+            return
+        ours = trainer.concatenated_forward(model, dict(batch), is_ref_model=True)
+    policy = torch.stack([ours["chosen_logps"], ours["rejected_logps"]])
+    rewards = policy - torch.stack(list(theirs)).to(policy)
+    check_step0(rewards, policy, {"beta": 1.0}, hf_trainer.model_dtype(trainer), opt_out)
+
+
+def refuse(trainer: Any, given: dict[str, bool]) -> None:
+    """`ValueError` with the names of what is on in `given` and not done here."""
+    names = [name for name, on in given.items() if on]
+    if names:
+        raise ValueError(
+            f"the fused head of {type(trainer).__name__} does not take {', '.join(names)}"
+        )
+
+
+def fused_options(fused: FusedOptions) -> FusedOptions:
+    """`FusedOptions` that such a trainer can follow."""
+    if fused.loss_options:
+        raise ValueError(
+            f"loss_options: the loss stays the framework's own here; set its own options instead "
+            f"of {', '.join(fused.loss_options)}"
+        )
+    return fused

@@ -1,0 +1,272 @@
+"""Exchanging methods of other packages' trainers, putting them back, and noticing a bypass.
+
+A method that we put on a class acts for trainers whose `__init__` was ours; for all others (built
+before the patch, or by a subclass that goes past that `__init__`) it is what it was. So a trainer
+is either patched whole or not at all, and one that is not is found: every trainer of a patched
+class is watched, by way of transformers' own `Trainer.__init__`, which no subclass goes past.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import transformers
+
+from ..models.attached import head_calls
+from ..models.options import FusedOptions
+from .announce import say
+
+# name of a method -> maker of its replacement from the original
+Overrides = dict[str, Callable[[Any], Any]]
+ON_BYPASS = ("raise", "warn")
+_ABSENT: Any = object()
+_OURS = "_dpo_kernels"
+
+
+class BypassedError(RuntimeError):
+    """A patched trainer whose first step made no fused call."""
+
+
+class Patched:
+    """A class of another package whose methods can be exchanged and put back."""
+
+    def __init__(
+        self, target: type, overrides: Overrides, *, patch: str, advice: Callable[[type], str]
+    ) -> None:
+        self.target, self.overrides = target, overrides
+        self.patch, self._advice = patch, advice
+        self.on_bypass = "raise"
+        self._originals: dict[str, Any] = {}  # while it is patched
+        self._installed: dict[str, Any] = {}
+
+    @property
+    def active(self) -> bool:
+        return bool(self._installed)
+
+    def subclass(self, fused: FusedOptions, on_bypass: str = "raise", **body: Any) -> type:
+        """A class below the target, which stays as it is, with our methods."""
+        home = Patched(self.target, self.overrides, patch=self.patch, advice=self._advice)
+        home.on_bypass = on_bypass
+        made = {name: home._made(name, self._original(name)) for name in self.overrides}
+        made |= {"fused_default": fused, "_dpo_home": home, **body}
+        return type(self.target.__name__, (self.target,), made)
+
+    def apply(self, fused: FusedOptions, on_bypass: str = "raise") -> None:
+        """Put our methods in; a second time exchanges the options alone."""
+        for name in self.overrides:
+            if vars(self.target).get(name, _ABSENT) is self._installed.get(name):
+                continue
+            self._originals[name] = vars(self.target).get(name, _ABSENT)
+            self._installed[name] = self._made(name, getattr(self.target, name))
+            setattr(self.target, name, self._installed[name])
+        self.target.fused_default = fused  # type: ignore[attr-defined]
+        self.on_bypass = on_bypass
+        watch_trainers_of(self)
+
+    def undo(self) -> None:
+        """Put back what is still ours: who has changed it since keeps the change."""
+        if not self.active:
+            return
+        for name, value in self._installed.items():
+            if vars(self.target).get(name, _ABSENT) is not value:
+                continue
+            if self._originals[name] is _ABSENT:
+                delattr(self.target, name)
+            else:
+                setattr(self.target, name, self._originals[name])
+        if "fused_default" in vars(self.target):
+            del self.target.fused_default  # type: ignore[attr-defined]
+        self._originals, self._installed = {}, {}
+        watch_no_longer(self)
+
+    def overridden(self, kind: type) -> dict[str, str]:
+        """Methods of ours that a trainer of class `kind` does not get: name -> whose it has."""
+        found = {}
+        for name in self.overrides:
+            for base in kind.__mro__:
+                if name in vars(base):
+                    if getattr(vars(base)[name], _OURS, None) is None:
+                        found[name] = base.__name__
+                    break
+        return found
+
+    def advice(self, kind: type) -> str:
+        return self._advice(kind)
+
+    def _original(self, name: str) -> Any:
+        if not self.active:
+            return getattr(self.target, name)
+        original = self._originals[name]
+        if original is not _ABSENT:
+            return original
+        return next(vars(b)[name] for b in self.target.__mro__[1:] if name in vars(b))
+
+    def _made(self, name: str, original: Any) -> Any:
+        replacement = self.overrides[name](original)
+        guarded = "__init__" in self.overrides
+
+        if name == "__init__":
+
+            @functools.wraps(replacement)
+            def method(trainer: Any, *args: Any, **kwargs: Any) -> None:
+                if "_dpo_home" in vars(trainer):  # a patch of its subclass has been here
+                    original(trainer, *args, **kwargs)
+                    return
+                trainer._dpo_home = self
+                replacement(trainer, *args, **kwargs)
+                observe(trainer)
+
+        else:
+
+            @functools.wraps(replacement)
+            def method(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+                mine = not guarded or vars(trainer).get("_dpo_home") is self
+                return (replacement if mine else original)(trainer, *args, **kwargs)
+
+        setattr(method, _OURS, self)
+        return method
+
+
+# --- every trainer of a patched class is watched ---
+
+_active: list[Patched] = []
+_plain_init: Any = None
+
+
+def watch_trainers_of(patched: Patched) -> None:
+    """Let transformers' `Trainer.__init__` end in `observe`, as long as something is patched."""
+    global _plain_init
+    if patched not in _active:
+        _active.append(patched)
+    trainer = transformers.Trainer
+    if getattr(trainer.__init__, _OURS, None) is not None:
+        return
+    plain = trainer.__init__
+
+    @functools.wraps(plain)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        observe(self)
+
+    setattr(__init__, _OURS, plain)
+    trainer.__init__ = __init__  # type: ignore[method-assign]
+    _plain_init = __init__
+
+
+def watch_no_longer(patched: Patched) -> None:
+    global _plain_init
+    if patched in _active:
+        _active.remove(patched)
+    if not _active and _plain_init is not None:
+        if transformers.Trainer.__init__ is _plain_init:
+            transformers.Trainer.__init__ = getattr(_plain_init, _OURS)  # type: ignore[method-assign]
+        _plain_init = None
+
+
+def _home_of(trainer: Any) -> Patched | None:
+    """The patch that this trainer should be under: the nearest among its classes."""
+    own = getattr(trainer, "_dpo_home", None)
+    if own is not None:
+        return own
+    for base in type(trainer).__mro__:
+        for patched in _active:
+            if patched.target is base:
+                return patched
+    return None
+
+
+def observe(trainer: Any) -> None:
+    """Watch a trainer of a patched class, and name the methods of ours that it does not get."""
+    home = _home_of(trainer)
+    if home is None or "_dpo_watched" in vars(trainer):
+        return
+    trainer._dpo_watched = True
+    overridden = home.overridden(type(trainer))
+    if overridden:
+        kind = type(trainer).__name__
+        say(
+            trainer,
+            logging.WARNING if home.on_bypass == "warn" else logging.INFO,
+            f"{kind} has methods of its own where {home.patch} exchanged {home.target.__name__}'s: "
+            f"{_listed(overridden)}. They have to call what they override; the end of the first "
+            "step shows whether the fused head ran",
+        )
+    trainer.callback_handler.add_callback(_callback()(trainer, home, overridden))
+
+
+def _listed(overridden: dict[str, str]) -> str:
+    return ", ".join(f"{base}.{name}" for name, base in overridden.items())
+
+
+class _Watch:
+    """A callback: at the end of a trainer's first step, has the fused head run?"""
+
+    def __init__(self, trainer: Any, home: Patched, overridden: dict[str, str]) -> None:
+        self._trainer = weakref.ref(trainer)  # the trainer has its callbacks: no circle
+        self._home, self._overridden = home, overridden
+        self._before: int | None = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self._trainer()
+        self._before = None if trainer is None else head_calls(trainer.model)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        trainer, before = self._trainer(), self._before
+        self._before = None
+        if trainer is None or before is None or head_calls(trainer.model) > before:
+            return
+        kind, home = type(trainer), self._home
+        why = (
+            f"it has methods of its own where {home.patch} exchanged {home.target.__name__}'s "
+            f"({_listed(self._overridden)})"
+            if self._overridden
+            else "what it calls is not what was exchanged"
+        )
+        text = (
+            f"{kind.__name__} is below a {home.target.__name__} that {home.patch} has patched, but "
+            f"its first step made no fused call: {why}. {home.advice(kind)}"
+        )
+        if home.on_bypass == "raise":
+            raise BypassedError(f"{text} To train without the fused head: on_bypass='warn'")
+        say(trainer, logging.WARNING, text)
+
+    on_substep_end = on_step_end
+
+
+@functools.cache
+def _callback() -> type:
+    """Made when it is needed: importing transformers' callbacks imports PEFT."""
+    return type("DPOKernelsWatch", (_Watch, transformers.TrainerCallback), {})
+
+
+def options_of(
+    fused: FusedOptions | dict[str, Any] | None, on_bypass: str, options: dict[str, Any]
+) -> FusedOptions:
+    """What a `patch_...()` was given, checked."""
+    if on_bypass not in ON_BYPASS:
+        raise ValueError(f"on_bypass must be one of {', '.join(ON_BYPASS)}, got {on_bypass!r}")
+    if fused is not None and options:
+        raise ValueError(f"give fused or its fields, got both fused and {', '.join(options)}")
+    return FusedOptions.of(fused if fused is not None else options, FusedOptions())
+
+
+class Undo:
+    """What a `patch_...()` returns: nothing to do with it, or a context that undoes the patch."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo = undo
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self._undo()
+
+
+def undo_all(targets: Iterable[Patched]) -> None:
+    for target in targets:
+        target.undo()

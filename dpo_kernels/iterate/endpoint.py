@@ -1,0 +1,443 @@
+"""An OpenAI-compatible server that may fail, lie, stall or cost money.
+
+Every request ends in one `Reply`: an answer, or an error that says why there is none. Faults of the
+server (429, 5xx, cut connections, bodies that are no JSON, silence) are tried again, with back-off
+and jitter; a mistake of ours (400) is not. Each request sent is counted once, with what became of
+it: `stats["requests"] = stats["answered"] + stats["faults"]`. Budgets are taken before sending.
+
+The key comes from the environment, goes into the client's header and nowhere else: it is cut out of
+whatever the server sends back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..train.config_files import UserError
+from .records import Journal, digest
+from .settings import EndpointOptions
+
+MAX_BODY = 8 * 2**20  # bytes of a reply
+RETRIED = (408, 409, 425, 429)
+FATAL = (401, 403, 404)  # no other request will fare better
+
+
+@dataclass(frozen=True)
+class Request:
+    """`messages` of a chat, or a plain text to complete; `options` are fields of the body."""
+
+    prompt: str | list[dict[str, str]]
+    options: dict[str, Any]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str | None
+    error: str | None = None
+    finish_reason: str = ""
+    logprobs: list[dict[str, Any]] | None = None  # token, logprob, top_logprobs of each token
+    cached: bool = False
+
+
+class _Fault(Exception):
+    """One attempt that failed; `again`: another may not."""
+
+    def __init__(self, kind: str, message: str, again: bool, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.kind, self.again, self.after = kind, again, after
+
+
+class ReplyCache:
+    """Replies on disk by the hash of everything that was asked."""
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self._journal = Journal(Path(folder) / "replies.jsonl") if folder else None
+        self._found: dict[str, dict[str, Any]] = {}
+        for row in self._journal.rows if self._journal else []:
+            self._found[row["key"]] = row
+
+    def get(self, key: str) -> Reply | None:
+        row = self._found.get(key)
+        if row is None:
+            return None
+        return Reply(row["text"], None, row["finish_reason"], row["logprobs"], cached=True)
+
+    def put(self, key: str, reply: Reply) -> None:
+        row = {
+            "key": key,
+            "text": reply.text,
+            "finish_reason": reply.finish_reason,
+            "logprobs": reply.logprobs,
+        }
+        self._found[key] = row
+        if self._journal:
+            self._journal.add([row])
+
+
+class Endpoint:
+    """Asks many requests at once, within the limits of its options."""
+
+    def __init__(self, options: EndpointOptions, ledger: Path | None = None) -> None:
+        """`ledger`: a file in which what was spent is kept, so that a budget outlives a process."""
+        if not options.base_url or not options.model:
+            raise UserError("base_url and model are needed to ask a server")
+        url = urlsplit(options.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise UserError(f"base_url must be an http(s) address, got {options.base_url!r}")
+        if url.username or url.password or url.query:
+            raise UserError("base_url holds a password or a query; a key comes from api_key_env")
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "a server is asked through the openai client: pip install 'dpo-kernels[judge]'"
+            ) from None
+        self.options = options
+        self._key = os.environ.get(options.api_key_env, "")
+        self.cache = ReplyCache(options.cache_dir)
+        self.stats: Counter[str] = Counter()
+        self.cost = 0.0
+        self._reserved = 0.0
+        self._ledger = Journal(ledger) if ledger else None
+        self._sent_before = 0
+        for row in self._ledger.rows if self._ledger else []:
+            self._sent_before += 1
+            self.cost += row["cost"]
+        self._jitter = random.Random()
+        self._fatal = ""
+
+    # --- the public part ---
+
+    def ask(
+        self,
+        requests: Sequence[Request],
+        done: Callable[[int, Reply], None] | None = None,
+    ) -> list[Reply]:
+        """A reply for each request, in order; `done` hears of each as it comes.
+
+        Raises `UserError` where the server refuses the key or knows no such model.
+        """
+        if not requests:
+            return []
+        replies: list[Reply | None] = [None] * len(requests)
+
+        def keep(i: int, reply: Reply) -> None:
+            replies[i] = reply
+            self.stats["errors" if reply.error else "replies"] += 1
+            if done is not None:
+                done(i, reply)
+
+        self._run(self._ask_all(requests, keep))
+        if self._fatal:
+            raise UserError(self._fatal)
+        return [reply for reply in replies if reply is not None]
+
+    def key_of(self, request: Request) -> str:
+        """The hash of everything that changes the answer."""
+        return digest([self.options.base_url, self._path(request), self._body(request)])
+
+    def describe(self) -> str:
+        """The counts in one line."""
+        s = self.stats
+        kinds = ", ".join(f"{n} {k[6:]}" for k, n in sorted(s.items()) if k.startswith("fault "))
+        return (
+            f"{s['requests']} requests: {s['answered']} answered, {s['faults']} faults"
+            f"{f' ({kinds})' if kinds else ''}; {s['cached']} replies from the cache, "
+            f"{s['errors']} without an answer; {s['tokens_in']} + {s['tokens_out']} tokens"
+            + (f", cost {self.cost:.4f}" if self.cost else "")
+        )
+
+    # --- one request ---
+
+    def _path(self, request: Request) -> str:
+        return "completions" if isinstance(request.prompt, str) else "chat/completions"
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        what = "prompt" if isinstance(request.prompt, str) else "messages"
+        return {
+            "model": self.options.model,
+            what: request.prompt,
+            self.options.max_tokens_field: request.max_tokens,
+            **request.options,
+            **(self.options.extra_body or {}),
+        }
+
+    def _run(self, work: Any) -> None:
+        """Run to the end, also where an event loop runs already (a notebook)."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            asyncio.run(work)
+            return
+        failed: list[BaseException] = []
+
+        def apart() -> None:
+            try:
+                asyncio.run(work)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=apart)
+        thread.start()
+        thread.join()
+        if failed:
+            raise failed[0]
+
+    async def _ask_all(
+        self, requests: Sequence[Request], keep: Callable[[int, Reply], None]
+    ) -> None:
+        import openai
+
+        self._open_at = 0.0  # the loop's time before which nothing is sent
+        self._slot = 0.0
+        todo = iter(enumerate(requests))
+        async with openai.AsyncOpenAI(
+            base_url=self.options.base_url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=self.options.request_timeout,
+        ) as client:
+
+            async def work() -> None:
+                for i, request in todo:  # one iterator: each request goes to one worker
+                    keep(i, await self._reply(client, request))
+
+            workers = [
+                asyncio.ensure_future(work())
+                for _ in range(min(self.options.concurrency, len(requests)))
+            ]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _reply(self, client: Any, request: Request) -> Reply:
+        key = self.key_of(request)
+        known = self.cache.get(key)
+        if known is not None:
+            self.stats["cached"] += 1
+            return known
+        attempt = 0
+        while True:
+            await self._turn()
+            if self._fatal:
+                return Reply(None, "not sent: the server refuses every request")
+            refused, reserve = self._take(request)
+            if refused:
+                self.stats["over_budget"] += 1
+                return Reply(None, refused)
+            cost = reserve
+            try:
+                reply, cost = await self._attempt(client, request, reserve)
+                self.stats["answered"] += 1
+            except _Fault as fault:
+                cost = 0.0 if fault.kind.isdigit() else reserve  # a refusal is not billed
+                self.stats["faults"] += 1
+                self.stats[f"fault {fault.kind}"] += 1
+                attempt += 1
+                if fault.again and attempt <= self.options.retries:
+                    self.stats["retries"] += 1
+                    await self._wait(attempt, fault)
+                    continue
+                tries = f" ({attempt} tries)" if attempt > 1 else ""
+                return Reply(None, self._clean(f"{fault.kind}: {fault}{tries}"))
+            finally:
+                self._settle(reserve, cost)
+            if reply.text is not None:
+                self.cache.put(key, reply)
+            return reply
+
+    async def _turn(self) -> None:
+        """Wait for the rate limit, and for the pause that a 429 asked for."""
+        loop = asyncio.get_running_loop()
+        at = self._open_at
+        if self.options.requests_per_minute:
+            at = self._slot = max(self._slot, self._open_at, loop.time())
+            self._slot += 60 / self.options.requests_per_minute
+        while (left := max(at, self._open_at) - loop.time()) > 0:
+            await asyncio.sleep(left)
+
+    async def _wait(self, attempt: int, fault: _Fault) -> None:
+        most = self.options.max_backoff
+        delay = min(self.options.backoff * 2 ** (attempt - 1), most)
+        delay *= self._jitter.uniform(0.5, 1.5)
+        if fault.after:  # the server says when: for everybody
+            until = asyncio.get_running_loop().time() + min(fault.after, most)
+            self._open_at = max(self._open_at, until)
+        await asyncio.sleep(delay)
+
+    def _take(self, request: Request) -> tuple[str, float]:
+        """(why not, or nothing; the cost set aside): both budgets are kept with requests in flight.
+
+        A text has no more tokens than bytes, save for what a chat template puts around it.
+        """
+        o = self.options
+        if o.max_requests is not None:
+            sent = self._sent_before + self.stats["requests"]
+            if sent >= o.max_requests:
+                return f"budget: max_requests={o.max_requests} is spent", 0.0
+        size = len(json.dumps(request.prompt, ensure_ascii=False).encode("utf-8", "replace")) + 256
+        reserve = (size * o.price_in + request.max_tokens * o.price_out) / 1e6
+        if o.max_cost is not None and self.cost + self._reserved + reserve > o.max_cost:
+            return f"budget: max_cost={o.max_cost:g} is spent", 0.0
+        self._reserved += reserve
+        self.stats["requests"] += 1
+        return "", reserve
+
+    def _settle(self, reserve: float, cost: float) -> None:
+        self._reserved -= reserve
+        self.cost += cost
+        if self._ledger:
+            self._ledger.add([{"cost": cost}])
+
+    async def _attempt(self, client: Any, request: Request, reserve: float) -> tuple[Reply, float]:
+        try:
+            body = await asyncio.wait_for(self._send(client, request), self.options.request_timeout)
+        except _Fault:
+            raise
+        except (asyncio.TimeoutError, TimeoutError):
+            limit = self.options.request_timeout
+            raise _Fault("timeout", f"no answer within {limit:g} s", True) from None
+        except Exception as error:
+            raise self._fault_of(error) from None
+        reply, usage = self._read(body)
+        sent, received = usage or (None, None)
+        self.stats["tokens_in"] += sent or 0
+        self.stats["tokens_out"] += received or 0
+        if usage is None:
+            self.stats["without_usage"] += 1
+            return reply, reserve
+        o = self.options
+        return reply, (usage[0] * o.price_in + usage[1] * o.price_out) / 1e6
+
+    async def _send(self, client: Any, request: Request) -> bytes:
+        """The body of the answer, whatever it holds, up to `MAX_BODY`."""
+        body = self._body(request)
+        call: dict[str, Any] = {"model": body.pop("model")}
+        if "messages" in body:
+            api, call["messages"] = client.chat.completions, body.pop("messages")
+        else:
+            api, call["prompt"] = client.completions, body.pop("prompt")
+        parts, size = [], 0
+        async with api.with_streaming_response.create(**call, extra_body=body) as response:
+            async for part in response.iter_bytes():
+                size += len(part)
+                if size > MAX_BODY:
+                    raise _Fault("malformed", f"a body of more than {MAX_BODY} bytes", False)
+                parts.append(part)
+        return b"".join(parts)
+
+    def _fault_of(self, error: Exception) -> _Fault:
+        import openai
+
+        if isinstance(error, openai.APIStatusError):
+            status = error.status_code
+            said = self._clean(" ".join(str(error).split())[:200])
+            if status in FATAL:
+                hint = f" (is {self.options.api_key_env} set?)" if status != 404 else ""
+                self._fatal = f"{self.options.base_url} refuses: {said}{hint}"
+            again = status in RETRIED or status >= 500
+            return _Fault(str(status), said, again, _seconds(error.response.headers))
+        if isinstance(error, openai.APITimeoutError):
+            return _Fault("timeout", "no answer in time", True)
+        return _Fault("connection", self._clean(f"{type(error).__name__}: {error}")[:200], True)
+
+    def _read(self, body: bytes) -> tuple[Reply, tuple[int, int] | None]:
+        """The reply in a body, and its (tokens in, tokens out) if it has such."""
+        try:
+            content = json.loads(self._clean(body.decode("utf-8")))
+            choice = content["choices"][0]
+            message = choice.get("message")
+            text = message.get("content") if isinstance(message, dict) else choice.get("text")
+            if "message" not in choice and "text" not in choice:
+                raise KeyError("message")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as e:
+            what = f"{type(e).__name__} in a body of {len(body)} bytes"
+            raise _Fault("malformed", f"no completion in the answer ({what})", True) from None
+        reason = choice.get("finish_reason")
+        reason = reason if isinstance(reason, str) else ""
+        usage = _usage(content.get("usage"))
+        if not isinstance(text, str):
+            return Reply(None, f"no text in the reply (finish_reason {reason!r})", reason), usage
+        # Half a surrogate pair has no encoding: no file could hold it.
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        return Reply(text, None, reason, _logprobs(choice.get("logprobs"))), usage
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def _seconds(headers: Any) -> float:
+    """Retry-After, if it is a number of seconds."""
+    try:
+        value = float(headers.get("retry-after", 0))
+    except (TypeError, ValueError):
+        return 0.0
+    return value if 0 < value < math.inf else 0.0
+
+
+def _usage(value: Any) -> tuple[int, int] | None:
+    if not isinstance(value, dict):
+        return None
+    found = (value.get("prompt_tokens"), value.get("completion_tokens"))
+    for n in found:
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**40:
+            return None
+    return found  # type: ignore[return-value]
+
+
+def _logprobs(value: Any) -> list[dict[str, Any]] | None:
+    """The tokens' log-probs if every one of them is what it should be, else None."""
+    if not isinstance(value, dict):
+        return None
+    entries = value.get("content")
+    if isinstance(value.get("token_logprobs"), list) and isinstance(value.get("tokens"), list):
+        pairs = zip(value["tokens"], value["token_logprobs"], strict=False)
+        entries = [{"token": token, "logprob": logprob} for token, logprob in pairs]
+    if not isinstance(entries, list) or not entries:
+        return None
+    result = []
+    for entry in entries:
+        if not _is_logprob(entry):
+            return None
+        top = entry.get("top_logprobs")
+        top = top if isinstance(top, list) else []
+        if not all(_is_logprob(t) for t in top):
+            return None
+        kept = [{"token": _text(t["token"]), "logprob": float(t["logprob"])} for t in top]
+        result.append(
+            {
+                "token": _text(entry["token"]),
+                "logprob": float(entry["logprob"]),
+                "top_logprobs": kept,
+            }
+        )
+    return result
+
+
+def _is_logprob(entry: Any) -> bool:
+    """A token and the log of a probability: a number of at most 0 (rounding aside)."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("token"), str):
+        return False
+    value = entry.get("logprob")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and value <= 1e-3
+
+
+def _text(token: str) -> str:
+    return token.encode("utf-8", "replace").decode("utf-8")

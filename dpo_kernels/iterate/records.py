@@ -1,0 +1,265 @@
+"""The files of an iteration: prompts, samples, verdicts, pairs. JSONL, or Parquet by its ending.
+
+A file is there whole or not at all: it is written beside its name and renamed. A stage that grows
+line by line writes a journal, from which a half-written last line is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.files import read_rows
+from ..data.left_out import BadField, DataError
+from ..train.config_files import UserError
+
+Turn = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    prompt: Turn
+    id: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion of a prompt, and how it was drawn."""
+
+    prompt: Turn
+    completion: str
+    sample: int
+    seed: int
+    temperature: float
+    finish_reason: str
+    logps: list[float] | None = None  # of each sampled token, untempered
+    id: str = ""
+    token_ids: list[int] | None = None  # as drawn, where a model of this process drew them
+
+
+@dataclass(frozen=True)
+class PairItem:
+    """Two completions of one prompt, to be compared."""
+
+    prompt: Turn
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of two completions.
+
+    `p_first`: probability that the first is better, None where there is no verdict (`error`).
+    `score_first`, `score_second`: where the judge scores each alone.
+    """
+
+    p_first: float | None
+    tie: bool
+    error: str | None
+    raw: str
+    order: str = "single"  # "both": asked twice, each first once
+    score_first: float | None = None
+    score_second: float | None = None
+    # Of two orders that disagree: +1 the one shown first both times, -1 the second, 0 neither.
+    position: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.p_first is None) != (self.error is not None):
+            raise ValueError("a verdict has either p_first or an error")
+
+
+def digest(value: Any) -> str:
+    """Hash of any JSON value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Hash of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def prompt_id(prompt: Turn) -> str:
+    return digest(prompt)[:16]
+
+
+def prompt_text(prompt: Turn) -> str:
+    """A prompt as a judge reads it."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def as_completion(prompt: Turn, text: str) -> Turn:
+    """A completion in the form of its prompt."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def completion_text(completion: Turn) -> str:
+    if isinstance(completion, str):
+        return completion
+    return "\n\n".join(str(m.get("content") or "") for m in completion)
+
+
+def read_table(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL (or JSON, also packed) or Parquet file; a broken one is a `DataError`."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        if not path.is_file():
+            raise DataError(f"{path} does not exist")
+        return _parquet().read_table(path).to_pylist()
+    rows = []
+    for where, row in read_rows(path):
+        if isinstance(row, BadField):
+            raise DataError(str(row.at(where)))
+        rows.append(row)
+    return rows
+
+
+def write_table(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write rows (dicts or dataclasses), whole or not at all."""
+    path = Path(path)
+    plain = [row if isinstance(row, dict) else asdict(row) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".writing")
+    if path.suffix == ".parquet":
+        import pyarrow
+
+        _parquet().write_table(pyarrow.Table.from_pylist(plain), part)
+    else:
+        with part.open("w", encoding="utf-8") as file:
+            for row in plain:
+                file.write(json_line(row))
+    with part.open("rb") as written:
+        os.fsync(written.fileno())
+    part.replace(path)
+
+
+def json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("Parquet files need pyarrow: pip install pyarrow, or use .jsonl") from None
+    return pyarrow.parquet
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """The distinct prompts of a file: rows with `prompt` (text or messages) and optional `id`."""
+    found: dict[str, Prompt] = {}
+    for number, row in enumerate(read_table(path), start=1):
+        value: Any = row.get("prompt")
+        if not _is_turn(value):
+            raise DataError(f"{path}: row {number}: prompt: expected a text or a list of messages")
+        key = prompt_id(value)
+        found.setdefault(key, Prompt(value, str(row.get("id") or key)))
+    if not found:
+        raise DataError(f"{path}: no prompt")
+    if len({p.id for p in found.values()}) < len(found):
+        raise DataError(f"{path}: two prompts have the same id")
+    return list(found.values())
+
+
+def _is_turn(value: object) -> bool:
+    if isinstance(value, str):
+        return True
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
+    )
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """Samples of a file; those of one prompt have different numbers."""
+    samples, seen = [], set()
+    for number, row in enumerate(read_table(path), start=1):
+        where = f"{path}: row {number}"
+        if not _is_turn(row.get("prompt")) or not isinstance(row.get("completion"), str):
+            raise DataError(f"{where}: expected prompt and completion (a text)")
+        key = str(row.get("id") or prompt_id(row["prompt"]))
+        n = row.get("sample", number)
+        if not isinstance(n, int) or (key, n) in seen:
+            raise DataError(f"{where}: sample: expected a number that no other has, got {n!r}")
+        seen.add((key, n))
+        samples.append(
+            Sample(
+                row["prompt"],
+                row["completion"],
+                n,
+                int(row.get("seed") or 0),
+                float(row.get("temperature") or 0.0),
+                str(row.get("finish_reason") or ""),
+                row.get("logps"),
+                key,
+                row.get("token_ids"),
+            )
+        )
+    if not samples:
+        raise DataError(f"{path}: no sample")
+    return samples
+
+
+def by_prompt(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """Samples grouped by prompt, in the order of the file."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.id, []).append(sample)
+    return groups
+
+
+class Journal:
+    """A JSONL file that grows a line at a time and survives being cut anywhere.
+
+    Opening it drops a half-written last line. `commit` makes it the finished file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.rows: list[dict[str, Any]] = []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        good = 0
+        if self.path.exists():
+            content = self.path.read_bytes()
+            for line in content.splitlines(keepends=True):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                self.rows.append(row)
+                good += len(line)
+            if good < len(content):
+                with self.path.open("r+b") as file:
+                    file.truncate(good)
+        self._file = self.path.open("ab", buffering=0)
+
+    @classmethod
+    def of(cls, output: Path, what: Any) -> Journal:
+        """The journal beside a file that is being made; one of other settings has another name."""
+        return cls(output.with_name(f"{output.name}.{digest(what)[:12]}.part"))
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append these rows in one write."""
+        if rows:
+            self._file.write("".join(map(json_line, rows)).encode("utf-8"))
+            self.rows.extend(rows)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def drop(self) -> None:
+        self.close()
+        self.path.unlink(missing_ok=True)

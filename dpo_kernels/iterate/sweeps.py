@@ -1,0 +1,125 @@
+"""`sweep`: the same training for several betas, numbers of pairs and SFT weights, and its chart.
+
+A run that has its summary is not made again, so a sweep that was cut goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..train.config_files import UserError
+from ..train.console import Console
+from ..train.job import run_job
+from .records import read_table, write_table
+
+_SHOWN = (
+    ("eval_rewards/accuracies", "reward accuracy"),
+    ("eval_rewards/margins", "reward margin"),
+    ("eval_logps/chosen", "log-prob of the chosen"),
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is swept; an empty list leaves an option to `train`'s own."""
+
+    beta: Sequence[float] = ()
+    sft_weight: Sequence[float] = ()
+    num_pairs: Sequence[int] = ()
+
+    def points(self) -> list[dict[str, Any]]:
+        """Every combination, as options."""
+        axes = {k: list(dict.fromkeys(v)) for k, v in vars(self).items() if v}
+        if not axes:
+            raise UserError("sweep needs --betas, --sft_weights or --pair_counts")
+        if any(n < 2 for n in self.num_pairs):
+            raise UserError(f"pair_counts must be at least 2, got {min(self.num_pairs)}")
+        return [
+            dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
+        ]
+
+
+def run_sweep(
+    grid: Grid, options: Mapping[str, Any], folder: str | Path, console: Console | None = None
+) -> list[dict[str, Any]]:
+    """Train at each point; rows {point, after, before, steps} in `sweep.jsonl`, and a chart."""
+    folder, console = Path(folder), console or Console(quiet=True)
+    rows = []
+    points = grid.points()
+    if grid.num_pairs and not options.get("dataset_name"):
+        raise UserError("pair_counts needs dataset_name, the file of pairs they are drawn from")
+    for i, point in enumerate(points, start=1):
+        name = "_".join(f"{k}-{v:g}" for k, v in point.items())
+        run = folder / name
+        summary = run / "summary.json"
+        if not summary.exists():
+            console.say(f"run {i} of {len(points)}: {name}")
+            settings = {**options, **_settings(point, options, folder)}
+            run_job({**settings, "output_dir": str(run), "overwrite_output_dir": True}, console)
+        found = json.loads(summary.read_text(encoding="utf-8"))
+        rows.append({"point": point, **{k: found.get(k) for k in ("before", "after", "steps")}})
+        write_table(folder / "sweep.jsonl", rows)
+    try:
+        plot_sweep(rows, folder / "sweep.png")
+    except ImportError as error:
+        console.say(f"warning: sweep.png was not drawn: {error}")
+    return rows
+
+
+def _settings(point: dict[str, Any], options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    settings = dict(point)
+    count = settings.pop("num_pairs", None)
+    if count is not None:
+        rows = read_table(str(options["dataset_name"]))
+        if count > len(rows):
+            raise UserError(f"pair_counts: {count} of {len(rows)} pairs")
+        # The smaller sets are parts of the larger ones.
+        order = random.Random(options.get("seed", 42)).sample(range(len(rows)), len(rows))
+        file = folder / f"pairs-{count}.jsonl"
+        write_table(file, [rows[i] for i in sorted(order[:count])])
+        settings["dataset_name"] = str(file)
+    return settings
+
+
+def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as lines of text."""
+    names = list(rows[0]["point"])
+    lines = ["".join(f"{n:>14}" for n in [*names, *(title for _, title in _SHOWN)])]
+    for row in rows:
+        values = [f"{row['point'][n]:g}" for n in names]
+        values += [
+            f"{row['after'][k]:.4f}" if k in (row["after"] or {}) else "-" for k, _ in _SHOWN
+        ]
+        lines.append("".join(f"{v:>14}" for v in values))
+    return "\n".join(lines)
+
+
+def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Held-out numbers over the option with the most values, a line for each of the others."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(rows[0]["point"])
+    along = max(names, key=lambda n: len({r["point"][n] for r in rows}))
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (key, title) in zip(figure.subplots(1, len(_SHOWN)), _SHOWN, strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            rest = ", ".join(f"{n} {row['point'][n]:g}" for n in names if n != along)
+            if key in (row["after"] or {}):
+                lines.setdefault(rest, []).append((row["point"][along], row["after"][key]))
+        for label, line in lines.items():
+            axis.plot(*zip(*sorted(line), strict=True), marker="o", label=label or None)
+        axis.set_title(f"{title}, held out")
+        axis.set_xlabel(along)
+        axis.grid(alpha=0.3)
+        if any(lines):
+            axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

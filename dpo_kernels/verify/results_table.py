@@ -1,0 +1,52 @@
+"""Runs the checks and shows what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .contract import Target
+from .mistakes import CHECKS, Check, Outcome
+
+Results = dict[str, dict[str, Outcome]]  # by target, by check
+
+
+def verify(
+    targets: Sequence[Target],
+    checks: Sequence[Check] = CHECKS,
+    report: Callable[[str], None] = lambda line: None,
+) -> Results:
+    """Every check on every target; `report` gets a line for each as it ends."""
+    found: Results = {}
+    for target in targets:
+        mine = found[target.name] = {}
+        for check in checks:
+            outcome = mine[check.name] = check(target)
+            report(f"{target.name}: {check.name}: {outcome.status}  {outcome.detail}")
+    return found
+
+
+def as_json(targets: Sequence[Target], found: Results) -> dict[str, Any]:
+    return {
+        "versions": {target.name: target.versions for target in targets},
+        "checks": {
+            name: {check: [o.status, o.detail] for check, o in mine.items()}
+            for name, mine in found.items()
+        },
+    }
+
+
+def as_text(found: Results) -> str:
+    """A line a check, a column a trainer; then what failed and why."""
+    names = list(found)
+    checks = list(next(iter(found.values()))) if names else []
+    wide = max(map(len, checks), default=0)
+    rows = ["  ".join([" " * wide, *names])]
+    for check in checks:
+        cells = [found[name][check].status.ljust(len(name)) for name in names]
+        rows.append("  ".join([check.ljust(wide), *cells]).rstrip())
+    for name in names:
+        for check, outcome in found[name].items():
+            if outcome.status != "pass":
+                rows.append(f"{outcome.status}: {name}, {check}: {outcome.detail}")
+    return "\n".join(rows)

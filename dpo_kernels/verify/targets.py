@@ -1,0 +1,278 @@
+"""The trainers that `verify` knows: our loop, TRL as it is and patched, and a user's function.
+
+loop                our own training loop
+trl                 TRL's DPOTrainer as it is installed
+trl-patched         the same under `patch_trl()`
+package.module:name   a function or class of the user's (`docs/verify.md`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contract import Case, NotApplicable, Row, Target, Trained
+from .processes import train_on_two
+
+
+def versions_of(*packages: str) -> str:
+    found = []
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
+
+
+def full(x: Tensor) -> Tensor:
+    """A tensor of its own, gathered where it is sharded."""
+    x = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return x.detach().clone()
+
+
+def load_weights(folder: str | Path) -> dict[str, Tensor]:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {name: full(x) for name, x in model.state_dict().items()}
+
+
+def shard(model: Any, sharding: str) -> Any:
+    """The model cut up by FSDP2 over the processes of the group."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if sharding == "fsdp2, head apart":
+        fully_shard(model.lm_head, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+class Loop:
+    """`dpo-kernels train`."""
+
+    name = "loop"
+
+    def __init__(self) -> None:
+        self.versions = versions_of("dpo-kernels", "torch", "transformers")
+
+    def train(self, case: Case) -> Trained:
+        from ..train.config import UserError
+        from ..train.console import Console
+        from ..train.job import run_job
+
+        if case.processes > 1:
+            raise NotApplicable("the loop runs in one process")
+        folder = Path(case.folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        data = {"dataset_name": case.rows, "eval_file": case.eval_rows or case.rows}
+        options: dict[str, Any] = {
+            "model_name_or_path": case.model,
+            "output_dir": case.folder,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "per_device_eval_batch_size": 1,
+            "sample_max_new_tokens": 0,
+            "logging_steps": 1,
+            **case.options,
+        }
+        if options.pop("disable_dropout", True) is False:
+            raise NotApplicable("the loop trains without dropout")
+        options.pop("precompute_ref_log_probs", None)  # it always does
+        if case.layout != "padded":
+            options["layout"] = case.layout
+        if case.resume_from is not None:
+            options["resume_from_checkpoint"] = case.resume_from
+        for name, rows in data.items():
+            path = folder.parent / f"{folder.name}-{name}.jsonl"
+            path.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows))
+            options[name] = str(path)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                run_job(options, Console())
+        except UserError as error:
+            if "layout" in str(error) or "save_steps" in str(error) or "resume" in str(error):
+                raise NotApplicable(str(error)) from None
+            raise
+        lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+        last: dict[str, float] = {}
+        for line in lines:
+            last |= {k: v for k, v in line.items() if k.startswith("eval_")}
+        found = (folder / "checkpoints").glob("step-*")
+        checkpoints = {int(p.name.removeprefix("step-")): str(p) for p in found}
+        return Trained(load_weights(folder / "model"), last, checkpoints)
+
+    def gradients(self, case: Case, sharding: str) -> dict[str, Tensor]:
+        """Through the seam that the loop and the integrations share."""
+        import torch.distributed as dist
+        import transformers
+
+        from ..integrations import plain
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
+        tokens = transformers.AutoTokenizer.from_pretrained(case.model)
+        from . import plain_trainer
+
+        half = len(case.rows) // 2
+        rows = case.rows[dist.get_rank() * half :][:half]
+        examples: list[Mapping[str, Any]] = []
+        for row in rows:
+            (chosen, n), (rejected, _) = plain_trainer.encode(row, tokens, None)
+            examples.append(
+                {"prompt_ids": chosen[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]}
+            )
+        batch = plain.PreferenceCollator(tokens.pad_token_id)(examples)
+        plain.attach(model)
+        reference = plain.reference_logps(model, batch)
+        out = plain.dpo_step(
+            shard(model, sharding), batch, ref_logps=reference, beta=case.options["beta"]
+        )
+        assert out.loss is not None
+        out.loss.backward()
+        return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Trl:
+    """TRL's DPOTrainer, as it is or under `patch_trl()`."""
+
+    def __init__(self, patched: bool) -> None:
+        self.name = "trl-patched" if patched else "trl"
+        self.patched = patched
+        try:
+            importlib.import_module("trl")
+        except ImportError:
+            raise NotApplicable("pip install trl") from None
+        self.versions = versions_of("trl", "transformers", "accelerate", "torch")
+
+    @contextlib.contextmanager
+    def _active(self, layout: str) -> Iterator[None]:
+        if not self.patched:
+            if layout != "padded":
+                raise NotApplicable("DPOTrainer ignores padding_free")
+            yield
+            return
+        from ..integrations.trl import patch_trl
+
+        with patch_trl(layout=layout):
+            yield
+
+    def train(self, case: Case) -> Trained:
+        return train_on_two(self, case) if case.processes > 1 else self.train_here(case)
+
+    def train_here(self, case: Case) -> Trained:
+        with self._active(case.layout), contextlib.redirect_stdout(io.StringIO()):
+            trainer = self._trainer(case)
+            trainer.train(resume_from_checkpoint=case.resume_from)
+            evaluation = trainer.evaluate() if case.eval_rows else {}
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        found = Path(case.folder).glob("checkpoint-*")
+        checkpoints = {int(p.name.removeprefix("checkpoint-")): str(p) for p in found}
+        weights = {name: full(x) for name, x in model.state_dict().items()}
+        return Trained(weights, evaluation, checkpoints)
+
+    def _trainer(self, case: Case) -> Any:
+        import transformers
+        from trl import DPOConfig, DPOTrainer
+
+        options: dict[str, Any] = {
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "per_device_eval_batch_size": 1,
+            "logging_steps": 1,
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "save_strategy": "steps" if "save_steps" in case.options else "no",
+            "ddp_backend": "gloo" if case.processes > 1 else None,
+            **case.options,
+        }
+        model = transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
+        return DPOTrainer(
+            model=model,
+            args=DPOConfig(case.folder, **options),
+            train_dataset=_dataset(case, "train", case.rows),
+            eval_dataset=_dataset(case, "eval", case.eval_rows) if case.eval_rows else None,
+            processing_class=transformers.AutoTokenizer.from_pretrained(case.model),
+        )
+
+    def gradients(self, case: Case, sharding: str) -> dict[str, Tensor]:
+        """Of the trainer's own loss on a model that FSDP2 has cut up."""
+        import torch.distributed as dist
+
+        half = len(case.rows) // 2
+        rows = case.rows[dist.get_rank() * half :][:half]
+        mine = Case(case.model, rows, case.folder, case.options)
+        with self._active("padded"), contextlib.redirect_stdout(io.StringIO()):
+            trainer = self._trainer(mine)
+            batch = next(iter(trainer.get_train_dataloader()))
+            model = shard(trainer.accelerator.unwrap_model(trainer.model), sharding).train()
+            trainer.compute_loss(model, batch).backward()
+        return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _dataset(case: Case, split: str, rows: tuple[Row, ...]) -> Any:
+    """From a file, as users have it: `datasets` caches what is made of it."""
+    import datasets
+
+    folder = Path(case.model).parent
+    text = "".join(json.dumps(dict(row)) + "\n" for row in rows)
+    file = folder / f"{split}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
+    if not file.exists():  # as it is: a cache goes by the time of its file
+        file.write_text(text)
+    cache = str(folder / "datasets")
+    return datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=cache)
+
+
+class Callable_:
+    """A function `train(case) -> Trained | dict`, or an object with `train` and `gradients`."""
+
+    def __init__(self, place: str) -> None:
+        module, _, name = place.partition(":")
+        sys.path.insert(0, "")
+        made: Any = importlib.import_module(module)
+        for part in name.split("."):
+            made = getattr(made, part)
+        self.made = made() if isinstance(made, type) else made
+        self.name = place
+        self.versions = getattr(self.made, "versions", "")
+
+    def train(self, case: Case) -> Trained:
+        train = getattr(self.made, "train", self.made)
+        got = train(case)
+        return got if isinstance(got, Trained) else Trained(**got)
+
+    def gradients(self, case: Case, sharding: str) -> dict[str, Tensor]:
+        if not hasattr(self.made, "gradients"):
+            raise NotApplicable("it offers no gradients(case, sharding)")
+        return self.made.gradients(case, sharding)
+
+
+NAMES = ("loop", "trl", "trl-patched")
+
+
+def named(name: str) -> Target:
+    """The target of a name, or of `module:function`; `ValueError` for another."""
+    if name == "loop":
+        return Loop()
+    if name in ("trl", "trl-patched"):
+        return Trl(patched=name == "trl-patched")
+    if ":" in name:
+        try:
+            return Callable_(name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"target {name!r}: {error}") from None
+    raise ValueError(f"target must be one of {', '.join(NAMES)} or module:function, got {name!r}")

@@ -1,0 +1,126 @@
+"""What `pairs` writes trains in TRL unchanged, and KTO's numbers are those of TRL's trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_policy import chat, save_tiny
+
+import dpo_kernels as dk
+from dpo_kernels.cli import main
+from dpo_kernels.iterate.records import write_table
+
+trl = pytest.importorskip(
+    "trl", reason="needs trl (an environment of its own)", exc_type=ImportError
+)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("policy"))
+
+
+def load(policy: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+def test_pairs_train_in_trl(policy: str, tmp_path: Path, conversational: bool) -> None:
+    from datasets import load_dataset
+
+    rows = [
+        {
+            "prompt": chat(f"place {i}") if conversational else f"place {i}: ",
+            "completion": "nice " * (n + 1),
+            "sample": n,
+        }
+        for i in range(4)
+        for n in range(3)
+    ]
+    write_table(tmp_path / "s.jsonl", rows)
+    files = ["--samples", str(tmp_path / "s.jsonl")]
+    assert main(["judge", *files, "--output", str(tmp_path / "v.jsonl")]) == 0
+    files += ["--verdicts", str(tmp_path / "v.jsonl")]
+    out = tmp_path / "pairs.jsonl"
+    assert main(["pairs", *files, "--output", str(out), "--select", "all"]) == 0
+    data = load_dataset("json", data_files=str(out), split="train", cache_dir=str(tmp_path / "c"))
+    model, tokenizer = load(policy)
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    trainer = trl.DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
+    assert torch.isfinite(torch.tensor(trainer.train().training_loss))
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_kto_as_trl_computes_it(policy: str, tmp_path: Path, loss_type: str) -> None:
+    from datasets import Dataset
+
+    rows = [
+        {
+            "prompt": chat(f"place {i}"),
+            "label": bool(i % 3),
+            "completion": [{"role": "assistant", "content": "word " * (1 + i % 4)}],
+        }
+        for i in range(8)
+    ]
+    model, tokenizer = load(policy)
+    reference, _ = load(save_tiny(tmp_path / "ref", seed=3))
+    config = trl.KTOConfig(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=4,
+        loss_type=loss_type,
+        desirable_weight=1.3,
+        undesirable_weight=0.7,
+        beta=0.5,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        precompute_ref_log_probs=False,
+    )
+    trainer = trl.KTOTrainer(
+        model,
+        ref_model=reference,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    for batch in trainer.get_train_dataloader():
+        theirs = trainer.compute_loss(trainer.model, batch)
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        known = {"attention_mask": batch["attention_mask"]}
+        with torch.no_grad():
+            logits = [m(batch["input_ids"], **known).logits for m in (trainer.model, reference)]
+        z = None
+        if loss_type == "kto":
+            other = batch["KL_input_ids"].masked_fill(batch["KL_completion_mask"] == 0, -100)
+            known = {"attention_mask": batch["KL_attention_mask"]}
+            with torch.no_grad():
+                both = [
+                    dk.sequence_logps(m(batch["KL_input_ids"], **known).logits, other)
+                    for m in (trainer.model, reference)
+                ]
+            z = dk.kl_baseline(*both)
+        ours = dk.fused_unpaired_loss(
+            logits[0],
+            labels,
+            logits[1],
+            desirable=torch.as_tensor(batch["label"]).bool(),
+            z=z,
+            loss_type=loss_type,
+            beta=0.5,
+            desirable_weight=1.3,
+            undesirable_weight=0.7,
+        )
+        torch.testing.assert_close(ours.loss, theirs.detach().float(), atol=2e-5, rtol=2e-4)

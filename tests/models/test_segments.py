@@ -1,0 +1,626 @@
+"""Layouts by segments: equal to padded rows, and each way to be silently wrong."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from float64_math import Float64
+
+pytest.importorskip("transformers", reason="pip install transformers")
+
+import transformers
+
+from dpo_kernels.data import Sharing, TokenPair, make_batch
+from dpo_kernels.data.batches import within_budget
+from dpo_kernels.data.segments import Segment, Segments
+from dpo_kernels.integrations import plain
+from dpo_kernels.models import layout_check, layouts, segment_attention, segment_kernels
+from dpo_kernels.models.attached import attach_head
+from dpo_kernels.models.forward import pair_step, scored_tokens
+from dpo_kernels.models.layout_check import LayoutDiffers
+from dpo_kernels.models.layouts import known, layout_report, unusable
+from dpo_kernels.models.options import FusedOptions
+from dpo_kernels.models.segment_attention import NAMES, install, installed, segment_forward
+from dpo_kernels.models.versions import dtype_option, transformers_before
+
+pytestmark = pytest.mark.skipif(
+    transformers_before(4, 55), reason="transformers before 4.55 takes padded rows"
+)
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+MOE = {"num_experts_per_tok": 2, "num_local_experts": 4, "experts_implementation": "eager"}
+NO_AUX = {"router_aux_loss_coef": 0.0}
+
+
+def tiny(name: str = "Llama", dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    torch.manual_seed(0)
+    experts = options.pop("experts_implementation", None)
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
+    extra = {"experts_implementation": experts} if experts else {}
+    made = transformers.AutoModelForCausalLM.from_config(config, **dtype_option(dtype), **extra)
+    return made.train()
+
+
+def padded_batch(
+    shapes: list[tuple[int, int, int]], device: str = "cpu", seed: int = 0, left: bool = False
+) -> dict[str, torch.Tensor]:
+    """[chosen; rejected] of (prompt, chosen, rejected) lengths, labels at the completions."""
+    g = torch.Generator().manual_seed(seed)
+    rows: tuple[list, list] = ([], [])
+    for P, C, R in shapes:
+        prompt = torch.randint(3, 90, (P,), generator=g)
+        for side, n in enumerate((C, R)):
+            rows[side].append((P, torch.cat([prompt, torch.randint(3, 90, (n,), generator=g)])))
+    every = rows[0] + rows[1]
+    T = max(len(row) for _, row in every)
+    ids, labels = torch.zeros(len(every), T, dtype=torch.int64), torch.full((len(every), T), -100)
+    mask = torch.zeros_like(ids)
+    for i, (P, row) in enumerate(every):
+        at = slice(T - len(row), T) if left else slice(0, len(row))
+        ids[i, at], mask[i, at] = row, 1
+        labels[i, at] = torch.where(torch.arange(len(row)) < P, -100, row)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+# Long beside the windows of 7 below, a prompt of one token, a long prompt, equal lengths.
+SHAPES = [(12, 9, 5), (1, 4, 11), (20, 3, 6), (9, 6, 6)]
+
+
+def step(model: Any, batch: dict[str, Any], layout: str, **options: Any) -> tuple[Any, list[Any]]:
+    """(loss and log-probs, gradients) of a step in a layout."""
+    model.zero_grad(set_to_none=True)
+    fused = FusedOptions(layout=layout, head_stats=False, **options)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    out = pair_step(model, inputs, batch["labels"], None, {"reference_free": True}, fused)
+    out.loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    return out, grads
+
+
+def same(model: Any, batch: dict[str, Any], layout: str, tolerance: float) -> None:
+    reference, expected = step(model, batch, "padded")
+    out, grads = step(model, batch, layout)
+    assert float((out.loss - reference.loss).abs()) <= tolerance * float(reference.loss.abs())
+    torch.testing.assert_close(out.pair_logps, reference.pair_logps, rtol=tolerance, atol=tolerance)
+    assert any(g is not None and g.norm() > 0 for g in expected)
+    for one, two in zip(grads, expected, strict=True):
+        if one is None or two is None:
+            assert one is None and two is None
+            continue
+        assert (one - two).norm() <= tolerance * two.norm().clamp(min=1e-6)
+
+
+def lora(model: Any) -> Any:
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config).double()
+
+
+def checkpointed(reentrant: bool) -> Any:
+    def change(model: Any) -> Any:
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        return model
+
+    return change
+
+
+ARCHITECTURES = {
+    "dense": ("Llama", {"num_key_value_heads": 4}, None),
+    "grouped heads": ("Qwen3", {"head_dim": 8}, None),
+    "windows": ("Mistral", {"sliding_window": 7}, None),
+    "some windows": (
+        "Gemma3Text",
+        {"head_dim": 8, "sliding_window": 7, "num_hidden_layers": 6},
+        None,
+    ),
+    "softcap": (
+        "Gemma2",
+        {"head_dim": 8, "sliding_window": 7, "attn_logit_softcapping": 3.0},
+        None,
+    ),
+    "experts": ("Mixtral", {**MOE, **NO_AUX}, None),
+    "sinks": ("GptOss", {**MOE, **NO_AUX, "head_dim": 8, "sliding_window": 7}, None),
+    "tied": ("Llama", {"tie_word_embeddings": True}, None),
+    "learned positions": (
+        "GPT2",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, **NO_DROPOUT},
+        None,
+    ),
+    "eager": ("Llama", {"attn_implementation": "eager"}, None),
+    "LoRA": ("Llama", {}, lora),
+    "checkpointing": ("Llama", {}, checkpointed(False)),
+    "reentrant checkpointing": ("Mistral", {"sliding_window": 7}, checkpointed(True)),
+}
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared", "auto"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_loss_and_gradients_are_those_of_padded_rows(kind: str, layout: str) -> None:
+    name, options, change = ARCHITECTURES[kind]
+    try:
+        model = tiny(name, **options)
+    except (AttributeError, TypeError, ValueError) as error:
+        pytest.skip(f"{name} is not in this transformers: {error}")
+    model = change(model) if change else model
+    attach_head(model)
+    with Float64():
+        same(model, padded_batch(SHAPES), layout, 1e-12)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if layout == "auto":  # which leaves float64 as it is under a trainer
+        return
+    assert known(base).unusable == "" and known(base).checked
+    assert f"layout {'packed' if layout == 'packed' else 'shared'}" in layout_report(model)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_ragged_rows_on_either_side(left: bool) -> None:
+    """Padding on the left, as OnlineDPO's prompts have it, keeps its columns for positions."""
+    model = tiny("GPT2", n_embd=32, n_layer=2, n_head=4, n_positions=256, **NO_DROPOUT)
+    attach_head(model)
+    with Float64():
+        same(model, padded_batch([(9, 5, 5), (4, 5, 5)], left=left), "shared", 1e-12)
+
+
+def test_states_go_back_where_they_were() -> None:
+    """Log-probs of tokens [2B, T - 1], prompts among the labels, an odd number of rows."""
+    model = tiny()
+    attach_head(model)
+    batch = padded_batch(SHAPES)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for rows in (8, 5, 1):
+        inputs = {k: batch[k][:rows] for k in ("input_ids", "attention_mask")}
+        found = [
+            scored_tokens(model, inputs, labels[:rows], FusedOptions(layout=layout)).logps
+            for layout in ("padded", "packed", "shared")
+        ]
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-6)
+
+
+# --- traps, each silent if missed ---
+
+
+def test_the_implementation_stays_set() -> None:
+    """Checkpointing runs attention again in the backward: under sdpa the keyword is swallowed."""
+    model = tiny()
+    attach_head(model)
+    step(model, padded_batch(SHAPES), "shared")
+    assert model.config._attn_implementation == NAMES["sdpa"] and installed(model) == "sdpa"
+    copied = copy.deepcopy(model)
+    assert installed(copied) == "sdpa" and unusable(copied) == ""
+    assert "dpo_segments" not in str(model.config.to_dict())
+
+
+def test_a_checkpointed_backward_under_another_implementation_is_found(monkeypatch) -> None:
+    """A careless version sets its implementation for the forward alone."""
+    model = checkpointed(False)(tiny())
+    attach_head(model)
+    original = layouts.run_call
+
+    def careless(model: Any, trunk: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
+        install(model)
+        out = original(model, trunk, call, *args, **kwargs)
+        if torch.is_grad_enabled():
+            model.set_attn_implementation("sdpa")
+        return out
+
+    assert unusable(model) == ""
+    monkeypatch.setattr(layouts, "run_call", careless)
+    with pytest.raises(LayoutDiffers, match=r"(the gradient differs|the step fails)"):
+        step(model, padded_batch(SHAPES), "shared")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_without_segments_the_model_is_what_it_was(attention: str) -> None:
+    """Generation from prompts padded on the left: a mask that were always empty would break it."""
+    model = tiny(attn_implementation=attention).eval()
+    batch = padded_batch([(9, 3, 2), (3, 2, 1)], left=True)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+
+    def outputs() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+            return ids, model(**inputs).logits
+
+    before = outputs()
+    assert install(model) == "" and installed(model) == attention
+    with torch.no_grad():
+        model(input_ids=inputs["input_ids"][:1])
+    for a, b in zip(before, outputs(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_layer_that_loses_the_keyword_is_named() -> None:
+    model = tiny()
+    layer = model.model.layers[1].self_attn
+    forward = layer.forward
+    layer.forward = lambda *args, segments=None, **kwargs: forward(*args, **kwargs)
+    assert "LlamaAttention of layer 1 lost the keyword `segments`" in unusable(model)
+    assert model.config._attn_implementation == "sdpa"  # put back
+
+
+def test_a_layer_that_does_not_call_attention_is_noticed() -> None:
+    model = tiny()
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    assert "has 2 layers and called attention 1 times" in unusable(model)
+
+
+def test_a_lost_layer_later_on_is_an_error() -> None:
+    """Each forward counts, not the first alone."""
+    model = tiny()
+    attach_head(model)
+    batch = padded_batch(SHAPES)
+    step(model, batch, "shared")
+    model.model.layers[0].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(ValueError, match="has 2 layers and called attention 1 times"):
+        step(model, batch, "shared")
+
+
+BYPASSING = {
+    "Falcon": {},
+    "GPTJ": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "GPTNeo": {"attention_types": [[["global"], 2]], "num_layers": 2, "num_heads": 4},
+    "Bloom": {"n_layer": 2, "n_head": 4},
+    "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "XGLM": {"d_model": 32, "attention_heads": 4, "num_layers": 2, "ffn_dim": 64},
+}
+
+
+@pytest.mark.parametrize("name", BYPASSING)
+def test_models_that_bypass_the_interface_take_padded_rows(name: str, caplog) -> None:
+    model = tiny(name, dtype=torch.float32, **BYPASSING[name])
+    attach_head(model)
+    before = model.config._attn_implementation
+    batch = padded_batch(SHAPES)
+    for _ in range(2):
+        step(model, batch, "auto")
+    assert model.config._attn_implementation == before
+    told = [r.getMessage() for r in caplog.records if r.name == "dpo_kernels.layouts"]
+    assert len(told) == 1 and "padded rows, because" in told[0] and "AttentionInterface" in told[0]
+    with pytest.raises(ValueError, match=r"layout=shared.*AttentionInterface"):
+        step(model, batch, "shared")
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+BY_MASK = {
+    "Llama4Text": {
+        "head_dim": 8,
+        "attention_chunk_size": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 32,
+    },
+    "Qwen2Moe": {
+        **EXPERTS,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+        "shared_expert_intermediate_size": 16,
+    },
+    "Phimoe": {"sliding_window": 8, "num_local_experts": 4},
+    "Doge": {"sliding_window": 8},
+}
+
+
+@pytest.mark.parametrize("name", BY_MASK)
+def test_what_a_mask_alone_says_is_refused(name: str) -> None:
+    """Chunks of Llama 4, windows of Qwen2-MoE, PhiMoE and Doge never reach attention."""
+    try:
+        model = tiny(name, **BY_MASK[name], experts_implementation="eager")
+    except (AttributeError, TypeError, ValueError) as error:
+        pytest.skip(f"{name} is not in this transformers: {error}")
+    reason = unusable(model)
+    assert "its mask says" in reason and "of layer" in reason, reason
+
+
+def test_an_unknown_keyword_is_refused_by_name() -> None:
+    model = tiny()
+    layer = model.model.layers[1].self_attn
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: forward(*args, position_bias=torch.ones(1), **kwargs)
+    assert "layer 1 gives attention position_bias, unknown to segments" in unusable(model)
+
+
+def test_bidirectional_attention_is_refused() -> None:
+    model = tiny()
+    model.model.layers[0].self_attn.is_causal = False
+    assert "layer 0 does not attend causally" in unusable(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Mamba", {"state_size": 4}),
+        (
+            "FalconH1",
+            {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4},
+        ),
+    ],
+)
+def test_a_state_that_cannot_fork_is_refused(name: str, options: dict[str, Any]) -> None:
+    try:
+        model = tiny(name, dtype=torch.float32, **options)
+    except (AttributeError, TypeError, ValueError) as error:
+        pytest.skip(f"{name} is not in this transformers: {error}")
+    assert unusable(model)
+
+
+def test_an_older_transformers_takes_padded_rows(monkeypatch) -> None:
+    monkeypatch.setattr(segment_attention, "transformers_before", lambda *release: True)
+    assert "before 4.55" in unusable(tiny())
+
+
+def test_a_routers_loss_is_packed_and_not_shared() -> None:
+    """A shared prompt would be routed once; padding counts for nothing either way."""
+    model = tiny("Mixtral", **MOE, router_aux_loss_coef=0.5, output_router_logits=True)
+    attach_head(model)
+    batch = padded_batch(SHAPES)
+    with Float64():
+        same(model, batch, "packed", 1e-12)
+    single = tiny("Mixtral", torch.float32, **MOE, router_aux_loss_coef=0.5)
+    attach_head(single)
+    step(single, batch, "auto")
+    assert "layout packed" in layout_report(single)
+    with pytest.raises(ValueError, match=r"layout=shared.*auxiliary loss"):
+        step(model, batch, "shared")
+
+
+def test_images_and_other_inputs_stay_padded(caplog) -> None:
+    model = tiny()
+    attach_head(model)
+    batch = padded_batch(SHAPES)
+    with pytest.raises(ValueError, match="token_type_ids"):
+        step(model, {**batch, "token_type_ids": torch.zeros_like(batch["labels"])}, "packed")
+    holes = {**batch, "attention_mask": batch["attention_mask"].clone()}
+    holes["attention_mask"][0, 2] = 0
+    with pytest.raises(ValueError, match="not in one piece"):
+        step(model, holes, "shared")
+    single = tiny(dtype=torch.float32)
+    attach_head(single)
+    step(single, holes, "auto")
+    assert "padding between tokens" in caplog.text
+
+
+def test_boundaries_are_made_once_a_batch(monkeypatch) -> None:
+    """Not once a layer, where each copy to a GPU would be waited for."""
+    made = []
+    original = Segments._make_bounds
+    monkeypatch.setattr(
+        Segments, "_make_bounds", lambda self, device: made.append(0) or original(self, device)
+    )
+    model = tiny(num_hidden_layers=4)
+    attach_head(model)
+    batch = padded_batch(SHAPES)
+    step(model, batch, "shared")
+    made.clear()
+    step(model, batch, "shared")
+    assert len(made) == 1
+
+
+# --- the first-batch check ---
+
+
+def leak(query: Any, key: Any, value: Any, segments: Segments, options: Any) -> torch.Tensor:
+    """A careless attention: `is_causal` over the whole row."""
+    whole = Segments([Segment(sum(segments.lengths))])
+    return segment_kernels.each_segment(query, key, value, whole, options)
+
+
+def test_a_layout_that_differs_falls_back_or_stops(monkeypatch, caplog) -> None:
+    batch = padded_batch(SHAPES)
+    for layout in ("auto", "shared", "packed"):
+        model = tiny(dtype=torch.float32)
+        attach_head(model)
+        assert unusable(model) == ""  # the probe of the model is passed
+        monkeypatch.setattr(segment_attention, "attend", leak)
+        if layout == "auto":
+            out, _ = step(model, batch, layout)
+            monkeypatch.undo()
+            assert out.loss == step(model, batch, "padded")[0].loss
+            assert "padded rows, because on the first batch log-probs differ" in caplog.text
+        else:
+            with pytest.raises(LayoutDiffers, match=rf"layout={layout}: log-probs.*layer 0"):
+                step(model, batch, layout)
+            step(model, batch, layout, check_layout=False) if layout == "packed" else None
+            monkeypatch.undo()
+
+
+def test_the_check_can_be_left_out_and_runs_once(monkeypatch) -> None:
+    runs = []
+    original = layout_check._compare
+    monkeypatch.setattr(layout_check, "_compare", lambda *a: runs.append(0) or original(*a))
+    model = tiny(dtype=torch.float32)
+    attach_head(model)
+    batch = padded_batch(SHAPES)
+    step(model, batch, "shared", check_layout=False)
+    assert not runs
+    for _ in range(2):
+        step(model, batch, "shared")
+    assert len(runs) == 1
+    assert all(p.requires_grad for p in model.parameters()) and model.training
+
+
+def test_the_check_leaves_no_gradient_behind() -> None:
+    model = tiny()
+    attach_head(model)
+    batch = padded_batch(SHAPES)
+    with Float64():
+        _, first = step(model, batch, "shared")
+        _, second = step(model, batch, "shared")
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_check_is_of_few_pairs_within_half_the_batch(monkeypatch) -> None:
+    seen = []
+    original = layout_check.check_first_batch
+    from dpo_kernels.models import attached
+
+    monkeypatch.setattr(
+        attached,
+        "check_first_batch",
+        lambda model, pairs, *rest: seen.append(len(pairs)) or original(model, pairs, *rest),
+    )
+    for count, expected in ((1, 1), (4, 2), (12, 4)):
+        model = tiny(dtype=torch.float32)
+        attach_head(model)
+        step(model, padded_batch([(6, 4, 5)] * count), "shared")
+        assert seen.pop() == expected
+
+
+# --- kernels ---
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_operator_of_a_compiled_model(softcap, window, sinks) -> None:
+    """Its backward is written out: against autograd through the same segments."""
+    g = torch.Generator().manual_seed(0)
+    segments = Segments([Segment(7), Segment(3, 0, 4), Segment(5), Segment(2, 2, 1)])
+    T, double = sum(segments.lengths), torch.float64
+    q, k, v = (torch.randn(1, h, T, 8, generator=g, dtype=double) for h in (4, 2, 2))
+    sink = torch.randn(4, generator=g, dtype=double) if sinks else None
+    leaves = [x.requires_grad_() for x in (q, k, v, sink) if x is not None]
+    options = segment_kernels.AttentionOptions(0.3, window, softcap, sink)
+    weights = torch.randn(1, T, 4, 8, generator=g, dtype=double)
+    own = segment_kernels.each_segment(q, k, v, segments, options)
+    expected = torch.autograd.grad((own * weights).sum(), leaves)
+    args = (q, k, v, segments.table, sink, 0.3, window or 0, softcap or 0.0, False)
+    got = segment_kernels._operator(*args)
+    grads = torch.autograd.grad((got * weights).sum(), leaves)
+    close = 1e-10 if softcap is None else 1e-5  # soft-capped scores go through fp32
+    for a, b in zip((got, *grads), (own, *expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=close, atol=close)
+    torch.library.opcheck(
+        segment_kernels._operator, args, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_new_lengths_do_not_compile_again() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = tiny(dtype=torch.float32, num_hidden_layers=1)
+    attach_head(model)
+    expected = [step(model, padded_batch(s), "shared")[0].loss.item() for s in BATCHES]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model.model.forward = torch.compile(model.model.forward, backend=counter)
+    found, frames = [], []
+    for shapes in BATCHES:
+        found.append(step(model, padded_batch(shapes), "shared")[0].loss.item())
+        frames.append(counter.frame_count)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert frames[-1] == frames[1] and frames[0] > 0  # the second learns that lengths change
+    torch._dynamo.reset()
+
+
+BATCHES = [
+    SHAPES,
+    [(7, 6, 5), (11, 4, 8), (2, 3, 3)],
+    [(13, 5, 8), (6, 4, 2), (3, 9, 4), (8, 8, 1), (5, 5, 5)],
+    [(10, 2, 2), (4, 3, 7)],
+]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("heads", [4, 8])
+def test_varlen_on_a_gpu(window, heads) -> None:
+    """Flash attention with other boundaries of keys than of queries, against each segment alone."""
+    segments = Segments([Segment(100), Segment(30, 0, 64), Segment(77), Segment(9, 2, 60)])
+    T = sum(segments.lengths)
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(1, h, T, 64, generator=g, device="cuda", dtype=torch.bfloat16)
+        for h in (8, heads, heads)
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    options = segment_kernels.AttentionOptions(0.125, window)
+    assert segment_kernels._varlen(q, k, v, options) is not None
+    own = segment_kernels.attend(q, k, v, segments, options)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    truth = segment_kernels.each_segment(*wide, segments, options)
+    weights = torch.randn(own.shape, generator=g, device="cuda")
+    grads = torch.autograd.grad((own * weights).sum(), leaves)
+    expected = torch.autograd.grad((truth * weights).sum(), wide)
+    for a, b in zip((own, *grads), (truth, *expected), strict=True):
+        assert (a.double() - b).norm() <= 0.02 * b.norm()
+
+
+# --- batches ---
+
+
+def test_within_budget_is_first_fit_and_deterministic() -> None:
+    sizes = [5, 9, 3, 4, 12, 2]
+    groups = within_budget([10, 11, 12, 13, 14, 15], lambda i: sizes[i - 10], 10)
+    assert sorted(i for g in groups for i in g) == list(range(10, 16))
+    assert groups == [[10, 13], [11], [12, 15], [14]]  # one above the budget is alone
+    assert all(sum(sizes[i - 10] for i in g) <= 10 for g in groups if g != [14])
+
+
+def test_auto_counts() -> None:
+    equal = [TokenPair((5, 6), (7, 8), (9, 8), "a")] * 2
+    calls = make_batch(equal, Sharing("auto", 0.0, None), 0).calls
+    assert calls[0].segments is not None  # shared: 6 tokens in place of 8
+    alone = [TokenPair((), (7, 8, 9, 10), (9, 8, 7, 6), "a")] * 2
+    assert make_batch(alone, Sharing("auto", 0.0, None), 0).calls[0].segments is None
+    ragged = [TokenPair((), (7,) * 4, (9,) * 20, "a")] * 2
+    assert make_batch(ragged, Sharing("auto", 0.0, None), 0).calls[0].segments is not None
+
+
+def test_segments_must_see_the_start_of_an_earlier_one() -> None:
+    for parts in (
+        [Segment(3, 0, 1)],
+        [Segment(3), Segment(2, 0, 4)],
+        [Segment(3), Segment(2, 0, 0)],
+    ):
+        with pytest.raises(ValueError, match="must see the start of an earlier one"):
+            Segments(parts)
+    assert Segments([Segment(3), Segment(2, 0, 1)]).entries() == 6 + 2 + 3
+
+
+def test_old_names_of_the_layout() -> None:
+    assert FusedOptions().layout == "auto" and not FusedOptions().share_prefix
+    assert FusedOptions(share_prefix=True).layout == "shared"
+    assert FusedOptions(layout="prefix").share_prefix
+    assert FusedOptions(share_prefix=False).layout == "padded"
+    with pytest.raises(ValueError, match="share_prefix=True is another name"):
+        FusedOptions(share_prefix=True, layout="packed")
+    with pytest.raises(ValueError, match="layout must be one of"):
+        FusedOptions(layout="rows")
+
+
+def test_the_step_0_loss_is_log_2_in_every_layout() -> None:
+    model = tiny(dtype=torch.float32)
+    plain.attach(model)
+    batch = padded_batch(SHAPES)
+    for layout in ("padded", "packed", "shared", "auto"):
+        ref = plain.reference_logps(model, batch, fused={"layout": layout})
+        out = plain.dpo_step(model, batch, ref_logps=ref, fused={"layout": layout})
+        assert float(out.loss) == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_no_segments_outside_a_segment_forward() -> None:
+    with segment_forward() as seen:
+        assert segment_attention._inside() and seen.calls == 0
+    assert not segment_attention._inside()
