@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import backends, losses, memory
+    from . import backends, losses, memory, parallel
     from .front import (
         DPOOutput,
         FusedDPOLoss,
@@ -46,11 +46,12 @@ __all__ = [
     "linear_sequence_logps",
     "losses",
     "memory",
+    "parallel",
     "preference_loss",
     "sequence_logps",
     "unpaired_loss",
 ]
-_MODULES = ("backends", "losses", "memory")
+_MODULES = ("backends", "losses", "memory", "parallel")
 
 
 def _load(name: str) -> object:

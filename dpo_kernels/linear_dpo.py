@@ -21,18 +21,24 @@ rank of a LoRA adapter.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import listwise, ops
-from .inputs.linear_call import GivenHead, LinearCall, of_hidden, of_scored_hidden
+from .inputs.linear_call import LinearCall, of_hidden, of_scored_hidden
+from .inputs.shards import GivenHead
 from .listwise import is_listwise
 from .loss.from_pairs import DPOOutput
 from .loss.from_tokens import finish, reduce
 from .loss.stream_pairs import stream
 from .ops import LinearInputs, TokenLogps
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .parallel import VocabShards
 
 logger = logging.getLogger("dpo_kernels")
 
@@ -64,6 +70,7 @@ def fused_linear_dpo_loss(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     backend: str | None = None,
+    vocab_group: ProcessGroup | VocabShards | None = None,
     **loss_options: Any,
 ) -> DPOOutput:
     """DPO loss of a batch of pairs straight from hidden states and the lm_head weight.
@@ -103,10 +110,15 @@ def fused_linear_dpo_loss(
         stats: as `fused_dpo_loss`, under every strategy.
         temperature, logit_softcap, logit_scale, backend, **loss_options: as `fused_dpo_loss`. The
             "torch" backend has no strategies: it forms all logits.
+        vocab_group: the process group, or `dk.parallel.vocab_parallel(...)` of it, over whose ranks
+            the vocabulary is sharded: weight, bias, B of lora, ref_weight and ref_bias are this
+            rank's rows [rows, ...], all else is the same on every rank (`dk.parallel`). A weight
+            that is a DTensor placed as Shard(0) says so itself.
 
     Raises:
         ValueError, TypeError: a wrong argument, named, before any kernel runs.
-        RuntimeError: a second backward through a result of "streaming".
+        RuntimeError: a second backward through a result of "streaming"; a sharded head in a graph
+            of torch.compile (where it may break the graph it does).
     """
     if is_listwise(loss_options):
         listwise.refuse_prefix(drop_common_prefix)
@@ -123,6 +135,7 @@ def fused_linear_dpo_loss(
             "logit_softcap": logit_softcap,
             "logit_scale": logit_scale,
             "backend": backend,
+            "vocab_group": vocab_group,
         }
         sums = listwise.reference_sums(ref_logps, ref_hidden is not None, "ref_hidden")
         found = linear_sequence_logps(
@@ -158,6 +171,7 @@ def fused_linear_dpo_loss(
         ref_logps,
         cu_seqlens,
         scored_lengths,
+        vocab_group,
     )
     out = stream(call, policy) if call.plan is not None else _scored(call, policy)
     if not torch.compiler.is_compiling():
@@ -190,6 +204,7 @@ def linear_sequence_logps(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     backend: str | None = None,
+    vocab_group: ProcessGroup | VocabShards | None = None,
 ) -> Any:
     """`sequence_logps` of `hidden @ weight.T + bias`, projecting only scored rows, in chunks.
 
@@ -209,7 +224,8 @@ def linear_sequence_logps(
         "logit_scale": logit_scale,
     }
     head = GivenHead(hidden, weight, bias, lora)
-    call, inputs = of_scored_hidden(given, strategy, head, labels, cu_seqlens, scored_lengths)
+    place = (labels, cu_seqlens, scored_lengths)
+    call, inputs = of_scored_hidden(given, strategy, head, *place, vocab_group)
     return reduce(call, _rows(call, inputs, call.settled.stats, call.strategy), reduction)
 
 
@@ -243,7 +259,7 @@ def _rows(
         call.settled.budget,
         call.invariant,
         strategy,
-        call.backend,
+        call.rows_backend,
         reference=reference,
         chunks_of=call.strategy,
         count=call.layout.count,

@@ -17,7 +17,7 @@ Letters: `N` rows (sequences), `T` positions, `V` vocabulary, `H` hidden.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from torch import Tensor
 from .dpo import sequence_logps
 from .inputs import checks
 from .linear_dpo import linear_sequence_logps
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .parallel import VocabShards
 
 UNPAIRED = ("kto", "apo_zero_unpaired")
 
@@ -184,6 +189,7 @@ def fused_linear_unpaired_loss(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     backend: str | None = None,
+    vocab_group: ProcessGroup | VocabShards | None = None,
     **loss_options: Any,
 ) -> UnpairedOutput:
     """As `fused_linear_dpo_loss`, of N single completions: hidden [N, T, H] or packed [rows, H]."""
@@ -196,6 +202,7 @@ def fused_linear_unpaired_loss(
         "logit_softcap": logit_softcap,
         "logit_scale": logit_scale,
         "backend": backend,
+        "vocab_group": vocab_group,
     }
     reference = _sums(ref_logps, ref_hidden is not None, "ref_hidden")
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):

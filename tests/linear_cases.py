@@ -8,6 +8,13 @@ from dpo_kernels.losses import TABLE
 IGNORE = -100
 B, T, H, V = 4, 9, 12, 83
 ROW = 4 * 128 + 12 * H  # bytes a row of a chunk takes: logits at a pitch of 128, hidden states
+# What a loss needs beside the batch.
+OPTIONS = {
+    "exo_pair": {"label_smoothing": 0.1},
+    "odpo": {"offset": torch.tensor([0.3, -0.2, 0.0, 0.1])},
+    "beta_dpo": {"beta_dpo_keep": 1.0},
+    "alphapo": {"beta": 1.0},
+}
 BUDGETS = {"tight": 32 * ROW, "some": 48 * ROW, "default": None}
 
 

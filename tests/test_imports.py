@@ -16,12 +16,13 @@ FLOORS = [
     ["loss_values"],
     ["losses"],
     ["backends"],
+    ["parallel"],
     ["ops"],
     ["inputs.layout", "inputs.arguments"],
     ["memory"],
     ["loss.from_pairs"],
     ["loss.ordinary", "listwise"],
-    ["inputs.call"],
+    ["inputs.call", "inputs.shards"],
     ["inputs.linear_call", "loss.at_once"],
     ["loss.from_tokens"],
     ["loss.stream_pairs"],
@@ -48,6 +49,7 @@ PUBLIC = {
     "loss_options",
     "backends",
     "memory",
+    "parallel",
     "inputs.transfer",
 }
 SPLIT = {"inputs", "loss"}  # rooms whose files stand on different floors

@@ -3,6 +3,7 @@
 A backend is a module with one function per op: `token_logps`, `token_logps_backward`, `token_kl`,
 `token_kl_backward`, `sequence_sum`, `sequence_sum_backward`, `pair_loss`. `torch` is the
 specification; the others are held to it by the tests. What a backend lacks stands in `LACKS`.
+Over logits sharded by vocabulary a backend is wrapped (`vocab_shards.py`) under a name of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch as _torch  # the name `torch` here is the submodule, the backend
 
@@ -178,12 +180,37 @@ def _on_host(backend: str) -> bool:
     return module is not None and module.on_host is not None
 
 
+_sharded: dict[str, Any] = {}  # by the names that `over_shards` gives
+
+
 @functools.cache
 def load(name: str) -> ModuleType:
     """The module of a backend; `RuntimeError` with the reason if it cannot run here."""
+    if name in _sharded:
+        return _sharded[name]
     if name not in NAMES:
         raise ValueError(f"backend must be one of {NAMES}, got {name!r}")
     reason = _why_not(name)
     if reason:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     return importlib.import_module(f"dpo_kernels.backends.{name}")
+
+
+def over_shards(name: str, shards: Any) -> str:
+    """The name by which ops find backend `name` over logits of `shards` (`VocabShards`)."""
+    if name not in shards.names:
+        from .vocab_shards import ShardedRows
+
+        shards.names[name] = f"{name}@{len(_sharded)}"
+        _sharded[shards.names[name]] = ShardedRows(load(name), shards)
+    return shards.names[name]
+
+
+def base(name: str) -> str:
+    """The backend behind a name of `over_shards`; any other is its own."""
+    return name.partition("@")[0]
+
+
+def widest(name: str) -> int | None:
+    """Columns of the largest shard behind a name of `over_shards`, None of any other."""
+    return _sharded[name].shards.widest if name in _sharded else None

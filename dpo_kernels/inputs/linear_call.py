@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import choose
+from ..backends import choose, over_shards
 from ..ops import LinearInputs
+from ..parallel import VocabShards
 from . import checks
 from .call import (
     Settled,
@@ -26,17 +27,9 @@ from .call import (
     without_common_prefix,
 )
 from .layout import Layout, Scored
+from .shards import GivenHead, own_rows
 
 logger = logging.getLogger("dpo_kernels")
-
-
-class GivenHead(NamedTuple):
-    """The public arguments of a policy's or a reference's head."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None = None
-    lora: tuple[Tensor, Tensor, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +41,12 @@ class LinearCall(TokenCall):
     ref_inputs: LinearInputs | None = None
     lengths: list[int] | None = None  # [S] scored rows, of a batch that is streamed
     plan: ops.Plan | None = None  # likewise
+    shards: VocabShards | None = None  # of the vocabulary, where the heads are this rank's rows
+
+    @property
+    def rows_backend(self) -> str:
+        """The backend of the rows of logits; what comes after them is `backend`'s."""
+        return self.backend if self.shards is None else over_shards(self.backend, self.shards)
 
 
 def of_hidden(
@@ -59,10 +58,14 @@ def of_hidden(
     ref_logps: Tensor | None,
     cu_seqlens: Tensor | None,
     scored_lengths: Tensor | list[int] | None,
+    vocab_group: Any = None,
 ) -> tuple[LinearCall, LinearInputs]:
     """The call of `fused_linear_dpo_loss`, and the policy's inputs."""
+    batch = {"labels": labels, "ref_logps": ref_logps, "cu_seqlens": cu_seqlens}
+    both = {**given, **loss_options}
+    shards, policy, reference = own_rows(vocab_group, policy, reference, both, batch)
     settled = settle(given, loss_options)
-    layout, hidden = _layout(given, labels, cu_seqlens, scored_lengths, policy)
+    layout, hidden = _layout(given, labels, cu_seqlens, scored_lengths, policy, shards)
     if reference.hidden is None and (reference.weight is not None or reference.bias is not None):
         raise ValueError("ref_weight and ref_bias need ref_hidden, got None")
     if reference.bias is not None and reference.weight is None:
@@ -88,6 +91,7 @@ def of_hidden(
         reference_of(layout, ref_logps, per_token),
         given["strategy"],
         given["batch_invariant"],
+        shards,
     )
     return call, inputs
 
@@ -99,10 +103,14 @@ def of_scored_hidden(
     labels: Tensor,
     cu_seqlens: Tensor | None,
     scored_lengths: Tensor | list[int] | None,
+    vocab_group: Any = None,
 ) -> tuple[LinearCall, LinearInputs]:
     """The call of `linear_sequence_logps`, and the policy's inputs."""
+    batch = {"labels": labels, "cu_seqlens": cu_seqlens}
+    both, reference = {**given, "strategy": wish}, GivenHead(None, None)
+    shards, policy, _ = own_rows(vocab_group, policy, reference, both, batch)
     settled = settle(given, {})
-    layout, hidden = _layout(given, labels, cu_seqlens, scored_lengths, policy)
+    layout, hidden = _layout(given, labels, cu_seqlens, scored_lengths, policy, shards)
     inputs = _inputs("hidden", layout, policy)
     ops.check_head("hidden", inputs.hidden, inputs.weight, inputs.bias, layout.targets)
     backend = choose(given["backend"], hidden.device, inputs.hidden.dtype)
@@ -116,6 +124,7 @@ def of_scored_hidden(
         layout=layout,
         strategy=strategy,
         invariant=given["batch_invariant"],
+        shards=shards,
     )
     return call, inputs
 
@@ -126,6 +135,7 @@ def _layout(
     cu_seqlens: Tensor | None,
     scored_lengths: Tensor | list[int] | None,
     policy: GivenHead,
+    shards: VocabShards | None,
 ) -> tuple[Layout, Tensor]:
     """The layout beside the hidden states; before it, that the head fits them."""
     hidden = checks.floating("hidden", policy.hidden)
@@ -142,7 +152,7 @@ def _layout(
         cu_seqlens,
         shift=given["shift"],
         ignore_index=given["ignore_index"],
-        V=head.shape[0],
+        V=head.shape[0] if shards is None else shards.vocab,
         scored=Scored("hidden", hidden, "H"),
     )
     return layout.on(hidden.device, scored_lengths), hidden
@@ -208,6 +218,7 @@ def planned(
     reference: Tensor | None,
     wish: str | None,
     invariant: bool,
+    shards: VocabShards | None = None,
 ) -> LinearCall:
     """The call with its strategy, and the plan of a batch that is streamed."""
     lengths = plan = None
@@ -217,7 +228,7 @@ def planned(
         strategy = "plain"
     else:
         if wish in (None, "streaming"):
-            lengths, plan = streamable(settled, layout, inputs, ref, wish, invariant)
+            lengths, plan = streamable(settled, layout, inputs, ref, wish, invariant, shards)
         strategy = "streaming" if plan else ops.choose_strategy(wish, *inputs)
     return LinearCall(
         settled,
@@ -230,6 +241,7 @@ def planned(
         invariant=invariant,
         lengths=lengths,
         plan=plan,
+        shards=shards,
     )
 
 
@@ -240,6 +252,7 @@ def streamable(
     ref: LinearInputs | None,
     wish: str | None,
     invariant: bool,
+    shards: VocabShards | None = None,
 ) -> tuple[list[int], ops.Plan] | tuple[None, None]:
     """Scored rows of each sequence and the plan if the batch is to be streamed; `ValueError` if it
     cannot be but was wished for."""
@@ -269,6 +282,7 @@ def streamable(
             0 if ref is None else ref.weight.shape[1],
             settled.needs_kl,
             largest=largest,
+            columns=None if shards is None else shards.widest,
         )
         if largest <= plan.chunk:
             return lengths, plan

@@ -159,7 +159,7 @@ def _chunks(call: LinearCall) -> list[_Chunk]:
 
 
 def _run(call: LinearCall, policy: LinearInputs, wanted: dict[str, bool]) -> Streamed:
-    impl, chunks = backends.load(call.backend), _chunks(call)
+    impl, chunks = backends.load(call.rows_backend), _chunks(call)
     pass_ = _Pass(call, policy, impl, chunks)
     head, rows = pass_.head, sum(chunk.rows for chunk in chunks)
     total = HeadGradient(head, *(wanted[name] for name in LinearInputs._fields[1:]))

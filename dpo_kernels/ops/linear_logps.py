@@ -45,6 +45,7 @@ from .token_logps import (
     backward,
     fake_rows,
     forward,
+    read_rows,
 )
 
 STRATEGIES = ("score", "frozen", "recompute")
@@ -73,12 +74,11 @@ def rows_scored(
     of rows are used, so that a reference goes through the very products of its policy. `count` is
     the number of scored rows where it is known: else the host waits for it.
     """
-    if backend == "torch":
+    if backends.base(backend) == "torch":
         scored = targets != ignore_index
         x = plain_logits(inputs, scored)
         r = None if reference is None else plain_logits(reference, scored)
-        result = forward(reference_backend, x, targets, ignore_index, transform, stats, r)
-        return TokenLogps.of(result, stats, r is not None)
+        return read_rows(x, targets, ignore_index, transform, stats, False, backend, r)
     beside = (None, None, None) if reference is None else tuple(reference)[:3]
     check_mode(*inputs, *beside)
     hidden, weight, bias, down, up = inputs
@@ -228,7 +228,8 @@ def _plan(a: SimpleNamespace) -> Plan:
     joint = a.ref_hidden is not None
     ref_H = a.ref_weight.shape[1] if joint else 0
     head = (a.weight, a.down, a.up)
-    return plan_of(a.chunks_of, a.memory_budget, a.count, *head, a.invariant, ref_H, joint)
+    given = (a.chunks_of, a.memory_budget, a.count, *head, a.invariant, ref_H, joint)
+    return plan_of(*given, columns=backends.widest(a.backend))
 
 
 @torch.library.custom_op("dpo_kernels::linear_logps", mutates_args=())

@@ -143,12 +143,15 @@ def plan_of(
     *,
     largest: int = 0,
     device: torch.device | None = None,
+    columns: int | None = None,
 ) -> Plan:
     """The plan of a strategy; `rows`, or -rows, bounds the scored rows (`count_scored`).
 
     `largest`: rows of the largest pair, where pairs are streamed. `device`: the weight's if None.
+    `columns`: of the largest shard where the weight is one of several, so that all plan alike.
     """
     (V, H), device = weight.shape, weight.device if device is None else device
+    V = V if columns is None else columns
     # Sizes are symbols while a graph is traced.
     made = _plan if all(type(n) is int for n in (rows, V, H)) else Plan.of
     return made(

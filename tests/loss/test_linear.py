@@ -7,6 +7,7 @@ import torch
 from linear_cases import (
     BUDGETS,
     IGNORE,
+    OPTIONS,
     B,
     H,
     T,
@@ -23,12 +24,6 @@ from linear_cases import (
 import dpo_kernels as dk
 from dpo_kernels.losses import TABLE
 
-OPTIONS = {
-    "exo_pair": {"label_smoothing": 0.1},
-    "odpo": {"offset": torch.tensor([0.3, -0.2, 0.0, 0.1])},
-    "beta_dpo": {"beta_dpo_keep": 1.0},
-    "alphapo": {"beta": 1.0},
-}
 LOSSES = list(TABLE)
 
 
