@@ -567,15 +567,20 @@ def chunks_are_the_same_on_all_ranks():
     torch.manual_seed(9)
     hidden, weight, *_ = tensors()
     labels = labels_of()
-    x, w = leaf(hidden), leaf(rows(s, weight))
-    options = {"reference_free": True, "vocab_group": s, "memory_budget": 1}
-    dk.fused_linear_dpo_loss(x, w, labels, strategy="recompute", **options)
-    with counted() as calls:
-        dk.fused_linear_dpo_loss(x, w, labels, strategy="recompute", **options)
-    assert len(calls) > 4  # two a chunk
-    numbers = [None] * dist.get_world_size()
-    dist.all_gather_object(numbers, calls)
-    assert all(n == calls for n in numbers), numbers
+    for strategy in ("recompute", "streaming", "frozen", "score"):
+        x = leaf(hidden, strategy != "score")
+        w = leaf(rows(s, weight), strategy in ("recompute", "streaming"))
+        options = {"reference_free": True, "vocab_group": s, "memory_budget": 1}
+        dk.fused_linear_dpo_loss(x, w, labels, strategy=strategy, **options)
+        with counted() as calls:
+            dk.fused_linear_dpo_loss(x, w, labels, strategy=strategy, **options)
+        if strategy in ("recompute", "score"):  # of all chunks at once
+            assert len(calls) == 2, calls
+        else:  # a gradient is formed while the logits are there
+            assert len(calls) > 2, (strategy, calls)
+        numbers = [None] * dist.get_world_size()
+        dist.all_gather_object(numbers, calls)
+        assert all(n == calls for n in numbers), numbers
 
 
 def main():
