@@ -19,8 +19,9 @@ def check_values(o: LossOptions) -> None:
             raise ValueError(f"{name} must be {expected}, got {checks.shown(getattr(o, name))}")
 
     for name in [*OWN, "label_smoothing", "sft_weight", "f_alpha_divergence_coef"]:
-        if not isinstance(getattr(o, name), Tensor):
-            checks.number(name, getattr(o, name))
+        value = getattr(o, name)
+        if name != "label_smoothing" or not isinstance(value, Tensor):  # which may be [B]
+            checks.number(name, value)
     if not isinstance(o.beta, Tensor):
         x = checks.positive("beta", o.beta, "a positive finite number, or a tensor of such")
         require(x >= _TINY, "beta", "a positive number with a finite inverse")

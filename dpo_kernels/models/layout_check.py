@@ -45,6 +45,7 @@ class _Run:
     loss: Tensor  # []
     gradient: Tensor | None  # [ids, H], by token id: the same in every layout
     seconds: float
+    dtype: torch.dtype  # the narrowest that the trunk computes in
 
 
 def check_first_batch(
@@ -116,8 +117,7 @@ def _in_two_calls(batch: ScoredBatch) -> ScoredBatch:
 
 def _problem(first: _Run, second: _Run, ours: _Run) -> str:
     """What differs by more than rounding; empty if nothing does."""
-    dtype = torch.float32 if first.logps.dtype == torch.float32 else first.logps.dtype
-    floor = _FLOOR.get(dtype, _HALF_FLOOR)
+    floor = _FLOOR.get(first.dtype, _HALF_FLOOR)
     if first.loss.is_cuda and torch.get_float32_matmul_precision() != "highest":
         floor = _HALF_FLOOR
 
@@ -175,7 +175,11 @@ def _run(
         loss.backward()  # not autograd.grad: reentrant checkpoints refuse it
         gradient = _by_id(leaves)
     _wait(batch.rows)
-    return _Run(logps.detach(), loss.detach(), gradient, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    # Log-probs are fp32 whatever the trunk's dtype, and the last norm's may be under autocast.
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+    return _Run(logps.detach(), loss.detach(), gradient, seconds, dtype)
 
 
 def _by_id(leaves: list[tuple[Tensor, Tensor]]) -> Tensor:

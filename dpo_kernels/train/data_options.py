@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+import dpo_kernels as dk
 
 from ..data import (
     LeftOut,
@@ -78,12 +81,18 @@ def streamed_pairs(
     limits = Limits.of(policy.model.config)
     maker = PairTokenizer(policy.tokenizer, truncation(config), left_out, say, limits)
 
+    try:
+        dk.losses.resolve({**config.loss_options(), "label_smoothing": torch.full((1,), 0.1)})
+        soft = True
+    except ValueError:
+        soft = False
+
     def fits(pair: PreferencePair) -> None:
         if config.uses_offset and pair.offset is None:
             raise BadField("margin", "missing", "a margin in every row (odpo)", "missing field")
-        if pair.label_smoothing is not None:
+        if pair.label_smoothing is not None and not soft:
             raise BadField(
-                "label_smoothing", "a value of the row", "one for all rows", "not supported"
+                "label_smoothing", "a value of the row", "none beside this loss", "not supported"
             )
 
     pairs = StreamedPairs(rows, rest, reader, maker, fits)

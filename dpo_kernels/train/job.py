@@ -444,23 +444,21 @@ class Job:
 
     def _check_row_options(self, file: str, texts: list[PreferencePair]) -> None:
         """The loss takes the columns of numbers that the rows bring."""
-        smoothed = next((t.source for t in texts if t.label_smoothing is not None), None)
-        if smoothed is not None:
-            raise DataError(
-                f"{smoothed}: label_smoothing: a value of each row is not taken by the losses yet; "
-                "take the column out, or set --label_smoothing for all rows"
-            )
         options = self.config.loss_options()
-        for column, option in (("weight", "weights"), ("beta", "beta")):
+        for column, option in (
+            ("weight", "weights"),
+            ("beta", "beta"),
+            ("label_smoothing", "label_smoothing"),
+        ):
             if any(getattr(t, column) is not None for t in texts):
-                options[option] = torch.ones(1)
+                options[option] = torch.full((1,), 0.1)
         if self.config.uses_offset:
             options["offset"] = torch.zeros(1)
         try:
             dk.losses.resolve(options)
         except (ValueError, TypeError) as error:
             raise DataError(
-                f"{file}: the column weight or beta does not fit the loss: {error}"
+                f"{file}: the column weight, beta or label_smoothing does not fit the loss: {error}"
             ) from None
 
     def _sample_prompt(self, policy: Policy, pairs: Sequence[TokenPair]) -> tuple[str, list[int]]:

@@ -104,7 +104,7 @@ class PairLoss:
         return data.reference.of(indices, self.policy.device) if data.reference else None
 
     def offset(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
-        """The options that come with the rows: margins for ODPO, weights and betas of pairs."""
+        """The options that come with the rows: margins for ODPO, and numbers of pairs."""
         found: dict[str, list[float]] = {}
         if self.uses_offset:
             found["offset"] = [p.offset or 0.0 for p in pairs]
@@ -112,6 +112,11 @@ class PairLoss:
             found["weights"] = [1.0 if p.weight is None else p.weight for p in pairs]
         if any(p.beta is not None for p in pairs):
             found["beta"] = [p.beta or self.function.options["beta"] for p in pairs]
+        if any(p.label_smoothing is not None for p in pairs):
+            usual = self.function.options["label_smoothing"]
+            found["label_smoothing"] = [
+                usual if p.label_smoothing is None else p.label_smoothing for p in pairs
+            ]
         given = {k: to_device(torch.tensor(v), self.policy.device) for k, v in found.items()}
         if self.groups is None:
             return given

@@ -239,3 +239,22 @@ def test_another_checkpoint_is_the_reference(tmp_path: Path) -> None:
     stranger.save_pretrained(folder)
     with pytest.raises(UserError, match="another tokenizer than the model"):
         Referee(policy, config, QUIET)
+
+
+def test_label_smoothing_of_each_row_reaches_the_loss() -> None:
+    from dataclasses import replace
+
+    from dpo_kernels.train.loop import PairLoss
+
+    plain, policy = random_pairs(4), tiny_policy()
+    pairs = [replace(p, label_smoothing=e) for p, e in zip(plain, (0.1, None, 0.3, 0.0))]  # noqa: B905
+    config = config_of(label_smoothing=0.2)
+    other = tiny_model(initializer_range=0.1)
+    data = with_reference(tiny_policy(other), pairs, config, QUIET, "pairs")
+    got, _ = PairLoss(policy, config)(data, range(4), 4, 9)
+    total = 0.0
+    for i, e in enumerate((0.1, 0.2, 0.3, 0.0)):
+        alone = PairLoss(policy, config_of(label_smoothing=e))
+        out, _ = alone(PairData(plain, data.reference), [i], 4, 9)
+        total += float(out.loss)
+    assert float(got.loss) == pytest.approx(total, rel=1e-5)
