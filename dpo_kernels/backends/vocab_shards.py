@@ -297,6 +297,7 @@ def _kl_share(part: Part, below: Tensor, w: Tensor) -> Tensor:
     content = part.kl + below[1] - below[0]
     # A part too small for a number still counts if only the policy rules it out.
     share = torch.where(content == float("inf"), float("inf"), w[1] * content)
+    share = torch.where(part.lse[0] == _NONE, float("inf"), share)  # all of it ruled out
     return torch.where(part.lse[1] == _NONE, 0.0, share)
 
 
