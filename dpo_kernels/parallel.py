@@ -25,6 +25,8 @@ from .inputs import checks
 
 __all__ = ["VocabShards", "vocab_parallel"]
 
+_LARGEST = 256  # calls of different options that are kept
+
 
 def vocab_parallel(group: Any, rows: int, *, vocab: int | None = None) -> VocabShards:
     """The shards of `group`, of which this rank holds `rows` rows; every rank calls this.
@@ -135,4 +137,6 @@ def agree(
                     f"and {value} on rank {i}. (Weights that FSDP shards are not sharded by "
                     "vocabulary: its ranks have batches of their own.)"
                 )
+    if len(shards.agreed) >= _LARGEST:
+        shards.agreed.clear()  # on all ranks at the same call
     shards.agreed.add(key)

@@ -10,15 +10,17 @@ all; what it finds is combined exactly, in fp64:
     KL            sum v_l (KL_l + (ref_lse_l - ref_m) - (lse_l - m)) / sum v_l
                   + log sum w_l - log sum v_l,    v_l = exp(ref_lse_l - ref_m)
 
-The numbers sent are a few a row of logits, whatever V is. In the backward nothing is sent: softmax
-needs the log-sum-exp alone. A rank that does not own a row's target gives its kernel some column of
-its own instead, and writes that column's gradient itself afterwards.
+The numbers sent are a few a row of logits, whatever V is; where no gradient has to be formed at
+once, those of all chunks go together (`local`, then `combined`). In the backward nothing is sent:
+softmax needs the log-sum-exp alone. A rank that does not own a row's target gives its kernel some
+column of its own instead, and writes that column's gradient itself afterwards.
 
 Letters: `R` rows, `T` positions, `V` columns of this rank, `n` = R T.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ from ..inputs.transform import LogitTransform
 from .torch import accumulate_dtype
 
 _IGNORED, _ILLEGAL = -1, -2  # targets that no shard owns
+_NONE = -float("inf")
 
 
 class VocabShards:
@@ -68,6 +71,24 @@ class _Place(NamedTuple):
     kernel: Tensor  # what the kernel gets as targets
 
 
+class Part(NamedTuple):
+    """What one rank has of rows [R, T] (`ShardedRows.local`); m = 2 beside a reference, else 1."""
+
+    lse: Tensor  # [m, R, T] fp64, of its own columns; -inf without any
+    z: Tensor  # [m, R, T] fp64 of the target, 0 where another rank owns it
+    kl: Tensor  # [R, T] fp64, of its own columns alone
+    top: Tensor  # [R, T] fp64 the largest z
+    table: Tensor | None  # [statistics, R, T] fp64
+    dtype: torch.dtype  # of the log-probs
+
+    @staticmethod
+    def joined(parts: list[Part]) -> Part:
+        """Of the rows of all, one after the other in T."""
+        lse, z, kl, top = (torch.cat(x, -1) for x in list(zip(*parts, strict=True))[:4])
+        tables = [part.table for part in parts if part.table is not None]
+        return Part(lse, z, kl, top, torch.cat(tables, -1) if tables else None, parts[0].dtype)
+
+
 class ShardedRows:
     """A backend whose functions of logits combine the ranks; the other functions are its own."""
 
@@ -86,20 +107,6 @@ class ShardedRows:
         kernel = torch.where(scored, torch.where(legal, column, _ILLEGAL), _IGNORED)
         return _Place(scored, legal, mine, column.unsqueeze(-1), kernel)
 
-    def _of_target(self, logits: Tensor, place: _Place, transform: LogitTransform) -> Tensor:
-        """[R, T] fp64 z of the target where this rank owns it, else 0."""
-        if not self.shards.rows:
-            return torch.zeros(place.mine.shape, dtype=torch.float64, device=logits.device)
-        z = transform(logits.gather(-1, place.column).squeeze(-1).double())
-        return torch.where(place.mine, z, 0.0)
-
-    def _largest(self, lse: Tensor) -> Tensor:
-        """The largest over the ranks, in place of which 0 stands where it is not finite."""
-        # NaN has no place in a maximum: it comes with the sum.
-        top = torch.where(lse.isnan(), -float("inf"), lse)
-        top = self.shards.all_reduce(top.contiguous(), dist.ReduceOp.MAX)
-        return torch.where(top.isfinite(), top, 0.0)
-
     def token_logps(
         self,
         logits: Tensor,  # [R, T, V]
@@ -109,69 +116,135 @@ class ShardedRows:
         stats: tuple[str, ...],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `backends.torch.token_logps` of the logits of all ranks; None without statistics."""
-        place, wide = self._place(targets, ignore_index), accumulate_dtype(logits.dtype)
-        lse = torch.full(targets.shape, -float("inf"), dtype=torch.float64, device=logits.device)
+        part = self.local(logits, None, targets, ignore_index, transform, stats)
+        return self.combined([part], targets, ignore_index, stats)[:3]
+
+    def token_kl(
+        self,
+        logits: Tensor,  # [R, T, V]
+        ref_logits: Tensor,  # [R, T, V]
+        targets: Tensor,  # [R, T]
+        ignore_index: int,
+        transform: LogitTransform,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `backends.torch.token_kl` of the logits of all ranks."""
+        part = self.local(logits, ref_logits, targets, ignore_index, transform, ())
+        logps, lse, _, *rest = self.combined([part], targets, ignore_index, ())
+        return logps, lse, *rest  # type: ignore[return-value]
+
+    def local(
+        self,
+        logits: Tensor,  # [R, T, V]
+        ref_logits: Tensor | None,  # [R, T, V]
+        targets: Tensor,  # [R, T]
+        ignore_index: int,
+        transform: LogitTransform,
+        stats: tuple[str, ...],
+    ) -> Part:
+        """What `combined` needs of these rows; nothing is sent."""
+        place = self._place(targets, ignore_index)
+        models = [logits] if ref_logits is None else [logits, ref_logits]
+        dtype = functools.reduce(torch.promote_types, (accumulate_dtype(x.dtype) for x in models))
+        lse = torch.full(
+            (len(models), *targets.shape), _NONE, dtype=torch.float64, device=logits.device
+        )
+        z, kl, top = torch.zeros_like(lse), torch.zeros_like(lse[0]), lse[0]
         table: Any = lse.new_zeros((len(stats), *targets.shape))
         if self.shards.rows:
-            _, lse, table = self.inner.token_logps(logits, place.kernel, _IGNORED, transform, stats)
-        local = {stat: table[i].double() for i, stat in enumerate(stats)}
-        top = self._largest(lse)
-        below = lse - top
+            given = (place.kernel, _IGNORED, transform)
+            if ref_logits is None:
+                _, own, table = self.inner.token_logps(logits, *given, stats)
+                lse = own[None]
+            else:
+                _, own, _, ref_lse, kl = self.inner.token_kl(logits, ref_logits, *given)
+                lse = torch.stack([own, ref_lse])
+                if stats:  # by a read of their own
+                    table = self.inner.token_logps(logits, *given, stats)[2]
+            of_target = [transform(x.gather(-1, place.column)[..., 0].double()) for x in models]
+            z = torch.where(place.mine, torch.stack(of_target), 0.0)
+            if "is_top1" in stats:
+                x = logits.amin(-1) if transform.scale < 0 else logits.amax(-1)
+                top = transform(x.to(accumulate_dtype(x.dtype))).double()
+        return Part(lse, z, kl.double(), top, table.double() if stats else None, dtype)
+
+    def combined(
+        self, parts: list[Part], targets: Tensor, ignore_index: int, stats: tuple[str, ...]
+    ) -> tuple[Any, ...]:
+        """logps, lse, statistics, ref_logps, ref_lse, kl of rows [R, T], from what each rank has of
+        them; None for what was not asked for."""
+        part = parts[0] if len(parts) == 1 else Part.joined(parts)
+        place, joint = self._place(targets, ignore_index), part.lse.shape[0] == 2
+        top1 = "is_top1" in stats
+        # NaN has no place in a maximum: it comes with the sum.
+        tops = torch.cat([part.lse, part.top[None]]) if top1 else part.lse
+        tops = torch.where(tops.isnan(), _NONE, tops).contiguous()
+        largest = self.shards.all_reduce(tops.clone(), dist.ReduceOp.MAX)
+        top = largest[: len(part.lse)]
+        top = torch.where(top.isfinite(), top, 0.0)
+        below = part.lse - top
         w = below.exp()
-        sent = [w, self._of_target(logits, place, transform)]
-        for stat, x in local.items():
-            sent.append(self._share(stat, x, logits, place, transform, below, w))
-        total, z, *rest = self.shards.all_reduce(torch.stack(sent)).unbind(0)
-        log_total = total.log()
+        sent = [*w, *part.z]
+        if joint:
+            sent.append(_kl_share(part, below, w))
+        first = self._has_first(tops[-1], largest[-1]) if top1 else None
+        for i, stat in enumerate(stats):
+            assert part.table is not None
+            sent.append(self._share(stat, part.table[i], place, below[0], w[0], first))
+        total = self.shards.all_reduce(torch.stack(sent))
+        m = len(part.lse)
+        log_total = total[:m].log()
         lse = top + log_total
-        logps = torch.where(place.legal, z - lse, float("nan"))
+        logps = torch.where(place.legal, total[m : 2 * m] - lse, float("nan"))
+        kl = None
+        if joint:
+            kl = total[4] / total[1] - (log_total[1] - log_total[0])
+            kl = torch.where(logps[0].isnan(), logps[0], kl)
         columns = []
-        for stat, x in zip(local, rest, strict=True):
+        for stat, x in zip(stats, total[len(sent) - len(stats) :], strict=True):
             if stat == "entropy":
-                x = x / total + log_total
+                x = x / total[0] + log_total[0]
             elif stat == "log_sum_sq_probs":
-                x = x.log() - 2 * log_total
-            columns.append(torch.where(logps.isnan(), logps, x))
-        logps, lse, *columns = (torch.where(place.scored, x, 0.0) for x in (logps, lse, *columns))
-        return logps.to(wide), lse, torch.stack(columns).to(wide) if columns else None
+                x = x.log() - 2 * log_total[0]
+            columns.append(torch.where(logps[0].isnan(), logps[0], x))
+
+        def shown(x: Tensor | None, dtype: torch.dtype = part.dtype) -> Tensor | None:
+            return None if x is None else torch.where(place.scored, x, 0.0).to(dtype)
+
+        table = shown(torch.stack(columns)) if stats else None
+        found = (shown(logps[0]), shown(lse[0], torch.float64), table)
+        if not joint:
+            return *found, None, None, None
+        return *found, shown(logps[1]), shown(lse[1], torch.float64), shown(kl)
 
     def _share(
         self,
         stat: str,
         x: Tensor,  # [R, T] fp64, of this rank's logits alone
-        logits: Tensor,
         place: _Place,
-        transform: LogitTransform,
         below: Tensor,
         w: Tensor,
+        first: Tensor | None,
     ) -> Tensor:
-        """What this rank adds to a statistic; the sum over the ranks gives it (`token_logps`)."""
+        """What this rank adds to a statistic; the sum over the ranks gives it (`combined`)."""
         if stat == "mean_logits":
             return x * (self.shards.rows / self.shards.vocab)
         if stat == "is_top1":
-            return torch.where(place.mine & self._has_first(logits, transform), x, 0.0)
+            assert first is not None
+            return torch.where(place.mine & first, x, 0.0)
         if stat == "entropy":
             share = w * (x - below)
         elif stat == "log_sum_sq_probs":
             share = (2 * below + x).exp()
         else:
             raise AssertionError(stat)
-        return torch.where(below == -float("inf"), 0.0, share)  # nothing here has a probability
+        return torch.where(below == _NONE, 0.0, share)  # nothing here has a probability
 
-    def _has_first(self, logits: Tensor, transform: LogitTransform) -> Tensor:
-        """[R, T] whether the first of the largest z of all ranks is on this one."""
-        none = -float("inf")
-        top = torch.full(logits.shape[:-1], none, dtype=torch.float64, device=logits.device)
-        if self.shards.rows:
-            x = logits.amin(-1) if transform.scale < 0 else logits.amax(-1)
-            top = transform(x.to(accumulate_dtype(x.dtype))).double()
-            top = torch.where(top.isnan(), none, top)
-        largest = self.shards.all_reduce(top.clone(), dist.ReduceOp.MAX)
-        mine = torch.where(
-            (top == largest) & (self.shards.rows > 0), -float(self.shards.rank), none
-        )
-        first = self.shards.all_reduce(mine.clone(), dist.ReduceOp.MAX)
-        return (mine == first) & (mine != none)
+    def _has_first(self, top: Tensor, largest: Tensor) -> Tensor:
+        """[R, T] whether the first of the `largest` z of all ranks is on this one."""
+        here = (top == largest) & (self.shards.rows > 0)
+        rank = torch.where(here, -float(self.shards.rank), _NONE)
+        first = self.shards.all_reduce(rank.clone(), dist.ReduceOp.MAX)
+        return here & (rank == first)
 
     def token_logps_backward(
         self,
@@ -192,43 +265,6 @@ class ShardedRows:
         d = torch.where(grad == 0, 0.0, d)
         self.inner.token_logps_backward(grad, logits, place.kernel, lse, _IGNORED, transform, out)
         _mend(out, place, d)
-
-    def token_kl(
-        self,
-        logits: Tensor,  # [R, T, V]
-        ref_logits: Tensor,  # [R, T, V]
-        targets: Tensor,  # [R, T]
-        ignore_index: int,
-        transform: LogitTransform,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """As `backends.torch.token_kl` of the logits of all ranks."""
-        place = self._place(targets, ignore_index)
-        dtype = torch.promote_types(*(accumulate_dtype(x.dtype) for x in (logits, ref_logits)))
-        lse = torch.full(targets.shape, -float("inf"), dtype=torch.float64, device=logits.device)
-        ref_lse, kl = lse, torch.zeros_like(lse)
-        if self.shards.rows:
-            given = (logits, ref_logits, place.kernel, _IGNORED, transform)
-            _, lse, _, ref_lse, kl = self.inner.token_kl(*given)
-        both = torch.stack([lse, ref_lse])
-        top = self._largest(both)
-        below = both - top
-        w, infinite = below.exp(), float("inf")
-        content = kl.double() + below[1] - below[0]
-        # A part too small for a number still counts if only the policy rules it out.
-        share = torch.where(content == infinite, infinite, w[1] * content)
-        share = torch.where(ref_lse == -infinite, 0.0, share)
-        logits_of_target = [self._of_target(x, place, transform) for x in (logits, ref_logits)]
-        sent = torch.stack([*w, *logits_of_target, share])
-        total = self.shards.all_reduce(sent)
-        log_total = total[:2].log()
-        lse, ref_lse = top + log_total
-        logps = torch.where(place.legal, total[2] - lse, float("nan"))
-        ref_logps = torch.where(place.legal, total[3] - ref_lse, float("nan"))
-        kl = total[4] / total[1] - (log_total[1] - log_total[0])
-        kl = torch.where(logps.isnan(), logps, kl)
-        found = (torch.where(place.scored, x, 0.0) for x in (logps, lse, ref_logps, ref_lse, kl))
-        logps, lse, ref_logps, ref_lse, kl = found
-        return logps.to(dtype), lse, ref_logps.to(dtype), ref_lse, kl.to(dtype)
 
     def token_kl_backward(
         self,
@@ -254,6 +290,15 @@ class ShardedRows:
         rest = (place.kernel, lse, ref_lse, _IGNORED, transform, out)
         self.inner.token_kl_backward(grad_logps, grad_kl, logits, ref_logits, *rest)
         _mend(out, place, d)
+
+
+def _kl_share(part: Part, below: Tensor, w: Tensor) -> Tensor:
+    """What this rank adds to the sum that gives the KL (`ShardedRows.combined`)."""
+    content = part.kl + below[1] - below[0]
+    # A part too small for a number still counts if only the policy rules it out.
+    share = torch.where(content == float("inf"), float("inf"), w[1] * content)
+    share = torch.where(part.lse[0] == _NONE, float("inf"), share)  # all of it ruled out
+    return torch.where(part.lse[1] == _NONE, 0.0, share)
 
 
 def _mend(out: Tensor, place: _Place, d: Tensor) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..parallel import VocabShards, agree, replicated, shards_of
 from . import checks
 
+_OF_THE_BATCH = ("num_pairs", "num_chosen_tokens")  # options that are new with each batch
+
 
 class GivenHead(NamedTuple):
     """The public arguments of a policy's or a reference's head."""
@@ -52,8 +54,8 @@ def own_rows(
             f"vocabulary of {shards.vocab}, got {list(weight.shape)}"
         )
     tensors = {"hidden": policy.hidden, "ref_hidden": reference.hidden, **batch}
-    tensors |= {name: x for name, x in given.items() if isinstance(x, Tensor)}
-    facts = {name: _told(x) for name, x in given.items()}
+    tensors |= {n: x for n, x in given.items() if isinstance(x, Tensor) or n in _OF_THE_BATCH}
+    facts = {name: _told(x) for name, x in given.items() if name not in _OF_THE_BATCH}
     facts["gradients"] = str(torch.is_grad_enabled())
     for prefix, head in (("", policy), ("ref_", reference)):
         parts = zip(("lora A", "lora B", "lora scaling"), head.lora or (None,) * 3, strict=False)

@@ -21,9 +21,9 @@ positions, `N` scored rows, `H` hidden size, `V` vocabulary, `r` rank, `C` rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType, SimpleNamespace
-from typing import List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
+from typing import Any, List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
 
 import torch
 from torch import Tensor
@@ -264,6 +264,9 @@ def _linear_logps(
     kept, *stashes = _new_saved(a, plan)
     index = scored_rows(targets, ignore_index, count)
     ones = hidden.new_ones((1, plan.chunk if strategy == "frozen" else 0), dtype=torch.float32)
+    # Over shards of the vocabulary the ranks meet once for all chunks, where they can.
+    shards: Any = impl if strategy != "frozen" and hasattr(impl, "combined") else None
+    parts: list[Any] = []
     done = 0
     for part in _chunks(index, plan):
         n = part.shape[0]
@@ -275,10 +278,12 @@ def _linear_logps(
         r = heads.reference_logits(part)
         z = head.project(*heads.rows(part), z)[None, :n]
         y = labels.index_select(0, part).unsqueeze(0)
+        done += n
+        if shards is not None:
+            parts.append(shards.local(z, r, y, ignore_index, transform, names))
+            continue
         found = forward(impl, z, y, ignore_index, transform, names, r)
-        for out, value in zip(flat, found, strict=False):
-            if value is not None:
-                out.index_copy_(-1, part, value.squeeze(-2))
+        _place_rows(flat, found, part)
         if strategy == "frozen":
             g, lse, ref_lse = ones[:, :n], found[1], found[4]
             # Over the reference's logits, then over the policy's: neither is needed any more.
@@ -291,11 +296,20 @@ def _linear_logps(
                 backward(impl, rows, z, ref, ignore_index, transform, d[None])
                 dz = head.operand(d)
                 of_low = head.d_low(dz)
-                stashes[0][i, done : done + n] = head.d_hidden(dz, of_low)
+                stashes[0][i, done - n : done] = head.d_hidden(dz, of_low)
                 if of_low is not None:
-                    stashes[1][i, done : done + n] = of_low
-        done += n
+                    stashes[1][i, done - n : done] = of_low
+    if parts:
+        y = labels.index_select(0, index).unsqueeze(0)
+        _place_rows(flat, shards.combined(parts, y, ignore_index, names), index)
     return *results, kept, *stashes  # type: ignore[return-value]
+
+
+def _place_rows(flat: list[Tensor], found: Sequence[Tensor | None], index: Tensor) -> None:
+    """What was found of the rows at `index` into results of all rows."""
+    for out, value in zip(flat, found, strict=False):
+        if value is not None:
+            out.index_copy_(-1, index, value.squeeze(-2))
 
 
 def _chunks(index: Tensor, plan: Plan) -> list[Tensor]:

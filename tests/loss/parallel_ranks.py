@@ -245,6 +245,43 @@ def classes_that_are_ruled_out():
 
 
 @check
+def the_kl_of_classes_that_are_ruled_out():
+    """Infinite where only the policy rules them out, 0 of what the reference rules out."""
+    s = shards()
+    torch.manual_seed(14)
+    hidden, weight, bias, ref_hidden, ref_weight = tensors()
+    out = torch.arange(s.vocab) >= s.vocab // 2 - 3
+    labels = labels_of(s.vocab // 2 - 3)
+    none = torch.where(out, -float("inf"), bias)
+    for mine, theirs, backend in (
+        (none, bias, "cpu"),
+        (bias, none, "cpu"),
+        (none, none, "torch"),
+        (none, bias, "torch"),
+    ):
+        found = []
+        for own, group in ((lambda a: a, None), (lambda a: rows(s, a), s)):
+            found.append(
+                dk.fused_linear_dpo_loss(
+                    hidden,
+                    own(weight),
+                    labels,
+                    bias=own(mine),
+                    ref_hidden=ref_hidden,
+                    ref_weight=own(ref_weight),
+                    ref_bias=own(theirs),
+                    loss_type="tdpo1",
+                    backend=backend,
+                    vocab_group=group,
+                    reduction="none",
+                )
+            )
+        for name, a, b in zip(found[0]._fields, found[1], found[0], strict=False):
+            assert torch.equal(a.isnan(), b.isnan()), (name, a, b)
+            near(name, a.nan_to_num(posinf=9e9), b.nan_to_num(posinf=9e9), 1e-5)
+
+
+@check
 def not_a_number_stays_one():
     """A weight that is NaN on one rank makes the log-probs NaN on all."""
     s = shards()
@@ -439,6 +476,42 @@ class Largest(TorchDispatchMode):
 
 
 @check
+def memory_is_a_share_and_a_chunk():
+    """Peak above the arguments: one rank's, divided by the ranks, and a chunk of logits."""
+    size, width, budget = 64000, 512, 16 << 20
+    labels = torch.randint(0, 64, (4, 65))
+    hidden = torch.randn(4, 65, width)
+
+    def peak(n, group):
+        x, w = leaf(hidden), torch.full((n, width), 0.01).requires_grad_()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
+        before = status("VmRSS")
+        out = dk.fused_linear_dpo_loss(
+            x, w, labels, reference_free=True, memory_budget=budget, vocab_group=group
+        )
+        out.loss.backward()
+        return status("VmHWM") - before
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not everywhere allowed
+        return
+    s = shards(size)
+    peak(s.rows, s)  # what is made once
+    sharded, whole = peak(s.rows, s), peak(size, None)
+    assert whole > 4 * size * width  # the gradient of the weight
+    assert sharded <= whole / dist.get_world_size() + 1.5 * budget, (sharded, whole)
+
+
+def status(name):
+    """Bytes that the kernel tells of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(name)
+
+
+@check
 def other_forms_of_a_batch():
     """Packed rows, a common start, lists of losses, a reference without a head of its own."""
     s = shards()
@@ -567,15 +640,20 @@ def chunks_are_the_same_on_all_ranks():
     torch.manual_seed(9)
     hidden, weight, *_ = tensors()
     labels = labels_of()
-    x, w = leaf(hidden), leaf(rows(s, weight))
-    options = {"reference_free": True, "vocab_group": s, "memory_budget": 1}
-    dk.fused_linear_dpo_loss(x, w, labels, strategy="recompute", **options)
-    with counted() as calls:
-        dk.fused_linear_dpo_loss(x, w, labels, strategy="recompute", **options)
-    assert len(calls) > 4  # two a chunk
-    numbers = [None] * dist.get_world_size()
-    dist.all_gather_object(numbers, calls)
-    assert all(n == calls for n in numbers), numbers
+    for strategy in ("recompute", "streaming", "frozen", "score"):
+        x = leaf(hidden, strategy != "score")
+        w = leaf(rows(s, weight), strategy in ("recompute", "streaming"))
+        options = {"reference_free": True, "vocab_group": s, "memory_budget": 1}
+        dk.fused_linear_dpo_loss(x, w, labels, strategy=strategy, **options)
+        with counted() as calls:
+            dk.fused_linear_dpo_loss(x, w, labels, strategy=strategy, **options)
+        if strategy in ("recompute", "score"):  # of all chunks at once
+            assert len(calls) == 2, calls
+        else:  # a gradient is formed while the logits are there
+            assert len(calls) > 2, (strategy, calls)
+        numbers = [None] * dist.get_world_size()
+        dist.all_gather_object(numbers, calls)
+        assert all(n == calls for n in numbers), numbers
 
 
 def main():
@@ -587,6 +665,7 @@ def main():
     for name, function in CHECKS.items():
         if only and name not in only:
             continue
+        torch.manual_seed(0)  # the same batch on every rank
         try:
             function()
             found[name] = ""
