@@ -7,6 +7,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,11 @@ def overrides() -> dict[str, Callable[[Any], Any]]:
 def _init(original: Callable) -> Callable:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.fused = type(self).fused_default
+        fused = type(self).fused_default
+        if fused.layout == "auto":
+            # TRL's entropy counts what stands behind an EOS, which a packed row does not run.
+            fused = replace(fused, layout="padded", share_prefix=None)
+        self.fused = fused
         self._dpo_announced = False
         original(self, *args, **kwargs)
 
