@@ -27,6 +27,8 @@ RESULTS = ROOT / "benchmarks/results"
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "state"): lambda: gpu_tables.state(RESULTS),
     ("README.md", "results"): lambda: gpu_tables.headline(RESULTS),
+    ("README.md", "verify"): lambda: conformance_line(),
+    ("docs/verify.md", "verify"): lambda: conformance(),
     ("docs/losses.md", "losses"): table_markdown,
     ("docs/options.md", "train"): lambda: options_markdown(GROUPS),
     ("docs/options.md", "score"): lambda: options_markdown(SCORE_GROUPS[-1:]),
@@ -37,6 +39,37 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/clusters.md", "compatibility"): compat.table,
     ("benchmarks/README.md", "bf16"): lambda: bf16_head(RESULTS),
 }
+
+
+def _verified() -> dict[str, dict[str, list[str]]]:
+    return json.loads((RESULTS / "verify.json").read_text())["checks"]
+
+
+def conformance_line() -> str:
+    """For the README: how many checks each trainer passed, and which it failed."""
+    parts = []
+    for name, mine in _verified().items():
+        failed = [check for check, (status, _) in mine.items() if status == "fail"]
+        passed = sum(status == "pass" for status, _ in mine.values())
+        said = f"{passed} pass" + (f", fails {', '.join(failed)}" if failed else "")
+        parts.append(f"`{name}` {said}")
+    return f"- [`dpo-kernels verify`](docs/verify.md): {'; '.join(parts)}."
+
+
+def conformance() -> str:
+    """The whole table, with the versions."""
+    found = json.loads((RESULTS / "verify.json").read_text())
+    names = list(found["checks"])
+    lines = [f"| check | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for check in found["checks"][names[0]]:
+        cells = [found["checks"][name][check][0] for name in names]
+        lines.append(f"| {check} | {' | '.join(cells)} |")
+    lines += ["", *(f"- {name}: {found['versions'][name]}" for name in names), ""]
+    for name in names:
+        for check, (status, detail) in found["checks"][name].items():
+            if status != "pass":
+                lines.append(f"- {status}: {name}, {check}: {detail}")
+    return "\n".join(lines)
 
 
 def budgets() -> str:

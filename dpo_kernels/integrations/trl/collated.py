@@ -55,6 +55,7 @@ def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:
         "_compute_loss": _compute_loss,
         "compute_ref_log_probs": _compute_ref_log_probs,
         "_precompute_ref_logps": _precompute,
+        "get_batch_samples": _get_batch_samples,
         "evaluation_loop": _evaluation_loop,
         "log": _log,
         **hf_trainer.overrides(),
@@ -147,9 +148,33 @@ def _precompute(original: Callable) -> Callable:
     def _precompute_ref_logps(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         if not needs_reference(loss_options(self)) or cache_of(self) is not None:
             return dataset  # without one, or with one that is kept by content as rows come
-        return original(self, dataset, *args, **kwargs)
+        kept = getattr(self, "_precompute_model_hash", None)
+        if kept is None:
+            return original(self, dataset, *args, **kwargs)
+        # TRL's file goes by model and data alone, and its values depend on these too.
+        self._precompute_model_hash = (kept, self.args.ld_alpha, self.args.max_length)
+        try:
+            return original(self, dataset, *args, **kwargs)
+        finally:
+            self._precompute_model_hash = kept
 
     return _precompute_ref_logps
+
+
+def _get_batch_samples(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        self._pairs_of_step = [len(batch["input_ids"]) // 2 for batch in found[0]]
+        return found
+
+    return get_batch_samples
+
+
+def _share_of_step(trainer: Any) -> dict[str, float]:
+    """Where the batches of a step differ in size, the mean of their means is not the mean."""
+    sizes = getattr(trainer, "_pairs_of_step", [])
+    return {"num_pairs": sum(sizes) / len(sizes)} if len(set(sizes)) > 1 else {}
 
 
 def _rows(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -220,6 +245,8 @@ def _compute_loss(original: Callable) -> Callable:
         options = {**loss_options(self), **row_options}
         if not training:
             options |= ONE_BY_ONE
+        else:
+            options |= _share_of_step(self)
         options = hf_trainer.loss_state(self, options)
         reference = None
         if needs_reference(options):
