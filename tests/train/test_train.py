@@ -285,10 +285,10 @@ def test_parts_change_nothing_but_memory(tmp_path: Path, monkeypatch: pytest.Mon
     for a, b in zip(whole, parts, strict=True):
         for key in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
-    pairs, cpu = random_pairs(4), torch.device("cpu")
-    cut = loop.parts_of([2, 0, 1, 3], pairs, config_of(), cpu)
+    pairs, policy = random_pairs(4), tiny_policy()
+    cut = loop.parts_of([2, 0, 1, 3], pairs, config_of(), policy)
     assert len(cut) > 1 and [i for part in cut for i in part] == [2, 0, 1, 3]
-    assert loop.parts_of([2, 0], pairs, config_of(loss_type="aot"), cpu) == [[2, 0]]
+    assert loop.parts_of([2, 0], pairs, config_of(loss_type="aot"), policy) == [[2, 0]]
 
 
 @pytest.mark.parametrize(
