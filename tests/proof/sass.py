@@ -94,8 +94,11 @@ class Loop:
             instructions = self.function.blocks[block]
             vectors = sum(i.wide for i in instructions)
             taken = sum(i.op == "MUFU.EX2" for i in instructions)
-            # Softcap's far branch, or the slow path of a division: where there is another way.
-            rare = sum(i.is_a("MUFU.RCP", "CALL") and not i.predicate for i in instructions)
+            # Softcap's far branch, or the slow path of a division: where there is another way. A
+            # call is rarer: a division's short way takes a reciprocal, its long one a call.
+            rare = sum(
+                2 * i.is_a("CALL") + i.is_a("MUFU.RCP") for i in instructions if not i.predicate
+            )
             arrivals = [((0, 0), (0, 0, ()))] if block == self.head else []
             for before in self.function.before[block]:
                 if before in ways and position[before] < position[block]:
