@@ -25,11 +25,11 @@ def is_listwise(options: dict[str, Any]) -> bool:
     """Whether these loss options ask for it."""
     name = options.get("loss_type")
     listed = [name] if isinstance(name, str) else name
-    if isinstance(listed, list | tuple) and NAME in listed and len(listed) > 1:
+    if isinstance(listed, (list, tuple)) and NAME in listed and len(listed) > 1:
         raise ValueError(f"{NAME!r} cannot be mixed with other losses, got {list(listed)}")
     if "num_completions" in options and listed != [NAME] and options["num_completions"] != 2:
         raise ValueError(f"num_completions={options['num_completions']} is of {NAME!r} alone")
-    if isinstance(listed, list | tuple) and list(listed) == [NAME]:
+    if isinstance(listed, (list, tuple)) and list(listed) == [NAME]:
         return True
     options.pop("num_completions", None)  # 2: what pairs are
     return False
