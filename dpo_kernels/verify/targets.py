@@ -69,7 +69,6 @@ class Loop:
         self.versions = versions_of("dpo-kernels", "torch", "transformers")
 
     def train(self, case: Case) -> Trained:
-        from ..train.config import UserError
         from ..train.console import Console
         from ..train.job import run_job
 
@@ -100,13 +99,8 @@ class Loop:
             path.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows))
             options[name] = str(path)
         said = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                run_job(options, Console())
-        except UserError as error:
-            if "layout" in str(error) or "save_steps" in str(error) or "resume" in str(error):
-                raise NotApplicable(str(error)) from None
-            raise
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            run_job(options, Console())
         lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
         last: dict[str, float] = {}
         for line in lines:
