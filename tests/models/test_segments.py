@@ -534,6 +534,17 @@ def test_new_lengths_do_not_compile_again() -> None:
     torch._dynamo.reset()
 
 
+def test_a_compiled_model_excuses_no_other() -> None:
+    """A model that is not compiled is counted, whatever was compiled before it."""
+    compiled = tiny(dtype=torch.float32)
+    attach_head(compiled)
+    compiled.model.compile(backend="eager")
+    step(compiled, padded_batch(SHAPES), "shared")
+    torch._dynamo.reset()
+    test_a_layer_that_does_not_call_attention_is_noticed()
+    test_a_lost_layer_later_on_is_an_error()
+
+
 BATCHES = [
     SHAPES,
     [(7, 6, 5), (11, 4, 8), (2, 3, 3)],
