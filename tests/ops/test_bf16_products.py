@@ -5,7 +5,9 @@ import torch
 from linear_cases import B, H, T, V, close, labels_of
 
 import dpo_kernels as dk
+from dpo_kernels import _C
 from dpo_kernels.backends import cpu
+from dpo_kernels.inputs.transform import LogitTransform
 from dpo_kernels.ops import products
 
 has_them = pytest.mark.skipif(not cpu.has_bf16_products(), reason="this CPU has no AVX512-BF16")
@@ -92,3 +94,28 @@ def test_the_head_with_and_without_them(strategy, kind, monkeypatch):
     close(hidden.grad, wide[0].grad, 1.5e-2)
     if strategy != "frozen":
         close(weight.grad, wide[1].grad, 1.5e-2)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("classes", [1, 257, 9001])
+def test_a_backward_rounds_as_it_writes(classes, softcap):
+    """fp32 logits, a bf16 gradient: that of fp32, rounded once, whatever instruction set."""
+    g = torch.Generator().manual_seed(0)
+    transform = LogitTransform(softcap=softcap)
+    logits = torch.randn(300, 1, classes, generator=g) * 4
+    labels = torch.randint(0, classes, (300, 1), generator=g)
+    labels[::3] = -100
+    grad = torch.randn(300, 1, generator=g)
+    lse = cpu.token_logps(logits, labels, -100, transform, ())[1]
+    try:
+        for name in _C.instruction_sets().split(","):
+            _C.use_instruction_set(name)
+            wide = torch.empty_like(logits)
+            cpu.token_logps_backward(grad, logits, labels, lse, -100, transform, wide)
+            out = torch.full((300, 1, classes + 7), 3.0).bfloat16()
+            narrow = out[..., :classes]
+            cpu.token_logps_backward(grad, logits, labels, lse, -100, transform, narrow)
+            assert torch.equal(narrow, wide.bfloat16())
+            assert (out[..., classes:] == 3).all()
+    finally:
+        _C.use_instruction_set("")
