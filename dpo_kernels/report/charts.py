@@ -25,7 +25,7 @@ from .numbers_text import number, powers_between, steps_between, tick_texts
 
 WIDTH = 360
 TITLE = 12.5 / 11  # the size of a title, of the other text's
-LEFT, RIGHT, BOTTOM = 46, 52, 34
+LEFT, RIGHT, BOTTOM = 48, 62, 34
 PLOT_WIDTH = WIDTH - LEFT - RIGHT
 PLOT_HEIGHT = 150
 ROW = 15  # of the legend
@@ -127,7 +127,7 @@ def line_chart(chart: Chart) -> str:
     for value, label in chart.given:
         y = place(x_scale.low, value)[1]
         out.append(_given(LEFT, y, WIDTH - RIGHT, y))
-        ends.append(((float(WIDTH - RIGHT), y), label, None))
+        ends.append(((float(WIDTH - RIGHT), y), fitted(label, RIGHT - 9), None))
     if chart.diagonal:
         a, b = max(x_scale.low, low), min(x_scale.high, high)
         (x0, y0), (x1, y1) = place(a, a), place(b, b)
@@ -387,7 +387,8 @@ def _path(points: Sequence[Point]) -> str:
 
 
 _NARROW = set(" !'(),./:;I[]`fijlrt|")
-_BROAD = set("%&@MWmw<>=+~–—…→−×\ufffd")
+_BROAD = set("%&@MWmw—…→\ufffd")
+_SIGNS = set("<>=+~−×")
 
 
 def wide(label: str, bold: bool = False) -> float:
@@ -398,6 +399,8 @@ def wide(label: str, bold: bool = False) -> float:
             ems += 0.41
         elif c in _BROAD or ord(c) > 0x2E7F or east_asian_width(c) in "WF":
             ems += 1.03
+        elif c in _SIGNS:
+            ems += 0.84
         else:
             ems += 0.72 if c.isupper() else 0.64
     return 11.0 * ems * (1.12 if bold else 1.0)
@@ -464,12 +467,15 @@ def _axes(chart: Chart, x_scale: _Scale, y_scale: _Scale, top: float) -> list[st
         y_ticks = powers_between(y_scale.low, y_scale.high, 10, 7)
     else:
         y_ticks = steps_between(y_scale.low, y_scale.high, 6, chart.whole_y)
-    for tick, label in zip(y_ticks, tick_texts(y_ticks), strict=True):
+    labels = tick_texts(y_ticks)
+    if any(wide(label) > LEFT - 6 for label in labels):
+        labels = [short(tick, LEFT - 6) for tick in y_ticks]
+    for tick, label in zip(y_ticks, labels, strict=True):
         y = bottom - PLOT_HEIGHT * y_scale.at(tick)
         out.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         out.append(
             f'<text class="tick soft" text-anchor="end" x="{LEFT - 4}" y="{y + 3.5:.1f}">'
-            f"{text(fitted(label, LEFT))}</text>"
+            f"{text(label)}</text>"
         )
     out.append(f'<path class="axis" d="M{LEFT} {top}V{bottom}H{WIDTH - RIGHT}" fill="none"/>')
     for tick, label in _x_ticks(chart, x_scale):
@@ -506,13 +512,21 @@ def _x_ticks(chart: Chart, scale: _Scale) -> list[tuple[float, str]]:
     return [(t, label) for t, label in zip(ticks, labels, strict=True) if 0 <= scale.at(t) <= 1]
 
 
+def short(value: float, width: float) -> str:
+    """A number with as many digits as have room; never a part of one."""
+    return next(
+        (s for s in (number(value, digits) for digits in (3, 2)) if wide(s) <= width),
+        f"{value:.0e}".replace("e+0", "e").replace("e-0", "e−").replace("-", "−"),
+    )
+
+
 def _ends(drawn: Sequence[_Drawing]) -> list[End]:
     """The last value of each line."""
     found: list[End] = []
     for d in drawn:
         last = next((p for p in reversed(list(d.series.points)) if math.isfinite(p[1])), None)
         if last is not None and d.pixels and d.series.line:
-            found.append((d.pixels[-1][-1], number(last[1], 3), d.series.style))
+            found.append((d.pixels[-1][-1], short(last[1], RIGHT - 9), d.series.style))
     return found
 
 
@@ -531,7 +545,7 @@ def _end_labels(ends: Sequence[End], top: float, bottom: float) -> list[str]:
                 f'<path class="given" d="M{at[0] + 2:.1f} {at[1]:.1f}L{x - 2} {y:.1f}" '
                 'stroke-width=".7" opacity=".7" fill="none"/>'
             )
-        where = f'x="{x}" y="{y + 3.5:.1f}">{text(fitted(label, RIGHT - 9))}</text>'
+        where = f'x="{x}" y="{y + 3.5:.1f}">{text(label)}</text>'
         if style is None:
             out.append(f'<text class="soft end" {where}')
         else:

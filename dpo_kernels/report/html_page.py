@@ -200,6 +200,8 @@ td.note { white-space: normal; min-width: 14rem }
 .nowrap { white-space: nowrap }
 pre { overflow-x: auto; background: var(--panel); padding: .6rem; border-radius: .4rem;
   font-size: .85rem } summary { cursor: pointer; padding: .4rem 0 }
+@media (max-width: 30rem) { td, th { padding: .2rem .35rem } td:first-child, th:first-child {
+  padding-left: 0 } td:first-child:not(.n) { min-width: 5.5rem } table { font-size: .92rem } }
 footer { margin-top: 2rem; font-size: .85rem }
 """
 )
