@@ -54,7 +54,7 @@ from .loop import TrainResult, evaluate, train
 from .machine import peak_memory
 from .metrics import MetricsFile
 from .model import Policy, load_policy, prepare_policy, save_policy
-from .optim import TrainingError
+from .optim import TrainingError, check_schedule
 from .order import epoch_order, steps_of
 from .reference import Referee
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
@@ -88,6 +88,7 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     refuse_many_processes()
     config, own = resolve(options)
     check_device(config.device)
+    check_schedule(config)
     check_adapter(config, own)
     check_sinks(config.report_to)
     resumed = resumed_from(config, dk.__version__, console.say)

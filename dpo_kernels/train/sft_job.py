@@ -24,6 +24,7 @@ from .ending import draw, files_of, last_fields, say_sample, write_summary
 from .job import Job
 from .machine import peak_memory
 from .model import Policy, save_policy
+from .optim import check_schedule
 from .resume import Keeper, metrics_of, resumed_from
 from .run_options import GROUPS, SFT_DEFAULTS, SFT_GROUPS
 from .sft import evaluate_sft, train_sft
@@ -60,15 +61,16 @@ def run_sft(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     refuse_many_processes()
     config = resolve_sft(options)
     check_device(config.device)
+    check_schedule(config)
     check_adapter(config, True)
     check_sinks(config.report_to)
     resumed = resumed_from(config, dk.__version__, console.say)
     quiet_bars(console)
     run_folder = RunFolder(config, resumed.path if resumed else None)
-    return _SFTJob(config, True, run_folder, console, resumed).run()
+    return SFTJob(config, True, run_folder, console, resumed).run()
 
 
-class _SFTJob(Job):
+class SFTJob(Job):
     groups = SFT_GROUPS
     command = "sft"
 
