@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..report.bars import Bar, bar_chart
-from ..report.charts import Chart, Series, file_of, line_chart
+from ..report.chart_parts import file_of
+from ..report.charts import Chart, Series, line_chart
 from ..report.html_page import grid, page, section, table, text
 from . import results
 from .cases import grown_in

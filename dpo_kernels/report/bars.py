@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .charts import NUM_COLOURS, WIDTH, fitted, heading, svg, wide
+from .chart_parts import WIDTH, fitted, heading, svg, wide
+from .charts import NUM_COLOURS
 from .html_page import text
 from .numbers_text import number, steps_between, tick_texts
 

@@ -10,7 +10,8 @@ from .charts import Chart, Series, line_chart
 from .folders import IterationRun, Row, read_lines
 from .html_page import details, grid, page, prose, section, table, text, tiles
 from .numbers_text import NONE, number, seconds
-from .training_page import curves, spoken
+from .run_curves import curves, is_number
+from .training_page import spoken
 
 ROUND = "round"
 WINS = (("win_rate_round0", "over round 0"), ("win_rate_previous", "over the previous"))
@@ -100,11 +101,7 @@ def _measures(row: Row) -> Row:
 
 def _win(row: Row, key: str) -> Row:
     found = _stage(row, "evaluate").get(key)
-    return found if isinstance(found, dict) and _is_number(found.get("rate")) else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return found if isinstance(found, dict) and is_number(found.get("rate")) else {}
 
 
 def _rate(w: Row, apart: str = " ") -> str:
@@ -134,7 +131,8 @@ def _summary(run: IterationRun, several: bool) -> str:
 
 def _curves(runs: Sequence[IterationRun]) -> str:
     several = len(runs) > 1
-    charts, series = [], []
+    charts: list[str] = []
+    series: list[Series] = []
     for run in runs:
         for key, label in WINS:
             rows = [r for r in run.rounds if _win(r, key)]
@@ -160,7 +158,7 @@ def _curves(runs: Sequence[IterationRun]) -> str:
                 points = [
                     (float(r["round"]), float(_measures(r)[key]))
                     for r in [run.zero, *run.rounds]
-                    if r and _is_number(_measures(r).get(key))
+                    if r and is_number(_measures(r).get(key))
                 ]
                 if points and start is not None and points[0][0] > 0:
                     points.insert(0, (0.0, start))  # the starting model to itself
@@ -177,7 +175,7 @@ def _curves(runs: Sequence[IterationRun]) -> str:
                 points = [
                     (float(r["round"]), float(_stage(r, stage)[key]))
                     for r in run.rounds
-                    if _is_number(_stage(r, stage).get(key))
+                    if is_number(_stage(r, stage).get(key))
                 ]
                 name = f"{run.name}: {label}" if several else label
                 series.append(Series(name, points, len(series), mark_all=True))
@@ -186,7 +184,7 @@ def _curves(runs: Sequence[IterationRun]) -> str:
 
 
 def _number(value: Any) -> float:
-    return float(value) if _is_number(value) else math.nan
+    return float(value) if is_number(value) else math.nan
 
 
 def _chart(
@@ -284,7 +282,7 @@ def _judge(run: IterationRun, several: bool) -> str:
 
 
 def _share(count: Any, total: Any) -> str:
-    if not _is_number(count):
+    if not is_number(count):
         return NONE
     return number(count) + (f" ({100 * count / total:.1f} %)" if total else "")
 
@@ -318,7 +316,7 @@ def _samples(run: IterationRun, several: bool, most: int = 12) -> str:
 
 
 def _won(p: Any) -> str:
-    if not _is_number(p):
+    if not is_number(p):
         return NONE
     return f"P(the later round's is better) = {number(p, 3)}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .bars import Bar, bar_chart
@@ -13,55 +12,17 @@ from .charts import Chart, Series, line_chart
 from .folders import TrainingRun
 from .html_page import details, grid, page, prose, section, table, text, tiles
 from .numbers_text import NONE, number, seconds, size
-
-STEP = "optimizer step"
-EVAL = "eval_"
-HALVES = "_ties_half"  # accuracies of held-out pairs: a tie counts one half
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A chart of metrics: (key, what it is called) of training; held out is `eval_` + key."""
-
-    title: str
-    y: str
-    keys: tuple[tuple[str, str], ...]
-    limits: tuple[float, float] | None = None
-    given: tuple[tuple[float, str], ...] = ()
-    factor: float = 1.0
-
-
-PANELS = (
-    Panel("loss", "mean of a pair's loss (nats)", (("loss", ""),)),
-    Panel("reward margin", "chosen − rejected reward (nats)", (("rewards/margins", ""),)),
-    Panel(
-        "reward accuracy",
-        "share of pairs (0 to 1)",
-        (("rewards/accuracies", ""),),
-        (0.0, 1.0),
-        ((0.5, "chance"),),
-    ),
-    Panel(
-        "log-prob of a completion",
-        "nats a completion",
-        (("logps/chosen", "chosen"), ("logps/rejected", "rejected")),
-    ),
-    Panel(
-        "implicit reward",
-        "beta × log-ratio (nats)",
-        (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")),
-    ),
-    Panel("gradient norm", "L2 norm before clipping", (("grad_norm", ""),)),
-    Panel("throughput", "tokens per second", (("tokens_per_s", ""),)),
-    Panel("pairs", "pairs per second", (("pairs_per_s", ""),)),
-    Panel("step time", "seconds per optimizer step", (("step_time", ""),)),
-    Panel("learning rate", "per optimizer step", (("learning_rate", ""),)),
-    Panel("padding saved", "share of padded positions (0 to 1)", (("padding_saved", ""),)),
-    Panel("peak memory", "GiB", (("mem/peak", ""),)),
-    Panel("SFT rows beside the pairs", "nats per token", (("sft/loss", ""),)),
-    Panel("held-out conversations", "nats per token", (("sft_loss", ""),)),
+from .run_curves import (
+    EVAL,
+    HALVES,
+    STEP,
+    Panel,
+    curves,
+    is_number,
+    kl_points,
+    note_of_curves,
+    panel_chart,
 )
-_PLAIN = {"step", "epoch", "num_tokens", "eval_runtime", "eval_logps/accuracies"}
 
 
 def training_page(runs: Sequence[TrainingRun]) -> str:
@@ -72,7 +33,7 @@ def training_page(runs: Sequence[TrainingRun]) -> str:
     lead = "".join(_lead(r, len(runs) > 1) for r in runs)
     sections = [
         section("Summary", *([_summary(runs[0])] if len(runs) == 1 else [_final_numbers(runs)])),
-        section("Curves", curves(runs), note=_note_of_curves(runs)),
+        section("Curves", curves(runs), note=note_of_curves(runs)),
         section("Calibration", *_calibration(runs), note=_CALIBRATION),
         section("Data groups", *map(_groups, runs)),
         section("Samples before and after", *(_named(r, runs, _samples(r)) for r in runs)),
@@ -131,13 +92,13 @@ def _remarks(run: TrainingRun) -> list[str]:
         found.append(f"{skipped:,} steps were left out: their loss or gradient was not finite.")
     before, after = _before_after(run)
     a, b = before.get("eval_loss"), after.get("eval_loss")
-    if run.finished and _is_number(a) and _is_number(b) and b > a:
+    if run.finished and is_number(a) and is_number(b) and b > a:
         found.append(f"The held-out loss rose from {number(a)} to {number(b)}.")
     fell = [
         (before.get(f"eval_logps/{k}"), after.get(f"eval_logps/{k}"))
         for k in ("chosen", "rejected")
     ]
-    if all(_is_number(x) and _is_number(y) and y < x for x, y in fell):
+    if all(is_number(x) and is_number(y) and y < x for x, y in fell):
         found.append(
             "The log-probs of the chosen and of the rejected completions both fell: "
             f"{number(fell[0][0])} to {number(fell[0][1])} and {number(fell[1][0])} to "
@@ -146,12 +107,8 @@ def _remarks(run: TrainingRun) -> list[str]:
     return found + run.notes
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _value(value: Any, otherwise: float) -> float:
-    return float(value) if _is_number(value) else otherwise
+    return float(value) if is_number(value) else otherwise
 
 
 def _before_after(run: TrainingRun) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -214,7 +171,7 @@ def _measures(run: TrainingRun) -> list[tuple[str, float | None, float | None]]:
             pair = first, points[-1][1] if points and points[-1][0] > 0 else None
         else:
             pair = before.get(key), after.get(key)
-        if any(_is_number(v) for v in pair):
+        if any(is_number(v) for v in pair):
             found.append((name, *pair))
     return found
 
@@ -233,7 +190,7 @@ def _summary(run: TrainingRun) -> str:
 
 
 def _change(a: Any, b: Any) -> str:
-    if not (_is_number(a) and _is_number(b) and math.isfinite(a) and math.isfinite(b)):
+    if not (is_number(a) and is_number(b) and math.isfinite(a) and math.isfinite(b)):
         return NONE
     return ("+" if b > a else "") + number(b - a, 3)
 
@@ -253,124 +210,6 @@ def _final_numbers(runs: Sequence[TrainingRun]) -> str:
         whole = [list(row) for row in zip(*whole, strict=True)]
     head, *rows = [[text(cell) for cell in row] for row in whole]
     return table(head, rows)
-
-
-# --- curves ---
-
-
-def _note_of_curves(runs: Sequence[TrainingRun]) -> str:
-    notes = ["Rewards are beta times the log-ratio to the reference; a nat is ln e."]
-    if any(kl_points(r, p) for r in runs for p in ("", EVAL)):
-        notes.append(
-            "The KL estimate is the mean of log reference − log policy over the given completions, "
-            "chosen and rejected: what the policy has moved away from them. They are not its own "
-            "samples, so it can be below zero."
-        )
-    if any(run.points(EVAL + "rewards/accuracies" + HALVES) for run in runs):
-        notes.append("In held-out accuracies a tie is one half, in training's it is a miss.")
-    return " ".join(notes)
-
-
-def kl_points(run: TrainingRun, prefix: str) -> list[tuple[float, float]]:
-    """The mean log-ratio of the given completions, its sign turned."""
-    beta = run.config.get("beta")
-    usual = run.config.get("f_divergence_type", "reverse_kl") == "reverse_kl"
-    if not _is_number(beta) or not beta or not usual or run.config.get("reference_free"):
-        return []
-    chosen = dict(run.points(f"{prefix}rewards/chosen"))
-    rejected = dict(run.points(f"{prefix}rewards/rejected"))
-    return [(x, -(chosen[x] + rejected[x]) / (2 * beta)) for x in chosen if x in rejected]
-
-
-def curves(runs: Sequence[TrainingRun]) -> str:
-    charts = []
-    for panel in PANELS:
-        charts += _panel(panel, runs)
-        if panel.title == "reward accuracy":
-            charts += _kl_panel(runs)
-    return grid([*charts, *_other_panels(runs)])
-
-
-def _panel(panel: Panel, runs: Sequence[TrainingRun]) -> list[str]:
-    def held(key: str) -> str:
-        return EVAL + key + (HALVES if key == "rewards/accuracies" else "")
-
-    if len(runs) == 1:
-        series = []
-        for prefix, name in (("", "training"), (EVAL, "held out")):
-            for key, what in panel.keys:
-                points = runs[0].points(held(key) if prefix else key, panel.factor)
-                label = ", ".join(w for w in (what, name) if w)
-                style = len(series)
-                series.append(Series(label, points, style, mark_all=bool(prefix)))
-        return [_chart(panel, panel.title, series)]
-    found = []
-    for key, what in panel.keys:
-        for prefix in ("", EVAL):
-            series = [
-                Series(
-                    r.name,
-                    r.points(held(key) if prefix else key, panel.factor),
-                    i,
-                    mark_all=bool(prefix),
-                )
-                for i, r in enumerate(runs)
-            ]
-            title = ", ".join(w for w in (panel.title, what, "held out" if prefix else "") if w)
-            found.append(_chart(panel, title, series))
-    return found
-
-
-def _chart(panel: Panel, title: str, series: Sequence[Series]) -> str:
-    return line_chart(
-        Chart(
-            title,
-            STEP,
-            panel.y,
-            [s for s in series if s.points],
-            whole_x=True,
-            limits=panel.limits,
-            given=panel.given,
-        )
-    )
-
-
-def _kl_panel(runs: Sequence[TrainingRun]) -> list[str]:
-    panel = Panel("KL estimate", "log reference − policy (nats a completion)", ())
-    if len(runs) == 1:
-        found = [
-            Series(name, kl_points(runs[0], prefix), i, mark_all=bool(prefix))
-            for i, (prefix, name) in enumerate((("", "training"), (EVAL, "held out")))
-        ]
-        return [_chart(panel, panel.title, found)]
-    charts = []
-    for prefix in ("", EVAL):
-        series = [
-            Series(r.name, kl_points(r, prefix), i, mark_all=bool(prefix))
-            for i, r in enumerate(runs)
-        ]
-        charts.append(_chart(panel, panel.title + (", held out" if prefix else ""), series))
-    return charts
-
-
-def _other_panels(runs: Sequence[TrainingRun], most: int = 12) -> list[str]:
-    """What else was logged: nothing that a run wrote is missing from its page."""
-    known = {key for panel in PANELS for key, _ in panel.keys}
-    known |= {EVAL + key for key in known} | {EVAL + key + HALVES for key in known} | _PLAIN
-    keys = dict.fromkeys(
-        key
-        for run in runs
-        for row in run.rows
-        for key, value in row.items()
-        if key not in known and _is_number(value) and not key.startswith("groups/")
-    )
-    charts = []
-    for key in [*keys][:most]:
-        series = [
-            Series(r.name if len(runs) > 1 else "", r.points(key), i) for i, r in enumerate(runs)
-        ]
-        charts.append(_chart(Panel(key, f"{key} as logged", ()), key, series))
-    return charts
 
 
 # --- the other parts ---
@@ -427,7 +266,7 @@ def _calibration(runs: Sequence[TrainingRun]) -> list[str]:
 
 def _is_bin(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        _is_number(value.get(k)) for k in ("pairs", "confidence", "accuracy")
+        is_number(value.get(k)) for k in ("pairs", "confidence", "accuracy")
     )
 
 
@@ -555,14 +394,14 @@ def _left_out(run: TrainingRun, most: int = 50) -> str:
 
 
 def _sft_before(runs: Sequence[TrainingRun]) -> str:
-    series = []
+    series: list[Series] = []
     for run in runs:
         points = [
-            (float(r["step"]), float(r["loss"])) for r in run.sft_rows if _is_number(r.get("loss"))
+            (float(r["step"]), float(r["loss"])) for r in run.sft_rows if is_number(r.get("loss"))
         ]
         series.append(Series(run.name if len(runs) > 1 else "", points, len(series)))
     panel = Panel("SFT loss", "nats per token", ())
-    return grid([_chart(panel, panel.title, series)]) if any(s.points for s in series) else ""
+    return grid([panel_chart(panel, panel.title, series)]) if any(s.points for s in series) else ""
 
 
 def _configuration(runs: Sequence[TrainingRun]) -> str:

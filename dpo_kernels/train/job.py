@@ -258,13 +258,8 @@ class Job:
                 metrics.write({"step": result.steps, "epoch": epoch, **after})
             texts_after = completions(policy, prompts, most)
         sampled = samples(prompts, texts_before, texts_after)
-        write_surprising(
-            self.folder / "surprising_pairs.jsonl",
-            margins,
-            eval_pairs,
-            self.texts,
-            policy.tokenizer.decode,
-        )
+        decode = policy.tokenizer.decode
+        write_surprising(self.folder, margins, eval_pairs, self.texts, decode)
         draw(metrics, self.folder, loss_title(config), say)
         peak = peak_memory(policy.device)
         timing = plain_torch_times(policy, data, config, self.own)

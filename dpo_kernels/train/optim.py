@@ -83,7 +83,7 @@ def check_schedule(config: DPOTrainConfig) -> None:
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
 
     name, given = config.lr_scheduler_type, config.lr_scheduler_kwargs or {}
-    function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     # `constant` takes nothing: transformers would drop what it is given.
     known = set() if name.startswith("constant") else {*inspect.signature(function).parameters}
     known -= {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}

@@ -63,7 +63,7 @@ def samples(
 
 
 def write_surprising(
-    path: Path,
+    folder: Path,
     margins: Sequence[float],
     pairs: Sequence[TokenPair],
     texts: Mapping[str, PreferencePair],
@@ -84,7 +84,9 @@ def write_surprising(
         for side in ("prompt", "chosen", "rejected"):
             row[side] = decode(getattr(pair, side)) if text is None else getattr(text, side)
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    path.write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
+    (folder / "surprising_pairs.jsonl").write_bytes(
+        "".join(lines).encode("utf-8", "backslashreplace")
+    )
 
 
 def write_report(folder: Path, say: Callable[..., None]) -> None:

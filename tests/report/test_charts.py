@@ -10,7 +10,8 @@ import pytest
 from page_parts import SVG, overlaps, texts
 
 from dpo_kernels.report.bars import Bar, bar_chart
-from dpo_kernels.report.charts import Chart, Series, file_of, line_chart, spread_out, thinned
+from dpo_kernels.report.chart_parts import file_of, spread_out
+from dpo_kernels.report.charts import Chart, Series, line_chart, thinned
 from dpo_kernels.report.numbers_text import number, seconds, size, steps_between, tick_texts
 
 
