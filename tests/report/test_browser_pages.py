@@ -76,24 +76,41 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_page(paths, root / f"{name}.html") for name, paths in given.items()}
 
 
+def looked_at(page: Path, width: int, folder: Path) -> tuple[dict, str, list[str]]:
+    """(what stands where, errors of the console, what the page asked the network for)."""
+    outside = folder / "look.html"
+    outside.write_text(LOOK.format(page=page.as_uri(), width=width))
+    log = folder / "net.json"
+    options = ("--dump-dom", f"--log-net-log={log}", "--virtual-time-budget=8000")
+    done = chromium(folder, *options, outside.as_uri())
+    body = re.search(r"<body>(.*)</body>", done.stdout, re.S)
+    assert body is not None, done.stdout[:500]
+    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    events = [e.get("params", {}) for e in json.loads(log.read_text())["events"]]
+    # The browser's own requests (updates, the time) have no page that began them.
+    asked = [p["url"] for p in events if p.get("initiator", "not an origin") != "not an origin"]
+    return json.loads(unescape(body[1])), console, [u for u in asked if u.startswith("http")]
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("name", ["evil", "several", "loop"])
 def test_in_a_browser(pages: dict[str, Path], name: str, width: int, tmp_path: Path) -> None:
-    outside = tmp_path / "look.html"
-    outside.write_text(LOOK.format(page=pages[name].as_uri(), width=width))
-    log = tmp_path / "net.json"
-    done = chromium(
-        tmp_path,
-        "--dump-dom",
-        f"--log-net-log={log}",
-        "--virtual-time-budget=8000",
-        outside.as_uri(),
-    )
-    assert "CONSOLE" not in done.stderr, done.stderr
-    body = re.search(r"<body>(.*)</body>", done.stdout, re.S)
-    assert body is not None, done.stdout[:500]
-    found = json.loads(unescape(body[1]))
+    found, console, asked = looked_at(pages[name], width, tmp_path)
+    assert console == "" and asked == []
     assert found == {"wide": width, "small": [], "over": [], "broken": []}
-    assert "evil.example" not in log.read_text()
-    asked = re.findall(r'"initiator":"(?!not an origin)[^"]*"[^}]*"url":"([^"]+)"', log.read_text())
-    assert all(url.startswith(("file:", "data:")) for url in asked), asked
+
+
+def test_the_look_sees_what_is_wrong(tmp_path: Path) -> None:
+    """A page that fetches, wraps its numbers, hides labels and runs over the screen."""
+    bad = tmp_path / "bad.html"
+    bad.write_text(
+        "<!doctype html><img src='http://evil.example/x.png'><script>nothing()</script>"
+        "<svg viewBox='0 0 360 60' style='width:100px'><text y='20' font-size='11'>tiny</text></svg>"
+        "<svg viewBox='0 0 360 60' style='width:360px'><text y='20' font-size='11'>one</text>"
+        "<text y='22' font-size='11'>two</text></svg><div style='width:2000px'>wide</div>"
+        "<table><td class='n' style='width:1px'>1 2 3"
+    )
+    found, console, asked = looked_at(bad, 390, tmp_path)
+    assert "nothing is not defined" in console and asked == ["http://evil.example/x.png"]
+    assert found["wide"] > 1900 and found["small"] == ["tiny"]
+    assert found["over"] == [["two", "one"]] and found["broken"] == ["1 2 3"]
