@@ -105,9 +105,9 @@ def test_the_look_sees_what_is_wrong(tmp_path: Path) -> None:
     bad = tmp_path / "bad.html"
     bad.write_text(
         "<!doctype html><img src='http://evil.example/x.png'><script>nothing()</script>"
-        "<svg viewBox='0 0 360 60' style='width:100px'><text y='20' font-size='11'>tiny</text></svg>"
-        "<svg viewBox='0 0 360 60' style='width:360px'><text y='20' font-size='11'>one</text>"
-        "<text y='22' font-size='11'>two</text></svg><div style='width:2000px'>wide</div>"
+        "<svg viewBox='0 0 360 60' style='width:100px'><text y='20'>tiny</text></svg>"
+        "<svg viewBox='0 0 360 60' style='width:360px'><text y='20' style='font-size:11px'>one</text>"
+        "<text y='22' style='font-size:11px'>two</text></svg><div style='width:2000px'>wide</div>"
         "<table><td class='n' style='width:1px'>1 2 3"
     )
     found, console, asked = looked_at(bad, 390, tmp_path)
