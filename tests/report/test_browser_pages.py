@@ -106,8 +106,8 @@ def test_the_look_sees_what_is_wrong(tmp_path: Path) -> None:
     bad.write_text(
         "<!doctype html><img src='http://evil.example/x.png'><script>nothing()</script>"
         "<svg viewBox='0 0 360 60' style='width:100px'><text y='20'>tiny</text></svg>"
-        "<svg viewBox='0 0 360 60' style='width:360px'><text y='20' style='font-size:11px'>one</text>"
-        "<text y='22' style='font-size:11px'>two</text></svg><div style='width:2000px'>wide</div>"
+        "<svg viewBox='0 0 360 60' style='width:360px; font-size:11px'><text y='20'>one</text>"
+        "<text y='22'>two</text></svg><div style='width:2000px'>wide</div>"
         "<table><td class='n' style='width:1px'>1 2 3"
     )
     found, console, asked = looked_at(bad, 390, tmp_path)
