@@ -62,6 +62,7 @@ class Chart:
     log_x: float | None = None  # base
     log_y: bool = False
     limits: tuple[float, float] | None = None  # of y
+    limits_x: tuple[float, float] | None = None
     given: Sequence[tuple[float, str]] = ()  # horizontal lines that are no data: (y, label)
     diagonal: str = ""  # label of y = x
     ticks_x: Sequence[float] = ()
@@ -97,7 +98,8 @@ def line_chart(chart: Chart) -> str:
         )
         if math.isfinite(y) and (not chart.log_y or y > 0)
     ]
-    x_scale = _scale(min(xs, default=0.0), max(xs, default=0.0), chart.log_x, chart.whole_x)
+    x_low, x_high = chart.limits_x or (min(xs, default=0.0), max(xs, default=0.0))
+    x_scale = _scale(x_low, x_high, chart.log_x, chart.whole_x)
     (low, high), clipped = _range(seen, chart)
     y_scale = _Scale(low, high, 10.0 if chart.log_y else None)
     legend, legend_height = _legend(chart)

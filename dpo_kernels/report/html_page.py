@@ -194,7 +194,8 @@ td.note { white-space: normal; min-width: 14rem }
 .card { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; min-width: 0 }
 .sides { display: grid; gap: .8rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)) }
-.sides > div { min-width: 0 } .label { color: var(--soft); font-size: .85rem; margin-top: .4rem }
+.sides > div { min-width: 0 } .label { color: var(--soft); font-size: .85rem; margin-top: .4rem;
+  overflow-wrap: anywhere }
 .prose { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate;
   max-height: 24rem; overflow-y: auto }
 .nowrap { white-space: nowrap }

@@ -246,6 +246,7 @@ def _calibration(runs: Sequence[TrainingRun]) -> list[str]:
                     "share of pairs it is right on (0 to 1)",
                     series,
                     limits=(0.0, 1.0),
+                    limits_x=(0.45, 1.05),  # a point at an end stands within the frame
                     diagonal="confidence = share",
                     ends=False,
                 )

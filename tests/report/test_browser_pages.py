@@ -70,6 +70,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         summary={"steps": 40, "loss": EVIL, "sample": {"prompt": EVIL, "before": EVIL}},
         change=lambda i, row: row.update({EVIL: 1.0, "groups/a/offset": 0.1 * i}),
     )
+    surprise = {"source": "/folder" * 30 + ":3", "margin": -2.0, "p_chosen": 0.1, "prompt": EVIL}
+    (evil / "surprising_pairs.jsonl").write_text(json.dumps(surprise) + "\n")
     runs = [make_run(root / f"run{i}", 30 + i) for i in range(3)]
     loop = make_iteration(root / "loop")
     given = {"evil": [evil], "several": runs, "loop": [loop]}
