@@ -3,7 +3,7 @@
 A save copies the state to the host and returns; a thread writes it while steps go on. The stall is
 what the loop waits: the copy, and the writing of the save before, if that is not done yet.
 
-    pytest benchmarks/test_checkpoint.py -s
+    pytest benchmarks/test_checkpoint.py -s [--loop_results FILE]
 """
 
 import statistics
@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, LOOP
 
 from dpo_kernels.train.checkpoints import Checkpoints, newest
 
@@ -69,4 +69,12 @@ def test_stall(tmp_path):
         f"\n{DEVICE}: {size / 2**20:.0f} MiB a checkpoint, step {took * 1e3:.1f} ms, stall "
         f"{stall * 1e3:.1f} ms ({share:.2%} of {SAVE_EVERY} steps), writing the last {last:.2f} s"
     )
+    LOOP["checkpoint"] = {
+        "bytes": size,
+        "step seconds": took,
+        "stall seconds": stall,
+        "steps between saves": SAVE_EVERY,
+        "stall over the steps between": share,
+        "last write seconds": last,
+    }
     assert newest(tmp_path / "checkpoints").name == f"step-{SAVE_EVERY * SAVES}"

@@ -145,10 +145,16 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, Any]:
 def _arguments(content: dict[str, Any], command: argparse.ArgumentParser, path: str) -> list[str]:
     """What a configuration file says, as arguments of a command."""
     options = {name[2:]: a for name, a in command._option_string_actions.items()}
+    # What has a place and no name on the command line (`report PATH...`) has its name here.
+    placed = {a.dest for a in command._actions if not a.option_strings}
     texts: list[str] = []
+    first: list[str] = []
     for name, value in content.items():
+        if name in placed:
+            first += map(_text, value if isinstance(value, list) else [value])
+            continue
         if name not in options or name in ("help", "config"):
-            known = [o for o in options if o not in ("help", "config", "h")]
+            known = [o for o in (*options, *placed) if o not in ("help", "config", "h")]
             raise UserError(f"{path}: unknown option {name!r}{nearest(name, known)}")
         if options[name].nargs == 0:  # a bare switch
             if not isinstance(value, bool):
@@ -158,7 +164,7 @@ def _arguments(content: dict[str, Any], command: argparse.ArgumentParser, path: 
             texts += [f"--{name}", *map(_text, value)]
         elif value is not None:
             texts.append(f"--{name}={_text(value)}")
-    return texts
+    return [*first, *texts]
 
 
 def _text(value: Any) -> str:

@@ -30,7 +30,7 @@ FLOORS = [
     ["modules", "unpaired"],
     ["front"],
     [""],  # the public names
-    ["data"],
+    ["data", "report"],
     ["models"],
     ["verification"],
     ["train", "integrations", "bench"],

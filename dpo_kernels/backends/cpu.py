@@ -63,11 +63,14 @@ def bf16_product(
     a, b = (
         x if 1 in x.stride() else x.clone(memory_format=torch.contiguous_format) for x in (a, b)
     )
+    (a_row, a_column), (b_row, b_column) = a.stride(), b.stride()
     _C.bf16_product(
         a.data_ptr(),
-        *a.stride(),
+        a_row,
+        a_column,
         b.data_ptr(),
-        *b.stride(),
+        b_row,
+        b_column,
         out.data_ptr(),
         out.stride(0),
         M,

@@ -1,24 +1,26 @@
 """Results files as one page and its charts: `dpo-kernels report PATH`.
 
-The page is one HTML file with its pictures inside (SVG, and PNG for readers that show none); the
-charts are files beside it too.
+The page is in the design of all pages (`dpo_kernels.report`); its charts are SVG files beside it
+as well.
 """
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..report.bars import Bar, bar_chart
+from ..report.chart_parts import file_of
+from ..report.charts import Chart, Series, line_chart
+from ..report.html_page import grid, page, section, table, text
 from . import results
 from .cases import grown_in
 
-COLOURS = {True: "#c44e52", False: "#4c72b0"}  # ours, others
-OTHERS = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9")  # lines of several others
+OURS, OTHER, FLOOR = 1, 0, 7  # styles of bars and lines
+OTHERS = (0, 2, 3, 4, 5, 6)  # of lines of several others
 
 
 _COLUMNS = (
@@ -36,22 +38,19 @@ _COLUMNS = (
 _NOTE = _COLUMNS.index("note")
 
 
-def write_report(files: Sequence[Path], folder: Path) -> Path:
-    """`report.html` and charts of the results files into `folder`; the page's path."""
-    runs = [(path, results.read(path)) for path in files]
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [_HEAD]
-    for path, run in runs:
-        charts = []
-        for number, (title, draw) in enumerate(_charts(run["rows"])):
-            chart = folder / f"{path.stem}-{number}.png"
-            draw(chart)
-            draw(chart.with_suffix(".svg"))
-            charts.append((title, chart))
-        parts.append(_section(path.name, run, charts))
-    page = folder / "report.html"
-    page.write_text("\n".join([*parts, "</body></html>\n"]))
-    return page
+def write_report(files: Sequence[Path], out: Path) -> Path:
+    """The page of the results files, and their charts beside it; the page's path."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for path in files:
+        run = results.read(path)
+        charts = [chart for chart in _charts(run["rows"]) if chart]
+        for number, chart in enumerate(charts):
+            file = out.with_name(f"{path.stem}-{number}.svg")
+            file.write_text(file_of(chart), encoding="utf-8")
+        sections.append(_section(path.name, run, charts))
+    out.write_text(page("dpo-kernels benchmarks", _LEAD, sections), encoding="utf-8")
+    return out
 
 
 def results_in(path: Path) -> list[Path]:
@@ -68,42 +67,29 @@ def results_in(path: Path) -> list[Path]:
     return found
 
 
-def _section(name: str, run: dict[str, Any], charts: list[tuple[str, Path]]) -> str:
+def _section(name: str, run: dict[str, Any], charts: list[str]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-    lines = [
-        f"<h2>{html.escape(run['device'])}</h2>",
-        f"<p>{html.escape(name)}: {run['date']}, {run['threads']} threads, load "
-        f"{run['load']} before the run, commit {run['commit'][:12]}; "
-        f"{html.escape(versions)}</p>",
+    parts = [
+        f"<p>{text(name)}: {text(run['date'])}, {text(run['threads'])} threads, load "
+        f"{text(run['load'])} before the run, commit {text(run['commit'][:12])}; "
+        f"{text(versions)}</p>",
+        grid(charts),
+        "<h3>All figures</h3>",
     ]
-    for title, chart in charts:
-        png, svg = (
-            base64.b64encode(chart.with_suffix(kind).read_bytes()).decode()
-            for kind in (".png", ".svg")
-        )
-        lines.append(
-            f"<h3>{html.escape(title)}</h3>"
-            f'<picture><source type="image/svg+xml" srcset="data:image/svg+xml;base64,{svg}">'
-            f'<img alt="{html.escape(title)}" src="data:image/png;base64,{png}"></picture>'
-        )
-    lines.append("<h3>All figures</h3>")
     for case, rows in results.by_case(run["rows"]).items():
         ours = results.best_of_ours(rows)
-        table = [[row["provider"], *cells_of(row, ours), row["note"]] for row in rows]
-        filled = [i for i, name in enumerate(_COLUMNS) if any(cells[i] for cells in table)]
-        lines.append(
-            f"<h4>{html.escape(results.shown(case))}</h4><div><table><tr>"
-            + "".join(f"<th>{_COLUMNS[i]}" for i in filled)
-            + "</tr>"
-        )
-        for row, cells in zip(rows, table, strict=True):
-            mark = ' class="ours"' if row["ours"] else ""
-            text = "".join(
-                f"<td{' class=note' * (i == _NOTE)}>{html.escape(cells[i])}" for i in filled
+        cells = [[row["provider"], *cells_of(row, ours), row["note"]] for row in rows]
+        filled = [i for i, name in enumerate(_COLUMNS) if any(line[i] for line in cells)]
+        parts.append(f"<h4>{text(results.shown(case))}</h4>")
+        parts.append(
+            table(
+                [_COLUMNS[i] for i in filled],
+                [[text(line[i]) for i in filled] for line in cells],
+                [row["ours"] for row in rows],
+                words=[k for k, i in enumerate(filled) if i in (0, _NOTE)],
             )
-            lines.append(f"<tr{mark}>{text}</tr>")
-        lines.append("</table></div>")
-    return "\n".join(lines)
+        )
+    return section(f"{run['device']}, {name}", *parts)
 
 
 def cells_of(row: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
@@ -119,164 +105,86 @@ def cells_of(row: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _charts(rows: list[dict[str, Any]]):
-    """(title, function that draws it) of what the rows hold."""
+def _charts(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What the rows hold, as charts."""
     timed = [r for r in rows if r.get("seconds")]
     plain = [r for r in timed if not r.get("series")]
     for suite in dict.fromkeys(r["suite"] for r in plain):
         group = [r for r in plain if r["suite"] == suite]
-        yield f"{suite}: time", lambda path, g=group: _bars(path, g, "seconds", 1e3, "ms")
+        yield _bars(f"{suite}: time", group, "seconds", 1e3, "ms")
     weighed = [r for r in rows if r["peak bytes"] is not None]
     single = [r for r in weighed if not r.get("series")]
     for suite in dict.fromkeys(r["suite"] for r in single):
         group = [r for r in single if r["suite"] == suite]
-        yield (
-            f"{suite}: peak memory above the inputs",
-            lambda path, g=group: _bars(path, g, "peak bytes", 2**-20, "MiB"),
-        )
-    floored = [r for r in plain if r["floor"]]
+        yield _bars(f"{suite}: peak memory above the inputs", group, "peak bytes", 2**-20, "MiB")
+    floored = [r for r in plain if r["floor"] and r["ours"]]
     if floored:
-        yield "percent of the floor", lambda path: _floor(path, floored)
-    kinds = (
+        yield _floor(floored)
+    kinds: tuple[tuple[str, list[dict[str, Any]], str, float, str], ...] = (
         ("time", timed, "seconds", 1e3, "ms"),
         ("peak memory above the inputs", weighed, "peak bytes", 2**-20, "MiB"),
     )
     for what, some, key, factor, unit in kinds:
         for series in dict.fromkeys(r["series"] for r in some if r.get("series")):
             group = [r for r in some if r.get("series") == series]
-            arguments = (group, series, key, factor, unit)
-            yield f"{series}: {what}", lambda path, arguments=arguments: _lines(path, *arguments)
+            yield _lines(f"{series}: {what}", group, series, (key, factor, unit))
 
 
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
-        figure.savefig(path, dpi=110)
-
-
-def _bars(path: Path, rows: list[dict[str, Any]], key: str, factor: float, unit: str) -> None:
-    cases = results.by_case(rows)
-    count = sum(len(group) + 1.4 for group in cases.values())
-    figure = _figure(9, 0.6 + 0.27 * count)
-    axis = figure.subplots()
-    at, ticks, labels = 0.0, [], []
-    for case, group in cases.items():
-        axis.text(
-            0.0,
-            at,
-            results.shown(case),
-            fontsize=8,
-            weight="bold",
-            va="center",
-            transform=axis.get_yaxis_transform(),
-        )
+def _bars(title: str, rows: list[dict[str, Any]], key: str, factor: float, unit: str) -> str:
+    groups = []
+    for case, group in results.by_case(rows).items():
+        bars = []
         for row in group:
-            at += 1
-            value = row[key] * factor
-            axis.barh(at, value, color=COLOURS[row["ours"]], height=0.75)
-            end = value
-            if key == "seconds":
-                end = max(value, row["p80"] * factor)
-                ends = [[value - row["p20"] * factor], [row["p80"] * factor - value]]
-                axis.errorbar(value, at, xerr=ends, color="black", lw=0.8, capsize=2)
-            axis.text(end, at, f"  {value:.3g}", fontsize=7, va="center")
-            ticks.append(at)
-            labels.append(row["provider"])
-        at += 1.4
-    axis.set_yticks(ticks, labels, fontsize=7)
-    axis.set_ylim(at - 0.7, -0.8)
-    largest = max(r["p80" if key == "seconds" else key] for r in rows) * factor
-    axis.set_xlim(0, 1.12 * largest)
-    axis.set_xlabel(unit)
-    axis.grid(axis="x", alpha=0.3)
-    _save(figure, path)
+            spread = (row["p20"] * factor, row["p80"] * factor) if key == "seconds" else None
+            style = OURS if row["ours"] else OTHER
+            bars.append(Bar(row["provider"], row[key] * factor, style, spread))
+        groups.append((results.shown(case), bars))
+    return bar_chart(title, unit, groups)
 
 
-def _floor(path: Path, rows: list[dict[str, Any]]) -> None:
-    mine = [r for r in rows if r["ours"]]
-    figure = _figure(9, 0.8 + 0.3 * len(mine))
-    axis = figure.subplots()
-    for at, row in enumerate(mine):
+def _floor(rows: list[dict[str, Any]]) -> str:
+    bars = []
+    for row in rows:
         percent = 100 * row["floor"] / row["seconds"]
-        axis.barh(at, percent, color=COLOURS[True], height=0.7)
-        axis.text(percent, at, f"  {percent:.0f}", fontsize=7, va="center")
-    names = [f"{results.shown(r['case'])}\n{r['provider']}" for r in mine]
-    axis.set_yticks(range(len(mine)), names, fontsize=6)
-    axis.invert_yaxis()
-    axis.axvline(100, color="black", lw=1)
-    axis.set_xlabel("percent of the floor (a copy's bandwidth, or the bare products)")
-    axis.grid(axis="x", alpha=0.3)
-    _save(figure, path)
+        shown = results.shown(row["case"])
+        bars.append(
+            (f"{shown}, {row['provider']}", [Bar("", percent, OURS, None, f"{percent:.0f} %")])
+        )
+    unit = "percent of a copy's bandwidth, or of the bare products"
+    return bar_chart("percent of the floor", unit, bars, (100.0, "the floor"))
 
 
 def _lines(
-    path: Path, rows: list[dict[str, Any]], series: str, key: str, factor: float, unit: str
-) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    figure = _figure(8, 4.5)
-    axis = figure.subplots()
-    others = 0
+    title: str,
+    rows: list[dict[str, Any]],
+    series: str,
+    measure: tuple[str, float, str],
+) -> str:
+    key, factor, unit = measure
+    lines, others = [], 0
     for provider in dict.fromkeys(r["provider"] for r in rows):
         mine = [r for r in rows if r["provider"] == provider]
         # What needs nothing has no place on a logarithm.
-        points = sorted((r["x"], r[key] * factor) for r in mine if r[key] * factor >= 0.01)
+        points = sorted((float(r["x"]), r[key] * factor) for r in mine if r[key] * factor >= 0.01)
         if not points:
             continue
-        ours = mine[0]["ours"]
-        colour = COLOURS[True] if ours else OTHERS[others % len(OTHERS)]
-        others += not ours
-        # Ours is the wide line below: a thin one of the same values stays visible on it.
-        axis.plot(
-            *zip(*points, strict=True),
-            marker="o",
-            ms=4,
-            label=provider,
-            color=colour,
-            lw=4.0 if ours else 1.2,
-            ls="--" if "in place" in provider else "-",
-            zorder=2 if ours else 3,
-        )
-    floors = {(r["x"], r["floor"] * factor) for r in rows if r["ours"] and r.get("floor")}
-    if floors:
-        axis.plot(*zip(*sorted(floors), strict=True), color="black", ls=":", label="floor")
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=10)
-    grown = sorted({r["x"] for r in rows})
-    axis.set_xticks(grown, [f"{x:g}" for x in grown])
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel(grown_in(series))
-    axis.set_ylabel(unit)
-    axis.set_title(series, fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    _save(figure, path)
+        style = OURS if mine[0]["ours"] else OTHERS[others % len(OTHERS)]
+        others += not mine[0]["ours"]
+        dash = 1 if "in place" in provider else None if style != OURS else 0
+        lines.append(Series(provider, points, style, dash, mark_all=True))
+    floors = {(float(r["x"]), r["floor"] * 1e3) for r in rows if r["ours"] and r.get("floor")}
+    if floors and unit == "ms":
+        lines.append(Series("floor", sorted(floors), FLOOR, mark_all=True))
+    grown = sorted({float(r["x"]) for r in rows})
+    return line_chart(
+        Chart(title, grown_in(series), unit, lines, log_x=2.0, log_y=True, ticks_x=grown)
+    )
 
 
-_HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>dpo-kernels benchmarks</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-div { overflow-x: auto } table { border-collapse: collapse; margin-bottom: 1rem }
-td, th { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #ddd }
-td, th { white-space: nowrap } td.note { white-space: normal; min-width: 14rem }
-.ours { background: #fbeceb } img { max-width: 100%; height: auto } h4 { margin-bottom: .3rem }
-</style></head><body><h1>dpo-kernels benchmarks</h1>
-<p>Red is dpo-kernels. Times are medians of rounds that the providers take in turns, with the 20th
-and 80th percentile; the floor is a copy's bandwidth, or the bare matrix products, measured in the
-same turns; errors are against float64. Read ratios of one run, not milliseconds of two.</p>"""
+_LEAD = """<p>Red is dpo-kernels. Times are medians of rounds that the providers take in turns,
+with the 20th and 80th percentile; the floor is a copy's bandwidth, or the bare matrix products,
+measured in the same turns; errors are against float64. Read ratios of one run, not milliseconds of
+two.</p>"""
 
 README_PEERS = {
     "torch eager": ("torch eager",),

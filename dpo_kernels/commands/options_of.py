@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -101,6 +102,8 @@ def argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
     def convert(text: str) -> Any:
         if optional and text.lower() in ("none", "null"):
             return None
+        if kind is dict:
+            return json.loads(text)
         return boolean(text) if kind is bool else kind(text)
 
     if get_origin(kind) is list:
@@ -111,6 +114,9 @@ def argument(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
         return {"nargs": "?", "const": True, "type": convert, "metavar": "BOOL"}
     if choices and not optional:
         return {"choices": choices}
+    if kind is dict:
+        convert.__name__ = "JSON"
+        return {"type": convert, "metavar": "JSON"}
     convert.__name__ = kind.__name__
     return {"type": convert, "metavar": "TEXT" if kind is str else kind.__name__.upper()}
 

@@ -24,6 +24,12 @@ def add(commands: Any) -> None:
         allow_abbrev=False,
     )
     add_options(sft, SFT_GROUPS, ALIASES, SFT_DEFAULTS, skip=("compare_plain_torch",))
+    sft.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="report steps, tokens, memory and time of the run, and what would be refused; "
+        "train nothing, write nothing",
+    )
     sft.set_defaults(run=run, command=sft, trl=True)
 
 
@@ -39,5 +45,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = Console()
     with console.signals():
-        run_sft(options, console)
+        if hasattr(args, "dry_run"):
+            from ..train.sft_dry_run import sft_dry_run
+
+            sft_dry_run(options, console)
+        else:
+            run_sft(options, console)
     return 0

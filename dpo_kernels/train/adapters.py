@@ -89,6 +89,7 @@ def with_adapter(model: Any, config: DPOTrainConfig) -> Any:
     import peft
 
     if config.load_in_4bit or config.load_in_8bit:
+        _keep_differentiable(model)
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = config.lora_target_modules
     more: dict[str, Any] = {}
@@ -112,6 +113,14 @@ def with_adapter(model: Any, config: DPOTrainConfig) -> Any:
     except (ValueError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"use_peft: {first} (lora_target_modules names the layers)") from None
+
+
+def _keep_differentiable(model: Any) -> None:
+    """bitsandbytes repacks 4-bit weights of a CPU for inference at the first forward without
+    gradients (the reference's pass), and what is repacked has no backward."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def name_base(model: Any, name: str) -> None:

@@ -63,6 +63,7 @@ class DPOTrainConfig(
         resume = str(self.resume_from_checkpoint).lower()
         if resume in ("true", "false", "none"):
             self.resume_from_checkpoint = "true" if resume == "true" else None
+        self.lr_scheduler_kwargs = _mapping("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
         check_fields(self)
         self.layout = "shared" if self.layout == "prefix" else self.layout
         budget = self.max_tokens_per_batch
@@ -300,6 +301,18 @@ class DPOTrainConfig(
             path.write_text(json.dumps(asdict(kept), indent=2) + "\n", encoding="utf-8")
         else:
             path.write_text(yaml_text(kept, groups), encoding="utf-8")
+
+
+def _mapping(name: str, value: Any) -> Any:
+    """Names and values, also where they came as the JSON of them; None for none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise UserError(f"{name} must be JSON, got {value!r}") from None
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f'{name} must be names and values ({{"name": 1}}), got {value!r}')
+    return value or None
 
 
 _HINTS = get_type_hints(DPOTrainConfig)

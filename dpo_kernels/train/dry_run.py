@@ -8,7 +8,7 @@ The rows that would be left out are reported as in a run. What cannot be done is
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from .job import Job, resolve
 from .loop import batches_of
 from .machine import peak_memory
 from .model import Policy
-from .optim import Stepper
+from .optim import Stepper, check_schedule
 from .order import step_indices, total_steps
 from .reference import PairData, Referee, Reference
 from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
@@ -44,6 +44,7 @@ def dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
         raise UserError(f"{len(refused)} option(s) are refused; the first: {refused[0]}")
     config, own = resolve(options)
     check_device(config.device)
+    check_schedule(config)
     quiet_bars(console)
     return _DryRun(config, own, RunFolder(config), console).run()
 
@@ -122,20 +123,10 @@ class _DryRun(Job):
         self, policy: Policy, pairs: Sequence[TokenRow], longest: list[int], room: int | None
     ) -> dict[str, Any]:
         """The largest step's memory; `UserError` if it is more than there is."""
-        say = self.console.say
         parts = batches_of(longest, pairs, self.config, policy)
         part = max(parts, key=lambda p: _tokens(pairs, p))
         taken = step_memory(policy, policy.batch([pairs[i] for i in part]), self.config)
-        need = sum(taken.values())
-        say(f"\nmemory of the largest step on {policy.device}, estimated:")
-        for name, size in taken.items():
-            say(f"  {name:<12}{shown(size):>12}")
-        say(f"  {'together':<12}{shown(need):>12}" + (f" of {shown(room)} free" if room else ""))
-        if room is not None and need > room:
-            raise UserError(
-                f"this run does not fit: its largest step takes about {shown(need)}, and "
-                f"{policy.device} has {shown(room)} free ({ADVICE})"
-            )
+        say_memory(taken, room, policy.device, self.console.say)
         return {"memory": taken, "memory_free": room}
 
     def _times(
@@ -172,11 +163,9 @@ class _DryRun(Job):
         rest = forward / tokens * evaluated * passes
         say(
             f"\ntime, guessed from two steps of {len(indices)} pairs ({step:.2f} s, "
-            f"{tokens / step:.0f} tokens/s): {_clock(training + scoring + rest)}"
+            f"{tokens / step:.0f} tokens/s): {clock(training + scoring + rest)}"
         )
-        say(
-            f"  training {_clock(training)}, reference {_clock(scoring)}, evaluation {_clock(rest)}"
-        )
+        say(f"  training {clock(training)}, reference {clock(scoring)}, evaluation {clock(rest)}")
         if not self.own or config.sft_file is not None:
             say("  supervised steps and samples are not in it")
         say(f"peak memory of these steps: {shown(peak_memory(policy.device))}")
@@ -184,9 +173,26 @@ class _DryRun(Job):
         return {"step_seconds": step, "seconds": training + scoring + rest}
 
 
+def say_memory(
+    taken: dict[str, int], room: int | None, device: torch.device, say: Callable[..., None]
+) -> None:
+    """The largest step's memory; `UserError` if it is more than there is."""
+    need = sum(taken.values())
+    say(f"\nmemory of the largest step on {device}, estimated:")
+    for name, size in taken.items():
+        say(f"  {name:<12}{shown(size):>12}")
+    say(f"  {'together':<12}{shown(need):>12}" + (f" of {shown(room)} free" if room else ""))
+    if room is not None and need > room:
+        raise UserError(
+            f"this run does not fit: its largest step takes about {shown(need)}, and "
+            f"{device} has {shown(room)} free ({ADVICE})"
+        )
+
+
 def _step(policy: Policy, data: PairData, indices: list[int], config: DPOTrainConfig) -> float:
     """Seconds of one optimizer step that changes no weight."""
     config = replace(config, learning_rate=0.0, weight_decay=0.0, warmup_steps=0)
+    config = replace(config, lr_scheduler_type="constant", lr_scheduler_kwargs=None)
     config = replace(config, check_first_step=False)  # which asks for weights that move
     stepper, loss = Stepper(policy.model, config, 1), loss_of(policy, config)
     chosen = chosen_tokens([data.pairs[i] for i in indices])
@@ -228,7 +234,7 @@ def _positions(batch: ScoredBatch) -> int:
     return sum(call.input_ids.numel() for call in batch.calls)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = seconds / 60

@@ -74,12 +74,13 @@ def say_sample(sample: dict[str, str], say: Callable[..., None]) -> None:
 
 def files_of(folder: Path) -> str:
     """The files of the run that are there, in words."""
-    names = ["metrics.jsonl", "training.png", "config.yaml", "summary.json", "left_out.jsonl"]
+    names = ["metrics.jsonl", "training.png", "report.html", "config.yaml", "summary.json"]
+    names.append("left_out.jsonl")
     return ", ".join(n for n in ("model/", *names) if (folder / n).exists())
 
 
 def loss_title(config: DPOTrainConfig) -> str:
-    """The loss in words: "DPO: 0.8 sigmoid + 0.2 ipo + 0.5 SFT"."""
+    """The loss in words: "DPO: 0.8 sigmoid + 0.2 ipo + 0.5 SFT, label smoothing 0.1"."""
     weights = config.loss_weights or [1.0] * len(config.loss_type)
     parts = [*zip(weights, config.loss_type, strict=True)]
     if config.sft_weight:
@@ -87,7 +88,18 @@ def loss_title(config: DPOTrainConfig) -> str:
     if config.sft_rows:
         parts.append((config.sft_rows_weight, "SFT rows"))
     kind = "DPO: " if config.rows == "pairs" else ""
-    return kind + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)
+    said = [kind + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)]
+    if config.label_smoothing:
+        said.append(f"label smoothing {config.label_smoothing:g}")
+    if config.f_divergence_type not in (None, "reverse_kl"):
+        said.append(str(config.f_divergence_type))
+    if config.reference_free:
+        said.append("no reference")
+    if config.use_weighting:
+        said.append("weighted (WPO)")
+    if config.learn_groups:
+        said.append("learned offsets and temperatures")
+    return ", ".join(said)
 
 
 def draw(metrics: MetricsFile, folder: Path, title: str, say: Callable[..., None]) -> None:

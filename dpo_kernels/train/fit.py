@@ -40,8 +40,10 @@ MOMENTS = {
 }
 
 
-def step_memory(policy: Policy, batch: ScoredBatch, config: DPOTrainConfig) -> dict[str, int]:
-    """Bytes of one step over `batch`, by what takes them."""
+def step_memory(
+    policy: Policy, batch: ScoredBatch, config: DPOTrainConfig, of: str = "pairs"
+) -> dict[str, int]:
+    """Bytes of one step over `batch`, by what takes them; `of` sft has no reference."""
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in policy.model.parameters()]
     trained = sum(size for size, grad in sizes if grad)
     parts = {
@@ -53,7 +55,7 @@ def step_memory(policy: Policy, batch: ScoredBatch, config: DPOTrainConfig) -> d
     }
     if config.ema_decay:
         parts["average"] = trained
-    if config.sync_ref_model or needs_states(config.loss_options()):
+    if of == "pairs" and (config.sync_ref_model or needs_states(config.loss_options())):
         parts["reference"] = parts["weights"]
     return parts
 

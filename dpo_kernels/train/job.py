@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,21 @@ from .identity import identity
 from .loop import TrainResult, evaluate, train
 from .machine import peak_memory
 from .metrics import MetricsFile
-from .model import Policy, complete, load_policy, prepare_policy, save_policy
-from .optim import TrainingError
+from .model import Policy, load_policy, prepare_policy, save_policy
+from .optim import TrainingError, check_schedule
 from .order import epoch_order, steps_of
 from .reference import Referee
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .run_options import GROUPS
 from .sft import SupervisedRows, fine_tune, train_sft
+from .shown import (
+    completions,
+    more_prompts,
+    prompt_text,
+    samples,
+    write_report,
+    write_surprising,
+)
 from .sinks import Run, Sinks, check_sinks
 from .start import RunFolder, check_device, find_model, quiet_bars, refuse_many_processes
 
@@ -90,6 +98,7 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     refuse_many_processes()
     config, own = resolve(options)
     check_device(config.device)
+    check_schedule(config)
     check_adapter(config, own)
     check_sinks(config.report_to)
     resumed = resumed_from(config, dk.__version__, console.say)
@@ -228,7 +237,10 @@ class Job:
                 "eval_fraction"
             )
         groups = learned_groups(config, policy.device, train_pairs, say)
-        prompt, ids = self._sample_prompt(policy, eval_pairs or train_pairs[:64])
+        some = eval_pairs or train_pairs[:64]
+        shown = prompt_text(self.texts, policy.tokenizer.decode)
+        prompts = more_prompts(self._sample_prompt(policy, some, shown), some, shown)
+        most = config.sample_max_new_tokens
         metrics = metrics_of(self.folder, self.resumed)
         margins: list[float] = []
         found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
@@ -241,10 +253,10 @@ class Job:
                     policy, held_out, config, self.console, "before training", margins=margins
                 )
                 metrics.write({"step": 0, "epoch": 0.0, **found["before"]})
-            found["text_before"] = self._complete(policy, ids)
-        before, text_before = found["before"], found["text_before"]
+            found["texts_before"] = completions(policy, prompts, most)
+        before, texts_before = found["before"], found.get("texts_before", [])
         if config.max_steps == 0:  # to evaluate only
-            result, after, text_after = TrainResult(0, 0.0, 0.0, 0.0), before, text_before
+            result, after, texts_after = TrainResult(0, 0.0, 0.0, 0.0), before, texts_before
         else:
             kept = {"version": dk.__version__, "identity": identity, "found": found}
             keeper = Keeper.of(self.folder, config, kept, self.resumed)
@@ -262,13 +274,17 @@ class Job:
                 )
                 epoch = metrics.rows[-1]["epoch"]
                 metrics.write({"step": result.steps, "epoch": epoch, **after})
-            text_after = self._complete(policy, ids)
+            texts_after = completions(policy, prompts, most)
+        sampled = samples(prompts, texts_before, texts_after)
+        decode = policy.tokenizer.decode
+        write_surprising(self.folder, margins, eval_pairs, self.texts, decode)
         draw(metrics, self.folder, loss_title(config), say)
         peak = peak_memory(policy.device)
         timing = plain_torch_times(policy, data, config, self.own)
         summary = {
             "output_dir": str(self.folder),
             "backend": backend,
+            "loss": loss_title(config),
             "steps": result.steps,
             "skipped_steps": result.skipped_steps,
             "pairs": len(train_pairs),
@@ -279,7 +295,8 @@ class Job:
             "after": after,
             "calibration": calibration(margins),
             **({"groups": group_summary(groups, train_pairs)} if groups is not None else {}),
-            "sample": {"prompt": prompt, "before": text_before, "after": text_after},
+            "sample": sampled[0] if sampled else {"prompt": "", "before": "", "after": ""},
+            "samples": sampled,
             "median_step_time": result.median_step_time,
             "peak_memory_bytes": peak,
             **timing,
@@ -288,6 +305,7 @@ class Job:
         write_summary(self.folder, summary)
         if self.saved:
             write_card(self.folder / "model", config, summary, loss_title(config))
+        write_report(self.folder, say)
         report(summary, result, self.left_out, say)
         return summary
 
@@ -502,18 +520,14 @@ class Job:
                 f"{file}: the column weight, beta or label_smoothing does not fit the loss: {error}"
             ) from None
 
-    def _sample_prompt(self, policy: Policy, pairs: Sequence[TokenRow]) -> tuple[str, list[int]]:
+    def _sample_prompt(
+        self, policy: Policy, pairs: Sequence[TokenRow], shown: Callable[[TokenRow], str]
+    ) -> tuple[str, list[int]]:
         """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""
         wanted = self.config.sample_prompt
         if wanted is None:
             pair = min(pairs, key=lambda p: len(p.prompt))
-            text = self.texts.get(pair.source)
-            if text is None:
-                ids = list(pair.prompt)
-                return policy.tokenizer.decode(ids), ids
-            prompt = text.prompt
-            shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            return shown, list(pair.prompt)
+            return shown(pair), list(pair.prompt)
         return self._wanted_prompt(policy, wanted)
 
     def _wanted_prompt(self, policy: Policy, wanted: str) -> tuple[str, list[int]]:
@@ -523,10 +537,6 @@ class Job:
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         return wanted, policy.tokenizer(wanted)["input_ids"]
-
-    def _complete(self, policy: Policy, ids: list[int]) -> str:
-        n = self.config.sample_max_new_tokens
-        return complete(policy, ids, n) if n > 0 and ids else ""
 
 
 def _tell(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.step1 import MOVED, FirstStep, FirstStepError
-from .config import DPOTrainConfig, UserError
+from .config import DPOTrainConfig, UserError, nearest
 
 __all__ = ["MOVED", "Stepper", "TrainingError", "make_optimizer", "make_schedule"]
 
@@ -67,7 +68,40 @@ def make_schedule(
     name = config.lr_scheduler_type
     if name == "constant" and warmup:
         name = "constant_with_warmup"
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    more = config.lr_scheduler_kwargs
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+        scheduler_specific_kwargs=more if isinstance(more, dict) else None,
+    )
+
+
+def check_schedule(config: DPOTrainConfig) -> None:
+    """The schedule takes what `lr_scheduler_kwargs` gives it, before anything is loaded."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
+
+    name, given = config.lr_scheduler_type, config.lr_scheduler_kwargs or {}
+    function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    # `constant` takes nothing: transformers would drop what it is given.
+    known = set() if name.startswith("constant") else {*inspect.signature(function).parameters}
+    known -= {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    for key in given:
+        if key not in known:
+            hint = nearest(key, sorted(known))
+            raise UserError(
+                f"lr_scheduler_kwargs: {key!r} is not of {name}{hint}: it takes "
+                f"{', '.join(sorted(known)) or 'nothing'}"
+            )
+    try:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate or 1.0)
+        schedule = make_schedule(optimizer, config, 10)
+        for _ in range(3):
+            optimizer.step()
+            schedule.step()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lr_scheduler_kwargs={given!r} of {name}: {error}") from None
 
 
 class Stepper:

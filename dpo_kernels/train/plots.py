@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# (title, (key, what the legend says before "train" and "held out"))
-_PANELS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
-    ("loss", (("loss", ""),)),
-    ("reward margin", (("rewards/margins", ""),)),
-    ("reward accuracy", (("rewards/accuracies", ""),)),
-    ("log-prob of a completion", (("logps/chosen", "chosen, "), ("logps/rejected", "rejected, "))),
+# (title, unit, (key, what the legend says before "train" and "held out"))
+_PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    ("loss", "nats", (("loss", ""),)),
+    ("reward margin", "nats", (("rewards/margins", ""),)),
+    ("reward accuracy", "share of pairs", (("rewards/accuracies", ""),)),
+    (
+        "log-prob of a completion",
+        "nats",
+        (("logps/chosen", "chosen, "), ("logps/rejected", "rejected, ")),
+    ),
 )
 
 
@@ -27,7 +31,7 @@ def plot_run(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     axes = figure.subplots(*size, squeeze=False).flat
-    for axis, (name, series) in zip(axes, panels, strict=True):
+    for axis, (name, unit, series) in zip(axes, panels, strict=True):
         for i, (key, label) in enumerate(series):
             train = [(r["step"], r[key]) for r in rows if key in r]
             # held out, ties count one half: an untrained policy then starts at 0.5, not at 0
@@ -46,7 +50,8 @@ def plot_run(rows: list[dict[str, Any]], path: Path, title: str) -> None:
                     label=f"{label}held out",
                 )
         axis.set_title(name)
-        axis.set_xlabel("step")
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel(unit)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if axis.has_data():

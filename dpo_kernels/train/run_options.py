@@ -28,7 +28,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 
 # The fused AdamW is AdamW; it is what TRL names by default.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad", "adafactor")
-# transformers' that need nothing but the steps
+# transformers' that follow the steps alone
 SCHEDULES = (
     "linear",
     "cosine",
@@ -37,6 +37,8 @@ SCHEDULES = (
     "constant",
     "constant_with_warmup",
     "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -209,6 +211,9 @@ class TrainingOptions:
     optim: str = option("adamw_torch", "optimizer", OPTIMIZERS)
     learning_rate: float = option(1e-6, "peak learning rate")
     lr_scheduler_type: str = option("linear", "schedule after the warm-up", SCHEDULES)
+    lr_scheduler_kwargs: dict | str | None = option(
+        None, 'what the schedule takes besides, as JSON: {"num_cycles": 2}'
+    )
     warmup_steps: float = option(0, "warm-up steps; below 1: a share of all steps")
     weight_decay: float = option(0.0, "decay of matrices (not of norms and biases)")
     adam_beta1: float = option(0.9, "AdamW's beta1")
@@ -365,6 +370,11 @@ class ScoreOptions:
     )
     output_file: str | None = option(None, "file to write: .jsonl, or .parquet (needs pyarrow)")
     overwrite: bool = option(False, "write over a file that exists")
+    reference_cache: str | None = option(
+        None,
+        "folder of a reference's log-probs (train's reference_cache): read, and without "
+        "ref_model_name_or_path in its place; with it, what is missing is computed and kept",
+    )
     beta: float = option(0.1, "reward of a log-ratio of 1")
     per_token: bool = option(False, "also token ids, log-probs and log-ratios of every token")
     max_length: int | None = option(

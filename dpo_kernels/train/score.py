@@ -37,12 +37,11 @@ from .config import DPOTrainConfig, UserError, check_fields
 from .console import Console
 from .model import Policy, load_policy, load_reference
 from .run_options import ModelOptions, RefModel, ScoreOptions
+from .score_reference import Logps, Scored, ScoreReference
 from .start import check_device, find_model, quiet_bars, refuse_many_processes
 from .tables import TableWriter
 
 WINDOW = 1024  # rows that are held, sorted by length and written together
-
-Scored = TokenPair | TokenSequence
 
 
 @dataclass
@@ -78,7 +77,10 @@ def run_score(config: ScoreConfig, console: Console) -> dict[str, Any]:
     if ref is not None:
         find_model(ref, "ref_model_name_or_path")
     policy = load_policy(replace(models, model_name_or_path=found), console.say)
-    reference = load_reference(models, policy, console.say) if ref is not None else None
+    other = load_reference(models, policy, console.say) if ref is not None else None
+    reference = None
+    if other is not None or config.reference_cache is not None:
+        reference = ScoreReference(other, config.reference_cache, logps_of, console.say)
     try:
         with output:
             summary = _Scorer(config, policy, reference, console).write(output)
@@ -86,6 +88,9 @@ def run_score(config: ScoreConfig, console: Console) -> dict[str, Any]:
         if output.part.exists():
             print(f"dpo-kernels: what was scored is in {output.part}", file=sys.stderr)
         raise
+    finally:
+        if reference is not None:
+            reference.close()
     console.say(f"wrote {config.output_file}")
     return summary
 
@@ -119,7 +124,7 @@ class _Totals:
 class _Scorer:
     config: ScoreConfig
     policy: Policy
-    reference: Policy | None
+    reference: ScoreReference | None
     console: Console
     left_out: LeftOut = field(init=False)
     totals: _Totals = field(default_factory=_Totals)
@@ -161,28 +166,12 @@ class _Scorer:
         plan = self.console.progress(batches, "scoring", len(batches), "batches", lines=False)
         for indices in plan:
             group = [window[i] for i in indices]
-            ours = self._logps(self.policy, group)
-            theirs = self._logps(self.reference, group) if self.reference else None
+            ours = logps_of(self.policy, group)
+            theirs = self.reference.of(group) if self.reference else None
             for k, i in enumerate(indices):
                 ref = None if theirs is None else theirs[k]
                 done[i] = self._row(window[i], ours[k], ref)
         return [done[i] for i in range(len(window))]
-
-    @torch.no_grad()
-    def _logps(self, policy: Policy, group: list[Scored]) -> list[list[list[float]]]:
-        """Of each row of the group, of each of its sides, log-probs of the scored tokens."""
-        pairs = [row for row in group if isinstance(row, TokenPair)]
-        if pairs:
-            batch = make_batch(pairs, policy.sharing, policy.pad_id)
-        else:
-            singles = [row for row in group if isinstance(row, TokenSequence)]
-            sharing = replace(policy.sharing, mode="padded")
-            batch = make_sequence_batch(singles, sharing, policy.pad_id)
-        with deterministic(policy.model):
-            values = policy.logps(batch.to(policy.device), "none").double().cpu()
-        found = [x.tolist() for x in values.split(batch.scored_lengths)]
-        B = len(group)
-        return [[found[i], found[B + i]] for i in range(B)] if pairs else [[x] for x in found]
 
     def _row(
         self, row: Scored, ours: list[list[float]], theirs: list[list[float]] | None
@@ -246,6 +235,23 @@ class _Scorer:
         summary["left_out"] = self.left_out.counts()
         say(self.left_out.summary())
         return summary
+
+
+@torch.no_grad()
+def logps_of(policy: Policy, group: list[Scored]) -> Logps:
+    """Of each row of the group, of each of its sides, log-probs of the scored tokens."""
+    pairs = [row for row in group if isinstance(row, TokenPair)]
+    if pairs:
+        batch = make_batch(pairs, policy.sharing, policy.pad_id)
+    else:
+        singles = [row for row in group if isinstance(row, TokenSequence)]
+        sharing = replace(policy.sharing, mode="padded")
+        batch = make_sequence_batch(singles, sharing, policy.pad_id)
+    with deterministic(policy.model):
+        values = policy.logps(batch.to(policy.device), "none").double().cpu()
+    found = [x.tolist() for x in values.split(batch.scored_lengths)]
+    B = len(group)
+    return [[found[i], found[B + i]] for i in range(B)] if pairs else [[x] for x in found]
 
 
 def batches_by_tokens(rows: Sequence[Scored], most: int) -> list[list[int]]:

@@ -24,9 +24,11 @@ from .ending import draw, files_of, last_fields, say_sample, write_summary
 from .job import Job
 from .machine import peak_memory
 from .model import Policy, save_policy
+from .optim import check_schedule
 from .resume import Keeper, metrics_of, resumed_from
 from .run_options import GROUPS, SFT_DEFAULTS, SFT_GROUPS
 from .sft import evaluate_sft, train_sft
+from .shown import completions, write_report
 from .sinks import check_sinks
 from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
 
@@ -59,15 +61,16 @@ def run_sft(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     refuse_many_processes()
     config = resolve_sft(options)
     check_device(config.device)
+    check_schedule(config)
     check_adapter(config, True)
     check_sinks(config.report_to)
     resumed = resumed_from(config, dk.__version__, console.say)
     quiet_bars(console)
     run_folder = RunFolder(config, resumed.path if resumed else None)
-    return _SFTJob(config, True, run_folder, console, resumed).run()
+    return SFTJob(config, True, run_folder, console, resumed).run()
 
 
-class _SFTJob(Job):
+class SFTJob(Job):
     groups = SFT_GROUPS
     command = "sft"
 
@@ -89,9 +92,13 @@ class _SFTJob(Job):
 
         run_id = self.resumed.values["found"]["run_id"] if self.resumed else uuid.uuid4().hex[:16]
         self._report_to(metrics, run_id)
-        prompt, ids = self._sft_prompt(policy, eval_rows or train_rows)
+        prompt = self._sft_prompt(policy, eval_rows or train_rows)
+
+        def complete() -> str:
+            return completions(policy, [prompt], config.sample_max_new_tokens)[0]
+
         if self.resumed is None:
-            before, text_before = evaluate(), self._complete(policy, ids)
+            before, text_before = evaluate(), complete()
             if before:
                 metrics.write({"step": 0, "epoch": 0.0, **before})
         else:
@@ -113,20 +120,22 @@ class _SFTJob(Job):
         summary = {
             "output_dir": str(self.folder),
             "backend": backend,
+            "loss": "SFT",
             "steps": last["step"],
             "rows": len(train_rows),
             "held_out_rows": len(eval_rows),
             "before": before,
             "after": after,
             "sample": {
-                "prompt": prompt,
+                "prompt": prompt[0],
                 "before": text_before,
-                "after": self._complete(policy, ids),
+                "after": complete(),
             },
             "peak_memory_bytes": peak_memory(policy.device),
             **last_fields(self.left_out, began),
         }
         write_summary(self.folder, summary)
+        write_report(self.folder, say)
         if before:
             was, now = before["eval_loss"], after["eval_loss"]
             say(f"\nheld-out loss per token: {was:.4f} before, {now:.4f} after")

@@ -45,7 +45,6 @@ _REFUSED: dict[str, str] = {
     "trackio_static_space_id logging_strategy logging_first_step logging_nan_inf_filter log_level "
     "include_num_input_tokens_seen disable_tqdm",
     _PRECISION: "bf16 fp16 bf16_full_eval fp16_full_eval tf32",
-    "the schedules here take no further arguments": "lr_scheduler_kwargs",
     _PLAIN_OPTIMIZER: "optim_args optim_target_modules",
     "the loss is smoothed by label_smoothing": "label_smoothing_factor",
     "checkpointing is on or off (gradient_checkpointing)": "gradient_checkpointing_kwargs "

@@ -626,6 +626,12 @@ def test_the_title_says_the_mix() -> None:
     assert loss_title(load_config({})) == "DPO: sigmoid"
     mix = {"loss_type": ["sigmoid", "ipo"], "loss_weights": [0.8, 1.0], "sft_weight": 0.5}
     assert loss_title(load_config(mix)) == "DPO: 0.8 sigmoid + ipo + 0.5 SFT"
+    assert loss_title(load_config({"label_smoothing": 0.1, "learn_groups": True})) == (
+        "DPO: sigmoid, label smoothing 0.1, learned offsets and temperatures"
+    )
+    assert loss_title(load_config({"f_divergence_type": "js_divergence"})) == (
+        "DPO: sigmoid, js_divergence"
+    )
 
 
 def test_plot_of_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from test_data import bot, user, write
 from test_train import QUIET, config_of, data_of, one_thread, tiny_policy  # noqa: F401
 
 from dpo_kernels.data import TokenSequence
-from dpo_kernels.train import loop
+from dpo_kernels.train import fit, loop, sft_dry_run
 from dpo_kernels.train.compare import plain_logps
 from dpo_kernels.train.metrics import MetricsFile, read_metrics
 from dpo_kernels.train.sft import SupervisedRows, evaluate_sft, nll_gradients
@@ -180,3 +181,38 @@ def test_which_rows_is_a_function_of_the_step() -> None:
     flat = [s.source for step in first for s in step]
     for epoch in range(3):
         assert sorted(flat[5 * epoch : 5 * epoch + 5]) == sorted(s.source for s in rows)
+
+
+def test_a_dry_run_reports_and_writes_nothing(
+    model: str,  # noqa: F811
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [{"messages": [user(f"q {i}"), bot("an answer")]} for i in range(11)]
+    file = write(tmp_path / "rows.jsonl", [*rows, "{"])
+    args: list[Any] = ["sft", "--model_name_or_path", model, "--dataset_name", file]
+    args += ["--device", "cpu", "--output_dir", tmp_path / "run", "--max_length", "64"]
+    args += ["--per_device_train_batch_size", "3", "--num_train_epochs", "2", "--eval_fraction"]
+    args += ["0.1", "--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"num_cycles": 2}']
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert run(*args, "--dry-run") == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    for words in (
+        "10 rows to train on, 1 held out; left out: 1 (1 broken JSON)",
+        "8 optimizer steps of 3 rows",
+        "memory of the largest step on cpu, estimated:",
+        "time, guessed from two steps of 3 rows",
+        "nothing was trained, nothing was written",
+    ):
+        assert words in text, words
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    total = re.search(r"tokens each, (\d+) in all", text)
+    assert run(*args, "--sample_max_new_tokens", "0", "--logging_steps", "1") == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert total is not None and f'"num_tokens": {total[1]}' in lines
+    assert "refused" in refused(capsys, *args, "--dry_run", "--packing", "true")
+    monkeypatch.setattr(fit, "available", lambda device: 10**9)
+    monkeypatch.setattr(sft_dry_run, "available", lambda device: 1000)
+    line = refused(capsys, *args, "--dry_run", "--overwrite_output_dir")
+    assert "this run does not fit" in line
