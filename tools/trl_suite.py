@@ -217,7 +217,8 @@ def main() -> None:
                 shutil.copy(file, suite)
         (suite / "__init__.py").touch()
         (folder / "patch_plugin.py").write_text(PLUGIN)
-        path = os.pathsep.join([str(ROOT), name])
+        given = os.environ.get("PYTHONPATH")  # where the TRL of the checkout may be
+        path = os.pathsep.join([str(ROOT), name, *([given] if given else [])])
         done = subprocess.run(
             [
                 sys.executable,
