@@ -7,7 +7,7 @@ kernel's: CPU time of all threads stands beside it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def _steps(run: dict[str, Any], file: Path) -> str:
     """`test_step.py`"""
     rows, longest = [], []
     for case, found in run["results"].items():
-        if case.startswith("longest"):
+        if "longest" in case:
             longest.append(f"{case}: {', '.join(f'{n} {t}' for n, t in found.items())}.")
             continue
         for name, r in found.items():
@@ -121,7 +121,7 @@ def _mean(values: float | list[float]) -> float:
     return sum(values) / len(values) if isinstance(values, list) else values
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
