@@ -106,8 +106,6 @@ def _why_not(model: Any) -> str:
         return f"layers of type {', '.join(states)} keep a state that cannot fork"
     if getattr(text_config(model.config), "alibi", False):
         return "ALiBi counts positions of the row"
-    if any(getattr(module, "layerdrop", 0) for module in model.modules()):
-        return "layerdrop skips layers at random, so that calls of attention cannot be counted"
     return install(model) or _differs(model)
 
 

@@ -223,20 +223,6 @@ def test_alibi_stays_padded() -> None:
     assert unusable(model) == "ALiBi counts positions of the row"
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_layerdrop_stays_padded(training: bool) -> None:
-    """A step in which a layer was left out was an error, now and then."""
-    sizes = {"ffn_dim": 32, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
-    model = tiny("OPT", torch.float32, **sizes, layerdrop=0.5).train(training)
-    attach_head(model)
-    assert unusable(model).startswith("layerdrop skips layers")
-    for _ in range(4):
-        step(model, padded_batch(SHAPES), "auto")
-    with pytest.raises(ValueError, match=r"layout=shared.*layerdrop"):
-        step(model, padded_batch(SHAPES), "shared")
-    assert unusable(tiny("OPT", **sizes)) == ""
-
-
 def test_the_probe_of_a_model_is_counted_whatever_was_compiled(monkeypatch: Patch) -> None:
     """Compiled from a function that calls it, a class bears no mark: its next model is probed."""
     model = tiny()
