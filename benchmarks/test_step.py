@@ -129,6 +129,7 @@ def test_step(shape: str, prompt: str, request: pytest.FixtureRequest) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--prompt", choices=PROMPTS, action="append", help="its share of tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
@@ -138,8 +139,10 @@ def main() -> None:
     given = parser.parse_args()
     results: dict[str, Any] = {}
     for shape in given.shape or SHAPES:
-        for name, prompt in PROMPTS.items():
-            rows = compare(shape, prompt, given.rounds, given.pairs, given.steps, given.threads)
+        for name in given.prompt or PROMPTS:
+            rows = compare(
+                shape, PROMPTS[name], given.rounds, given.pairs, given.steps, given.threads
+            )
             results[f"{shape}, prompt {name}"] = rows
             print(f"\n{shape}, prompt {name} of {TOKENS} tokens, {given.pairs} pairs a step\n")
             print(
