@@ -8,6 +8,7 @@ import argparse
 import json
 import random
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -19,16 +20,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dpo_kernels.data import TokenPair
+from dpo_kernels.models.falling import FallingWatch
 from dpo_kernels.train.config import load_config
 from dpo_kernels.train.console import Console
-from dpo_kernels.train.loop import (
-    PairLoss,
-    _gradients,
-    step_indices,
-)
+from dpo_kernels.train.loop import PairLoss, _gradients
 from dpo_kernels.train.metrics import PairMeter
 from dpo_kernels.train.model import prepare_policy
 from dpo_kernels.train.optim import Stepper
+from dpo_kernels.train.order import step_indices
 from dpo_kernels.train.reference import with_reference
 
 parser = argparse.ArgumentParser()
@@ -87,20 +86,18 @@ config = load_config(
     }
 )
 policy = prepare_policy(model, tokenizer, config, lambda text: print(text, file=sys.stderr))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 data = with_reference(policy, pairs, config, Console(quiet=True), "pairs")
 loss, stepper = PairLoss(policy, config), Stepper(policy.model, config, options.steps)
-counted = [0]
-policy.model.get_input_embeddings().register_forward_hook(
-    lambda module, args, output: counted.__setitem__(0, counted[0] + args[0].numel())
-)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-seconds, cpu_seconds, losses = [], [], []
+seconds, cpu_seconds, tokens, losses = [], [], [], []
+falling = FallingWatch(said=True)
 for indices, _ in step_indices(len(pairs), config, options.steps):
     began, cpu = time.perf_counter(), time.process_time()
-    total, _ = _gradients(loss, data, indices, config, PairMeter())
+    total, work = _gradients(loss, data, indices, config, PairMeter(), falling)
     stepper.step(total, "step", [])
     seconds.append(time.perf_counter() - began)
     cpu_seconds.append(time.process_time() - cpu)
+    tokens.append(work.computed)
     losses.append(float(total))
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 result = {
@@ -108,7 +105,7 @@ result = {
     "cpu_seconds": cpu_seconds,
     "peak_mb": after // 1024,
     "peak_before_mb": before // 1024,
-    "tokens": counted[0] / options.steps,
+    "tokens": statistics.mean(tokens[1:] or tokens),
     "losses": losses,
 }
 print(json.dumps(result))

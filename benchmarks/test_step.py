@@ -89,18 +89,26 @@ def compare(shape: str, prompt: float, rounds: int, pairs: int, steps: int, thre
             "training_mb": statistics.median(r["peak_mb"] - r["peak_before_mb"] for r in each),
             "losses": each[0]["losses"],
         }
-    base = rows["TRL"]["seconds"]
-    return {name: {**row, "of TRL": base / row["seconds"]} for name, row in rows.items()}
+    base = rows["TRL"]
+    return {
+        name: {
+            **row,
+            "of TRL": base["seconds"] / row["seconds"],
+            "CPU of TRL": base["cpu_seconds"] / row["cpu_seconds"],
+        }
+        for name, row in rows.items()
+    }
 
 
 def longest(way: str | None, shape: str, limit_mb: int, threads: int) -> int:
-    """Tokens of the longest pair, a power of two, whose step stays within `limit_mb`."""
+    """Mean tokens, a power of two, of the longest sequences that train within `limit_mb`."""
     hidden, layers, vocabulary = SHAPES[shape]
     fits, length = 0, 256
     while length <= 1 << 15:
         sizes = ["--prompt", str(length // 2), "--completion", str(length // 2), "--pairs", "1"]
         model = ["--layers", str(layers), "--hidden", str(hidden), "--vocabulary", str(vocabulary)]
-        found = run(way, [*sizes, *model, "--steps", "2"], threads)
+        most = ["--max_length", str(2 * length)] if way != "ours" else []
+        found = run(way, [*sizes, *model, *most, "--steps", "2"], threads)
         if found["peak_mb"] - found["peak_before_mb"] > limit_mb:
             break
         fits, length = length, 2 * length
@@ -121,6 +129,7 @@ def test_step(shape: str, prompt: str, request: pytest.FixtureRequest) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--prompt", choices=PROMPTS, action="append", help="its share of tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
@@ -130,19 +139,23 @@ def main() -> None:
     given = parser.parse_args()
     results: dict[str, Any] = {}
     for shape in given.shape or SHAPES:
-        for name, prompt in PROMPTS.items():
-            rows = compare(shape, prompt, given.rounds, given.pairs, given.steps, given.threads)
+        for name in given.prompt or PROMPTS:
+            rows = compare(
+                shape, PROMPTS[name], given.rounds, given.pairs, given.steps, given.threads
+            )
             results[f"{shape}, prompt {name}"] = rows
             print(f"\n{shape}, prompt {name} of {TOKENS} tokens, {given.pairs} pairs a step\n")
             print(
-                "| | tokens a step | s/step | of TRL's speed | MB of training |\n"
-                + "|---" * 5
+                "| | tokens a step | s/step | of TRL | CPU s/step | of TRL | MB of training |\n"
+                + "|---" * 7
                 + "|"
             )
             for way, row in rows.items():
                 print(
                     f"| {way} | {row['tokens']:.0f} | {row['seconds']:.3f} | "
-                    f"{row['of TRL']:.2f}x | {row['training_mb']:.0f} |"
+                    f"{row['of TRL']:.2f}x | {row['cpu_seconds']:.2f} | "
+                    f"{row['CPU of TRL']:.2f}x | {row['training_mb']:.0f} |",
+                    flush=True,
                 )
         if given.limit_mb:
             found = {n: longest(w, shape, given.limit_mb, given.threads) for n, w in WAYS.items()}

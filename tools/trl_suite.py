@@ -1,8 +1,10 @@
 """TRL's own tests of its DPOTrainer, with `patch_trl()` on: those that need no download.
 
-    python tools/trl_suite.py PATH_TO_A_TRL_CHECKOUT [pytest options]
+    python tools/trl_suite.py PATH_TO_A_TRL_CHECKOUT [--plain] [pytest options]
 
 TRL's wheels and source distributions hold no tests: a checkout of the installed version is needed.
+The patch is as `patch_trl()` has it by default: rows are packed and prompts shared. `--plain`
+leaves it out, to see what TRL itself does with these models.
 Its tests name models and data of a hub. Here the same relative names are folders, made from
 configurations with random weights and from a few rows of text, which the loaders prefer to the hub.
 What these cannot stand for (vision models, templates of one model, quantised ones) is left out by
@@ -181,16 +183,33 @@ def make_data(folder: Path) -> None:
     (zen / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
+PATCH = """from dpo_kernels.integrations.trl import patch_trl
+from dpo_kernels.models import layouts
+patch_trl()
+calls, run_call = [], layouts.run_call
+
+
+def counted(model, trunk, call, *args, **kwargs):
+    calls.append(call.segments is not None)
+    return run_call(model, trunk, call, *args, **kwargs)
+
+
+from dpo_kernels.models import attached
+attached.run_call = counted
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"{sum(calls)} forwards of packed rows")
+"""
 PLUGIN = """
 import pytest
 import torch
 import trl
-from dpo_kernels.integrations.trl import patch_trl
 
 if not torch.cuda.is_available():  # bf16 is TRL's default, which transformers refuses on a CPU
     made = trl.DPOConfig.__init__
     trl.DPOConfig.__init__ = lambda self, *a, **k: made(self, *a, **{"bf16": False, **k})
-patch_trl()
+{patch}
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -216,8 +235,11 @@ def main() -> None:
             if not file.name.startswith("test_") or file.name == "test_dpo_trainer.py":
                 shutil.copy(file, suite)
         (suite / "__init__.py").touch()
-        (folder / "patch_plugin.py").write_text(PLUGIN)
-        path = os.pathsep.join([str(ROOT), name])
+        options = [word for word in sys.argv[2:] if word != "--plain"]
+        patch = "" if "--plain" in sys.argv else PATCH
+        (folder / "patch_plugin.py").write_text(PLUGIN.replace("{patch}", patch))
+        given = os.environ.get("PYTHONPATH")  # where the TRL of the checkout may be
+        path = os.pathsep.join([str(ROOT), name, *([given] if given else [])])
         done = subprocess.run(
             [
                 sys.executable,
@@ -231,7 +253,7 @@ def main() -> None:
                 "tests/test_dpo_trainer.py",
                 "-k",
                 f"not ({LEFT_OUT})",
-                *sys.argv[2:],
+                *options,
             ],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": name},

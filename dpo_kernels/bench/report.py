@@ -6,7 +6,6 @@ as well.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..report.charts import Chart, Series, line_chart
 from ..report.html_page import grid, page, section, table, text
 from . import results
 from .cases import grown_in
+from .script_tables import script_tables
 
 OURS, OTHER, FLOOR = 1, 0, 7  # styles of bars and lines
 OTHERS = (0, 2, 3, 4, 5, 6)  # of lines of several others
@@ -210,7 +210,7 @@ def readme_tables(folder: Path) -> str:
             f"commit {run['commit'][:12]}."
         )
         parts.append(_readme_table(run["rows"]))
-    parts += [_script_table(file) for file in sorted(folder.glob("*-trl-script.json"))]
+    parts += script_tables(folder)
     return "\n\n".join(parts)
 
 
@@ -248,25 +248,6 @@ def bf16_head(folder: Path) -> str:
                 f"  | {case} | {row['provider']} | {row['seconds'] * 1e3:.3g} ms | "
                 f"{row['error']:.0e} | {'-' if gradient is None else f'{gradient:.0e}'} |"
             )
-    return "\n".join(lines)
-
-
-def _script_table(file: Path) -> str:
-    """What `benchmarks/compare_trl.py` wrote, in Markdown."""
-    run = json.loads(file.read_text())
-    lines = [
-        f"One DPO script written for TRL {run['versions']['trl']}, as it is and patched, "
-        f"{run['device']}, {run['threads']} threads, {run['date'][:10]} "
-        f"([{file.name}](../benchmarks/results/{file.name})):",
-        "",
-        "| | s/step | of TRL's speed | peak MB | of it for training |",
-        "|---|---|---|---|---|",
-    ]
-    for name, r in run["results"].items():
-        lines.append(
-            f"| {name} | {r['seconds_per_step']:.2f} | {r['speedup']:.2f}x | "
-            f"{r['peak_mb']:.0f} | {r['training_mb']:.0f} |"
-        )
     return "\n".join(lines)
 
 

@@ -47,6 +47,7 @@ Turn = str | list[Message]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 _MEDIA = ("images", "image", "videos", "video", "audio", "audios", "pixel_values", "input_features")
+_TEXT_ALONE = "text alone: pictures, films and sounds are not supported"
 # Columns under which others hand something to the template: it would be dropped unseen.
 _ELSEWHERE = {
     "functions": "tools under the name 'tools'",
@@ -193,12 +194,7 @@ def _read(
 def _pair(row: dict[str, Any], where: str, unknown: list[str], left_out: LeftOut) -> PreferencePair:
     for name in _MEDIA:
         if row.get(name) not in (None, "", []):
-            raise BadField(
-                name,
-                kind_of(row[name]),
-                "text alone: pictures, films and sounds are not supported",
-                "not supported",
-            )
+            raise BadField(name, kind_of(row[name]), _TEXT_ALONE, "not supported")
     for name, wanted in _ELSEWHERE.items():
         if row.get(name) not in (None, "", [], {}, "[]"):
             raise BadField(
@@ -297,6 +293,8 @@ def _message(name: str, message: Any) -> Message:
     if calls and message.get("content") is None:
         message = {**message, "content": ""}  # a call needs no words; templates print None as text
     for key in ("role", "content"):
+        if key == "content":
+            _no_media(f"{name}.content", message.get(key))
         if not isinstance(message.get(key), str):
             got = kind_of(message[key]) if key in message else "missing"
             if key not in message and ("from" in message or "value" in message):
@@ -310,6 +308,14 @@ def _message(name: str, message: Any) -> Message:
     for key in message.keys() - {"role", "content"}:
         _encodable(f"{name}.{key}", message[key])
     return message
+
+
+def _no_media(name: str, content: Any) -> None:
+    """`BadField` for content in parts that has a picture, a film or a sound among them."""
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in (None, "text"):
+            raise BadField(name, f"a part of type {kind!r}", _TEXT_ALONE, "not supported")
 
 
 def _text(name: str, text: str) -> str:

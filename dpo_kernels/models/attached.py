@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 import dpo_kernels as dk
 
 from ..data import ScoredBatch
-from .experts import router_loss, router_loss_of_calls
+from .experts import adds_router_loss, router_loss, router_loss_of_calls
 from .layout_check import check_first_batch
 from .layouts import LaidOut, known, lay_out, pairs_of, run_call, trunk_states
 from .lm_head import call_head, check_head_kind, gathered_head, head_parts, head_scaling
@@ -195,8 +195,13 @@ def _forward(self: Any, call: HeadCall, args: tuple, kwargs: dict[str, Any]) -> 
     kwargs["use_cache"] = False
     router = kwargs.get("output_router_logits")
     if router is None and getattr(text_config(self.config), "output_router_logits", False):
-        router = kwargs["output_router_logits"] = True
-    hidden, aux = _states(self, call, args, kwargs, bool(router))
+        router = True
+    added = bool(router) and adds_router_loss(self)
+    if router is not None:
+        kwargs["output_router_logits"] = added
+    hidden, aux = _states(self, call, args, kwargs, added)
+    if router and aux is None:
+        aux = hidden.new_zeros(())
     out = _end_in_head(self, hidden, call.function)
     return out if aux is None else replace(out, aux_loss=aux)
 

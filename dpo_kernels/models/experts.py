@@ -32,6 +32,16 @@ def router_loss_weight(model: Any) -> float:
     return 0.0
 
 
+def adds_router_loss(model: Any) -> bool:
+    """Whether the model's own forward adds a load-balancing loss, or may do.
+
+    Many mixtures of experts of transformers give router logits and add nothing. Of a class from
+    elsewhere that is not known: `router_loss` refuses it.
+    """
+    own = type(model).__module__.startswith("transformers.")
+    return _load_balancing_loss(model) is not None or not own
+
+
 def router_loss(
     model: Any, router_logits: tuple[Tensor, ...] | None, attention_mask: Tensor | None
 ) -> Tensor:

@@ -96,6 +96,7 @@ def _check_config(config: Any, name: str) -> None:
         check_decoder_only(config, f"model_name_or_path: {name}")
     except ValueError as error:
         raise ModelError(str(error)) from None
+    _check_words(config, name)
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -103,6 +104,20 @@ def _check_config(config: Any, name: str) -> None:
         bits = next((f" {n}-bit" for n in (4, 8) if quantised.get(f"load_in_{n}bit")), "")
         if method != "mxfp4":  # transformers widens it where it cannot run it
             raise ModelError(_QUANTISED.format(name=name, method=f"{method}{bits} weights"))
+
+
+def _check_words(config: Any, name: str) -> None:
+    """`ModelError` for a model of images or sounds that transformers knows as no causal LM."""
+    from transformers import AutoModelForCausalLM
+
+    parts = [k for k in ("vision_config", "audio_config") if getattr(config, k, None) is not None]
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    if parts and not causal and not getattr(config, "auto_map", None):
+        raise ModelError(
+            f"model_name_or_path: {name} is a model of images or sounds ({config.model_type}, "
+            f"{parts[0]}), expected one of text alone; TRL's DPOTrainer takes it, with the fused "
+            "head as well (dpo_kernels.integrations.trl)"
+        )
 
 
 def _check_loaded(found: dict[str, Any], name: str, say: Callable[[str], None]) -> None:

@@ -24,7 +24,7 @@ from .loop import batches_of
 from .machine import peak_memory
 from .model import Policy
 from .optim import Stepper, check_schedule
-from .order import step_indices, total_steps
+from .order import step_indices, total_steps, window_of
 from .reference import PairData, Referee, Reference
 from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
 from .step_loss import chosen_tokens, loss_of
@@ -79,7 +79,9 @@ class _DryRun(Job):
         per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         steps = total_steps(len(pairs), per_step, config)
         tokens = sum(
-            sizes[i] for chosen, _ in step_indices(len(pairs), config, steps) for i in chosen
+            sizes[i]
+            for chosen, _ in step_indices(len(pairs), config, steps, window_of(pairs))
+            for i in chosen
         )
         say(
             f"\n{len(pairs)} {config.noun} to train on, {len(held_out)} held out; "
@@ -216,7 +218,7 @@ def _micro_batches(pairs: Sequence[TokenRow], config: DPOTrainConfig) -> list[li
     steps = min(total_steps(len(pairs), per_step, config), -(-len(pairs) // per_step))
     return [
         indices[start : start + micro]
-        for indices, _ in step_indices(len(pairs), config, steps)
+        for indices, _ in step_indices(len(pairs), config, steps, window_of(pairs))
         for start in range(0, len(indices), micro)
     ]
 

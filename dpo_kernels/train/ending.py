@@ -20,7 +20,7 @@ from .config import DPOTrainConfig
 from .loop import TrainResult
 from .metrics import MetricsFile
 from .model import Policy
-from .order import visited
+from .order import visited, window_of
 from .plots import plot_run
 from .reference import PairData
 
@@ -152,7 +152,8 @@ def plain_torch_times(
     if not (wanted if wanted is not None else not own):
         return {}
     config = replace(config, gradient_checkpointing=False)
-    indices = visited(len(data.pairs), config)[: config.per_device_train_batch_size]
+    every = visited(len(data.pairs), config, window_of(data.pairs))
+    indices = every[: config.per_device_train_batch_size]
     ours, plain = step_times(policy, data, indices, config)
     return {
         "step_seconds": statistics.median(ours),

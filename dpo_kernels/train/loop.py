@@ -33,7 +33,7 @@ from .machine import compiled, peak_memory
 from .metrics import EVAL_ONLY, MetricsFile
 from .model import Policy
 from .optim import Stepper, TrainingError
-from .order import step_indices, steps_of
+from .order import step_indices, steps_of, window_of
 from .reference import LiveReference, PairData
 from .resume import Keeper, fine_tuned_first
 from .sft import SupervisedRows, evaluate_sft
@@ -325,15 +325,16 @@ class _Loop:
 
     def run(self) -> TrainResult:
         progress, config = self.progress, self.config
-        plan = step_indices(len(self.data.pairs), config, self.steps)
+        pairs = self.data.pairs
+        plan = step_indices(len(pairs), config, self.steps, window_of(pairs))
         if self.keeper.resumed:
             self.keeper.resumed.restore(self.state)
             self.console.say(f"resumed at step {progress.step}: {self.keeper.resumed.path}")
         else:
-            first = next(step_indices(len(self.data.pairs), config, self.steps))[0]
+            first = next(step_indices(len(pairs), config, self.steps, window_of(pairs)))[0]
             first = first[: config.per_device_train_batch_size]
             if config.check_first_step:
-                check_first_rows(self.policy, [self.data.pairs[i] for i in first])
+                check_first_rows(self.policy, [pairs[i] for i in first])
             progress.step0 = check_step0(self.policy, self.data, config, first)
             step0, expected = progress.step0
             self.console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")

@@ -136,3 +136,13 @@ def test_notes_count_the_rows_that_are_used(tmp_path: Path) -> None:
         len(tokenize_pairs(pairs, byte_tokenizer(), None, left_out, print, Limits(None, 20))) == 1
     )
     assert left_out.notes["plain completions given an end token (EOS)"] == 2
+
+
+def test_pictures_among_the_parts_of_a_message(tmp_path: Path) -> None:
+    image = [{"type": "image", "url": "a.png"}, {"type": "text", "text": "what is it?"}]
+    row = {**CHAT, "prompt": [{"role": "user", "content": image}]}
+    pairs, left_out, _ = read(tmp_path, row, CHAT)
+    assert len(pairs) == 1
+    problem = left_out.problems[0]
+    assert problem.field == "prompt[0].content" and problem.reason == "not supported"
+    assert "a part of type 'image'" in str(problem) and "text alone" in str(problem)

@@ -100,6 +100,44 @@ def test_encoder_decoders(tmp_path, train, kind):
     assert code == 2 and "is an encoder-decoder" in text
 
 
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+VISION |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+
+
+def with_images(kind):
+    """A tiny model of text and images."""
+    text = tiny.model().config.to_dict() | {"head_dim": 8}
+    if kind == "Gemma3":
+        config = transformers.Gemma3Config(
+            text_config=text | {"model_type": "gemma3_text"},
+            vision_config=VISION,
+            mm_tokens_per_image=4,
+        )
+    else:
+        config = transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**text),
+            vision_config=transformers.CLIPVisionConfig(**VISION),
+        )
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
+def test_models_of_images_are_refused_by_name(tmp_path, train):
+    code, text, _ = train(tiny.save(tmp_path / "m", with_images("Llava")))
+    assert code == 2 and "is a model of images or sounds (llava, vision_config)" in text
+    assert "DPOTrainer takes it" in text
+
+
+@pytest.mark.parametrize("column", ["images", "pixel_values"])
+def test_rows_with_images_are_refused_by_name(tmp_path, train, column):
+    """Also below a model that could be trained on text, with its images left out."""
+    model = tiny.save(tmp_path / "m", tiny.model())
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("\n".join(json.dumps({**row, column: ["a.png"]}) for row in tiny.rows(8)))
+    code, text, _ = train(model)
+    assert code == 2 and f"{column}: a list, expected text alone" in text
+    assert "8 not supported" in text and "pictures, films and sounds" in text
+
+
 def test_quantised_folders(tmp_path, train):
     """LlamaFactory#3225: found out before training, not when it is saved."""
     folder = Path(tiny.save(tmp_path / "m", tiny.model()))

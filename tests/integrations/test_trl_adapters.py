@@ -88,7 +88,7 @@ def test_bfloat16(options, monkeypatch):
 
 
 @pytest.mark.skipif(VERSION < (1, 10), reason="vision batches as TRL makes them since 1.10")
-def test_a_vision_language_model():
+def test_a_vision_language_model(caplog):
     """Images go to the model as TRL's vision collator gives them; loss and gradients are TRL's."""
     from transformers import (
         CLIPVisionConfig,
@@ -132,6 +132,9 @@ def test_a_vision_language_model():
     assert a == pytest.approx(b, abs=1e-6) and grads.keys() == ours.keys()
     assert any("vision" in k for k in grads)
     assert all((grads[k] - ours[k]).abs().max() < 1e-5 for k in grads)
+    # Images stay padded, and it is said once.
+    told = [r.getMessage() for r in caplog.records if r.name == "dpo_kernels.layouts"]
+    assert told and all("padded rows, because" in t and "got pixel_values" in t for t in told)
 
 
 def test_dora_on_lm_head_is_refused():

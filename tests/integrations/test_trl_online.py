@@ -16,6 +16,7 @@ pytest.importorskip("trl", reason="pip install trl")
 from datasets import Dataset
 
 from dpo_kernels.integrations.trl import FusedOptions, online, patch_trl, unpatch_trl
+from dpo_kernels.models import attached
 
 Online = online.trainer_class()
 if Online is None:
@@ -98,4 +99,32 @@ def test_a_run_is_trls(caplog):
     assert "OnlineDPOTrainer of trl" in line and "runs the fused head" in line
     for a, b in zip(theirs, ours, strict=True):
         for name in a.keys() - {"step_time"}:
+            assert b[name] == pytest.approx(a[name], abs=2e-4, rel=1e-4), name
+
+
+LAYOUT = "dpo_kernels.layouts"
+# TRL counts in these what stands behind an EOS, which a packed row does not run.
+BEHIND_EOS = {f"objective/{n}" for n in ("entropy", "kl", "non_score_reward", "rlhf_reward")}
+
+
+def test_rows_stay_padded_under_auto_and_it_is_said_why(caplog):
+    patch_trl()
+    train()
+    (line,) = [r.getMessage() for r in caplog.records if r.name == LAYOUT]
+    assert line.startswith("layout: padded rows, because OnlineDPOTrainer's objective/entropy")
+    assert "layout='shared' by name" in line
+
+
+def test_a_layout_by_name_is_run_with_the_same_loss(monkeypatch, caplog):
+    from dpo_kernels.models import layouts
+
+    padded = train()
+    calls = []
+    original = layouts.run_call
+    monkeypatch.setattr(attached, "run_call", lambda *a, **k: calls.append(0) or original(*a, **k))
+    patch_trl(layout="shared")
+    shared = train()
+    assert calls and not [r for r in caplog.records if r.name == LAYOUT]
+    for a, b in zip(padded, shared, strict=True):
+        for name in a.keys() - {"step_time"} - BEHIND_EOS:
             assert b[name] == pytest.approx(a[name], abs=2e-4, rel=1e-4), name

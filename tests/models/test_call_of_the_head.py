@@ -8,8 +8,12 @@ import torch
 
 pytest.importorskip("transformers", reason="pip install transformers")
 
+import transformers
+
 from dpo_kernels.data import TokenPair
 from dpo_kernels.integrations import plain
+from dpo_kernels.models.forward import pair_step
+from dpo_kernels.models.options import FusedOptions
 from dpo_kernels.train.config import load_config
 from dpo_kernels.train.loop import PairLoss
 from dpo_kernels.train.model import prepare_policy
@@ -92,3 +96,36 @@ def test_experts_in_no_layer_have_no_routers_loss(way):
     options = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
     model = tiny.model("Qwen3Moe", mlp_only_layers=[0, 1], head_dim=8, **options)
     assert way(model)().isfinite()
+
+
+def with_router_weight(model):
+    """The loss as TRL asks for it: of each mixture of experts."""
+    plain.attach(model)
+    inputs = {k: BATCH[k] for k in ("input_ids", "attention_mask")}
+    fused = FusedOptions(head_stats=False)
+    return pair_step(model, inputs, BATCH["labels"], None, {"reference_free": True}, fused, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["Glm4Moe", "DeepseekV3"])
+def test_router_logits_of_a_model_that_adds_no_loss(kind):
+    """transformers takes `output_router_logits` of these, and their own forward adds nothing."""
+    options = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    options |= {"head_dim": 8, "n_group": 1, "topk_group": 1, "num_key_value_heads": 2}
+    if kind == "DeepseekV3":
+        options |= {"q_lora_rank": None, "kv_lora_rank": 8, "v_head_dim": 8}
+        options |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+    try:
+        model = tiny.model(kind, **options)
+    except (AttributeError, TypeError, ValueError) as error:
+        pytest.skip(f"{kind} is not in this transformers: {error}")
+    out = with_router_weight(model)
+    assert out.loss == by_integration(model)() and out.aux_loss == 0
+
+
+def test_a_strangers_router_logits_are_refused():
+    """A class of the hub may name its loss in another way: it would be left out unseen."""
+    kind = type("Stranger", (transformers.LlamaForCausalLM,), {"__module__": "hub.of.somebody"})
+    config = tiny.model().config
+    config.output_router_logits = True
+    with pytest.raises(ValueError, match="no load_balancing_loss_func"):
+        with_router_weight(kind(config))

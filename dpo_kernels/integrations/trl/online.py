@@ -15,10 +15,16 @@ from torch import Tensor
 
 from ...models.attached import attach_head
 from ...models.forward import scored_tokens
-from ...models.structure import deterministic
+from ...models.layouts import known
+from ...models.structure import base_model_of, deterministic
 from .. import hf_trainer
 from ..announce import announce
 
+STAYS_PADDED = (
+    "OnlineDPOTrainer's objective/entropy, objective/kl and what it makes of them count what "
+    "stands behind an EOS, which a packed row does not run; layout='shared' by name runs the "
+    "sampled tokens alone, with the same loss"
+)
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
 
 
@@ -42,12 +48,14 @@ def _init(original: Callable) -> Callable:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         fused = type(self).fused_default
-        if fused.layout == "auto":
-            # TRL's entropy counts what stands behind an EOS, which a packed row does not run.
+        auto = fused.layout == "auto"
+        if auto:
             fused = replace(fused, layout="padded", share_prefix=None)
         self.fused = fused
         self._dpo_announced = False
         original(self, *args, **kwargs)
+        if auto:
+            known(base_model_of(self.model)).tell(f"layout: padded rows, because {STAYS_PADDED}")
 
     return __init__
 
