@@ -142,37 +142,41 @@ class Patched:
 # --- every trainer of a patched class is watched ---
 
 _active: list[Patched] = []
-_plain_init: Any = None
+_hooks: dict[str, Any] = {}  # name of a method of transformers' Trainer -> ours in its place
 
 
 def watch_trainers_of(patched: Patched) -> None:
-    """Let transformers' `Trainer.__init__` end in `observe`, as long as something is patched."""
-    global _plain_init
+    """Let transformers' Trainer be observed when it is built, as long as something is patched."""
     if patched not in _active:
         _active.append(patched)
-    trainer = transformers.Trainer
-    if getattr(trainer.__init__, _OURS, None) is not None:
-        return
-    plain = trainer.__init__
+    for name in ("__init__", "train"):
+        plain = getattr(transformers.Trainer, name)
+        if getattr(plain, _OURS, None) is None:
+            _hooks[name] = _hook(name, plain)
+            setattr(transformers.Trainer, name, _hooks[name])
 
+
+def _hook(name: str, plain: Any) -> Any:
     @functools.wraps(plain)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        plain(self, *args, **kwargs)
-        observe(self)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name == "train":
+            keep_watching(self)
+        result = plain(self, *args, **kwargs)
+        if name == "__init__":
+            observe(self)
+        return result
 
-    setattr(__init__, _OURS, plain)
-    trainer.__init__ = __init__  # type: ignore[method-assign]
-    _plain_init = __init__
+    setattr(method, _OURS, plain)
+    return method
 
 
 def watch_no_longer(patched: Patched) -> None:
-    global _plain_init
     if patched in _active:
         _active.remove(patched)
-    if not _active and _plain_init is not None:
-        if transformers.Trainer.__init__ is _plain_init:
-            transformers.Trainer.__init__ = getattr(_plain_init, _OURS)  # type: ignore[method-assign]
-        _plain_init = None
+    while not _active and _hooks:
+        name, hook = _hooks.popitem()
+        if getattr(transformers.Trainer, name) is hook:
+            setattr(transformers.Trainer, name, getattr(hook, _OURS))
 
 
 def _home_of(trainer: Any) -> Patched | None:
@@ -190,12 +194,18 @@ def _home_of(trainer: Any) -> Patched | None:
 def observe(trainer: Any) -> None:
     """Watch a trainer of a patched class, and name the methods of ours that it does not get."""
     home = _home_of(trainer)
-    if home is None or "_dpo_watched" in vars(trainer):
+    if home is None or "_dpo_watch" in vars(trainer):
         return
-    trainer._dpo_watched = True
-    watch = _callback()(trainer, home)
+    trainer._dpo_watch = watch = _callback()(trainer, home)
     watch.name_overridden(trainer)
     trainer.callback_handler.add_callback(watch)
+
+
+def keep_watching(trainer: Any) -> None:
+    """Put the watch back, where a trainer has thrown its callbacks away since."""
+    watch = vars(trainer).get("_dpo_watch")
+    if watch is not None and watch not in trainer.callback_handler.callbacks:
+        trainer.callback_handler.add_callback(watch)
 
 
 class _Watch:

@@ -25,9 +25,9 @@ def needs(client: str) -> Any:
     return pytest.mark.skipif(client not in CLIENTS, reason=f"CLIENTS has no {client}")
 
 
-def same_evaluations(runs: dict) -> None:
+def same_evaluations(runs: dict, allowed: float = EXACT) -> None:
     for a, b in zip(runs["plain"]["evaluations"], runs["fused"]["evaluations"], strict=True):
-        assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= EXACT for k in a)
+        assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= allowed for k in a)
 
 
 def same_run(case: str, command: list[str], folder: Path, calls: int = 1) -> dict:
@@ -194,7 +194,7 @@ def test_swift(case, tmp_path):
         exact = client_runs.run(swift(tmp_path, *SWIFT[case][:2]), tmp_path, fused=False)
         allowed = 2 * client_runs.worst(exact["losses"], runs["plain"]["losses"])
     assert client_runs.worst(runs["plain"]["losses"], runs["fused"]["losses"]) <= allowed
-    same_evaluations(runs)
+    same_evaluations(runs, allowed)
 
 
 @needs("swift")

@@ -22,7 +22,7 @@ from dpo_kernels.integrations.trl import BypassedError, DPOTrainer, collated, pa
 
 TRLS_OWN = trl.DPOTrainer
 INIT = TRLS_OWN.__init__
-TRAINERS_INIT = transformers.Trainer.__init__
+TRAINERS_OWN = (transformers.Trainer.__init__, transformers.Trainer.train)
 METHODS = {name: getattr(TRLS_OWN, name) for name in integration.target_of(TRLS_OWN).overrides}
 FORWARD = "_compute_loss" if V1 else "concatenated_forward"
 
@@ -32,7 +32,7 @@ def unpatched():
     yield
     unpatch_trl()
     assert TRLS_OWN.__init__ is INIT
-    assert transformers.Trainer.__init__ is TRAINERS_INIT
+    assert (transformers.Trainer.__init__, transformers.Trainer.train) == TRAINERS_OWN
 
 
 def test_patch_and_unpatch():
@@ -215,6 +215,18 @@ def test_the_first_step_of_a_subclass_that_goes_past_the_patch(name, on_bypass, 
             assert made.state.global_step == 1
             line = str(raised.value)
     assert (f"Custom.{name}" in line) is (name in METHODS)
+
+
+def test_a_trainer_that_throws_its_callbacks_away_is_watched_still():
+    class Custom(TRLS_OWN):
+        def compute_loss(self, model, *args, **kwargs):
+            return sum(p.float().square().sum() for p in model.parameters())
+
+    with patch_trl():
+        made = make(Custom, max_steps=1)
+        made.callback_handler.callbacks.clear()
+        with pytest.raises(BypassedError, match="Custom is below a DPOTrainer"):
+            made.train()
 
 
 def test_a_subclass_of_ours_is_watched_too():
