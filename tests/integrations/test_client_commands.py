@@ -282,6 +282,7 @@ TRL = {
         *("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj"),
         *("--precompute_ref_log_probs", "true", "--save_strategy", "no"),
     ],
+    "gradient checkpointing": ["--gradient_checkpointing", "true", "--save_strategy", "no"],
 }
 
 
@@ -295,11 +296,24 @@ def test_trl(case, tmp_path):
 
 
 @needs("trl")
+def test_trl_in_bfloat16(tmp_path):
+    exact = client_runs.run(trl_dpo(tmp_path, "--save_strategy", "no"), tmp_path, fused=False)
+    command = trl_dpo(tmp_path, "--bf16", "true", "--save_strategy", "no")
+    runs = same_run("trl dpo: bf16", command, tmp_path)
+    assert runs["fused"]["trunk"] == ["torch.bfloat16"]
+    scatter = client_runs.worst(exact["losses"], runs["plain"]["losses"])
+    assert client_runs.worst(runs["plain"]["losses"], runs["fused"]["losses"]) <= 2 * scatter
+
+
+@needs("trl")
 def test_trl_checkpoints_and_resumes(tmp_path):
-    """Stopped after six steps and resumed, fused: the steps that a whole run makes."""
+    """Stopped after six steps and resumed, fused: the steps that a whole run makes, TRL's own."""
     saved = ("--save_strategy", "steps", "--save_steps", "6")
+    plain = client_runs.run(trl_dpo(tmp_path, "--save_strategy", "no"), tmp_path, fused=False)
     whole = client_runs.run(trl_dpo(tmp_path, *saved), tmp_path, fused=True)
+    assert client_runs.worst(plain["losses"], whole["losses"]) <= EXACT
     checkpoint = str(tmp_path / "out" / "checkpoint-6")
     rest = trl_dpo(tmp_path, *saved, "--resume_from_checkpoint", checkpoint)
     resumed = client_runs.run(rest, tmp_path, fused=True)
-    assert client_runs.worst(whole["losses"][6:], resumed["losses"]) <= EXACT
+    assert resumed["fused_calls"] == len(resumed["losses"]) == 4
+    assert client_runs.worst(plain["losses"][6:], resumed["losses"]) <= EXACT
