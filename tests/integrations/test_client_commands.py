@@ -204,6 +204,20 @@ def test_swift_with_packing_is_refused(tmp_path):
     assert "does not take padding_free=true" in done["log"] or "flash" in done["log"]
 
 
+@needs("swift")
+def test_swift_patched_by_trl_alone_is_told(tmp_path):
+    """Patched before ms-swift is imported, which overrides what was exchanged."""
+    command = swift(tmp_path, "--max_steps", "2")
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from dpo_kernels.integrations import patch_trl\npatch_trl()\n"
+        "from swift.pipelines import rlhf_main\nrlhf_main()\n"
+    )
+    done = client_runs.run(["python", str(script), *command[2:]], tmp_path, fused=False, ok=False)
+    assert "DPOTrainer.get_batch_samples" in done["log"]
+    assert "BypassedError" in done["log"] and "patch_swift()" in done["log"]
+
+
 # --- axolotl ---
 
 

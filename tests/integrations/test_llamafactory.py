@@ -71,6 +71,7 @@ OPTIONS = {
     "bco": {"pref_bco_weight": 0.7},
     "hinge": {"pref_loss": "hinge", "ld_alpha": 0.0},
     "ipo": {"pref_loss": "ipo", "pref_ftx": 0.2},
+    "kto_pair": {"pref_loss": "kto_pair"},
     "orpo": {"pref_loss": "orpo", "ld_alpha": 0.5},
     "simpo": {"pref_loss": "simpo", "simpo_gamma": 0.3},
 }
