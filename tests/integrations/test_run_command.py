@@ -80,9 +80,11 @@ def test_a_signal_goes_on_to_the_command(number, tmp_path):
         f"open({str(started)!r}, 'w').close(); time.sleep(60)"
     )
     command = [sys.executable, "-m", "dpo_kernels", "run", "--", sys.executable, "-c", code]
-    # A session of its own: no terminal's interrupt would reach the command by itself.
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    before = signal.signal(number, signal.SIG_DFL)  # a shell's background job ignores SIGINT
+    # A session of its own: no terminal's interrupt would reach the command by itself.
     child = subprocess.Popen(command, env=env, start_new_session=True)
+    signal.signal(number, before)
     while not started.exists() and child.poll() is None:
         time.sleep(0.05)
     child.send_signal(number)
