@@ -107,7 +107,7 @@ def prepare(name: str) -> Path:
         if word.startswith("--"):
             marked[word.split()[0]].append(word.split()[1])
     rest = [w for w in MATRIX[name] if not w.startswith("--")]
-    subprocess.run([*pip, torch[0], "pytest>=8", "pyyaml", *rest], check=True)
+    subprocess.run([*pip, torch[0], "pytest>=8", "pyyaml", "matplotlib", *rest], check=True)
     if marked["--no-deps"]:
         subprocess.run([*pip, "--no-deps", *marked["--no-deps"]], check=True)
     if marked["--without"]:
