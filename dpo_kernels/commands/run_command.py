@@ -116,17 +116,35 @@ def _tell(lines: list[str]) -> None:
 
 
 def _wait(child: subprocess.Popen) -> int:
-    """The child's exit code; signals that ask this process to end go on to it."""
+    """The child's exit code; what this process is told by a signal goes on to the child."""
 
     def forward(number: int, _: FrameType | None) -> None:
-        child.send_signal(number)
+        if number not in _FROM_A_TERMINAL or not _in_foreground():
+            child.send_signal(number)
 
-    # From a terminal an interrupt reaches the child by itself.
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, forward)
+    heard = [n for n in _HANDED_ON if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         code = child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 128 - code if code < 0 else code
+
+
+# What ends a program, and what job managers announce its end by.
+_HANDED_ON = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
+_FROM_A_TERMINAL = {getattr(signal, name, None) for name in ("SIGINT", "SIGQUIT")}
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal's interrupt reaches this process, and with it the child, by itself."""
+    try:
+        with open("/dev/tty", "rb", buffering=0) as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except (OSError, AttributeError):
+        return False

@@ -56,8 +56,7 @@ def patch_llamafactory(
     """
     chosen = own_loss.fused_options(options_of(fused, on_bypass, options))
     frameworks.check_version("llamafactory", allow_untested=allow_untested)
-    module = frameworks.require(shapes.OF_LLAMAFACTORY.module, "llamafactory")
-    target_of(module.CustomDPOTrainer).apply(chosen, on_bypass)
+    target_of(shapes.class_of(shapes.OF_LLAMAFACTORY)).apply(chosen, on_bypass)
     return Undo(unpatch_llamafactory)
 
 

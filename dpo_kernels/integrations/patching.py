@@ -25,6 +25,8 @@ Overrides = dict[str, Callable[[Any], Any]]
 ON_BYPASS = ("raise", "warn")
 _ABSENT: Any = object()
 _OURS = "_dpo_kernels"
+# All of ours. No mark on them: `functools.wraps` would copy it to what wraps them.
+_methods: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class BypassedError(RuntimeError):
@@ -40,6 +42,7 @@ class Patched:
         self.target, self.overrides = target, overrides
         self.patch, self._advice = patch, advice
         self.on_bypass = "raise"
+        self._acts = False
         self._originals: dict[str, Any] = {}  # while it is patched
         self._installed: dict[str, Any] = {}
 
@@ -50,7 +53,7 @@ class Patched:
     def subclass(self, fused: FusedOptions, on_bypass: str = "raise", **body: Any) -> type:
         """A class below the target, which stays as it is, with our methods."""
         home = Patched(self.target, self.overrides, patch=self.patch, advice=self._advice)
-        home.on_bypass = on_bypass
+        home.on_bypass, home._acts = on_bypass, True
         made = {name: home._made(name, self._original(name)) for name in self.overrides}
         made |= {"fused_default": fused, "_dpo_home": home, **body}
         return type(self.target.__name__, (self.target,), made)
@@ -64,7 +67,7 @@ class Patched:
             self._installed[name] = self._made(name, getattr(self.target, name))
             setattr(self.target, name, self._installed[name])
         self.target.fused_default = fused  # type: ignore[attr-defined]
-        self.on_bypass = on_bypass
+        self.on_bypass, self._acts = on_bypass, True
         watch_trainers_of(self)
 
     def undo(self) -> None:
@@ -81,17 +84,21 @@ class Patched:
         if "fused_default" in vars(self.target):
             del self.target.fused_default  # type: ignore[attr-defined]
         self._originals, self._installed = {}, {}
+        self._acts = False  # who has wrapped our `__init__` keeps it
         watch_no_longer(self)
 
-    def overridden(self, kind: type) -> dict[str, str]:
-        """Methods of ours that a trainer of class `kind` does not get: name -> whose it has."""
-        found = {}
+    def overridden(self, trainer: Any) -> list[str]:
+        """Methods of ours that a trainer does not get: whose it has, and the name."""
+        found, kind = [], type(trainer)
         for name in self.overrides:
-            for base in kind.__mro__:
-                if name in vars(base):
-                    if getattr(vars(base)[name], _OURS, None) is None:
-                        found[name] = base.__name__
-                    break
+            if name in vars(trainer):
+                found.append(f"{kind.__name__}.{name} (set on the trainer itself)")
+                continue
+            base = next((b for b in kind.__mro__ if name in vars(b)), None)
+            if base is None:
+                found.append(f"{kind.__name__}.{name} (removed)")
+            elif vars(base)[name] not in _methods:
+                found.append(f"{base.__name__}.{name}")
         return found
 
     def advice(self, kind: type) -> str:
@@ -113,7 +120,8 @@ class Patched:
 
             @functools.wraps(replacement)
             def method(trainer: Any, *args: Any, **kwargs: Any) -> None:
-                if "_dpo_home" in vars(trainer):  # a patch of its subclass has been here
+                # A patch of its subclass has been here, or this one is undone.
+                if "_dpo_home" in vars(trainer) or not self._acts:
                     original(trainer, *args, **kwargs)
                     return
                 trainer._dpo_home = self
@@ -127,44 +135,48 @@ class Patched:
                 mine = not guarded or vars(trainer).get("_dpo_home") is self
                 return (replacement if mine else original)(trainer, *args, **kwargs)
 
-        setattr(method, _OURS, self)
+        _methods.add(method)
         return method
 
 
 # --- every trainer of a patched class is watched ---
 
 _active: list[Patched] = []
-_plain_init: Any = None
+_hooks: dict[str, Any] = {}  # name of a method of transformers' Trainer -> ours in its place
 
 
 def watch_trainers_of(patched: Patched) -> None:
-    """Let transformers' `Trainer.__init__` end in `observe`, as long as something is patched."""
-    global _plain_init
+    """Let transformers' Trainer be observed when it is built, as long as something is patched."""
     if patched not in _active:
         _active.append(patched)
-    trainer = transformers.Trainer
-    if getattr(trainer.__init__, _OURS, None) is not None:
-        return
-    plain = trainer.__init__
+    for name in ("__init__", "train"):
+        plain = getattr(transformers.Trainer, name)
+        if getattr(plain, _OURS, None) is None:
+            _hooks[name] = _hook(name, plain)
+            setattr(transformers.Trainer, name, _hooks[name])
 
+
+def _hook(name: str, plain: Any) -> Any:
     @functools.wraps(plain)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        plain(self, *args, **kwargs)
-        observe(self)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name == "train":
+            keep_watching(self)
+        result = plain(self, *args, **kwargs)
+        if name == "__init__":
+            observe(self)
+        return result
 
-    setattr(__init__, _OURS, plain)
-    trainer.__init__ = __init__  # type: ignore[method-assign]
-    _plain_init = __init__
+    setattr(method, _OURS, plain)
+    return method
 
 
 def watch_no_longer(patched: Patched) -> None:
-    global _plain_init
     if patched in _active:
         _active.remove(patched)
-    if not _active and _plain_init is not None:
-        if transformers.Trainer.__init__ is _plain_init:
-            transformers.Trainer.__init__ = getattr(_plain_init, _OURS)  # type: ignore[method-assign]
-        _plain_init = None
+    while not _active and _hooks:
+        name, hook = _hooks.popitem()
+        if getattr(transformers.Trainer, name) is hook:
+            setattr(transformers.Trainer, name, getattr(hook, _OURS))
 
 
 def _home_of(trainer: Any) -> Patched | None:
@@ -182,37 +194,48 @@ def _home_of(trainer: Any) -> Patched | None:
 def observe(trainer: Any) -> None:
     """Watch a trainer of a patched class, and name the methods of ours that it does not get."""
     home = _home_of(trainer)
-    if home is None or "_dpo_watched" in vars(trainer):
+    if home is None or "_dpo_watch" in vars(trainer):
         return
-    trainer._dpo_watched = True
-    overridden = home.overridden(type(trainer))
-    if overridden:
-        kind = type(trainer).__name__
-        say(
-            trainer,
-            logging.WARNING if home.on_bypass == "warn" else logging.INFO,
-            f"{kind} has methods of its own where {home.patch} exchanged {home.target.__name__}'s: "
-            f"{_listed(overridden)}. They have to call what they override; the end of the first "
-            "step shows whether the fused head ran",
-        )
-    trainer.callback_handler.add_callback(_callback()(trainer, home, overridden))
+    trainer._dpo_watch = watch = _callback()(trainer, home)
+    watch.name_overridden(trainer)
+    trainer.callback_handler.add_callback(watch)
 
 
-def _listed(overridden: dict[str, str]) -> str:
-    return ", ".join(f"{base}.{name}" for name, base in overridden.items())
+def keep_watching(trainer: Any) -> None:
+    """Put the watch back, where a trainer has thrown its callbacks away since."""
+    watch = vars(trainer).get("_dpo_watch")
+    if watch is not None and watch not in trainer.callback_handler.callbacks:
+        trainer.callback_handler.add_callback(watch)
 
 
 class _Watch:
     """A callback: at the end of a trainer's first step, has the fused head run?"""
 
-    def __init__(self, trainer: Any, home: Patched, overridden: dict[str, str]) -> None:
+    def __init__(self, trainer: Any, home: Patched) -> None:
         self._trainer = weakref.ref(trainer)  # the trainer has its callbacks: no circle
-        self._home, self._overridden = home, overridden
+        self._home = home
+        self._named: list[str] = []
         self._before: int | None = None
+
+    def name_overridden(self, trainer: Any) -> None:
+        """Say which methods of ours this trainer does not get, unless that was said."""
+        home, names = self._home, self._home.overridden(trainer)
+        if not names or names == self._named:
+            return
+        self._named = names
+        say(
+            trainer,
+            logging.WARNING if home.on_bypass == "warn" else logging.INFO,
+            f"{type(trainer).__name__} has methods of its own where {home.patch} exchanged "
+            f"{home.target.__name__}'s: {', '.join(names)}. They have to call what they override; "
+            "the end of the first step shows whether the fused head ran",
+        )
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         trainer = self._trainer()
         self._before = None if trainer is None else head_calls(trainer.model)
+        if trainer is not None:
+            self.name_overridden(trainer)  # what was set since
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         trainer, before = self._trainer(), self._before
@@ -220,10 +243,11 @@ class _Watch:
         if trainer is None or before is None or head_calls(trainer.model) > before:
             return
         kind, home = type(trainer), self._home
+        names = home.overridden(trainer)
         why = (
             f"it has methods of its own where {home.patch} exchanged {home.target.__name__}'s "
-            f"({_listed(self._overridden)})"
-            if self._overridden
+            f"({', '.join(names)})"
+            if names
             else "what it calls is not what was exchanged"
         )
         text = (

@@ -8,13 +8,15 @@ from the source of one (`dpo-kernels doctor`).
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .frameworks import UnsupportedShape, version_of
+from .frameworks import UnsupportedShape, require, version_of
 
 # name of a method -> names of its arguments, or None where it takes any
 Methods = Mapping[str, tuple[str, ...] | None]
@@ -135,6 +137,35 @@ def shape_of(trainer: Trainer, found: Methods, version: str | None) -> Shape:
         f"{trainer.package} {version or '(unknown version)'}: its {trainer.kind} has no shape that "
         f"is known here ({told}){removed}. Nothing was patched"
     )
+
+
+def class_of(trainer: Trainer) -> Any:
+    """The class itself, imported; `UnsupportedShape` where its package has none of that name."""
+    require(trainer.module.split(".")[0], trainer.package)
+    try:
+        found = getattr(importlib.import_module(trainer.module), trainer.kind, None)
+    except ModuleNotFoundError as error:
+        if not f"{trainer.module}.".startswith(f"{error.name}."):
+            raise  # it is there, but something that it needs is not: its own message is better
+        found = None
+    if found is None:
+        version = version_of(trainer.package) or "(unknown version)"
+        raise UnsupportedShape(
+            f"{trainer.package} {version} has no {trainer.module}.{trainer.kind}, which is where "
+            f"{trainer.patch} looks for it. Nothing was patched"
+        )
+    return found
+
+
+def check_has(owner: Any, names: Iterable[str], trainer: Trainer) -> None:
+    """`UnsupportedShape` with those of `names` that this trainer, or its config, lacks."""
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        version = version_of(trainer.package) or "(unknown version)"
+        raise UnsupportedShape(
+            f"{trainer.package} {version}: its {type(owner).__name__} has no {', '.join(missing)}; "
+            f"{trainer.patch} knows none of that shape"
+        )
 
 
 def methods_of(kind: type) -> Methods:

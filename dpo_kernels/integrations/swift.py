@@ -55,8 +55,7 @@ def patch_swift(
     """
     chosen = own_loss.fused_options(options_of(fused, on_bypass, options))
     frameworks.check_version("ms-swift", allow_untested=allow_untested)
-    module = frameworks.require(shapes.OF_SWIFT.module, "ms-swift")
-    target_of(module.DPOTrainer).apply(chosen, on_bypass)
+    target_of(shapes.class_of(shapes.OF_SWIFT)).apply(chosen, on_bypass)
     return Undo(unpatch_swift)
 
 

@@ -29,6 +29,7 @@ from ..inputs.transfer import to_device
 from .experts import router_loss_weight
 from .segment_attention import SegmentError, install, segment_forward, uninstall
 from .structure import base_model_of, deterministic, probe_ids, text_config, trunk_of
+from .versions import transformers_before
 
 logger = logging.getLogger("dpo_kernels.layouts")
 
@@ -120,7 +121,10 @@ def _differs(model: Any) -> str:
         try:
             row = torch.tensor([ids], device=weight.device)
             alone = TrunkCall(row, torch.arange(14, device=row.device)[None], _one(14), [14])
-            run_call(model, trunk, alone, comparing=True)
+            # transformers before 5 takes every row without a 2-D mask for a packed one, whose mask
+            # cannot be asked beyond it.
+            whole = {"attention_mask": torch.ones_like(row)} if transformers_before(5) else {}
+            run_call(model, trunk, alone, comparing=True, **whole)
             for mode in ("padded", "shared"):
                 batch = make_batch([pair], Sharing(mode), 0).to(weight.device)
                 states.append(trunk_states(model, trunk, batch))

@@ -99,6 +99,7 @@ def record(case: str, plain: dict, fused: dict) -> None:
             "difference": worst(plain["losses"], fused["losses"]),
             "memory": plain["kilobytes"] / fused["kilobytes"],
             "time": plain["seconds"] / fused["seconds"],
+            "cpu": plain["cpu_seconds"] / fused["cpu_seconds"],
             "megabytes": [plain["kilobytes"] / 1024, fused["kilobytes"] / 1024],
         }
         with open(path, "a") as file:

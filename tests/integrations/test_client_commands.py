@@ -25,11 +25,17 @@ def needs(client: str) -> Any:
     return pytest.mark.skipif(client not in CLIENTS, reason=f"CLIENTS has no {client}")
 
 
+def same_evaluations(runs: dict, allowed: float = EXACT) -> None:
+    for a, b in zip(runs["plain"]["evaluations"], runs["fused"]["evaluations"], strict=True):
+        assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= allowed for k in a)
+
+
 def same_run(case: str, command: list[str], folder: Path, calls: int = 1) -> dict:
     """The command as it is and fused: the same losses, and every step was fused."""
     plain = client_runs.run(command, folder, fused=False)
     fused = client_runs.run(command, folder, fused=True)
     assert plain["fused_calls"] == 0 and plain["trunk"] == fused["trunk"]
+    assert any("eval_loss" in x for x in fused["evaluations"]) is ("evaluation" in case)
     assert fused["fused_calls"] == calls * len(fused["losses"])
     assert "dpo-kernels run: dpo_kernels" in fused["log"]
     assert "runs the fused head: strategy" in fused["log"]
@@ -77,6 +83,8 @@ LLAMAFACTORY = {
     "evaluation": {"val_size": 0.2, "eval_strategy": "epoch", "per_device_eval_batch_size": 4},
     "LoRA": {"finetuning_type": "lora", "lora_target": "all", "learning_rate": 5e-3},
     "LoRA, ld_alpha, pref_ftx": {"finetuning_type": "lora", "ld_alpha": 0.3, "pref_ftx": 0.5},
+    "LoRA, orpo": {"finetuning_type": "lora", "pref_loss": "orpo"},
+    "simpo": {"pref_loss": "simpo", "simpo_gamma": 0.3},
 }
 
 
@@ -87,8 +95,7 @@ def test_llamafactory(case, tmp_path):
     runs = same_run(f"llamafactory-cli train: {case}", command, tmp_path)
     assert client_runs.worst(runs["plain"]["losses"], runs["fused"]["losses"]) <= EXACT
     assert runs["fused"]["trunk"] == ["torch.float32"]
-    for a, b in zip(runs["plain"]["evaluations"], runs["fused"]["evaluations"], strict=True):
-        assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= EXACT for k in a)
+    same_evaluations(runs)
 
 
 @needs("llamafactory")
@@ -168,6 +175,10 @@ SWIFT = {
     "full, ld_alpha, rpo_alpha": ["--ld_alpha", "0.3", "--rpo_alpha", "0.5"],
     "LoRA, two losses": ["--tuner_type", "lora", "--loss_type", "sigmoid", "ipo"],
     "LoRA, bf16": ["--tuner_type", "lora", "--bf16", "true", "--torch_dtype", "bfloat16"],
+    "LoRA, evaluation": [
+        *("--tuner_type", "lora", "--split_dataset_ratio", "0.2"),
+        *("--eval_strategy", "steps", "--eval_steps", "5", "--per_device_eval_batch_size", "4"),
+    ],
 }
 
 
@@ -183,6 +194,7 @@ def test_swift(case, tmp_path):
         exact = client_runs.run(swift(tmp_path, *SWIFT[case][:2]), tmp_path, fused=False)
         allowed = 2 * client_runs.worst(exact["losses"], runs["plain"]["losses"])
     assert client_runs.worst(runs["plain"]["losses"], runs["fused"]["losses"]) <= allowed
+    same_evaluations(runs, allowed)
 
 
 @needs("swift")
@@ -190,6 +202,20 @@ def test_swift_with_packing_is_refused(tmp_path):
     command = swift(tmp_path, "--padding_free", "true", "--attn_impl", "flash_attn")
     done = client_runs.run(command, tmp_path, fused=True, ok=False)
     assert "does not take padding_free=true" in done["log"] or "flash" in done["log"]
+
+
+@needs("swift")
+def test_swift_patched_by_trl_alone_is_told(tmp_path):
+    """Patched before ms-swift is imported, which overrides what was exchanged."""
+    command = swift(tmp_path, "--max_steps", "2")
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from dpo_kernels.integrations import patch_trl\npatch_trl()\n"
+        "from swift.pipelines import rlhf_main\nrlhf_main()\n"
+    )
+    done = client_runs.run(["python", str(script), *command[2:]], tmp_path, fused=False, ok=False)
+    assert "DPOTrainer.get_batch_samples" in done["log"]
+    assert "BypassedError" in done["log"] and "patch_swift()" in done["log"]
 
 
 # --- axolotl ---
@@ -233,6 +259,7 @@ def test_axolotl(adapter, tmp_path):
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
     command = ["axolotl", "train", str(tmp_path / "train.yaml"), "--launcher", "python"]
     runs = same_run(f"axolotl train: {adapter or 'full'}", command, tmp_path)
+    assert runs["fused"]["trunk"] == ["torch.float32"]
     assert client_runs.worst(runs["plain"]["losses"], runs["fused"]["losses"]) <= EXACT
 
 
@@ -269,6 +296,7 @@ TRL = {
         *("--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj"),
         *("--precompute_ref_log_probs", "true", "--save_strategy", "no"),
     ],
+    "gradient checkpointing": ["--gradient_checkpointing", "true", "--save_strategy", "no"],
 }
 
 
@@ -276,17 +304,30 @@ TRL = {
 @pytest.mark.parametrize("case", TRL)
 def test_trl(case, tmp_path):
     runs = same_run(f"trl dpo: {case}", trl_dpo(tmp_path, *TRL[case]), tmp_path)
+    assert runs["fused"]["trunk"] == ["torch.float32"]
     assert client_runs.worst(runs["plain"]["losses"], runs["fused"]["losses"]) <= EXACT
-    for a, b in zip(runs["plain"]["evaluations"], runs["fused"]["evaluations"], strict=True):
-        assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= EXACT for k in a)
+    same_evaluations(runs)
+
+
+@needs("trl")
+def test_trl_in_bfloat16(tmp_path):
+    exact = client_runs.run(trl_dpo(tmp_path, "--save_strategy", "no"), tmp_path, fused=False)
+    command = trl_dpo(tmp_path, "--bf16", "true", "--save_strategy", "no")
+    runs = same_run("trl dpo: bf16", command, tmp_path)
+    assert runs["fused"]["trunk"] == ["torch.bfloat16"]
+    scatter = client_runs.worst(exact["losses"], runs["plain"]["losses"])
+    assert client_runs.worst(runs["plain"]["losses"], runs["fused"]["losses"]) <= 2 * scatter
 
 
 @needs("trl")
 def test_trl_checkpoints_and_resumes(tmp_path):
-    """Stopped after six steps and resumed, fused: the steps that a whole run makes."""
+    """Stopped after six steps and resumed, fused: the steps that a whole run makes, TRL's own."""
     saved = ("--save_strategy", "steps", "--save_steps", "6")
+    plain = client_runs.run(trl_dpo(tmp_path, "--save_strategy", "no"), tmp_path, fused=False)
     whole = client_runs.run(trl_dpo(tmp_path, *saved), tmp_path, fused=True)
+    assert client_runs.worst(plain["losses"], whole["losses"]) <= EXACT
     checkpoint = str(tmp_path / "out" / "checkpoint-6")
     rest = trl_dpo(tmp_path, *saved, "--resume_from_checkpoint", checkpoint)
     resumed = client_runs.run(rest, tmp_path, fused=True)
-    assert client_runs.worst(whole["losses"][6:], resumed["losses"]) <= EXACT
+    assert resumed["fused_calls"] == len(resumed["losses"]) == 4
+    assert client_runs.worst(plain["losses"][6:], resumed["losses"]) <= EXACT

@@ -35,7 +35,7 @@ def by_hand(model, reference, name, alpha=0.5):
     return -logsigmoid(BETA * (u - v) - BETA * alpha * (k_l - k_w.detach())).mean()
 
 
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("share", [False, pytest.param(True, marks=tiny.NEEDS_SEGMENTS)])
 @pytest.mark.parametrize("name", ["tdpo1", "tdpo2"])
 def test_a_step_is_the_papers(name, share):
     model, reference = tiny.model(), tiny.model(seed=1)

@@ -14,12 +14,17 @@ from llamafactory.hparams import FinetuningArguments
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from transformers import TrainingArguments
 
-from dpo_kernels.integrations import patch_llamafactory, patch_trl, unpatch_llamafactory
+from dpo_kernels.integrations import (
+    llamafactory,
+    patch_llamafactory,
+    patch_trl,
+    unpatch_llamafactory,
+)
 from dpo_kernels.integrations.frameworks import UnsupportedShape
 from dpo_kernels.integrations.plain import PreferenceCollator
-from dpo_kernels.integrations.trl import unpatch_trl
+from dpo_kernels.integrations.trl import BypassedError, unpatch_trl
 
-INIT = CustomDPOTrainer.__init__
+INIT, FORWARD = CustomDPOTrainer.__init__, CustomDPOTrainer.concatenated_forward
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +40,7 @@ def examples():
     return [{f"{k}_ids": tokenizer(r[k])["input_ids"] for k in r} for r in tiny.rows(4)]
 
 
-def make(folder, model, reference, lora=False, **options):
+def make(folder, model, reference, lora=False, kind=CustomDPOTrainer, **options):
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -46,7 +51,7 @@ def make(folder, model, reference, lora=False, **options):
             for name, p in model.named_parameters():
                 if "lora_B" in name:
                     p.normal_(std=0.2)
-    return CustomDPOTrainer(
+    return kind(
         model=model,
         ref_model=None if lora else reference,
         args=TrainingArguments(
@@ -71,6 +76,7 @@ OPTIONS = {
     "bco": {"pref_bco_weight": 0.7},
     "hinge": {"pref_loss": "hinge", "ld_alpha": 0.0},
     "ipo": {"pref_loss": "ipo", "pref_ftx": 0.2},
+    "kto_pair": {"pref_loss": "kto_pair"},
     "orpo": {"pref_loss": "orpo", "ld_alpha": 0.5},
     "simpo": {"pref_loss": "simpo", "simpo_gamma": 0.3},
 }
@@ -115,6 +121,33 @@ def test_the_patches_go_together_and_come_off_apart(tmp_path):
         made.args.max_steps = 2
         made.train()
     assert CustomDPOTrainer.__init__ is not INIT
+
+
+@pytest.mark.parametrize("name", llamafactory.overrides())
+def test_a_method_that_a_subclass_overrides_is_named(name, tmp_path, caplog):
+    """At its construction; and as it calls what it overrides, the fused head runs."""
+
+    def method(self, *args, **kwargs):
+        return getattr(super(Custom, self), name)(*args, **kwargs)
+
+    Custom = type("Custom", (CustomDPOTrainer,), {name: method})
+    with patch_llamafactory():
+        model = tiny.model()
+        made = make(tmp_path, model, copy.deepcopy(model), kind=Custom)
+        said = [r.message for r in caplog.records if r.name == "dpo_kernels.trl"]
+        assert f"Custom.{name}" in said[0] and "patch_llamafactory()" in said[0]
+        made.args.max_steps = 1
+        made.train()
+    assert any("runs the fused head" in r.message for r in caplog.records)
+
+
+def test_a_subclass_with_a_forward_of_its_own_stops_at_the_first_step(tmp_path):
+    Custom = type("Custom", (CustomDPOTrainer,), {"concatenated_forward": FORWARD})
+    with patch_llamafactory():
+        model = tiny.model()
+        made = make(tmp_path, model, copy.deepcopy(model), kind=Custom)
+        with pytest.raises(BypassedError, match=r"Custom\.concatenated_forward"):
+            made.train()
 
 
 def test_another_shape_is_told(monkeypatch):

@@ -232,6 +232,7 @@ def test_lightning_has_the_routers_loss():
     assert metrics["loss"] == pytest.approx(0.693147 + 0.5 * metrics["aux_loss"], abs=1e-3)
 
 
+@tiny.NEEDS_SEGMENTS
 def test_a_shared_prompt_and_a_routers_loss_are_refused():
     model = tiny.model("Mixtral", **EXPERTS)
     attach(model)

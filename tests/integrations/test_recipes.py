@@ -15,6 +15,8 @@ import tiny
 import torch
 from torch.nn.functional import logsigmoid
 
+from dpo_kernels.models.versions import transformers_before
+
 ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted(p for p in (ROOT / "docs").glob("integrations*.md") if "tested" not in p.name)
 TEXT = "\n".join(p.read_text() for p in PAGES)
@@ -94,6 +96,8 @@ def test_recipe(title, number, key, names, code, tmp_path, monkeypatch):
     for name in names if key == "needs" else ():
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"pip install {name}")
+    if '"shared"' in code and transformers_before(4, 55):
+        pytest.skip("transformers before 4.55 takes padded rows")
     monkeypatch.chdir(tmp_path)
     tokenizer = tiny.tokenizer()
     pairs = tiny.rows(12)

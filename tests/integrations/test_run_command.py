@@ -71,15 +71,24 @@ def test_mistakes_are_one_line(argv, said, expected, capsys):
     assert said in error and error.count("\n") == 1
 
 
-def test_a_signal_goes_on_to_the_command(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_goes_on_to_the_command(number, tmp_path):
+    """Job managers send some of these to the process that they started alone."""
     started = tmp_path / "started"
-    code = f"import time; open({str(started)!r}, 'w').close(); time.sleep(60)"
+    code = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        f"open({str(started)!r}, 'w').close(); time.sleep(60)"
+    )
     command = [sys.executable, "-m", "dpo_kernels", "run", "--", sys.executable, "-c", code]
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    before = signal.signal(number, signal.SIG_DFL)  # a shell's background job ignores SIGINT
+    # A session of its own: no terminal's interrupt would reach the command by itself.
+    child = subprocess.Popen(command, env=env, start_new_session=True)
+    signal.signal(number, before)
     while not started.exists() and child.poll() is None:
         time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=60) == 128 + signal.SIGTERM
+    child.send_signal(number)
+    assert child.wait(timeout=60) == 128 + number
 
 
 def test_another_sitecustomize_runs_too(tmp_path):

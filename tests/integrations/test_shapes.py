@@ -68,6 +68,22 @@ def test_a_class_and_its_source_have_one_shape(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("module", "kind"), [("torch.trainer.dpo_trainer", "DPOTrainer"), ("torch.nn", "DPOTrainer")]
+)
+def test_a_release_without_the_class_is_told(module, kind):
+    """trl 1.99: moved elsewhere, or renamed."""
+    moved = shapes.Trainer("torch", module, kind, "patch_trl()", ())
+    with pytest.raises(UnsupportedShape, match=rf"torch \S+ has no {module}.DPOTrainer"):
+        shapes.class_of(moved)
+
+
+def test_a_package_that_is_not_there_is_told():
+    absent = shapes.Trainer("no-such", "no_such.trainer", "DPOTrainer", "patch_trl()", ())
+    with pytest.raises(ImportError, match="pip install no-such"):
+        shapes.class_of(absent)
+
+
+@pytest.mark.parametrize(
     ("forward", "version", "told"),
     [
         (

@@ -180,6 +180,7 @@ def test_an_adapter_is_trained_and_saved(tmp_path, train):
     assert train(out / "model")[0] == 0
 
 
+@tiny.NEEDS_SEGMENTS
 def test_experts_have_their_routers_loss(tmp_path, train):
     options = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
     model = tiny.model("Mixtral", **options)

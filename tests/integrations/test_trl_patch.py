@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 
 import pytest
@@ -17,11 +18,11 @@ from trl_runs import V1, assert_same, make, run
 
 from dpo_kernels.integrations import announce, frameworks
 from dpo_kernels.integrations import trl as integration
-from dpo_kernels.integrations.trl import BypassedError, DPOTrainer, patch_trl, unpatch_trl
+from dpo_kernels.integrations.trl import BypassedError, DPOTrainer, collated, patch_trl, unpatch_trl
 
 TRLS_OWN = trl.DPOTrainer
 INIT = TRLS_OWN.__init__
-TRAINERS_INIT = transformers.Trainer.__init__
+TRAINERS_OWN = (transformers.Trainer.__init__, transformers.Trainer.train)
 METHODS = {name: getattr(TRLS_OWN, name) for name in integration.target_of(TRLS_OWN).overrides}
 FORWARD = "_compute_loss" if V1 else "concatenated_forward"
 
@@ -31,7 +32,7 @@ def unpatched():
     yield
     unpatch_trl()
     assert TRLS_OWN.__init__ is INIT
-    assert transformers.Trainer.__init__ is TRAINERS_INIT
+    assert (transformers.Trainer.__init__, transformers.Trainer.train) == TRAINERS_OWN
 
 
 def test_patch_and_unpatch():
@@ -141,6 +142,57 @@ def test_a_method_that_a_subclass_overrides_is_named(name, caplog):
     assert any("runs the fused head" in line for line in said(caplog))
 
 
+def _own(self, *args, **kwargs):
+    return METHODS[FORWARD](self, *args, **kwargs)
+
+
+def _below(trainer):
+    class Below(type("Custom", (trainer,), {FORWARD: _own})):
+        pass
+
+    return Below
+
+
+MANNERS = {
+    "two levels up": _below,
+    "in a mixin": lambda trainer: type("Mine", (type("Custom", (), {FORWARD: _own}), trainer), {}),
+    # `wraps` copies what a method carries: ours carries nothing that makes its wrapper ours
+    "wrapped": lambda trainer: type(
+        "Custom", (trainer,), {FORWARD: functools.wraps(getattr(trainer, FORWARD))(_own)}
+    ),
+}
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_a_method_is_named_however_it_is_overridden(manner, caplog):
+    with patch_trl():
+        made = make(MANNERS[manner](TRLS_OWN), max_steps=1)
+        (line,) = said(caplog)
+        assert f"Custom.{FORWARD}" in line
+        with pytest.raises(BypassedError, match=f"Custom.{FORWARD}"):
+            made.train()
+
+
+def test_a_method_set_on_the_trainer_itself_is_named(caplog):
+    """After its construction: at the start of the training."""
+    with patch_trl():
+        made = make(TRLS_OWN, max_steps=1)
+        assert not said(caplog)
+        setattr(made, FORWARD, METHODS[FORWARD].__get__(made))
+        with pytest.raises(BypassedError, match=f"DPOTrainer.{FORWARD} .set on the trainer"):
+            made.train()
+    assert f"DPOTrainer.{FORWARD} (set on the trainer itself)" in said(caplog)[0]
+
+
+def test_what_is_put_over_ours_afterwards_is_named(monkeypatch, caplog):
+    """By another package, on TRL's class."""
+    with patch_trl():
+        monkeypatch.setattr(TRLS_OWN, FORWARD, _own)
+        with pytest.raises(BypassedError, match=f"DPOTrainer.{FORWARD}"):
+            run(TRLS_OWN, max_steps=1)
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("on_bypass", ["raise", "warn"])
 @pytest.mark.parametrize("name", ["__init__", FORWARD, "training_step"])
 def test_the_first_step_of_a_subclass_that_goes_past_the_patch(name, on_bypass, caplog):
@@ -163,6 +215,18 @@ def test_the_first_step_of_a_subclass_that_goes_past_the_patch(name, on_bypass, 
             assert made.state.global_step == 1
             line = str(raised.value)
     assert (f"Custom.{name}" in line) is (name in METHODS)
+
+
+def test_a_trainer_that_throws_its_callbacks_away_is_watched_still():
+    class Custom(TRLS_OWN):
+        def compute_loss(self, model, *args, **kwargs):
+            return sum(p.float().square().sum() for p in model.parameters())
+
+    with patch_trl():
+        made = make(Custom, max_steps=1)
+        made.callback_handler.callbacks.clear()
+        with pytest.raises(BypassedError, match="Custom is below a DPOTrainer"):
+            made.train()
 
 
 def test_a_subclass_of_ours_is_watched_too():
@@ -210,6 +274,26 @@ def test_a_method_that_someone_has_removed_stays_removed():
             patch_trl()
     finally:
         TRLS_OWN.__init__ = INIT
+
+
+def test_an_init_that_someone_has_wrapped_is_trls_after_the_unpatch():
+    patch_trl()
+    ours = TRLS_OWN.__init__
+    TRLS_OWN.__init__ = lambda self, *args, **kwargs: ours(self, *args, **kwargs)
+    try:
+        unpatch_trl()
+        assert not hasattr(make(TRLS_OWN), "fused")
+    finally:
+        TRLS_OWN.__init__ = INIT
+
+
+@pytest.mark.skipif(not V1, reason="0.18 to 0.28 will not change any more")
+@pytest.mark.parametrize("names", ["_OF_THE_CONFIG", "_OF_THE_TRAINER"])
+def test_a_release_without_what_is_read_is_a_message(names, monkeypatch):
+    """The same methods, but another config or other attributes."""
+    monkeypatch.setattr(collated, names, (*getattr(collated, names), "renamed_in_1_99"))
+    with patch_trl(), pytest.raises(frameworks.UnsupportedShape, match="has no renamed_in_1_99"):
+        make(TRLS_OWN)
 
 
 def test_a_shape_that_is_not_known_is_a_message(monkeypatch):

@@ -41,7 +41,7 @@ def _advice(kind: type) -> str:
 def _targets(allow_untested: bool = False) -> list[Patched]:
     """DPOTrainer and, where TRL has it, OnlineDPOTrainer."""
     frameworks.check_version("trl", allow_untested=allow_untested)
-    targets = [target_of(frameworks.require("trl.trainer.dpo_trainer", "trl").DPOTrainer)]
+    targets = [target_of(shapes.class_of(shapes.TRL))]
     from . import online
 
     kind = online.trainer_class()

@@ -30,7 +30,7 @@ from ...models.options import FusedOptions
 from ...models.references import needs_reference, needs_states, reference_adapter
 from ...models.step0 import check_first_step
 from ...models.structure import deterministic
-from .. import hf_trainer
+from .. import hf_trainer, shapes
 from ..announce import announce
 from ..cached_reference import cache_of
 from ..first_step import check_first_loss, check_first_rows, watch_first_step
@@ -45,6 +45,19 @@ from ..trainer_metrics import (
 )
 
 _NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+# What is read of the config and of the trainer; a release without it is another shape.
+_OF_THE_CONFIG = (
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "use_weighting",
+    "max_length",
+)
+_OF_THE_TRAINER = ("ref_model", "precompute_ref_logps", "_metrics", "_total_train_tokens")
 OPT_OUT = "DPOTrainer(..., fused={'check_reference': False}) or patch_trl(check_reference=False)"
 
 
@@ -71,8 +84,10 @@ def loss_options(trainer: Any) -> dict[str, Any]:
 
 
 def _options(args: Any, fused: FusedOptions) -> dict[str, Any]:
+    shapes.check_has(args, _OF_THE_CONFIG, shapes.TRL)
+    names = args.loss_type
     options = {
-        "loss_type": tuple(args.loss_type),
+        "loss_type": (names,) if isinstance(names, str) else tuple(names),
         "beta": args.beta,
         "label_smoothing": args.label_smoothing,
         "f_divergence_type": getattr(args.f_divergence_type, "value", args.f_divergence_type),
@@ -82,7 +97,7 @@ def _options(args: Any, fused: FusedOptions) -> dict[str, Any]:
     }
     if args.loss_weights:
         options["loss_weights"] = tuple(args.loss_weights)
-    for row in losses.rows_of(tuple(args.loss_type)):
+    for row in losses.rows_of(options["loss_type"]):
         # What a loss alone takes, where TRL has it under the same name.
         options |= {n: x for n in row.options if (x := getattr(args, n, None)) is not None}
     return {**options, **fused.loss_options}
@@ -103,6 +118,7 @@ def _init(original: Callable, module: Any) -> Callable:
         check_row_columns(given)
         with _adapter_on_head(module), _no_reference(module, named) if free else nullcontext():
             original(self, *args, **kwargs)
+        shapes.check_has(self, _OF_THE_TRAINER, shapes.TRL)
         attach_head(self.model)  # now: below what accelerate will wrap it in
         self.data_collator = WithRowColumns(self.data_collator)
         watch_first_step(self)

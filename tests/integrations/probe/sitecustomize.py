@@ -44,11 +44,11 @@ def _watch_training(module):
         handle = layer and layer.register_forward_hook(lambda m, i, o: dtypes.add(str(o.dtype)))
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts anew
-        before, start = _status("VmRSS"), time.perf_counter()
+        before, start, cpu = _status("VmRSS"), time.perf_counter(), time.process_time()
         try:
             return plain(self, *args, **kwargs)
         finally:
-            seconds = time.perf_counter() - start
+            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
             if handle:
                 handle.remove()
             history = [r for r in self.state.log_history if not any(k in r for k in ("loss",))]
@@ -58,6 +58,7 @@ def _watch_training(module):
                 "fused_calls": vars(_base(self.model)).get("_dpo_head_calls", 0),
                 "kilobytes": _status("VmHWM") - before,
                 "seconds": seconds,
+                "cpu_seconds": cpu_seconds,  # of all threads: what a busy machine leaves alone
                 "evaluations": [{k: v for k, v in r.items() if "loss" in k} for r in history],
             }
             with open(os.environ["CLIENT_PROBE"], "w") as file:
