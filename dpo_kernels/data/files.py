@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from . import forms
 from .csv_rows import csv_rows
 from .json_rows import json_rows
-from .left_out import BadField, DataError
+from .left_out import DAMAGED, BadField, DataError
 from .row import EXPECTED, Row, Rows
 from .table_rows import NEEDS, arrow_rows, dataset_rows, parquet_rows
 
@@ -132,24 +132,36 @@ def _stem(path: Path) -> Path:
 
 
 def _file_rows(name: str, rename: Mapping[str, str]) -> Rows:
+    """The rows of one file; of a damaged one those that are whole, and where it is damaged."""
     shown = name_of(name)
+    last = None
+    try:
+        for where, row in _whole_rows(shown, name, rename):
+            last = last if isinstance(row, BadField) else where
+            yield where, row
+    except (*_BROKEN, DataError) as error:
+        said = str(error)
+        if not isinstance(error, DataError):
+            said = f"{shown} cannot be read to its end: {said or type(error).__name__}"
+        if last is None:
+            raise DataError(said) from None
+        said = said.removeprefix(shown).lstrip(": ")
+        yield last, BadField("file", f"nothing behind this row ({said})", "a whole file", DAMAGED)
+
+
+def _whole_rows(shown: str, name: str, rename: Mapping[str, str]) -> Rows:
     with opened(name) as raw:
         suffix = _stem(Path(name)).suffix.lower()
-        try:
-            file, head = _unpacked(shown, raw)
-            table = next((read for magic, read in _TABLES.items() if head.startswith(magic)), None)
-            if table is not None:
-                whole = file is raw and Path(name).is_file()
-                yield from table(shown, name if whole else file)
-            elif suffix in (".csv", ".tsv"):
-                delimiter = "\t" if suffix == ".tsv" else ","
-                yield from csv_rows(
-                    shown, file, delimiter, lambda header: forms.named(header, rename)
-                )
-            else:
-                yield from json_rows(shown, file)
-        except _BROKEN as error:
-            raise DataError(f"{shown} cannot be read to its end: {error}") from None
+        file, head = _unpacked(shown, raw)
+        table = next((read for magic, read in _TABLES.items() if head.startswith(magic)), None)
+        if table is not None:
+            whole = file is raw and Path(name).is_file()
+            yield from table(shown, name if whole else file)
+        elif suffix in (".csv", ".tsv"):
+            delimiter = "\t" if suffix == ".tsv" else ","
+            yield from csv_rows(shown, file, delimiter, lambda header: forms.named(header, rename))
+        else:
+            yield from json_rows(shown, file)
 
 
 def opened(name: str) -> io.BufferedReader:
@@ -215,6 +227,30 @@ class _Zstd(io.RawIOBase):
         return len(data)
 
 
+class _Frames:
+    """zstandard's frames one after another; its own reader takes a cut one for whole."""
+
+    def __init__(self, zstandard: Any, file: Any) -> None:
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._file, self._frame, self._ready = file, None, b""
+
+    def read(self, size: int) -> bytes:
+        while not self._ready:
+            packed = self._file.read(1 << 16)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the packed data ends within a frame")
+                return b""
+            while packed:
+                self._frame = self._frame or self._new()
+                self._ready += self._frame.decompress(packed)
+                packed = b""
+                if self._frame.eof:
+                    packed, self._frame = self._frame.unused_data, None
+        found, self._ready = self._ready[:size], self._ready[size:]
+        return found
+
+
 def _zstd_reader(file: Any) -> Any:
     with contextlib.suppress(ImportError):
         from compression import zstd  # type: ignore[import-not-found]
@@ -223,7 +259,7 @@ def _zstd_reader(file: Any) -> Any:
     with contextlib.suppress(ImportError):
         import zstandard
 
-        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        return _Frames(zstandard, file)
     with contextlib.suppress(ImportError):
         import pyarrow as pa
 

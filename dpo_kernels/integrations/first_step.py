@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..models.falling import FallingLogps, fallen, falling_text
+from ..models.references import needs_reference
 from ..models.step1 import FirstStep, check_connected, check_rows, eos_ids_of
 
 OPT_OUT = "fused={'check_first_step': False}, or patch_trl(check_first_step=False)"
@@ -17,8 +18,8 @@ OPT_OUT = "fused={'check_first_step': False}, or patch_trl(check_first_step=Fals
 class FirstStepCallback(TrainerCallback):
     """Watches the first optimizer step of a trainer."""
 
-    def __init__(self, on_falling_logps: str = "warn") -> None:
-        self.on_falling = on_falling_logps
+    def __init__(self, on_falling_logps: str = "warn", beta: float | None = None) -> None:
+        self.on_falling, self.beta = on_falling_logps, beta
         self.watch: FirstStep | None = None
         self.loss: Tensor | None = None  # the first
 
@@ -46,7 +47,7 @@ class FirstStepCallback(TrainerCallback):
         names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
         if self.on_falling == "ignore" or not logs or any(n not in logs for n in names):
             return
-        beta = getattr(args, "beta", None) or kwargs.get("beta") or 0.1
+        beta = self.beta or getattr(args, "beta", None) or 0.1
         ratios = [float(logs[n]) / beta for n in names[:2]]
         ref = [float(logs[n]) - r for n, r in zip(names[2:], ratios, strict=True)]
         if not fallen(ratios[0], ratios[1], ref[0], ref[1]):
@@ -58,10 +59,30 @@ class FirstStepCallback(TrainerCallback):
         warnings.warn(text, stacklevel=2)
 
 
+def _options_of(trainer: Any) -> dict[str, Any]:
+    """loss_type, beta and reference_free, wherever the framework has them."""
+    args = trainer.args
+    options = {
+        "loss_type": getattr(trainer, "loss_type", None) or getattr(args, "loss_type", "sigmoid"),
+        "beta": getattr(trainer, "beta", None) or getattr(args, "beta", 0.1),
+        "reference_free": bool(getattr(trainer, "reference_free", False)),
+    }
+    return {**options, **trainer.fused.loss_options, **(getattr(trainer, "loss_options", {}))}
+
+
+def _has_reference(options: dict[str, Any]) -> bool:
+    try:
+        return needs_reference(options)
+    except ValueError:  # a loss that is the framework's alone
+        return True
+
+
 def watch_first_step(trainer: Any) -> None:
     """Give a trainer the callback, unless its `fused` has the check off."""
     if trainer.fused.check_first_step:
-        trainer._first_step = FirstStepCallback(trainer.fused.on_falling_logps)
+        options = _options_of(trainer)
+        choice = trainer.fused.on_falling_logps if _has_reference(options) else "ignore"
+        trainer._first_step = FirstStepCallback(choice, options["beta"])
         trainer.add_callback(trainer._first_step)
 
 

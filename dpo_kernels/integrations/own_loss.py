@@ -130,6 +130,9 @@ def refuse(trainer: Any, given: dict[str, bool]) -> None:
 
 def fused_options(fused: FusedOptions) -> FusedOptions:
     """`FusedOptions` that such a trainer can follow."""
+    for name in ("reference_cache", "ref_adapter_name"):
+        if getattr(fused, name) is not None:
+            raise ValueError(f"{name}: the reference stays the framework's own here")
     if fused.loss_options:
         raise ValueError(
             f"loss_options: the loss stays the framework's own here; set its own options instead "

@@ -29,6 +29,8 @@ class FusedOptions:
             together.
         reference_cache: a folder that keeps the reference's log-probs by content
             (`models.reference_cache`); None: they are not kept.
+        ref_adapter_name: the adapter of the policy that is the reference; None: the one called
+            `ref`, or none where there is no such.
         layout: how the trunk runs over a batch: "padded" (as it comes), "packed" (one row without
             padding), "shared" (and a prompt that chosen and rejected share once), "auto" (the
             cheapest that the model can take, by counting).
@@ -46,6 +48,7 @@ class FusedOptions:
     check_first_step: bool = True
     on_falling_logps: str = "warn"
     reference_cache: str | None = None
+    ref_adapter_name: str | None = None
     share_prefix: bool | None = None
     layout: str | None = None  # None: auto
     check_layout: bool = True

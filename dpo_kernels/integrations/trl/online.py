@@ -45,6 +45,13 @@ def _init(original: Callable) -> Callable:
         if fused.layout == "auto":
             # TRL's entropy counts what stands behind an EOS, which a packed row does not run.
             fused = replace(fused, layout="padded", share_prefix=None)
+        if fused.ref_adapter_name is not None:
+            raise ValueError("ref_adapter_name: OnlineDPOTrainer has a reference of its own")
+        if fused.reference_cache is not None:
+            warnings.warn(
+                "reference_cache: not used by OnlineDPOTrainer (its completions are new each step)",
+                stacklevel=2,
+            )
         self.fused = fused
         self._dpo_announced = False
         original(self, *args, **kwargs)
