@@ -146,22 +146,39 @@ def _file_rows(name: str, rename: Mapping[str, str]) -> Rows:
         if last is None:
             raise DataError(said) from None
         said = said.removeprefix(shown).lstrip(": ")
-        yield last, BadField("file", f"nothing behind this row ({said})", "a whole file", DAMAGED)
+        yield last, BadField("file", f"damaged behind this row ({said})", "a whole file", DAMAGED)
 
 
 def _whole_rows(shown: str, name: str, rename: Mapping[str, str]) -> Rows:
     with opened(name) as raw:
         suffix = _stem(Path(name)).suffix.lower()
-        file, head = _unpacked(shown, raw)
+        patient = _Patient(raw)
+        file, head = _unpacked(shown, raw, patient)
         table = next((read for magic, read in _TABLES.items() if head.startswith(magic)), None)
         if table is not None:
             whole = file is raw and Path(name).is_file()
             yield from table(shown, name if whole else file)
         elif suffix in (".csv", ".tsv"):
             delimiter = "\t" if suffix == ".tsv" else ","
-            yield from csv_rows(shown, file, delimiter, lambda header: forms.named(header, rename))
+            rows = csv_rows(shown, file, delimiter, lambda header: forms.named(header, rename))
+            yield from _but_the_last(rows, patient)
         else:
             yield from json_rows(shown, file)
+        if patient.error is not None:
+            raise patient.error
+
+
+def _but_the_last(rows: Rows, patient: _Patient) -> Rows:
+    """Of a file that was cut off the last row may be a part, and nothing in it would say so."""
+    held = None
+    for item in rows:
+        if held is not None:
+            yield held
+        held = item
+    if held is not None and patient.error is not None:
+        held = held[0], BadField("line", "cut off, perhaps", "a whole row", "broken CSV")
+    if held is not None:
+        yield held
 
 
 def opened(name: str) -> io.BufferedReader:
@@ -181,17 +198,40 @@ def opened(name: str) -> io.BufferedReader:
         raise DataError(f"{path} cannot be opened: {error.strerror}") from None
 
 
-def _unpacked(shown: str, raw: io.BufferedReader) -> tuple[BinaryIO, bytes]:
+class _Patient(io.RawIOBase):
+    """A packed stream that ends where it is damaged; `error` is what was wrong there."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        if self.error is None:
+            try:
+                data = self.file.read1(len(buffer))
+            except (*_BROKEN, DataError) as error:
+                self.error = error
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _unpacked(shown: str, raw: io.BufferedReader, patient: _Patient) -> tuple[BinaryIO, bytes]:
     """The stream past its packing and its byte order mark, and its first bytes."""
     file: Any = raw
     head = file.peek(8)
     for magic, unpack in _PACKED.items():
         if head.startswith(magic):
-            file = io.BufferedReader(unpack(file))
-            head = file.peek(8)
+            file = unpack(file)
             break
     if head.startswith(_ZSTD):
         file = io.BufferedReader(_Zstd(shown, file))
+    if file is not raw:
+        patient.file = file
+        file = io.BufferedReader(patient, 1 << 16)
         head = file.peek(8)
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import lzma
-import zlib
 from typing import Any, BinaryIO
 
 from .left_out import DAMAGED, BadField, DataError
@@ -19,11 +17,9 @@ def json_rows(shown: str, file: BinaryIO) -> Rows:
     if not start:
         return
     if start.startswith(b"["):
-        rest, broken = _rest(file)
-        if not rest.strip() or not _complete(start):
+        rest = file.read()
+        if not rest.strip() or not _is_line(start):
             yield from _list_rows(shown, b"\n" * (number - 1) + raw + rest)
-            if broken is not None:
-                raise broken
             return
         file = io.BytesIO(rest)
     yield f"{shown}:{number}", object_of(start)
@@ -38,23 +34,13 @@ def json_rows(shown: str, file: BinaryIO) -> Rows:
             yield f"{shown}:{number}", object_of(more)
 
 
-def _rest(file: BinaryIO) -> tuple[bytes, Exception | None]:
-    """What can be read of the file, and what stopped it."""
-    parts: list[bytes] = []
+def _is_line(text: bytes) -> bool:
+    """Whether a text that begins with `[` is one line among others, and no list of rows."""
     try:
-        while part := file.read1(1 << 20):  # type: ignore[attr-defined]
-            parts.append(part)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        return b"".join(parts), error
-    return b"".join(parts), None
-
-
-def _complete(line: bytes) -> bool:
-    try:
-        json.loads(line)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    return True
+    return not value or not all(isinstance(row, dict) for row in value)
 
 
 def _list_rows(shown: str, content: bytes) -> Rows:

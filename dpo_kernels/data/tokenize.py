@@ -60,6 +60,7 @@ def _require_template(tokenizer: Any, conversational: bool) -> None:
 
 
 NO_END = "conversations that do not end with the end token (EOS)"
+ALL_TURNS = "completions of several turns, all of them scored"
 DOUBLED_END = "completions that end with the end token (EOS) twice"
 
 
@@ -180,6 +181,9 @@ class PairTokenizer:
             ids = render(prompt + completion, False)
             sides.append(ids)
             others = any(m["role"] != "assistant" for m in completion)
+            if others and not self.truncation.assistant_only:
+                self.left_out.notes[ALL_TURNS] += 1
+                others = False
             spans.append(
                 self._spans(name, prompt, completion, ids, render, template, pair)
                 if others

@@ -38,7 +38,7 @@ from ..data import (
 from ..data.bulk import cache_root
 from ..data.left_out import Problem
 from ..models.versions import dtype_option
-from .adapters import check_adapter, name_base
+from .adapters import check_adapter, check_named, name_base
 from .calibration import calibration
 from .card import write_card
 from .checkpoints import newest, of_the_disk, reason
@@ -104,7 +104,7 @@ def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
             "sft_steps is of the embedded default: your own model is not fine-tuned, unless "
             "sft_file gives it conversations"
         )
-    for option in ("sft_file", "ref_model_name_or_path"):
+    for option in ("sft_file", "ref_model_name_or_path", "ref_adapter_name"):
         if not own and getattr(config, option) is not None:
             raise UserError(f"{option} goes with a model and pairs of your own (the default's fit)")
     return config, own
@@ -317,6 +317,8 @@ class Job:
         if reference is not None:
             find_model(reference, "ref_model_name_or_path")  # before the data is read
         found = find_model(name)
+        if self.config.ref_adapter_name is not None:
+            check_named(found, self.config.ref_adapter_name)
         check_fits(found, self.config)
         policy = load_policy(replace(self.config, model_name_or_path=found), self.console.say)
         if self.config.use_peft:

@@ -179,7 +179,7 @@ def check_step0(
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
     assert out.rewards is not None and out.pair_logps is not None
-    if data.reference and not config.ref_model_name_or_path:
+    if data.reference and not config.reference_name:
         options = config.loss_options()
         try:
             check_same(
