@@ -112,20 +112,17 @@ def folded(text: str, width: int) -> Iterator[str]:
     if columns(_COLOUR.sub("", text)) <= width:
         yield text
         return
-    line, used = "", 0
-    for word in re.findall(r"\S+\s*|\s+", text):
-        n = columns(word.rstrip())
-        if used and used + n > width:
-            yield line.rstrip()
-            line, used = "  ", 2
-        *whole, rest = _pieces(word, max(width - used, 1))
+    line, used, empty = "", 0, True
+    for word in text.split(" "):
+        if not empty and used + 1 + columns(word) > width:
+            yield line
+            line, used, empty = "  ", 2, True
+        *whole, rest = _pieces(word if empty else f" {word}", max(width - used, 1))
         for piece in whole:
-            yield (line + piece).rstrip()
+            yield line + piece
             line, used = "", 0
-        line += rest
-        used += columns(rest)
-    if line.strip():
-        yield line.rstrip()
+        line, used, empty = line + rest, used + columns(rest), False
+    yield line
 
 
 def _pieces(token: str, room: int) -> Iterator[str]:

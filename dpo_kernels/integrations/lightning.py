@@ -30,7 +30,7 @@ from .cached_reference import CachedReference
 from .frameworks import check_version, require
 from .plain import PreferenceCollator, check_reference, find_reference, step_of
 from .trainer_metrics import LOSS_SUMS, ONE_BY_ONE, loss_sums, mean_loss
-from .watched import Falling
+from .watched import Later
 
 __all__ = [
     "DPOModule",
@@ -100,7 +100,7 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         self._cache = None if folder is None else CachedReference(str(folder))
         self._first_step: FirstStep | None = None
         self._first_loss: Tensor | None = None
-        self._falling: Falling | None = None
+        self._later: Later | None = None
         self._reference_seen = False
         self._evaluated, self._loader, self._index = 0, None, 0
         state = fresh_state(self.loss_options.get("loss_type", "sigmoid"))
@@ -120,8 +120,7 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
     def on_train_start(self) -> None:
         if self.fused.check_first_step and not self.global_step:
             self._first_step = FirstStep(self.model, OPT_OUT)
-        if self.uses_reference:
-            self._falling = Falling(self.fused.on_falling_logps, self.trainer.log_every_n_steps)
+        self._later = Later(self.fused, self.trainer.log_every_n_steps)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self._first_step is not None:
@@ -168,8 +167,9 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         if first:
             check_connected(self.model, out.loss)
             self._first_loss = out.loss.detach()
-        if self.training and self._falling is not None:
-            self._falling.add(out, batch.get("beta", options.get("beta", 0.1)))
+        if self.training and self._later is not None:
+            known = batch.get("beta", options.get("beta", 0.1))
+            self._later.add(out, None if ref is None else known, batch["input_ids"])
         if self.training and not self._reference_seen:
             self._reference_seen = True
             if ref is not None and self.fused.check_reference and not self.global_step:

@@ -153,8 +153,10 @@ def dpo_step(
     if watch is not None:
         watch.forward(out)
         options = {**loss_options, **chosen.loss_options}
-        if needs_reference(options) and out.loss is not None and out.loss.requires_grad:
-            watch.falling.add(out, batch.get("beta", options.get("beta", 0.1)))
+        if out.loss is not None and out.loss.requires_grad:
+            beta = batch.get("beta", options.get("beta", 0.1))
+            ids = batch.get("input_ids")
+            watch.later.add(out, beta if needs_reference(options) else None, ids)
     return out
 
 

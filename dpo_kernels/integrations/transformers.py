@@ -27,7 +27,7 @@ from ..models.options import FusedOptions
 from ..models.references import needs_reference
 from ..models.step0 import WrongReference
 from .cached_reference import cache_of
-from .first_step import check_first_loss, check_first_rows, watch_first_step
+from .first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
 from .frameworks import check_version
 from .hf_trainer import check_head_of, load_state, loss_state, save_state
 from .plain import PreferenceCollator, check_reference, find_reference, step_of
@@ -124,6 +124,8 @@ class FusedDPOMixin:
         out = step_of(model, inputs, ref_logps=ref, fused=self.fused, **options)
         if first and out.loss is not None:
             check_first_loss(self, out.loss)
+        if mode == "train" and out.loss is not None:
+            note_loss(self, out.loss, inputs["input_ids"])
         started = self.state.global_step  # type: ignore[attr-defined]
         if first and ref is not None and self.fused.check_reference and not started:
             opt_out = "FusedDPOTrainer(..., fused={'check_reference': False})"

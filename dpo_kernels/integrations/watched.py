@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 
 from ..models.attached import HeadOutput
 from ..models.falling import FallingLogps, FallingWatch
+from ..models.nonfinite import LossWatch, NonFiniteLoss
 from ..models.options import FusedOptions
 from ..models.step1 import FirstStep, check_connected, check_rows, eos_ids_of
 
@@ -26,35 +27,40 @@ OPT_OUT = "dpo_step(..., fused={'check_first_step': False})"
 EVERY = 10  # steps between looks at log-probs that fall: each look waits for the device
 
 
-class Falling:
-    """Log-probs that fall together, looked at now and then; said, or the end of the run."""
+class Later:
+    """What is looked at after the first step, now and then: losses, and log-probs that fall."""
 
-    def __init__(self, choice: str, every: int = EVERY) -> None:
-        self.choice, self.every, self.steps = choice, every, 0
-        self.watch = FallingWatch(said=choice == "ignore")
+    def __init__(self, fused: FusedOptions, every: int | None = None) -> None:
+        self.fused, self.every, self.steps = fused, every or EVERY, 0
+        self.falling = FallingWatch(said=fused.on_falling_logps == "ignore")
+        self.losses = LossWatch(said=fused.on_nonfinite_loss == "ignore")
 
-    def add(self, out: HeadOutput, beta: float | Tensor) -> None:
-        """One training step against a reference."""
-        assert out.rewards is not None and out.pair_logps is not None
+    def add(self, out: HeadOutput, beta: float | Tensor | None, ids: Tensor | None = None) -> None:
+        """One training batch; `beta` of its log-ratios, None where there is no reference."""
+        assert out.loss is not None and out.rewards is not None and out.pair_logps is not None
         self.steps += 1
-        B = out.rewards.shape[1]
-        names = [f"pair {i} of step {self.steps}" for i in range(B)]
-        self.watch.add(out.rewards, out.pair_logps, beta, names)
+        self.losses.add(out.loss, self.steps, ids)
+        if beta is not None:
+            names = [f"pair {i} of step {self.steps}" for i in range(out.rewards.shape[1])]
+            self.falling.add(out.rewards, out.pair_logps, beta, names)
         if self.steps % self.every:
             return
-        text = self.watch.look()
-        if text and self.choice == "stop":
-            raise FallingLogps(text)
-        if text:
-            warnings.warn(text, stacklevel=3)
+        for text, choice, error in (
+            (self.losses.look(), self.fused.on_nonfinite_loss, NonFiniteLoss),
+            (self.falling.look(), self.fused.on_falling_logps, FallingLogps),
+        ):
+            if text and choice == "stop":
+                raise error(text)
+            if text:
+                warnings.warn(text, stacklevel=3)
 
 
 class Watch:
     """What is looked at of one model. It holds the model weakly, until an optimizer steps."""
 
-    def __init__(self, model: nn.Module, choice: str) -> None:
-        self.model = weakref.ref(model)
-        self.falling = Falling(choice)
+    def __init__(self, model: nn.Module, fused: FusedOptions) -> None:
+        self.model, self.fused = weakref.ref(model), fused
+        self.later = Later(fused)
         self.rows_seen = self.armed = False
         self.loss: Tensor | None = None
         self.first: FirstStep | None = None
@@ -62,14 +68,14 @@ class Watch:
     def rows(self, labels: Tensor) -> None:
         """Before the first forward."""
         model = self.model()
-        if not self.rows_seen and model is not None:
+        if not self.rows_seen and model is not None and self.fused.check_first_step:
             check_rows(labels, eos_ids_of(model), opt_out=OPT_OUT)
             self.rows_seen = True
 
     def forward(self, out: HeadOutput) -> None:
         """Behind it: from now on optimizers are looked at."""
         model = self.model()
-        if self.armed or out.loss is None or model is None:
+        if self.armed or out.loss is None or model is None or not self.fused.check_first_step:
             return
         if not out.loss.requires_grad:
             if model.training:  # else an evaluation, perhaps
@@ -150,9 +156,9 @@ _watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionar
 def watch_of(model: nn.Module, fused: FusedOptions) -> Watch | None:
     """The watch of a model that is trained here; None where nothing is to be looked at."""
     _tidy()
-    if not torch.is_grad_enabled() or not fused.check_first_step:
+    if not torch.is_grad_enabled():
         return None
     found = _watches.get(model)
-    if found is None or found.falling.choice != fused.on_falling_logps:
-        found = _watches[model] = Watch(model, fused.on_falling_logps)
+    if found is None or found.fused != fused:
+        found = _watches[model] = Watch(model, fused)
     return found

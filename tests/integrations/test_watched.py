@@ -21,6 +21,7 @@ from dpo_kernels.integrations import plain, watched
 from dpo_kernels.integrations.plain import PreferenceCollator
 from dpo_kernels.models.attached import attach_head
 from dpo_kernels.models.falling import FallingLogps
+from dpo_kernels.models.nonfinite import NonFiniteLoss
 from dpo_kernels.models.reference_cache import (
     ReferenceCache,
     reference_identity,
@@ -44,7 +45,8 @@ def loop(
     model = tiny.model() if model is None else model
     attach_head(model)
     reference = copy.deepcopy(model) if reference is None else reference
-    trained = [p for p in model.parameters() if p.requires_grad]
+    every = list(model.parameters())
+    trained = [p for p in every if p.requires_grad] or every
     steps = optimizers(model) if optimizers else [torch.optim.SGD(trained, lr=rate)]
     losses = []
     for i, batch in enumerate(data or batches(3)):
@@ -72,6 +74,14 @@ def under_trainer(model: Any = None, data: Any = None, rate: float = 1e-2, **opt
     )
     made.train()
     return [row["loss"] for row in made.state.log_history if "loss" in row]
+
+
+@pytest.fixture(autouse=True)
+def no_hooks_left() -> Any:
+    """A run that ended in an error leaves its model to wait for a step that never comes."""
+    yield
+    watched._waiting.clear()
+    watched._tidy()
 
 
 @pytest.fixture(params=["loop", "Trainer"])
@@ -171,7 +181,6 @@ def test_a_detached_head_and_small_updates() -> None:
 
 def test_the_hooks_go_when_the_step_is_seen() -> None:
     """Of all optimizers there are hooks, so none may stay; an evaluation puts none there."""
-    watched._tidy()
     model, (batch, *_) = tiny.model(), batches(2)
     attach_head(model)
     with torch.no_grad():
@@ -207,19 +216,53 @@ def test_optimizers_of_parts_and_closures() -> None:
     optimizer.step(closure)
 
 
-def test_falling_log_probs_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_loop_is_told_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watched, "EVERY", 2)
-    monkeypatch.setattr(watched.Falling.__init__, "__defaults__", (2,))
     model, (batch, *_) = tiny.model(), batches(1)
     attach_head(model)
     ref = plain.reference_logps(model, batch) + 2.0  # of what the policy has lost since
+
+    def steps(reference: Any, **options: Any) -> None:
+        for _ in range(2):
+            plain.dpo_step(model, batch, ref_logps=reference, fused=options)
+
+    with pytest.warns(UserWarning, match="fall together"):
+        steps(ref)
+    with pytest.raises(FallingLogps, match="pair 0 of step"):
+        steps(ref, on_falling_logps="stop")
+    nan = torch.full_like(ref, float("nan"))
+    with pytest.warns(UserWarning, match=r"the loss of step 1 is nan: .*Its rows begin"):
+        steps(nan, head_stats=False)
+    with pytest.raises(NonFiniteLoss, match="loss_type sigmoid"):
+        steps(nan, on_nonfinite_loss="stop")
+    with pytest.raises(ValueError, match="on_nonfinite_loss must be 'warn', 'stop' or 'ignore'"):
+        steps(ref, on_nonfinite_loss="maybe")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.dpo_step(model, batch, reference_free=True)
+        plain.dpo_step(model, batch, reference_free=True)
+
+
+def test_a_trainer_is_told_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    """Its own log shows the mean of those that are (logging_nan_inf_filter)."""
+
+    def broken(rows: Any) -> Any:
+        batch = PreferenceCollator(0)(rows)
+        return {**batch, "ref_logps": torch.full((8,), float("nan"))}
+
     for choice, caught in (
-        ("warn", pytest.warns(UserWarning, match="fall together")),
-        ("stop", pytest.raises(FallingLogps, match="pair 0 of step")),
+        ("warn", pytest.warns(UserWarning, match=r"the loss of step 1 is nan.*Its rows begin: ")),
+        ("stop", pytest.raises(NonFiniteLoss)),
     ):
+        fused = {
+            "check_reference": False,
+            "check_first_step": False,
+            "on_nonfinite_loss": choice,
+        }
+        made = made_trainer(tmp_path, ref_model=None, fused=fused, max_steps=2)
+        made.data_collator = broken
         with caught:
-            for _ in range(2):
-                plain.dpo_step(model, batch, ref_logps=ref, fused={"on_falling_logps": choice})
+            made.train()
 
 
 # --- the cache ---

@@ -34,7 +34,7 @@ from ...models.structure import deterministic
 from .. import hf_trainer
 from ..announce import announce
 from ..cached_reference import OF_STATES, cache_of
-from ..first_step import check_first_loss, check_first_rows, watch_first_step
+from ..first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
 from ..rows import WithRowColumns, check_row_columns, take_row_options
 from ..trainer_metrics import (
     ONE_BY_ONE,
@@ -290,6 +290,7 @@ def _compute_loss(original: Callable) -> Callable:
         loss = out.loss
         assert loss is not None
         if training:
+            note_loss(self, loss, inputs["input_ids"])
             self._packed["train"].add(out, labels, tokens, None, beta)
         else:
             real = real_pairs(self, len(loss))
