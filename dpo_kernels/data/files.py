@@ -145,7 +145,7 @@ def _file_rows(name: str, rename: Mapping[str, str]) -> Rows:
             said = f"{shown} cannot be read to its end: {said or type(error).__name__}"
         if last is None:
             raise DataError(said) from None
-        said = said.removeprefix(shown).lstrip(": ")
+        said = said.removeprefix(shown).lstrip(": ").removesuffix(f", expected {EXPECTED}")
         yield last, BadField("file", f"damaged behind this row ({said})", "a whole file", DAMAGED)
 
 
@@ -272,7 +272,8 @@ class _Frames:
 
     def __init__(self, zstandard: Any, file: Any) -> None:
         self._new = zstandard.ZstdDecompressor().decompressobj
-        self._file, self._frame, self._ready = file, None, b""
+        self._file, self._ready = file, b""
+        self._frame: Any = None
 
     def read(self, size: int) -> bytes:
         while not self._ready:

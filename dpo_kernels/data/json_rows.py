@@ -127,7 +127,9 @@ def _next_row(text: str, at: int, names: set[str]) -> int:
 def object_of(raw: bytes) -> Row | BadField:
     """One line as a JSON object, or what is wrong with it."""
     try:
-        return as_object(json.loads(raw.decode("utf-8"), object_pairs_hook=_unique))
+        # A mark of byte order stands in the middle of files that were put together.
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+        return as_object(json.loads(text, object_pairs_hook=_unique))
     except BadField as bad:
         return bad
     except (ValueError, RecursionError) as error:

@@ -424,8 +424,6 @@ class Job:
         if self.config.uses_offset and any(t.offset is None for t in texts):
             where = next(t.source for t in texts if t.offset is None)
             raise DataError(f"{where}: margin: missing, but odpo needs a margin in every row")
-        if not self.config.uses_offset and any(t.offset is not None for t in texts):
-            self.left_out.once(f"{file}: the column margin is not used: odpo alone reads it")
         self._check_row_options(file, texts)
         self.texts.update({t.source: t for t in texts})
         limits = Limits.of(policy.model.config)
@@ -445,7 +443,11 @@ class Job:
         return pairs
 
     def _check_row_options(self, file: str, texts: list[PreferencePair]) -> None:
-        """The loss takes the columns of numbers that the rows bring."""
+        """The loss takes the columns that the rows bring, or it is said that it does not."""
+        if not self.config.uses_offset and any(t.offset is not None for t in texts):
+            self.left_out.once(f"{file}: the column margin is not used: odpo alone reads it")
+        if not self.config.learn_groups and any(t.group is not None for t in texts):
+            self.left_out.once(f"{file}: the column group is not used: learn_groups reads it")
         options = self.config.loss_options()
         for column, option in (
             ("weight", "weights"),
