@@ -92,6 +92,7 @@ def watch_first_step(trainer: Any) -> None:
     """Give a trainer the callback."""
     options = _options_of(trainer)
     beta = options["beta"]
+    beta = beta[0] if isinstance(beta, list) else beta  # of OnlineDPO's epochs
     mean = float(beta.float().mean()) if isinstance(beta, Tensor) else float(beta or 0.1)
     trainer._first_step = FirstStepCallback(trainer.fused, _has_reference(options), mean)
     trainer.add_callback(trainer._first_step)

@@ -22,7 +22,7 @@ from dpo_kernels.data import (
     make_batch,
 )
 from dpo_kernels.data.batches import Sharing
-from dpo_kernels.data.tokenize import ALL_TURNS
+from dpo_kernels.data.tokenize import ALL_TURNS, MERGED, NO_BEGIN
 
 
 def adds(tokenizer: Any, bos: bool, eos: bool) -> Any:
@@ -75,6 +75,20 @@ def test_a_begin_token_in_the_text_is_kept_once() -> None:
     bare = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
     ids, left_out = tokens(chat(user("q"), bot("a"), bot("b")), byte_tokenizer(bare))
     assert ids and left_out.notes["conversations that do not end with the end token (EOS)"] == 1
+
+
+def test_a_missing_begin_token_and_merged_boundaries_are_counted() -> None:
+    tokenizer = adds(byte_tokenizer(), True, False)
+    bare = "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}"
+    tokenizer.chat_template = bare
+    _, left_out = tokens(chat(user("q"), bot("a"), bot("b")), tokenizer)
+    assert left_out.notes[NO_BEGIN] == 1
+    plain = byte_tokenizer(bare)
+    _, left_out = tokens(chat(user("q"), bot("a"), bot("b")), plain)
+    assert NO_BEGIN not in left_out.notes  # it puts none before a text either
+    merging = byte_tokenizer(merges=[("a", "b")])
+    _, left_out = tokens(PreferencePair("xa", "bc", "bd", "f:1"), merging, warn=lambda text: None)
+    assert left_out.notes[MERGED] == 1
 
 
 def test_a_repeated_prompt_is_taken_once(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ...models.forward import scored_tokens
 from ...models.structure import deterministic
 from .. import hf_trainer
 from ..announce import announce
+from ..first_step import watch_first_step
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
 
@@ -55,6 +56,7 @@ def _init(original: Callable) -> Callable:
         self.fused = fused
         self._dpo_announced = False
         original(self, *args, **kwargs)
+        watch_first_step(self)
 
     return __init__
 
