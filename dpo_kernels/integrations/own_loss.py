@@ -62,7 +62,7 @@ def row_scores(
 ) -> RowScores:
     """Log-probs of the scored tokens of `model`, in its own precision."""
     attach_head(trainer.accelerator.unwrap_model(model))
-    if not reference and torch.is_grad_enabled() and not trainer._reference_seen:
+    if not reference and torch.is_grad_enabled() and not getattr(trainer, "_reference_seen", True):
         check_first_rows(trainer, labels)
     stats = () if reference or not trainer.fused.head_stats else ("mean_logits",)
     out = scored_tokens(model, inputs, labels, trainer.fused, stats)

@@ -138,6 +138,20 @@ def test_stale_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         run(of_fused=fused)
 
 
+def test_the_cache_of_any_release(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that keep prompt and completion apart ask the reference in their own forward."""
+    fused = {"reference_cache": str(tmp_path)}
+
+    def losses(**options: Any) -> list[float]:
+        history = run(max_steps=3, learning_rate=0.02, **options).state.log_history
+        return [h["loss"] for h in history if "loss" in h]
+
+    assert losses(of_fused=fused) == pytest.approx(losses(), abs=1e-5)
+    monkeypatch.setattr(ReferenceCache, "put", lambda *args: pytest.fail("scored again"))
+    for options in ({"beta": 0.5}, {"loss_type": "hinge"}):
+        assert losses(of_fused=fused, **options) == pytest.approx(losses(**options), abs=1e-5)
+
+
 @needs_v1
 def test_precomputed_log_probs_beside_the_cache(tmp_path: Any) -> None:
     """Without a ref_model there is none to ask later: the policy's own would be taken for it."""

@@ -30,7 +30,7 @@ from ...models.structure import deterministic
 from .. import hf_trainer
 from ..announce import announce
 from ..cached_reference import cache_of
-from ..first_step import check_first_rows, note_loss, watch_first_step
+from ..first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
 from ..rows import WithRowColumns, check_row_columns, take_row_options
 from .collated import OPT_OUT
 
@@ -237,6 +237,8 @@ def _get_batch_loss_metrics(original: Callable) -> Callable:
             self._noiseless = [out["chosen_logps"], out["rejected_logps"]]
         loss, metrics = original(self, model, batch, train_eval)
         self._noiseless = []
+        if first:
+            check_first_loss(self, loss)
         if train_eval == "train":
             note_loss(self, loss)
         if first and hasattr(self, "_lengths"):
