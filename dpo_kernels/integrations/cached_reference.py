@@ -115,14 +115,24 @@ def in_shards(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
 
 
+@torch.no_grad()
 def _computed_in(model: nn.Module) -> torch.dtype:
-    """The dtype in which the model computes, here and now."""
+    """The dtype in which the model computes, here and now.
+
+    accelerate puts autocast around the forward, so it is looked at from within one.
+    """
     base = base_model_of(model)
-    device = next(base.parameters()).device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    dtype: torch.dtype = base.dtype
-    return dtype
+    head = base.get_output_embeddings()
+    found: list[torch.dtype] = []
+
+    def look(*_: Any) -> None:
+        if torch.is_autocast_enabled(device.type):
+            found.append(torch.get_autocast_dtype(device.type))
+
+    device = next(head.parameters()).device
+    with head.register_forward_pre_hook(look):
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+    return found[0] if found else base.dtype
 
 
 @torch.no_grad()

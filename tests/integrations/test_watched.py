@@ -328,7 +328,11 @@ def test_half_precisions_have_caches_of_their_own(tmp_path: Path) -> None:
         with torch.autocast("cpu", dtype):
             plain.reference_logps(model, batch, fused={"reference_cache": str(tmp_path)})
             model = copy.deepcopy(model)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as accelerate does
+    plain.reference_logps(model, batch, fused={"reference_cache": str(tmp_path)})
     assert len(list(tmp_path.iterdir())) == 2
+    plain.reference_logps(tiny.model(), batch, fused={"reference_cache": str(tmp_path)})
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 # --- a named adapter ---
