@@ -122,9 +122,10 @@ def table(draw: random.Random, data: bytes) -> Any:
 
 def arrow_cut(draw: random.Random, data: bytes) -> bytes:
     """An Arrow file of a batch a row, without the footer that says where they are."""
+    made = table(draw, data)
     import pyarrow as pa
 
-    made, out = table(draw, data), pa.BufferOutputStream()
+    out = pa.BufferOutputStream()
     with pa.ipc.new_file(out, made.schema) as writer:
         for batch in made.to_batches(max_chunksize=1):
             writer.write_batch(batch)
@@ -134,10 +135,11 @@ def arrow_cut(draw: random.Random, data: bytes) -> bytes:
 
 def parquet_flipped(draw: random.Random, data: bytes) -> bytes:
     """Parquet of a row group a row, one byte of one of them another."""
+    made = table(draw, data)
     import pyarrow as pa
     from pyarrow import parquet
 
-    made, out = table(draw, data), pa.BufferOutputStream()
+    out = pa.BufferOutputStream()
     parquet.write_table(made, out, row_group_size=1, write_page_checksum=True)
     whole = bytearray(out.getvalue().to_pybytes())
     meta = parquet.ParquetFile(pa.BufferReader(bytes(whole))).metadata
