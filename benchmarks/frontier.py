@@ -303,8 +303,11 @@ class Work:
     def done(self) -> list[dict[str, Any]]:
         if not self.results.exists():
             return []
-        lines = self.results.read_text().splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        text = self.results.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # killed while it wrote the last line
+            self.results.write_text(whole)
+        return [json.loads(line) for line in whole.splitlines()]
 
     def run(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """Every line that is not there yet; all lines."""
@@ -317,9 +320,11 @@ class Work:
         for run in runs:
             if (run.mode, run.beta, run.seed, run.path) in known:
                 continue
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             points = train(run, self)
-            row = {**asdict(run), "points": points, "seconds": time.perf_counter() - began}
+            took = {"seconds": time.perf_counter() - began}
+            took["cpu_seconds"] = time.process_time() - used  # on a machine that is shared
+            row = {**asdict(run), "points": points, **took}
             self._add(row)
             rows.append(row)
             last = points[-1]

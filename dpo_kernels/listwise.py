@@ -17,8 +17,7 @@ from torch import Tensor
 
 from .inputs import checks
 from .loss.from_pairs import DPOOutput
-
-NAME = "plackett_luce"
+from .losses import LISTWISE as NAME
 
 
 def is_listwise(options: dict[str, Any]) -> bool:

@@ -517,17 +517,29 @@ ALIASES = {
 
 
 # Losses that are of no pairs, and who has them.
+UNPAIRED = ("kto", "apo_zero_unpaired")
+LISTWISE = "plackett_luce"
 ELSEWHERE = {
-    "kto": "is of single completions: use unpaired_loss or fused_unpaired_loss",
-    "apo_zero_unpaired": "is of single completions: use unpaired_loss or fused_unpaired_loss",
-    "plackett_luce": "ranks K completions of a prompt: use fused_dpo_loss or "
+    **dict.fromkeys(UNPAIRED, "is of single completions: use unpaired_loss or fused_unpaired_loss"),
+    LISTWISE: "ranks K completions of a prompt: use fused_dpo_loss or "
     "fused_linear_dpo_loss with num_completions=K, and no other loss beside it",
 }
 
 
 def available() -> list[str]:
-    """Names that `loss_type` takes, aliases included."""
+    """Names that `loss_type` takes of pairs, aliases included (the others: `ELSEWHERE`)."""
     return [*TABLE, *ALIASES]
+
+
+def rows_for(loss_type: object) -> str:
+    """What a loss is of: "pairs", "unpaired" (single completions) or "ranked" (lists of K)."""
+    names = names_of(loss_type)
+    apart = [name for name in names if name in ELSEWHERE]
+    if not apart:
+        return "pairs"
+    if len(names) > 1:
+        raise ValueError(f"{apart[0]!r} cannot be mixed with other losses, got {names}")
+    return "unpaired" if apart[0] in UNPAIRED else "ranked"
 
 
 def get(name: str) -> Loss:

@@ -25,13 +25,12 @@ from torch import Tensor
 from .dpo import sequence_logps
 from .inputs import checks
 from .linear_dpo import linear_sequence_logps
+from .losses import UNPAIRED
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from .parallel import VocabShards
-
-UNPAIRED = ("kto", "apo_zero_unpaired")
 
 
 class UnpairedOutput(NamedTuple):

@@ -58,6 +58,14 @@ def add(commands: Any) -> None:
         "--eval_file", metavar="FILE", help="evaluation pairs: finds rows that are in both"
     )
     check.add_argument(
+        "--rows",
+        choices=("auto", "pairs", "unpaired", "ranked"),
+        default="auto",
+        help="unpaired: completions with a label (kto, apo_zero_unpaired); ranked: lists "
+        "(plackett_luce); auto: unpaired if the first row is, else pairs, for which the best and "
+        "the worst of a list count (default: %(default)s)",
+    )
+    check.add_argument(
         "--show",
         metavar="N",
         type=int,
@@ -117,7 +125,9 @@ class _Check:
         self.folds = sys.stdout.isatty() and not args.json
         write = None if sink is None else lambda problem: sink.write(problem.as_json())
         self.left_out = LeftOut(report=self.say, keep=SHOWN, sink=write)
-        self.marks, self.lengths = Marks(args.near == "true"), Lengths()
+        self.marks = Marks(args.near == "true")
+        self.kind = args.rows
+        self.lengths: Any = Lengths()
         self.usable = self.chats = self.read = 0
 
     def say(self, text: str = "") -> None:
@@ -140,8 +150,8 @@ class _Check:
         return self._told(failed)
 
     def _tokenizer(self) -> Any:
-        """The pairs' tokenizer, or None: texts alone are looked at."""
-        from ..data import PairTokenizer
+        """The rows' tokenizer, or None: texts alone are looked at."""
+        from ..data import RowTokenizer
         from ..train.data_options import truncation
         from ..train.model import load_tokenizer
         from ..train.start import find_model, model_limits
@@ -152,41 +162,53 @@ class _Check:
         name = find_model(args.model_name_or_path)
         tokenizer = load_tokenizer(name, args.gguf_file, args.chat_template)
         limits = model_limits(name, args.gguf_file, self.say)
-        return PairTokenizer(tokenizer, truncation(args), self.left_out, self.say, limits)
+        return RowTokenizer(tokenizer, truncation(args), self.left_out, self.say, limits)
 
-    def _pairs(self, source: str, left_out: Any) -> Iterator[Any]:
-        from ..data import PairReader
+    def _rows(self, source: str, left_out: Any) -> Iterator[Any]:
+        from ..data import JudgedReader, PairReader
+        from ..data.judged import peeked
+        from ..data.survey import JudgedLengths
         from ..train.data_options import columns
 
-        reader = PairReader(left_out, columns(self.args))
-        yield from reader.pairs(source)
+        names = columns(self.args)
+        kind, given = peeked(source, names)
+        if self.kind == "auto":
+            self.kind = kind
+        if self.kind != "pairs" and not self.read:
+            self.lengths = JudgedLengths(self.kind)
+        reader: Any = (
+            PairReader(left_out, names)
+            if self.kind == "pairs"
+            else JudgedReader(self.kind, left_out, names)
+        )
+        yield from reader.read(source, given)
         for remark in reader.remarks(source):
             left_out.once(remark)
 
     def _pass(self, tokenizer: Any) -> None:
-        from ..data import LeftOut, PairTokenizer
+        from ..data import LeftOut, RowTokenizer
 
         whole = (
             None
             if tokenizer is None
-            else PairTokenizer(tokenizer.tokenizer, None, LeftOut(keep=0), warn=lambda text: None)
+            else RowTokenizer(tokenizer.tokenizer, None, LeftOut(keep=0), warn=lambda text: None)
         )
         left = self.args.show if not self.args.json else 0
-        for pair in self._pairs(self.args.file, self.left_out):
+        for pair in self._rows(self.args.file, self.left_out):
             self.read += 1
             self.chats += pair.conversational
             self.marks.add(pair)
             if tokenizer is None:
                 self.usable += 1
                 self.lengths.add_texts(pair)
-            elif (ids := tokenizer.usable(pair)) is not None:
+            elif (ids := tokenizer.of(pair)) is not None:
                 self.usable += 1
                 self.lengths.add_tokens(ids)
                 if left:
                     left -= 1
                     self._show(pair, ids, whole)
             if self.read % 200_000 == 0:
-                self.console.note(f"{self.read:,} pairs read")
+                self.console.note(f"{self.read:,} rows read")
 
     def _show(self, pair: Any, ids: Any, whole: Any) -> None:
         from ..data.show import legend, shown_pair
@@ -197,7 +219,7 @@ class _Check:
         )
         if not self.lengths.pairs > 1:
             self.say(legend(colour))
-        for line in shown_pair(ids, whole.tokenize(pair), whole.tokenizer, self.width, colour):
+        for line in shown_pair(ids, whole.of(pair), whole.tokenizer, self.width, colour):
             self.say(line)
         self.say()
 
@@ -206,11 +228,11 @@ class _Check:
         from ..data.survey import Finding, Marks, leaks, repeats
         from ..data.tokenize import DOUBLED_END, NO_END
 
-        found = repeats(self.marks)
+        found = repeats(self.marks, single=self.kind == "unpaired")
         if self.args.eval_file:
             held_out = Marks(self.marks.near)
             with contextlib.suppress(NoUsableRow):
-                for pair in self._pairs(self.args.eval_file, LeftOut(keep=0)):
+                for pair in self._rows(self.args.eval_file, LeftOut(keep=0)):
                     held_out.add(pair)
             found += leaks(self.marks, held_out)
         for note in (DOUBLED_END, NO_END):
@@ -230,7 +252,10 @@ class _Check:
         if self.lengths.unit == "tokens":
             middle = self.lengths.middle()
             say(f"tokens of a sequence: median below {middle}, longest {self.lengths.longest}")
-        say(f"{self.usable} usable pairs ({self.chats} of {self.read} read are conversational)")
+        noun = {"unpaired": "labelled completions", "ranked": "ranked lists"}.get(
+            self.kind, "pairs"
+        )
+        say(f"{self.usable} usable {noun} ({self.chats} of {self.read} read are conversational)")
         plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
         for line in self.lengths.lines(min(self.width, 80), plain):
             say(line)
@@ -247,6 +272,7 @@ class _Check:
         left_out = self.left_out
         return {
             "file": self.args.file,
+            "rows": "pairs" if self.kind == "auto" else self.kind,
             "wrong": wrong,
             "error": failed or None,
             "read": self.read,

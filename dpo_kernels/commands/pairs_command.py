@@ -16,7 +16,8 @@ def add(commands: Any) -> None:
         help="make preference pairs of samples and verdicts",
         usage="dpo-kernels pairs [CONFIG.yaml] [OPTIONS]",
         description="Write rows prompt, chosen, rejected, margin, p_chosen: any trainer of "
-        "preference pairs reads them. Exit code 1 if there is none.",
+        "preference pairs reads them (--format gives completions with a label, or ranked lists). "
+        "Exit code 1 if there is none.",
         epilog="example: dpo-kernels pairs --samples samples.jsonl --verdicts verdicts.jsonl "
         "--output pairs.jsonl --select all --length_matched 0.2",
         argument_default=argparse.SUPPRESS,
@@ -28,7 +29,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..iterate.command_options import PairsConfig
-    from ..iterate.pair_rules import make_pairs
+    from ..iterate.judged_rows import make_rows
     from ..iterate.records import read_samples, read_table, write_table
     from ..iterate.settings import load_options
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if printed(args, config):
         return 0
     samples, verdicts = read_samples(config.samples), read_table(config.verdicts)
-    rows, counts = make_pairs(samples, verdicts, config, config.seed)
+    rows, counts = make_rows(config.format, samples, verdicts, config, config.seed)
     write_table(config.output, rows)
     print(f"{counts.describe()}; in {config.output}")
     return 0 if rows else 1

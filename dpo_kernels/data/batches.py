@@ -1,9 +1,10 @@
 """Batches that compute each real token once: trunk calls, and the rows of them that are scored.
 
-A batch of `B` pairs is `2B` sequences, chosen 0..B-1 then rejected 0..B-1. The trunk (the model
-without its head) runs over one or more calls; from their hidden states, concatenated and flattened,
-`rows` picks the state that predicts each scored token, in sequence order. So whatever the layout,
-the head sees `hidden [N, H]`, `labels [N]` and `cu_seqlens [2B + 1]` (`shift=False`).
+A batch of `B` pairs is `2B` sequences, chosen 0..B-1 then rejected 0..B-1; of `B` lists of `K`
+completions it is `K B`, the first of each, then the second; of single completions `B`. The trunk
+(the model without its head) runs over one or more calls; from their hidden states, concatenated and
+flattened, `rows` picks the state that predicts each scored token, in sequence order. So whatever
+the layout, the head sees `hidden [N, H]`, `labels [N]` and `cu_seqlens` (`shift=False`).
 
 Layouts:
 
@@ -12,7 +13,8 @@ Layouts:
 - packed: all sequences one behind the other in one row, each a segment (`data.segments`).
 - shared: packed, and the prompt once: prompt ++ chosen is a segment, the rest of rejected another
   that sees the prompt. The state of the last prompt token predicts the first token of both
-  completions and is gathered twice; autograd adds the two gradients.
+  completions and is gathered twice; autograd adds the two gradients. Of a list likewise: every
+  completion but the first sees the prompt in the first one's segment.
 - auto: the cheapest by counting tokens and attention entries, pair by pair.
 
 Letters: `B` pairs, `R` rows and `S` positions of a trunk call, `N` scored tokens, `L` shared
@@ -21,6 +23,7 @@ length.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from ..inputs.transfer import to_device
 from .segments import Segment, Segments
-from .sequences import Ids, TokenPair, TokenSequence
+from .sequences import Ids, TokenRow, TokenSequence, sequences_of
 
 LAYOUTS = ("padded", "packed", "shared", "auto")
 _OLD_NAMES = {"prefix": "shared"}
@@ -142,24 +145,38 @@ class _Placed:
         return torch.where(at < self.shared, self.start + at, self.rest + at - self.shared)
 
 
-def make_batch(pairs: Sequence[TokenPair], sharing: Sharing, pad_id: int) -> ScoredBatch:
-    """The batch of these pairs: sequences [chosen; rejected]."""
+def make_batch(pairs: Sequence[TokenRow], sharing: Sharing, pad_id: int) -> ScoredBatch:
+    """The batch of these pairs (or other rows): sequences [chosen; rejected]."""
     if not pairs:
         raise ValueError("a batch needs at least one pair, got none")
-    twos = [pair.sequences for pair in pairs]
-    shared = []
-    for chosen, rejected in twos:
-        L = shared_length(chosen.ids, rejected.ids)
-        shared.append(L if sharing.shares(L, len(chosen.ids), len(rejected.ids)) else 0)
-    flat = [s.ids for two in twos for s in two]
-    if _pads(sharing, flat, shared):
+    each = [pair.sequences for pair in pairs]
+    flat = [s.ids for found in each for s in found]  # row by row
+    starts = [0, *itertools.accumulate(map(len, each))]
+    parents = [start for start, found in zip(starts, each, strict=False) for _ in found]
+    shared = [L for found in each for L in _shared(found, sharing)]
+    if _pads(sharing, flat, shared, parents):
         calls, placed = _padded(flat, sharing.call_tokens, pad_id)
     else:
-        calls, placed = _packed(flat, shared)
-    order = [*range(0, len(flat), 2), *range(1, len(flat), 2)]  # chosen, then rejected
-    sequences = [twos[i // 2][i % 2] for i in order]
+        calls, placed = _packed(flat, shared, parents)
+    order = [
+        start + k
+        for k in range(max(map(len, each)))
+        for start, found in zip(starts, each, strict=False)
+        if k < len(found)
+    ]
+    sequences = sequences_of(pairs)
     indices = [placed[i].predictors(s) for i, s in zip(order, sequences, strict=True)]
     return _assemble(calls, indices, sequences, [p.source for p in pairs], len(pairs))
+
+
+def _shared(sequences: Sequence[TokenSequence], sharing: Sharing) -> list[int]:
+    """Of each sequence of a row, the tokens that it shares with the first."""
+    first = sequences[0].ids
+    found = [0]
+    for other in sequences[1:]:
+        L = shared_length(first, other.ids)
+        found.append(L if sharing.shares(L, len(first), len(other.ids)) else 0)
+    return found
 
 
 def make_sequence_batch(
@@ -167,22 +184,23 @@ def make_sequence_batch(
 ) -> ScoredBatch:
     """A batch of single sequences (SFT); nothing is shared."""
     flat = [s.ids for s in sequences]
-    if _pads(sharing, flat, []):
+    alone = [0] * len(flat), list(range(len(flat)))
+    if _pads(sharing, flat, *alone):
         calls, placed = _padded(flat, sharing.call_tokens, pad_id)
     else:
-        calls, placed = _packed(flat, [])
+        calls, placed = _packed(flat, *alone)
     indices = [p.predictors(s) for p, s in zip(placed, sequences, strict=True)]
     return _assemble(calls, indices, list(sequences), [s.source for s in sequences], len(sequences))
 
 
-def _pads(sharing: Sharing, flat: list[Ids], shared: list[int]) -> bool:
-    """Whether these sequences, pair by pair, are to be padded rows."""
+def _pads(sharing: Sharing, flat: list[Ids], shared: list[int], parents: list[int]) -> bool:
+    """Whether these sequences, row by row, are to be padded rows."""
     if sharing.mode != "auto":
         return sharing.mode == "padded"
     groups = _groups([len(ids) for ids in flat], sharing.call_tokens)
     sizes = [(len(g), len(flat[g[0]])) for g in groups]
     padded = sum(sharing.cost(R * S, R * S * S / 2) for R, S in sizes)
-    segments = Segments(_parts(flat, shared))
+    segments = Segments(_parts(flat, shared, parents))
     packed = sharing.cost(sum(segments.lengths), segments.entries())
     return packed > (1 - WORTH) * padded
 
@@ -244,17 +262,18 @@ def _padded(
     return calls, placed
 
 
-def _parts(flat: list[Ids], shared: list[int]) -> list[Segment]:
-    """A segment for each sequence; the second of a pair sees `shared` tokens of the first."""
-    parts = []
-    for i, ids in enumerate(flat):
-        L = shared[i // 2] if shared and i % 2 else 0
-        parts.append(Segment(len(ids) - L, i - 1 if L else -1, L))
-    return parts
+def _parts(flat: list[Ids], shared: list[int], parents: list[int]) -> list[Segment]:
+    """A segment for each sequence; one that shares sees `shared` tokens of its row's first."""
+    return [
+        Segment(len(ids) - L, parent if L else -1, L)
+        for ids, L, parent in zip(flat, shared, parents, strict=True)
+    ]
 
 
-def _packed(flat: list[Ids], shared: list[int]) -> tuple[list[TrunkCall], list[_Placed]]:
-    parts = _parts(flat, shared)
+def _packed(
+    flat: list[Ids], shared: list[int], parents: list[int]
+) -> tuple[list[TrunkCall], list[_Placed]]:
+    parts = _parts(flat, shared, parents)
     ids: list[int] = []
     positions: list[Tensor] = []
     placed: list[_Placed] = []
@@ -267,14 +286,18 @@ def _packed(flat: list[Ids], shared: list[int]) -> tuple[list[TrunkCall], list[_
     return [TrunkCall(row, torch.cat(positions)[None], Segments(parts), [len(ids)])], placed
 
 
-def laid_out_tokens(pair: TokenPair, sharing: Sharing) -> int:
-    """Tokens of a pair in a packed row, what it shares once; those of its rows if padded."""
-    chosen, rejected = (s.ids for s in pair.sequences)
+def laid_out_tokens(pair: TokenRow, sharing: Sharing) -> int:
+    """Tokens of a row in a packed one, what it shares once; those of its rows if padded."""
     if sharing.mode == "padded":
-        return 2 * max(len(chosen), len(rejected))
-    L = shared_length(chosen, rejected)
-    shares = sharing.shares(L, len(chosen), len(rejected))
-    return len(chosen) + len(rejected) - (L if shares else 0)
+        return padded_tokens([pair])
+    sequences = pair.sequences
+    return sum(len(s.ids) for s in sequences) - sum(_shared(sequences, sharing))
+
+
+def padded_tokens(rows: Sequence[TokenRow]) -> int:
+    """Positions of these rows in one call, each sequence padded to the longest."""
+    lengths = [len(s.ids) for row in rows for s in row.sequences]
+    return len(lengths) * max(lengths)
 
 
 def within_budget(

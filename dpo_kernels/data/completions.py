@@ -4,6 +4,8 @@
     {"prompt": "...", "completion": "..."}        texts or message lists alike
     {"text": "..."}                               every token scored
 
+Those that were judged, alone (`label`) or in a ranked list, are read by `judged.py`.
+
 A conversation ends with the assistant. `system`, `tools` and `chat_template_kwargs` are as in
 pairs, and so is all of tokenisation: special tokens once, cut at `max_length`, what cannot be used
 left out with file and line.
@@ -21,7 +23,7 @@ from .files import Source, name_of, read_rows
 from .left_out import BadField, LeftOut, Problem, Refused
 from .pairs import PairReader, PreferencePair, Turn
 from .row import kind_of
-from .sequences import Ids, Limits, Spans, TokenPair, TokenSequence
+from .sequences import Ids, Limits, Spans, TokenCompletion, TokenRanking, TokenRow, TokenSequence
 from .tokenize import (
     ALL_TURNS,
     LONG,
@@ -45,10 +47,28 @@ class Completion:
     source: str  # "file:line"
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] | None = None
+    label: bool | None = None  # found good or bad; None: nobody said
+    weight: float | None = None  # of a judged one in the loss
 
     @property
     def conversational(self) -> bool:
         return isinstance(self.completion, list)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A prompt and its completions, from the best to the last; texts or message lists alike."""
+
+    prompt: Turn
+    completions: tuple[Turn, ...]
+    source: str  # "file:line"
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] | None = None
+    weight: float | None = None
+
+    @property
+    def conversational(self) -> bool:
+        return isinstance(self.completions[0], list)
 
 
 Scorable = Completion | PreferencePair
@@ -92,7 +112,7 @@ def _read(
         try:
             if isinstance(row, BadField):
                 raise row
-            found = _completion(row, where)
+            found = completion_of(row, where)
         except BadField as bad:
             left_out.add(bad.at(where))
             continue
@@ -105,7 +125,8 @@ def _read(
         left_out.once(remark)
 
 
-def _completion(row: dict[str, Any], where: str) -> Completion:
+def completion_of(row: dict[str, Any], where: str) -> Completion:
+    """The completion of one row; `BadField` where it makes none."""
     for name in pair_rows._MEDIA:
         if row.get(name) not in (None, "", []):
             raise BadField(name, kind_of(row[name]), "text alone", "not supported")
@@ -139,39 +160,70 @@ def _completion(row: dict[str, Any], where: str) -> Completion:
 class RowTokenizer(PairTokenizer):
     """One tokenizer at work on pairs and completions; `None` for what goes to `left_out`."""
 
-    def of(self, row: Scorable) -> TokenPair | TokenSequence | None:
+    def of(self, row: Scorable | Ranking) -> TokenRow | TokenSequence | None:
         if isinstance(row, PreferencePair):
             return self.usable(row)
         _require_template(self.tokenizer, row.conversational)
         notes = self.left_out.notes.copy()
         try:
-            return self._sequence(row)
+            return self._ranking(row) if isinstance(row, Ranking) else self._completion(row)
         except Refused as refused:
             self.left_out.notes = notes  # they count what is in the rows that are used
             self.left_out.add(Problem(row.source, *refused.args))
             return None
 
-    def _sequence(self, row: Completion) -> TokenSequence:
-        spans: Spans | None = None
-        if row.conversational:
-            name = "completion"
-            alone, ids, spans = self._conversation(row)
-        else:
-            name = "completion" if row.prompt else "text"
-            self._words(name, str(row.completion))
-            alone = self._plain(str(row.prompt), "")
-            ids = self._plain(str(row.prompt), str(row.completion))
-        notes = self.left_out.notes
-        (kept,), start, (spans,), _ = shortened(
-            self.truncation, [ids], _common(alone, ids), [spans], notes
+    def _completion(self, row: Completion) -> TokenCompletion | TokenSequence:
+        (sequence,) = self._sequences([row])
+        if row.label is None:
+            return sequence
+        prompt, completion = sequence.ids[: sequence.start], sequence.ids[sequence.start :]
+        how = (row.source, row.label, row.weight, sequence.unscored)
+        return TokenCompletion(prompt, completion, *how)
+
+    def _ranking(self, row: Ranking) -> TokenRanking:
+        shared = (row.source, row.tools, row.template_kwargs)
+        found = self._sequences([Completion(row.prompt, c, *shared) for c in row.completions])
+        kept = {s.ids: s for s in reversed(found)}  # of equal ones the best
+        if len(kept) < 2:
+            wanted = "two that differ (within max_length)"
+            raise Refused("completions", "the same tokens in all", wanted, "nothing to rank")
+        if len(kept) < len(found):
+            what = "completions that are another's tokens (the better place is kept)"
+            self.left_out.notes[what] += len(found) - len(kept)
+        ranked = [s for s in found if kept[s.ids] is s]
+        start = ranked[0].start
+        return TokenRanking(
+            ranked[0].ids[:start],
+            tuple(s.ids[start:] for s in ranked),
+            row.source,
+            row.weight,
+            tuple(s.unscored for s in ranked),
         )
-        unscored = () if spans is None else _between(start, spans, len(kept))
-        sequence = TokenSequence(kept, start, row.source, unscored)
-        if sequence.num_scored == 0:
-            wanted = "at least one token of completion"
-            raise Refused(name, "no token left to score", wanted, "completion too short")
-        self._check_limits(name, kept)
-        return sequence
+
+    def _sequences(self, rows: Sequence[Completion]) -> list[TokenSequence]:
+        """The sequences of one prompt's completions, which keep one prompt."""
+        names, alone, sides, spans = zip(*map(self._rendered, rows), strict=True)
+        start = min(map(_common, alone, sides))
+        kept, start, cut, _ = shortened(self.truncation, sides, start, spans, self.left_out.notes)
+        found = []
+        for row, name, ids, within in zip(rows, names, kept, cut, strict=True):
+            unscored = () if within is None else _between(start, within, len(ids))
+            sequence = TokenSequence(ids, start, row.source, unscored)
+            if sequence.num_scored == 0:
+                wanted = "at least one token of completion"
+                raise Refused(name, "no token left to score", wanted, "completion too short")
+            self._check_limits(name, ids)
+            found.append(sequence)
+        return found
+
+    def _rendered(self, row: Completion) -> tuple[str, Ids, Ids, Spans | None]:
+        """(what to call it, prompt, whole, scored spans where others speak in it)."""
+        if row.conversational:
+            return "completion", *self._conversation(row)
+        name = "completion" if row.prompt else "text"
+        self._words(name, str(row.completion))
+        prompt = str(row.prompt)
+        return name, self._plain(prompt, ""), self._plain(prompt, str(row.completion)), None
 
     def _conversation(self, row: Completion) -> tuple[Ids, Ids, Spans | None]:
         """(prompt, whole, the assistant's turns where others speak between them)."""
@@ -218,9 +270,33 @@ def tokenize_conversations(
     progress: Progress | None = None,
 ) -> list[TokenSequence]:
     """Token ids of completions; what cannot be used goes to `left_out`."""
+    found = _tokenised(rows, tokenizer, max_length, left_out, limits, progress)
+    return [sequence for sequence in found if isinstance(sequence, TokenSequence)]
+
+
+def tokenize_judged(
+    rows: Sequence[Completion | Ranking],
+    tokenizer: Any,
+    max_length: Truncation | int | None,
+    left_out: LeftOut,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+) -> list[TokenCompletion | TokenRanking]:
+    """Token ids of labelled completions or ranked lists; what cannot be used goes to `left_out`."""
+    found = _tokenised(rows, tokenizer, max_length, left_out, limits, progress)
+    return [row for row in found if isinstance(row, TokenCompletion | TokenRanking)]
+
+
+def _tokenised(
+    rows: Sequence[Scorable | Ranking],
+    tokenizer: Any,
+    max_length: Truncation | int | None,
+    left_out: LeftOut,
+    limits: Limits | None,
+    progress: Progress | None,
+) -> Iterator[TokenRow | TokenSequence | None]:
     maker = RowTokenizer(tokenizer, max_length, left_out, left_out.once, limits or Limits())
     wrapped: Any = rows
     if progress is not None and len(rows) >= LONG:
         wrapped = progress(rows, "tokenising", len(rows), "rows")
-    found = (maker.of(row) for row in wrapped)
-    return [sequence for sequence in found if isinstance(sequence, TokenSequence)]
+    return map(maker.of, wrapped)

@@ -56,7 +56,7 @@ def form_of(row: Mapping[str, Any]) -> str | None:
         return None
     if any(name in row for name in _LISTS):
         return "ranked"
-    if "output" in row and "label" in row:
+    if ("output" in row or "completion" in row) and "label" in row:
         return "binary"
     return None
 
@@ -143,7 +143,20 @@ def _labelled(row: Row, first: str, second: str, labels: dict[Any, bool]) -> Row
 
 
 def _ranked(row: Row) -> Row:
-    name = next(n for n in _LISTS if n in row)
+    texts, values, row = ranked_texts(row)
+    best, worst = max(values), min(values)
+    chosen, rejected = texts[values.index(best)], texts[values.index(worst)]
+    return _turns({**row, "chosen": chosen, "rejected": rejected})
+
+
+def ranked_texts(row: Row) -> tuple[list[Any], list[float], Row]:
+    """(completions, a score of each, the rest of the row); `BadField` where none is the best."""
+    name = next((n for n in _LISTS if n in row), None)
+    if name is None:
+        columns = ", ".join(row) or "no column"
+        raise BadField(
+            _LISTS[0], f"missing (the row has {columns})", "a list of completions", "missing field"
+        )
     items = row.pop(name)
     if not isinstance(items, list) or len(items) < 2:
         got = f"{len(items)} of them" if isinstance(items, list) else kind_of(items)
@@ -170,13 +183,9 @@ def _ranked(row: Row) -> Row:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value):
             raise BadField(column, repr(value)[:40], "finite numbers", "mis-typed field")
-    best, worst = max(values), min(values)
-    if best == worst:
+    if min(values) == max(values):
         raise BadField(column, "all equal", "a best and a worst", "no preference")
-    chosen, rejected = texts[values.index(best)], texts[values.index(worst)]
-    if column == "ranks":
-        chosen, rejected = rejected, chosen
-    return _turns({**row, "chosen": chosen, "rejected": rejected})
+    return texts, [-value for value in values] if column == "ranks" else values, row
 
 
 def _turns(row: Row) -> Row:
@@ -189,9 +198,10 @@ def _turns(row: Row) -> Row:
 
 def _binary(row: Row) -> Row:
     raise BadField(
-        "output",
+        "completion" if "completion" in row else "output",
         "one completion with a label",
-        "two to prefer between: unpaired data is of KTO and its like",
+        "two to prefer between: unpaired data is of KTO and its like (loss_type kto or "
+        "apo_zero_unpaired)",
         "no preference",
     )
 

@@ -103,15 +103,20 @@ class PreferencePair:
 class PairReader:
     """Rows to pairs; counts what it meets in them."""
 
-    def __init__(self, left_out: LeftOut, columns: Mapping[str, str] | None = None) -> None:
-        self.left_out, self.columns = left_out, columns
+    def __init__(
+        self,
+        left_out: LeftOut,
+        columns: Mapping[str, str] | None = None,
+        soft_labels: bool = False,
+    ) -> None:
+        self.left_out, self.columns, self.soft_labels = left_out, columns, soft_labels
         self.unused: Counter[str] = Counter()  # columns that mean nothing here
         self.forms: Counter[str] = Counter()  # of other projects
         self.rows = 0
 
-    def pairs(self, source: Source) -> Iterator[PreferencePair]:
-        """The usable pairs of a source, as they are read."""
-        for where, row in read_rows(source, self.columns):
+    def read(self, source: Source, given: Any = None) -> Iterator[PreferencePair]:
+        """The usable pairs of a source, as they are read (`given`: read already)."""
+        for where, row in read_rows(source, self.columns) if given is None else given:
             pair = self.pair(row, where)
             if pair is not None:
                 yield pair
@@ -129,6 +134,8 @@ class PairReader:
         if isinstance(row, BadField):
             raise row
         row, form = as_pair(row)
+        if self.soft_labels:
+            row = _softened(row)
         unknown = [name for name in row if name not in _KNOWN and row[name] not in (None, "", [])]
         self.unused.update(unknown)
         pair = _pair(row, where, unknown, self.left_out)
@@ -149,16 +156,20 @@ class PairReader:
 
 
 def read_pairs(
-    source: Source, left_out: LeftOut, columns: Mapping[str, str] | None = None
+    source: Source,
+    left_out: LeftOut,
+    columns: Mapping[str, str] | None = None,
+    soft_labels: bool = False,
 ) -> list[PreferencePair]:
     """All usable pairs of a source (`files.read_rows`); the rest goes to `left_out`.
 
-    `columns`: our name -> the name that the data has. Raises `DataError` if the source cannot be
-    read, holds no usable pair, or if a row is bad and `left_out.strict`.
+    `columns`: our name -> the name that the data has; `soft_labels`: `p_chosen` of a row becomes
+    its `label_smoothing`. Raises `DataError` if the source cannot be read, holds no usable pair, or
+    if a row is bad and `left_out.strict`.
     """
     since = len(left_out.problems)
-    reader = PairReader(left_out, columns)
-    pairs = list(reader.pairs(source))
+    reader = PairReader(left_out, columns, soft_labels)
+    pairs = list(reader.read(source))
     for remark in reader.remarks(source):
         left_out.once(remark)
     if not pairs:
@@ -453,6 +464,22 @@ def _check_completion(name: str, side: Turn) -> None:
                 "it in the prompt",
                 "system message in a completion",
             )
+
+
+def _softened(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the probability that chosen is better as what the loss calls it."""
+    if row.get("label_smoothing") is not None:
+        raise BadField(
+            "label_smoothing", "a value beside soft_labels", "p_chosen alone", "not supported"
+        )
+    p: Any = row.get("p_chosen")
+    number = isinstance(p, int | float) and not isinstance(p, bool)
+    if not number or not 0.5 <= p <= 1:
+        got = "missing" if p is None else str(p)[:40]
+        wanted = "a probability in [0.5, 1] (soft_labels)"
+        raise BadField("p_chosen", got, wanted, "no probability")
+    rest = {name: value for name, value in row.items() if name != "p_chosen"}
+    return {**rest, "label_smoothing": 1.0 - p}
 
 
 def _group(row: dict[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
-"""Token ids of pairs and single sequences, and what a model can be fed.
+"""Token ids of the rows that are trained on and of single sequences, and what a model can be fed.
 
-A sequence is prompt ++ completion; of the completion every token is scored but those of others'
+A row is a prompt with its completions: a pair, one that was judged alone, or a ranked list. A
+sequence is prompt ++ completion; of the completion every token is scored but those of others'
 turns. Positions count from the start of the whole sequence.
 """
 
@@ -38,6 +39,55 @@ class TokenPair:
             TokenSequence(self.prompt + self.rejected, P, self.source, self.unscored[1]),
         )
 
+    @property
+    def size(self) -> int:
+        """Tokens, those of the prompt once."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+@dataclass(frozen=True)
+class TokenCompletion:
+    """The ids of one completion that was found good (`desirable`) or bad, truncated."""
+
+    prompt: Ids
+    completion: Ids
+    source: str
+    desirable: bool
+    weight: float | None = None
+    unscored: Spans = ()
+
+    @property
+    def sequences(self) -> tuple[TokenSequence]:
+        ids = self.prompt + self.completion
+        return (TokenSequence(ids, len(self.prompt), self.source, self.unscored),)
+
+    @property
+    def size(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+@dataclass(frozen=True)
+class TokenRanking:
+    """The ids of a prompt's completions, from the best to the last, truncated."""
+
+    prompt: Ids
+    completions: tuple[Ids, ...]
+    source: str
+    weight: float | None = None
+    unscored: tuple[Spans, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[TokenSequence, ...]:
+        P, unscored = len(self.prompt), self.unscored or ((),) * len(self.completions)
+        return tuple(
+            TokenSequence(self.prompt + ids, P, self.source, spans)
+            for ids, spans in zip(self.completions, unscored, strict=True)
+        )
+
+    @property
+    def size(self) -> int:
+        return len(self.prompt) + sum(map(len, self.completions))
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -63,6 +113,17 @@ class TokenSequence:
     @property
     def num_scored(self) -> int:
         return len(self.scored)
+
+
+# What an optimizer step is made of.
+TokenRow = TokenPair | TokenCompletion | TokenRanking
+
+
+def sequences_of(rows: Sequence[TokenRow]) -> list[TokenSequence]:
+    """The sequences of these rows as a batch has them: the first of each row, then the second."""
+    each = [row.sequences for row in rows]
+    most = max(map(len, each), default=0)
+    return [found[k] for k in range(most) for found in each if k < len(found)]
 
 
 @dataclass(frozen=True)

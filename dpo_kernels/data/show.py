@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .sequences import Ids, TokenPair, TokenSequence
+from .sequences import Ids, TokenCompletion, TokenPair, TokenRow, TokenSequence
 
 _COLOURS = {"prompt": "36", "scored": "32", "not scored": "90", "cut": "31;9"}
 _BREAKS = {"\n": "⏎", "\t": "⇥", " ": "·", "\r": "␍"}
@@ -18,9 +18,9 @@ BETWEEN = "│"
 
 
 def shown_pair(
-    pair: TokenPair, whole: TokenPair | None, tokenizer: Any, width: int = 80, colour: bool = False
+    pair: TokenRow, whole: TokenRow | None, tokenizer: Any, width: int = 80, colour: bool = False
 ) -> Iterator[str]:
-    """Lines of at most `width` columns. `whole`: the pair without limits of length."""
+    """Lines of at most `width` columns, of a pair or another row. `whole`: it without limits."""
 
     def text(ids: Sequence[int]) -> list[str]:
         return [visible(tokenizer.decode([i])) for i in ids]
@@ -34,14 +34,21 @@ def shown_pair(
     dropped = _cut_off(whole.prompt, pair.prompt, left=True) if whole else ()
     yield from part("prompt, cut off", "cut", dropped)
     yield from part("prompt", "prompt", pair.prompt)
-    for name, sequence, ids in zip(
-        ("chosen", "rejected"), pair.sequences, (pair.chosen, pair.rejected), strict=True
-    ):
+    every = whole.sequences if whole else pair.sequences
+    for name, sequence, full in zip(_names(pair), pair.sequences, every, strict=False):
         for scored, run in _runs(sequence):
             kind = "scored" if scored else "not scored"
             yield from part(f"{name}, {kind}", kind, run)
-        rest = _cut_off(getattr(whole, name), ids, left=False) if whole else ()
+        rest = _cut_off(full.ids[full.start :], sequence.ids[sequence.start :], left=False)
         yield from part(f"{name}, cut off", "cut", rest)
+
+
+def _names(row: TokenRow) -> list[str]:
+    if isinstance(row, TokenCompletion):
+        return ["good completion" if row.desirable else "bad completion"]
+    if isinstance(row, TokenPair):
+        return ["chosen", "rejected"]
+    return [f"rank {k + 1}" for k in range(len(row.completions))]
 
 
 def _cut_off(whole: Ids, kept: Ids, left: bool) -> Ids:

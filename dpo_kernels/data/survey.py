@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from .completions import Completion, Ranking
 from .pairs import PreferencePair, Turn
-from .sequences import TokenPair
+from .sequences import TokenCompletion, TokenPair, TokenRanking
 
 BANDS, DEPTH = 8, 8
 _PRIME = (1 << 61) - 1
@@ -76,13 +77,17 @@ class Marks:
         self.places: list[str] = []  # names of files
         self.file, self.line = array("I"), array("q")
 
-    def add(self, pair: PreferencePair) -> None:
-        prompt, chosen, rejected = (text_of(t) for t in (pair.prompt, pair.chosen, pair.rejected))
-        self.pairs.append(hash64(prompt, chosen, rejected))
-        self.swapped.append(hash64(prompt, rejected, chosen))
+    def add(self, pair: PreferencePair | Completion | Ranking) -> None:
+        prompt = text_of(pair.prompt)
+        said = [text_of(t) for t in _completions(pair)]
+        # What makes it another row: the order of the completions, or the label of a single one.
+        label = [str(pair.label)] if isinstance(pair, Completion) else []
+        other = [str(not pair.label)] if isinstance(pair, Completion) else []
+        self.pairs.append(hash64(prompt, *said, *label))
+        self.swapped.append(hash64(prompt, *said[::-1], *other))
         self.prompts.append(hash64(prompt))
         if self.near:
-            self.bands.extend(sketch(f"{prompt}\n{chosen}\n{rejected}"))
+            self.bands.extend(sketch("\n".join([prompt, *said])))
         name, _, line = pair.source.rpartition(":")
         if not line.isdigit():
             name, line = pair.source, "0"
@@ -113,8 +118,14 @@ def _repeated(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows[by_row], earlier[by_row]
 
 
-def repeats(marks: Marks, shown: int = 3) -> list[Finding]:
-    """Rows that are there twice, nearly twice, or once each way."""
+def _completions(row: PreferencePair | Completion | Ranking) -> tuple[Turn, ...]:
+    if isinstance(row, Completion):
+        return (row.completion,)
+    return row.completions if isinstance(row, Ranking) else (row.chosen, row.rejected)
+
+
+def repeats(marks: Marks, shown: int = 3, single: bool = False) -> list[Finding]:
+    """Rows that are there twice, nearly twice, or once each way; `single`: without a partner."""
     found: list[Finding] = []
     if not len(marks):
         return found
@@ -138,6 +149,8 @@ def repeats(marks: Marks, shown: int = 3) -> list[Finding]:
     rows, others = np.flatnonzero(hit), order[at[hit]]
     first = others < rows
     said = "rows prefer what another row rejects, of the same two completions"
+    if single:
+        said = "rows have a completion that another row labels the other way"
     add("contradictions", rows[first], others[first], said, True)
     if marks.near:
         near: dict[int, int] = {}
@@ -211,12 +224,7 @@ class Lengths:
 
     def middle(self) -> int:
         """The end of the bin in which the median is."""
-        seen = 0
-        for bits in sorted(self.bins):
-            seen += self.bins[bits]
-            if 2 * seen >= self.pairs:
-                return 1 << bits
-        return 0
+        return _middle(self.bins)
 
     @property
     def prompt_share(self) -> float:
@@ -268,4 +276,84 @@ class Lengths:
             "prompt_share": round(self.prompt_share, 6),
             "shared_prompt_saving": round(self.saving, 6),
             "histogram": {f"<{1 << b}": n for b, n in sorted(self.bins.items())},
+        }
+
+
+def _middle(bins: Counter[int]) -> int:
+    """The end of the bin, of values by their bits, in which the median is."""
+    seen = 0
+    for bits in sorted(bins):
+        seen += bins[bits]
+        if 2 * seen >= bins.total():
+            return 1 << bits
+    return 0
+
+
+@dataclass
+class JudgedLengths:
+    """Sums of lengths of labelled completions (good, bad) or ranked lists (best, last)."""
+
+    kind: str  # unpaired | ranked
+    unit: str = "characters"
+    pairs: int = 0  # rows
+    longest: int = 0
+    prompt: int = 0
+    counts: list[int] = field(default_factory=lambda: [0, 0])
+    sums: list[int] = field(default_factory=lambda: [0, 0])
+    sizes: Counter[int] = field(default_factory=Counter)  # completions of a list
+    bins: Counter[int] = field(default_factory=Counter)  # of the longest sequence, by bits
+
+    def _add(self, prompt: int, lengths: list[int], good: bool) -> None:
+        self.pairs += 1
+        self.prompt += prompt
+        longest = prompt + max(lengths)
+        self.longest = max(self.longest, longest)
+        self.bins[longest.bit_length()] += 1
+        self.sizes[len(lengths)] += 1
+        sides = ((0, lengths[0]), (1, lengths[-1]))
+        for side, n in sides if self.kind == "ranked" else [sides[0 if good else 1]]:
+            self.counts[side] += 1
+            self.sums[side] += n
+
+    def add_texts(self, row: Completion | Ranking) -> None:
+        lengths = [len(text_of(t)) for t in _completions(row)]
+        self._add(len(text_of(row.prompt)), lengths, getattr(row, "label", None) is True)
+
+    def add_tokens(self, row: TokenCompletion | TokenRanking) -> None:
+        self.unit = "tokens"
+        lengths = [len(s.ids) - len(row.prompt) for s in row.sequences]
+        self._add(len(row.prompt), lengths, getattr(row, "desirable", False))
+
+    def middle(self) -> int:
+        return _middle(self.bins)
+
+    @property
+    def means(self) -> list[float]:
+        return [total / max(n, 1) for total, n in zip(self.sums, self.counts, strict=True)]
+
+    def lines(self, width: int = 80, plain: bool = False) -> list[str]:
+        """What the sums say."""
+        if not self.pairs:
+            return []
+        first, last = self.means
+        out = [f"mean {self.unit} of a prompt {self.prompt / self.pairs:.1f}"]
+        if self.kind == "unpaired":
+            out.append(f"{self.counts[0]:,} good completions, {self.counts[1]:,} bad ones")
+            out.append(f"mean {self.unit}: good {first:.1f}, bad {last:.1f}")
+        else:
+            sizes = ", ".join(f"{n:,} of {k}" for k, n in sorted(self.sizes.items()))
+            out.append(f"completions of a list: {sizes}")
+            out.append(f"mean {self.unit}: best {first:.1f}, last {last:.1f}")
+        return out
+
+    def as_json(self) -> dict[str, Any]:
+        names = ("good", "bad") if self.kind == "unpaired" else ("best", "last")
+        return {
+            "unit": self.unit,
+            "rows": self.pairs,
+            "prompt": self.prompt,
+            "longest": self.longest,
+            **{name: n for name, n in zip(names, self.counts, strict=True)},
+            **{f"{name}_mean": x for name, x in zip(names, self.means, strict=True)},
+            "completions": {str(k): n for k, n in sorted(self.sizes.items())},
         }

@@ -63,6 +63,12 @@ class PairsConfig(PairOptions):
     samples: str = option("", "file of samples")
     verdicts: str = option("", "file of verdicts on them")
     output: str = option("", "file of pairs, .jsonl or .parquet")
+    format: str = option(
+        "pairs",
+        "pairs; unpaired: prompt, completion, label (kto, apo_zero_unpaired); ranked: prompt, "
+        "completions, scores (plackett_luce)",
+        ("pairs", "unpaired", "ranked"),
+    )
     seed: int = option(42, "seed of what is drawn from mixed files")
 
     def check(self) -> None:

@@ -88,7 +88,8 @@ def logps_moved(
     pairs = pairs[:: max(1, len(pairs) // most)][:most]
     moved = {}
     for side in ("chosen", "rejected"):
-        rows = [render(after.tokenizer, p["prompt"], completion_text(p[side])) for p in pairs]
+        texts = [(p["prompt"], _on_side(p, side)) for p in pairs]
+        rows = [render(after.tokenizer, p, completion_text(c)) for p, c in texts if c is not None]
         total, tokens = 0.0, 0
         for start in range(0, len(rows), 8):
             group = rows[start : start + 8]
@@ -97,6 +98,16 @@ def logps_moved(
             tokens += sum(len(c) for _, c in group)
         moved[f"logps_moved/{side}"] = total / max(tokens, 1)
     return moved
+
+
+def _on_side(row: dict[str, Any], side: str) -> Any:
+    """The completion of a row that is chosen or rejected: of a pair, of a list the first or last,
+    of a single one itself if it was found so (else None)."""
+    if "completions" in row:
+        return row["completions"][0 if side == "chosen" else -1]
+    if "label" in row:
+        return row["completion"] if row["label"] == (side == "chosen") else None
+    return row[side]
 
 
 def broken_limit(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ MOST_ODDS = math.log(0.999 / 0.001)  # a label says 1 and means no more than tha
 
 
 @dataclass(frozen=True)
-class _Judged:
+class JudgedPair:
     """A verdict on two samples, seen from the better one. `margin` 0 is a tie."""
 
     chosen: Sample
@@ -47,12 +47,13 @@ class PairCounts:
     sources: dict[str, int]
     dropped: dict[str, int]
     log_length_ratio: float  # mean log(length chosen / rejected) of the judged pairs
+    rows: str = "pairs"  # what they are
 
     def describe(self) -> str:
         left = ", ".join(f"{n} {why}" for why, n in self.dropped.items()) or "nothing"
         found = ", ".join(f"{n} {name}" for name, n in self.sources.items())
         return (
-            f"{self.pairs} pairs ({found}); dropped: {left}; log length ratio of chosen to "
+            f"{self.pairs} {self.rows} ({found}); dropped: {left}; log length ratio of chosen to "
             f"rejected {self.log_length_ratio:+.3f}"
         )
 
@@ -66,14 +67,14 @@ def make_pairs(
     """(rows, counts) of the pairs that the options ask for. A verdict with an error makes none."""
     groups = by_prompt(samples)
     dropped: Counter[str] = Counter()
-    found: list[_Judged] = []
-    for key, rows in _by_id(verdicts).items():
+    found: list[JudgedPair] = []
+    for key, rows in by_id(verdicts).items():
         if key not in groups:
             raise DataError(f"a verdict is about the prompt {key}, of which there is no sample")
         number = {s.sample: s for s in groups[key]}
-        judged = [j for row in rows if (j := _judged(row, number, options, dropped))]
+        judged = [j for row in rows if (j := judged_pair(row, number, options, dropped))]
         if options.length_matched is not None:
-            near = [j for j in judged if _matched(j, options.length_matched)]
+            near = [j for j in judged if matched(j, options.length_matched)]
             dropped["lengths too different"] += len(judged) - len(near)
             judged = near
         if options.select == "best_worst" and judged:
@@ -87,24 +88,24 @@ def make_pairs(
         kept = [kept[i] for i in sorted(best)]
     pairs = [_pair(j) for j in kept]
     sources = {"judged": len(pairs)}
-    for name, rows in _mixed(options, groups, len(pairs), seed):
+    for name, rows in mixed(options, groups, len(pairs), seed, _static, _from_sft):
         sources[name] = len(rows)
         pairs += rows
-    ratio = _log_length_ratio(kept)
+    ratio = log_length_ratio([(j.chosen.completion, j.rejected.completion) for j in kept])
     counts = PairCounts(len(pairs), sources, {k: n for k, n in dropped.items() if n}, ratio)
     return pairs, counts
 
 
-def _by_id(verdicts: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def by_id(verdicts: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in verdicts:
         found.setdefault(str(row.get("id") or prompt_id(row["prompt"])), []).append(row)
     return found
 
 
-def _judged(
+def judged_pair(
     row: dict[str, Any], number: dict[int, Sample], options: PairOptions, dropped: Counter[str]
-) -> _Judged | None:
+) -> JudgedPair | None:
     """The verdict as a pair; None, counted, for an error."""
     if row.get("error") or row.get("p_first") is None:
         dropped["errors"] += 1
@@ -117,7 +118,7 @@ def _judged(
     if not 0 <= p <= 1:
         raise DataError(f"p_first must be in [0, 1], got {p}")
     if row.get("tie"):
-        return _Judged(first, second, 0.0, 0.5)
+        return JudgedPair(first, second, 0.0, 0.5)
     if None not in scores:
         margin = float(scores[0]) - float(scores[1])  # type: ignore[arg-type]
     else:
@@ -127,8 +128,8 @@ def _judged(
         margin -= options.length_penalty * extra
         p = _sigmoid(margin) if None in scores or 0 < p < 1 else float(margin > 0)
     if margin < 0:
-        return _Judged(second, first, -margin, 1 - p)
-    return _Judged(first, second, margin, p if margin else 0.5)
+        return JudgedPair(second, first, -margin, 1 - p)
+    return JudgedPair(first, second, margin, p if margin else 0.5)
 
 
 def _log_odds(p: float) -> float:
@@ -141,12 +142,12 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-max(-700.0, min(700.0, x))))
 
 
-def _matched(pair: _Judged, share: float) -> bool:
+def matched(pair: JudgedPair, share: float) -> bool:
     lengths = sorted((len(pair.chosen.completion), len(pair.rejected.completion)))
     return lengths[1] <= (1 + share) * lengths[0]
 
 
-def _best_worst(judged: list[_Judged], dropped: Counter[str]) -> list[_Judged]:
+def _best_worst(judged: list[JudgedPair], dropped: Counter[str]) -> list[JudgedPair]:
     """The pair of the sample with the highest mean margin and the one with the lowest.
 
     Only a verdict on just these two makes it a pair; one that says the opposite makes none.
@@ -168,7 +169,7 @@ def _best_worst(judged: list[_Judged], dropped: Counter[str]) -> list[_Judged]:
     return [direct[high, low]]
 
 
-def _keep(pair: _Judged, options: PairOptions, dropped: Counter[str]) -> bool:
+def _keep(pair: JudgedPair, options: PairOptions, dropped: Counter[str]) -> bool:
     if pair.margin == 0:
         dropped["ties"] += options.ties == "drop"
         return options.ties == "soft"
@@ -181,7 +182,7 @@ def _keep(pair: _Judged, options: PairOptions, dropped: Counter[str]) -> bool:
     return True
 
 
-def _pair(j: _Judged) -> dict[str, Any]:
+def _pair(j: JudgedPair) -> dict[str, Any]:
     prompt = j.chosen.prompt
     return {
         "prompt": prompt,
@@ -192,20 +193,26 @@ def _pair(j: _Judged) -> dict[str, Any]:
     }
 
 
-def _log_length_ratio(kept: Sequence[_Judged]) -> float:
-    ratios = [
-        math.log(max(len(j.chosen.completion), 1) / max(len(j.rejected.completion), 1))
-        for j in kept
-    ]
+def log_length_ratio(kept: Sequence[tuple[str, str]]) -> float:
+    """Mean log of the ratio of two texts' lengths."""
+    ratios = [math.log(max(len(a), 1) / max(len(b), 1)) for a, b in kept]
     return sum(ratios) / len(ratios) if ratios else 0.0
 
 
-def _mixed(
-    options: PairOptions, groups: dict[str, list[Sample]], judged: int, seed: int
+Maker = Callable[[str, dict[str, list[Sample]]], list[dict[str, Any]]]
+
+
+def mixed(
+    options: PairOptions,
+    groups: dict[str, list[Sample]],
+    judged: int,
+    seed: int,
+    static: Maker,
+    from_sft: Maker,
 ) -> list[tuple[str, list[dict[str, Any]]]]:
     """Rows of other files: WEIGHT rows for each judged pair, drawn by seed without repetition."""
     found = []
-    for texts, make in ((options.mix, _static), (options.mix_sft, _from_sft)):
+    for texts, make in ((options.mix, static), (options.mix_sft, from_sft)):
         for text in texts:
             path, equals, weight = text.rpartition("=")
             try:

@@ -2,40 +2,33 @@
 
     prompts -> samples -> verdicts -> pairs -> train -> evaluate -> promote
 
-Each arrow is a stage with files of its own and an entry in the round's manifest; what is finished
-is never done again, so a loop that was killed goes on where it was. A round ends by name where it
-has too few pairs, where a guard's limit is broken, or where the new policy loses to the old one;
-then the old one stays.
+This file is the loop and its folder; what a round does is in `one_round.py`. What is finished is
+never done again, so a loop that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data import embedded
 from ..train.config import UserError, load_config
 from ..train.console import Console
-from ..train.job import run_job
 from .command_options import MAY_CHANGE, IterateConfig
-from .guards import broken_limit, kl_of_samples, logps_moved, text_statistics
+from .guards import text_statistics
 from .iteration_report import write_report
-from .judges import Judge, make_judge
+from .judges import make_judge
 from .local_models import LocalModel, weights_digest
 from .manifest import LOCK, Manifest, locked, read_json, write_json
-from .pair_rules import make_pairs
-from .records import Prompt, digest, read_prompts, read_samples, read_table, write_table
+from .one_round import Round, sampling_of
+from .one_round import average_models as average_models
+from .records import Prompt, read_prompts, read_samples, write_table
 from .sampling import generate, seed_of
-from .settings import SamplingOptions, load_options
+from .settings import load_options
 from .start_model import embedded_start
-from .verdicts import judge_samples
-from .win_rate import win_rate
 
 PROMPT_FILES = tuple(
     name + ending
@@ -95,6 +88,7 @@ class Iteration:
         if forbidden:
             raise UserError(f"{sorted(forbidden)[0]}: each round has its own")
         trained = load_config(self.training)  # a mistake is found before anything is sampled
+        self.rows = trained.rows  # what the loss is of: pairs, unpaired or ranked
         self.per_step = trained.per_device_train_batch_size * trained.gradient_accumulation_steps
         self.folder = Path(config.output_dir)
         self.start = self.folder / "start"
@@ -216,7 +210,7 @@ class Iteration:
 
     def sample_held_out(self, policy: LocalModel, folder: Path) -> dict[str, Any]:
         """Sample the held-out prompts; each round with the same seed."""
-        options = replace(_sampling(self.config), num_samples=self.config.eval_samples)
+        options = replace(sampling_of(self.config), num_samples=self.config.eval_samples)
         counts = generate(
             self.eval_prompts, policy, options, folder / "eval_samples.jsonl", self.console
         )
@@ -247,228 +241,6 @@ class Iteration:
         return make_judge(c, self.folder / "requests.jsonl")
 
 
-class Round:
-    """One round: its folder, its manifest, its stages."""
-
-    def __init__(self, loop: Iteration, number: int, state: dict[str, Any], zero: Manifest) -> None:
-        self.loop, self.number, self.zero = loop, number, zero
-        self.config, self.say = loop.config, loop.console.say
-        self.policy, self.reference = state["policy"], state["reference"]
-        self.before = loop.folder / "rounds" / f"{state.get('round', 0):03d}"
-        self.folder = loop.folder / "rounds" / f"{number:03d}"
-        self.seed = seed_of(self.config.seed, "round", number)
-        self.manifest = Manifest(
-            self.folder,
-            {
-                "round": number,
-                "seed": self.seed,
-                "sampled_from": {"path": self.policy, "weights": weights_digest(Path(self.policy))},
-                "reference_of_training": self._training_reference(),
-                "prompts": digest([p.id for p in loop.prompts_of(number)]),
-                "promoted": False,
-                "ended": None,
-            },
-        )
-        self._judge: Any = None
-
-    def run(self) -> str | None:
-        """Do what is not done yet; the reason why the loop ends here, or None."""
-        m = self.manifest
-        if m["ended"] or m["promoted"]:
-            return m["ended"]
-        m.stage("generate", self._generate, "samples.jsonl")
-        verdicts = m.stage("judge", self._ask, "verdicts.jsonl")
-        self.say(f"round {self.number}: {verdicts['said']}")
-        counts = m.stage("pairs", self._pairs, "pairs.jsonl")
-        self.say(f"round {self.number}: {counts['said']}")
-        if counts["pairs"] < self.config.min_pairs:
-            return self._end(
-                f"min_pairs: {counts['pairs']} pairs in round {self.number}, "
-                f"min_pairs is {self.config.min_pairs} ({counts['said']})"
-            )
-        m.stage("train", self._train, "train/model")
-        found = m.stage("evaluate", self._evaluate, "eval_samples.jsonl", "wins_round0.jsonl")
-        return self._decide(found)
-
-    def _end(self, why: str) -> str:
-        self.manifest.note(ended=why)
-        self.say(f"round {self.number} ends: {why}")
-        return why
-
-    def _decide(self, found: dict[str, Any]) -> str | None:
-        """Promote the new policy, or say why not."""
-        c = self.config
-        against0, against = found["win_rate_round0"], found["win_rate_previous"]
-        self.say(
-            f"round {self.number}: win rate over round 0 {_rate(against0)}, over the previous "
-            f"policy {_rate(against)}"
-        )
-        broken = broken_limit(c, found["measures"], self.zero["stages"]["evaluate"]["measures"])
-        if broken:
-            return self._end(f"guard {broken}; round {self.number} is not promoted")
-        if c.stop_below is not None and against["prompts"] and against["high"] < c.stop_below:
-            return self._end(
-                f"stop_below: win rate over the previous policy {_rate(against)}, below "
-                f"{c.stop_below:g}; round {self.number} is not promoted"
-            )
-        promoted = self.manifest.stage("promote", self._promote)
-        reached = c.stop_at is not None and against0["rate"] and against0["rate"] >= c.stop_at
-        why = f"stop_at: win rate over round 0 {_rate(against0)}" if reached else None
-        # One write: a round is promoted with its reason to end, or not yet.
-        self.manifest.note(
-            promoted=True, policy=promoted["policy"], reference=promoted["reference"], ended=why
-        )
-        return why
-
-    # --- stages ---
-
-    def judge(self, names: list[str] | None = None) -> Judge:
-        if self._judge is None or names:
-            self._judge = self.loop.judge(self.policy, names)
-        return self._judge
-
-    def _generate(self) -> dict[str, Any]:
-        prompts = self.loop.prompts_of(self.number)
-        options = replace(_sampling(self.config), seed=self.seed)
-        policy = LocalModel.load(self.policy, self.config.device)
-        counts = generate(
-            prompts, policy, options, self.folder / "samples.jsonl", self.loop.console
-        )
-        return asdict(counts)
-
-    def _ask(self) -> dict[str, Any]:
-        samples = read_samples(self.folder / "samples.jsonl")
-        judge = self.judge()
-        found = self._verdicts(samples, judge, "verdicts.jsonl")
-        c = self.config
-        if c.fallback_judge:
-            pairs, _ = make_pairs(samples, read_table(self.folder / "verdicts.jsonl"), c, self.seed)
-            if len(pairs) < c.min_pairs:
-                other = self.loop.judge(self.policy, c.fallback_judge)
-                second = self._verdicts(samples, other, "verdicts_fallback.jsonl")
-                second["said"] = (
-                    f"{judge.name}: {found['said']}; asked in its place, {other.name}: "
-                    f"{second['said']}"
-                )
-                (self.folder / "verdicts.jsonl").replace(self.folder / "verdicts_first.jsonl")
-                shutil.copyfile(
-                    self.folder / "verdicts_fallback.jsonl", self.folder / "verdicts.jsonl"
-                )
-                return {**second, "first_judge": found}
-        return found
-
-    def _verdicts(self, samples: Any, judge: Any, name: str) -> dict[str, Any]:
-        counts = judge_samples(
-            samples, judge, self.folder / name, self.config.compare, self.loop.console
-        )
-        found = {"judge": judge.name, "identity": judge.identity, **asdict(counts)}
-        found["said"] = counts.describe()
-        endpoint = getattr(judge, "endpoint", None)
-        if endpoint is not None:
-            found |= {"requests": dict(endpoint.stats), "cost": endpoint.cost}
-            self.say(endpoint.describe())
-        return found
-
-    def _pairs(self) -> dict[str, Any]:
-        samples = read_samples(self.folder / "samples.jsonl")
-        rows, counts = make_pairs(
-            samples, read_table(self.folder / "verdicts.jsonl"), self.config, self.seed
-        )
-        write_table(self.folder / "pairs.jsonl", rows)
-        return {**asdict(counts), "said": counts.describe()}
-
-    def _training_reference(self) -> str:
-        kinds = {"initial": str(self.loop.start), "previous": self.policy, "ema": self.reference}
-        return kinds[self.config.reference]
-
-    def _train(self) -> dict[str, Any]:
-        reference = self._training_reference()
-        options = {
-            "eval_fraction": 0.0,
-            "sample_max_new_tokens": 0,
-            "compare_plain_torch": False,
-            "seed": self.seed,
-            "device": self.config.device,
-            **self.loop.training,
-            "model_name_or_path": self.policy,
-            "dataset_name": str(self.folder / "pairs.jsonl"),
-            "output_dir": str(self.folder / "train"),
-            "overwrite_output_dir": True,
-        }
-        if reference != self.policy:
-            options["ref_model_name_or_path"] = reference
-        checkpoints = self.folder / "train" / "checkpoints"
-        if checkpoints.is_dir() and any(checkpoints.iterdir()):  # it was killed behind one
-            options["resume_from_checkpoint"] = "true"
-        with _hushed(self.loop.console):
-            summary = run_job(options, self.loop.console)
-        shutil.rmtree(checkpoints, ignore_errors=True)  # optimizer states nobody asks for again
-        return {"steps": summary["steps"], "pairs": summary["pairs"]}
-
-    def _evaluate(self) -> dict[str, Any]:
-        device = self.config.device
-        new = LocalModel.load(str(self.folder / "train" / "model"), device)
-        found = self.loop.sample_held_out(new, self.folder)
-        samples = read_samples(self.folder / "eval_samples.jsonl")
-        start = LocalModel.load(str(self.loop.start), device)
-        found["measures"] |= kl_of_samples(new, start, samples)
-        pairs = read_table(self.folder / "pairs.jsonl")
-        old = start if self.policy == str(self.loop.start) else LocalModel.load(self.policy, device)
-        found["measures"] |= logps_moved(new, old, pairs)
-        for name, folder in (("round0", self.zero.folder), ("previous", self.before)):
-            if name == "previous" and folder == self.zero.folder:
-                found["win_rate_previous"] = found["win_rate_round0"]  # asked once
-                continue
-            found[f"win_rate_{name}"] = win_rate(
-                samples,
-                read_samples(folder / "eval_samples.jsonl"),
-                self.judge(),
-                self.folder / f"wins_{name}.jsonl",
-                self.config.win_length_match,
-            )
-        return found
-
-    def _promote(self) -> dict[str, Any]:
-        """The new policy becomes current; the EMA reference moves towards it."""
-        policy = f"rounds/{self.number:03d}/train/model"
-        if self.config.reference != "ema":
-            return {"policy": policy, "reference": policy}
-        target = self.folder / "reference"
-        average_models(
-            Path(self.reference), self.loop.folder / policy, target, self.config.ema_decay
-        )
-        return {"policy": policy, "reference": f"rounds/{self.number:03d}/reference"}
-
-
-@torch.no_grad()
-def average_models(old: Path, new: Path, target: Path, decay: float) -> None:
-    """Save decay * old + (1 - decay) * new, each weight, as a model of its own."""
-    first, second = LocalModel.load(str(old), "cpu"), LocalModel.load(str(new), "cpu")
-    theirs = dict(second.model.named_parameters())
-    for name, weight in first.model.named_parameters():
-        weight.lerp_(theirs[name], 1 - decay)
-    part = target.with_name(target.name + ".writing")
-    shutil.rmtree(part, ignore_errors=True)
-    first.model.save_pretrained(part)
-    first.tokenizer.save_pretrained(part)
-    shutil.rmtree(target, ignore_errors=True)
-    part.replace(target)
-
-
-def _sampling(config: IterateConfig) -> SamplingOptions:
-    return SamplingOptions(**{f.name: getattr(config, f.name) for f in fields(SamplingOptions)})
-
-
-@contextlib.contextmanager
-def _hushed(console: Console) -> Iterator[None]:
-    """Nothing printed; signals go on to be heard."""
-    before, console.quiet = console.quiet, True
-    try:
-        yield
-    finally:
-        console.quiet = before
-
-
 def _same_settings(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:
     for part in ("loop", "training"):
         for name in sorted({*old[part], *new[part]}):
@@ -493,9 +265,3 @@ def _summary_of(manifest: dict[str, Any]) -> dict[str, Any]:
         "win_rate_previous": evaluated.get("win_rate_previous"),
         "seconds": {k: v["seconds"] for k, v in stages.items()},
     }
-
-
-def _rate(w: dict[str, Any]) -> str:
-    if w["rate"] is None:
-        return "unknown (no verdict)"
-    return f"{w['rate']:.3f} [{w['low']:.3f}, {w['high']:.3f}] on {w['prompts']} prompts"

@@ -49,6 +49,8 @@ class HeadOutput(ModelOutput):
     zero_loss: Tensor | None = None  # [], the loss at zero log-ratios, of the step-0 check
     sft: Tensor | None = None  # [B], `DPOOutput.sft`
     strategy: str | None = None  # `DPOOutput.strategy`
+    desirable: Tensor | None = None  # [B] of single completions, whose `rewards` are [B]
+    kl: Tensor | None = None  # [], `UnpairedOutput.kl`
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,51 @@ class PairTask:
         )
 
 
+class RankedTask(PairTask):
+    """The same of lists of K completions (`num_completions` in the options), with sums alone."""
+
+    def first_loss(self, hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
+        out = self.loss(hidden, head)
+        own = None if self.reference is None else self._sums(hidden, head).detach()
+        return replace(out, zero_loss=self._fused(hidden, head, own, False).loss)
+
+    def _sums(self, hidden: Tensor, head: dict[str, Any]) -> Tensor:
+        """[sequences] log-probs."""
+        found = score_tokens(
+            hidden, head, self.labels, self.fused, batch=self.batch, reduction="sum"
+        )
+        assert found.logps is not None
+        return found.logps
+
+
+class UnpairedTask(RankedTask):
+    """The same of single completions: options of `unpaired_loss`."""
+
+    def loss(self, hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
+        assert not isinstance(self.reference, ReferenceStates)
+        return self._of(self._sums(hidden, head), self.reference)
+
+    def first_loss(self, hidden: Tensor, head: dict[str, Any]) -> HeadOutput:
+        assert not isinstance(self.reference, ReferenceStates)
+        logps = self._sums(hidden, head)
+        out = self._of(logps, self.reference)
+        if self.reference is None:
+            return replace(out, zero_loss=out.loss)
+        return replace(out, zero_loss=self._of(logps, logps.detach()).loss)
+
+    def _of(self, logps: Tensor, reference: Tensor | None) -> HeadOutput:
+        options: dict[str, Any] = {
+            k: v.to(logps.device) if isinstance(v, Tensor) else v for k, v in self.options.items()
+        }
+        if reference is not None:
+            reference = reference.to(logps.device)
+        desirable = options["desirable"]
+        out = dk.unpaired_loss(logps, reference, **options)
+        return HeadOutput(
+            loss=out.loss, logps=out.logps, rewards=out.rewards, desirable=desirable, kl=out.kl
+        )
+
+
 def score_tokens(
     hidden: Tensor,
     head: dict[str, Any],

@@ -8,7 +8,7 @@ with other shapes, in this dtype, on this device.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dpo_kernels as dk
 
-from ..data import ScoredBatch, Sharing, TokenPair, make_batch
+from ..data import ScoredBatch, Sharing, TokenRow, make_batch
 from .layouts import known, trunk_states
 from .segment_attention import SegmentError, number_of_layers
 from .structure import deterministic, trunk_of
@@ -49,7 +49,7 @@ class _Run:
 
 
 def check_first_batch(
-    model: Any, pairs: list[TokenPair], mode: str, score: Score, asked: str
+    model: Any, pairs: Sequence[TokenRow], mode: str, score: Score, asked: str
 ) -> None:
     """Compare the layout `mode` with padded rows on `pairs`, once a model.
 
@@ -72,7 +72,7 @@ def check_first_batch(
     state.report = report
 
 
-def _compare(model: Any, pairs: list[TokenPair], mode: str, score: Score) -> str:
+def _compare(model: Any, pairs: Sequence[TokenRow], mode: str, score: Score) -> str:
     device = model.get_input_embeddings().weight.device
     # Padded with a token of theirs, so that each layout has the same ids; its gradient is 0 there.
     pad = pairs[0].sequences[0].ids[0]
@@ -164,6 +164,8 @@ def _run(
             sums = torch.stack([part.sum() for part in logps.split(batch.scored_lengths)])
             own = (logps if reference is None else reference).detach()
             against = torch.stack([part.sum() for part in own.split(batch.scored_lengths)])
+            if len(sums) % 2:  # of rows that are no pairs: each beside a constant
+                sums, against = (torch.cat([x, torch.zeros_like(x)]) for x in (sums, against))
             chosen, rejected = sums.chunk(2)
             # Its own reference: at log-ratios of 0 no pair's gradient is near 0.
             loss = dk.preference_loss(chosen, rejected, *against.chunk(2)).loss

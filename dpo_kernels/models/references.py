@@ -17,7 +17,8 @@ def needs_reference(loss_options: dict[str, Any]) -> bool:
     """Whether loss or rewards compare with a reference."""
     if loss_options.get("reference_free"):
         return False
-    return any(row.takes_reference for row in _rows(loss_options))
+    rows = _rows(loss_options)
+    return not rows or any(row.takes_reference for row in rows)
 
 
 def needs_states(loss_options: dict[str, Any]) -> bool:
@@ -26,8 +27,9 @@ def needs_states(loss_options: dict[str, Any]) -> bool:
 
 
 def _rows(loss_options: dict[str, Any]) -> list[dk.losses.Loss]:
+    """Rows of the table; none of a loss that is not of pairs, which has a reference."""
     names = loss_options.get("loss_type", "sigmoid")
-    return [dk.losses.get(n) for n in ([names] if isinstance(names, str) else names)]
+    return [] if dk.losses.rows_for(names) != "pairs" else dk.losses.rows_of(names)
 
 
 def adapters_in_force(model: Any) -> list[str]:

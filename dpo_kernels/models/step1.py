@@ -55,13 +55,13 @@ def check_ends(
 ) -> None:
     """`FirstStepError` where half of the rows end with the end token twice.
 
-    `ends`: the last two scored ids of each row, chosen then rejected.
+    `ends`: the last two scored ids of each row, chosen then rejected; `names` of the pairs, or of
+    the rows.
     """
     known = {i for i in eos_ids if i is not None}
     twice = [r for r, e in enumerate(ends) if len(e) == 2 and e[0] == e[1] and e[0] in known]
     if twice and 2 * len(twice) >= len(ends):
-        pairs = max(len(ends) // 2, 1)
-        where = f" ({names[twice[0] % pairs]})" if names else ""
+        where = f" ({names[twice[0] % len(names)]})" if names else ""
         raise FirstStepError(
             f"{len(twice)} of {len(ends)} completions of the first batch end with the end token "
             f"(EOS, id {ends[twice[0]][1]}) twice{where}: it is in the text and added once more; "

@@ -33,12 +33,13 @@ def card(config: DPOTrainConfig, summary: dict[str, Any], loss: str) -> str:
     data = config.dataset_name or "the embedded pairs"
     rows = {
         "base": base,
-        "data": f"{data}: {summary['pairs']:,} pairs, {summary['held_out_pairs']:,} held out",
+        "data": f"{data}: {summary['pairs']:,} {config.noun}, "
+        f"{summary['held_out_pairs']:,} held out",
         "loss": f"{loss}, beta {config.beta:g}",
         "reference": _reference(config),
         "trained": _trained(config),
-        "steps": f"{summary['steps']:,} of {_batch(config)} pairs, {config.optim}, learning rate "
-        f"{config.learning_rate:g} ({config.lr_scheduler_type})",
+        "steps": f"{summary['steps']:,} of {_batch(config)} {config.noun}, {config.optim}, "
+        f"learning rate {config.learning_rate:g} ({config.lr_scheduler_type})",
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
     }
     lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", ""]

@@ -16,9 +16,9 @@ from torch.nn.functional import logsigmoid
 
 from ..data import TokenPair
 from .config import DPOTrainConfig
-from .loop import PairLoss, chosen_tokens
 from .model import Policy
 from .reference import PairData, Reference
+from .step_loss import PairLoss, chosen_tokens
 
 
 def plain_logps(model: Any, pairs: list[TokenPair], pad_id: int) -> Tensor:

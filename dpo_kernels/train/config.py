@@ -24,6 +24,7 @@ from .run_options import (
     AdapterOptions,
     DataOptions,
     GuardOptions,
+    JudgedOptions,
     LearnedGroupOptions,
     LossPart,
     ModelOptions,
@@ -40,6 +41,7 @@ class DPOTrainConfig(
     OutputOptions,
     SpeedOptions,
     SupervisedOptions,
+    JudgedOptions,
     LearnedGroupOptions,
     GuardOptions,
     TrainingOptions,
@@ -179,6 +181,22 @@ class DPOTrainConfig(
             raise UserError(
                 f"backend must be one of {', '.join(dk.backends.NAMES)}, got {self.backend!r}"
             )
+        for name in ("desirable_weight", "undesirable_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{name} must be at least 0, got {value}")
+        try:
+            kind = self.rows
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from None
+        if kind != "unpaired":
+            for name in ("desirable_weight", "undesirable_weight"):
+                if getattr(self, name) is not None:
+                    what = ", ".join(dk.losses.UNPAIRED)
+                    raise UserError(f"{name}={getattr(self, name)} is an option of {what}")
+        if kind != "pairs":
+            self._check_not_pairs()
+            return
         options = self.loss_options()
         try:
             if self.uses_offset or self.learn_groups:
@@ -196,6 +214,46 @@ class DPOTrainConfig(
                     "gradient_accumulation_steps=1 without max_tokens_per_batch"
                 )
         self._check_applies([row for row, _, _ in losses])
+
+    def _check_not_pairs(self) -> None:
+        """What belongs to pairs has no meaning for single completions and ranked lists."""
+        loss = self.loss_type[0]
+        mine = {"loss_type", "beta", "reference_free"}
+        for f in fields(LossPart):
+            value = getattr(self, f.name)
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if f.name in mine or value == default or (f.name, value) == ("discopop_tau", 0.05):
+                continue
+            raise UserError(f"{f.name}={value} has no meaning for {loss}")
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"beta must be a positive finite number, got {self.beta}")
+        for name in ("learn_groups", "soft_labels", "dataset_streaming", "compare_plain_torch"):
+            if getattr(self, name):
+                raise UserError(f"{name} is of pairs; {loss} is not a loss of pairs")
+        step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if self.compares_completions and step < 2:
+            raise UserError(
+                "kto compares completions with others of their step: per_device_train_batch_size "
+                f"times gradient_accumulation_steps must be at least 2, got {step}"
+            )
+
+    @property
+    def rows(self) -> str:
+        """What the loss is of: "pairs", "unpaired" (single completions) or "ranked" (lists)."""
+        import dpo_kernels as dk
+
+        return dk.losses.rows_for(self.loss_type)
+
+    @property
+    def noun(self) -> str:
+        """The same in words."""
+        names = {"unpaired": "labelled completions", "ranked": "ranked lists"}
+        return names.get(self.rows, self.rows)
+
+    @property
+    def compares_completions(self) -> bool:
+        """Whether the loss has a z, from completions under prompts that are not theirs."""
+        return self.loss_type == ["kto"] and not self.reference_free
 
     def _check_applies(self, rows: list[Any]) -> None:
         """An option of a loss that was not chosen is an error, even where it is the default."""
@@ -222,12 +280,19 @@ class DPOTrainConfig(
         """Whether each pair needs a `margin`."""
         import dpo_kernels as dk
 
-        return "offset" in dk.losses.requires(self.loss_type)
+        return self.rows == "pairs" and "offset" in dk.losses.requires(self.loss_type)
 
     def loss_options(self) -> dict[str, Any]:
         """The `**loss_options` of the front functions that this configuration sets."""
         import dpo_kernels as dk
 
+        if self.rows != "pairs":
+            taken = ["beta", "reference_free"]
+            if self.rows == "unpaired":
+                taken += ["desirable_weight", "undesirable_weight"]
+            given = {name: getattr(self, name) for name in taken}
+            found: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+            return {"loss_type": self.loss_type[0], **found}
         known = {f.name for f in fields(dk.losses.LossOptions)}
         mine = {k: v for k, v in asdict(self).items() if k in known and v is not None}
         # An unchosen loss's own option is none; `_check_applies` says of which that is an error.

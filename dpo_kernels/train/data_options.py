@@ -78,7 +78,8 @@ def streamed_pairs(
     apart = np.sort(draw.choice(len(rows), held, replace=False))
     rest = np.setdiff1d(np.arange(len(rows)), apart, assume_unique=True)
     say(f"{file}: {len(rows):,} rows, read as they are asked for; {held:,} of them held out")
-    reader = PairReader(left_out, None if rows.spooled else columns(config))
+    names = None if rows.spooled else columns(config)
+    reader = PairReader(left_out, names, config.soft_labels)
     limits = Limits.of(policy.model.config)
     maker = PairTokenizer(policy.tokenizer, truncation(config), left_out, say, limits)
 

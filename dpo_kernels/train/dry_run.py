@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 
-from ..data import ScoredBatch, TokenPair, embedded
+from ..data import ScoredBatch, TokenRow, embedded
+from ..data.batches import padded_tokens
 from .config import DPOTrainConfig, UserError, refusals
 from .console import Console
 from .fit import ADVICE, available, device_of, shown, step_memory
 from .job import Job, resolve
-from .loop import PairLoss, chosen_tokens, parts_of
+from .loop import batches_of
 from .machine import peak_memory
 from .model import Policy
 from .optim import Stepper
 from .order import step_indices, total_steps
 from .reference import PairData, Referee, Reference
 from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
+from .step_loss import chosen_tokens, loss_of
 
 _SAMPLED = 64  # batches whose layout is counted
 
@@ -67,7 +69,7 @@ class _DryRun(Job):
         return {**counts, **memory, **self._times(policy, pairs, held_out, counts)}
 
     def _counts(
-        self, policy: Policy, pairs: Sequence[TokenPair], held_out: Sequence[TokenPair]
+        self, policy: Policy, pairs: Sequence[TokenRow], held_out: Sequence[TokenRow]
     ) -> dict[str, Any]:
         """Batches and tokens of the whole run, and what the layout saves."""
         config, say = self.config, self.console.say
@@ -79,18 +81,20 @@ class _DryRun(Job):
             sizes[i] for chosen, _ in step_indices(len(pairs), config, steps) for i in chosen
         )
         say(
-            f"\n{len(pairs)} pairs to train on, {len(held_out)} held out; {self.left_out.summary()}"
+            f"\n{len(pairs)} {config.noun} to train on, {len(held_out)} held out; "
+            f"{self.left_out.summary()}"
         )
         for remark in self.left_out.remarks():
             say(f"data: {remark}")
-        prompts = sum(len(p.prompt) for p in pairs) / max(sum(sizes) / 2, 1)
+        prompts = sum(len(p.prompt) * len(p.sequences) for p in pairs) / max(sum(sizes), 1)
         say(
             f"tokens of a sequence: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}; "
             f"prompts are {prompts:.0%} of them"
         )
         say(
-            f"{steps} optimizer steps of {per_step} pairs ({config.per_device_train_batch_size} a "
-            f"batch), {tokens / steps:.0f} tokens each, {tokens} in all"
+            f"{steps} optimizer steps of {per_step} {config.noun} "
+            f"({config.per_device_train_batch_size} a batch), {tokens / steps:.0f} tokens each, "
+            f"{tokens} in all"
         )
         computed, padded = self._layout(policy, pairs)
         saved = 1 - computed / padded
@@ -105,21 +109,21 @@ class _DryRun(Job):
             "left_out": self.left_out.counts(),
         }
 
-    def _layout(self, policy: Policy, pairs: Sequence[TokenPair]) -> tuple[int, int]:
+    def _layout(self, policy: Policy, pairs: Sequence[TokenRow]) -> tuple[int, int]:
         """Positions that the trunk computes of a sample of batches, and padded ones of the same."""
         computed = padded = 0
         for indices in _micro_batches(pairs, self.config)[:_SAMPLED]:
             chunk = [pairs[i] for i in indices]
             computed += _positions(policy.batch(chunk))
-            padded += 2 * len(chunk) * max(len(s.ids) for p in chunk for s in p.sequences)
+            padded += padded_tokens(chunk)
         return computed, padded
 
     def _memory(
-        self, policy: Policy, pairs: Sequence[TokenPair], longest: list[int], room: int | None
+        self, policy: Policy, pairs: Sequence[TokenRow], longest: list[int], room: int | None
     ) -> dict[str, Any]:
         """The largest step's memory; `UserError` if it is more than there is."""
         say = self.console.say
-        parts = parts_of(longest, pairs, self.config, policy)
+        parts = batches_of(longest, pairs, self.config, policy)
         part = max(parts, key=lambda p: _tokens(pairs, p))
         taken = step_memory(policy, policy.batch([pairs[i] for i in part]), self.config)
         need = sum(taken.values())
@@ -137,8 +141,8 @@ class _DryRun(Job):
     def _times(
         self,
         policy: Policy,
-        pairs: Sequence[TokenPair],
-        held_out: Sequence[TokenPair],
+        pairs: Sequence[TokenRow],
+        held_out: Sequence[TokenRow],
         counts: dict[str, Any],
     ) -> dict[str, Any]:
         """The time of the run, from two steps at learning rate 0 over a batch of middling size."""
@@ -184,11 +188,11 @@ def _step(policy: Policy, data: PairData, indices: list[int], config: DPOTrainCo
     """Seconds of one optimizer step that changes no weight."""
     config = replace(config, learning_rate=0.0, weight_decay=0.0, warmup_steps=0)
     config = replace(config, check_first_step=False)  # which asks for weights that move
-    stepper, loss = Stepper(policy.model, config, 1), PairLoss(policy, config)
+    stepper, loss = Stepper(policy.model, config, 1), loss_of(policy, config)
     chosen = chosen_tokens([data.pairs[i] for i in indices])
     total = torch.zeros((), device=policy.device)
     began = time.perf_counter()
-    for part in parts_of(indices, data.pairs, config, policy):
+    for part in batches_of(indices, data.pairs, config, policy):
         out, _ = loss(data, part, len(indices), chosen)
         assert out.loss is not None
         out.loss.backward()
@@ -199,7 +203,7 @@ def _step(policy: Policy, data: PairData, indices: list[int], config: DPOTrainCo
     return time.perf_counter() - began
 
 
-def _micro_batches(pairs: Sequence[TokenPair], config: DPOTrainConfig) -> list[list[int]]:
+def _micro_batches(pairs: Sequence[TokenRow], config: DPOTrainConfig) -> list[list[int]]:
     """The batches of the first pass over the pairs (of fewer, if the run has fewer steps)."""
     micro = config.per_device_train_batch_size
     per_step = micro * config.gradient_accumulation_steps
@@ -211,13 +215,13 @@ def _micro_batches(pairs: Sequence[TokenPair], config: DPOTrainConfig) -> list[l
     ]
 
 
-def _tokens(pairs: Sequence[TokenPair], indices: Sequence[int]) -> int:
+def _tokens(pairs: Sequence[TokenRow], indices: Sequence[int]) -> int:
     return sum(_size(pairs[i]) for i in indices)
 
 
-def _size(pair: TokenPair) -> int:
-    """Tokens of both sequences of a pair, the prompt in each."""
-    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+def _size(row: TokenRow) -> int:
+    """Tokens of the sequences of a row, the prompt in each."""
+    return sum(len(s.ids) for s in row.sequences)
 
 
 def _positions(batch: ScoredBatch) -> int:

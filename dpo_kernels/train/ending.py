@@ -41,11 +41,12 @@ def report(
             ("log-prob accuracy", "eval_logps/accuracies"),
             ("loss a token of sft_eval_file", "eval_sft_loss"),
         ):
-            if key not in before:
+            if key not in before or key not in after:
                 continue
             say(f"{name:<34}{before[key]:>10.4f}{after[key]:>10.4f}")
-        say("reward accuracy asks whether the reward (log-ratio to the reference) prefers the")
-        say("chosen: before training policy and reference are one, so every pair is a tie.")
+        if "eval_rewards/accuracies" in before:
+            say("reward accuracy asks whether the reward (log-ratio to the reference) prefers the")
+            say("chosen: before training policy and reference are one, so every pair is a tie.")
     say_sample(summary["sample"], say)
     if result.steps:
         say(
@@ -85,7 +86,8 @@ def loss_title(config: DPOTrainConfig) -> str:
         parts.append((config.sft_weight, "SFT"))
     if config.sft_rows:
         parts.append((config.sft_rows_weight, "SFT rows"))
-    return "DPO: " + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)
+    kind = "DPO: " if config.rows == "pairs" else ""
+    return kind + " + ".join(n if w == 1 else f"{w:g} {n}" for w, n in parts)
 
 
 def draw(metrics: MetricsFile, folder: Path, title: str, say: Callable[..., None]) -> None:

@@ -23,6 +23,7 @@ import dpo_kernels as dk
 from ..data import ScoredBatch
 from ..data.segments import Segments
 from ..models.layouts import trunk_states
+from ..models.references import needs_states
 from ..models.structure import base_model_of, text_config, trunk_of
 from ..models.versions import dtype_option
 from .config import DPOTrainConfig, UserError
@@ -52,7 +53,7 @@ def step_memory(policy: Policy, batch: ScoredBatch, config: DPOTrainConfig) -> d
     }
     if config.ema_decay:
         parts["average"] = trained
-    if config.sync_ref_model or any(r.needs_kl for r in dk.losses.rows_of(config.loss_type)):
+    if config.sync_ref_model or needs_states(config.loss_options()):
         parts["reference"] = parts["weights"]
     return parts
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import StreamedPairs, TokenPair, TokenSequence
+from ..data import StreamedPairs, TokenPair, TokenRow, TokenSequence
 from ..data.bulk import tokenizer_digest
 from .config import DPOTrainConfig
 
@@ -64,8 +64,8 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def pairs_digest(pairs: Iterable[TokenPair | TokenSequence]) -> str:
-    """sha256 over the token ids and numbers of pairs (or sequences), in their order."""
+def pairs_digest(pairs: Iterable[TokenRow | TokenSequence]) -> str:
+    """sha256 over the token ids and numbers of pairs (or other rows), in their order."""
     if isinstance(pairs, StreamedPairs):  # by its file: its rows are not read yet
         return pairs.digest()
     digest = hashlib.sha256()
@@ -73,6 +73,9 @@ def pairs_digest(pairs: Iterable[TokenPair | TokenSequence]) -> str:
         if isinstance(p, TokenSequence):
             digest.update(array("q", [len(p.ids), p.start, *p.ids]).tobytes())
             digest.update(repr(p.unscored).encode())
+            continue
+        if not isinstance(p, TokenPair):
+            digest.update(repr({**vars(p), "source": ""}).encode())
             continue
         for ids in (p.prompt, p.chosen, p.rejected):
             digest.update(array("q", [len(ids), *ids]).tobytes())
@@ -86,8 +89,8 @@ def identity(
     config: DPOTrainConfig,
     model: nn.Module,
     tokenizer: Any,
-    pairs: Sequence[TokenPair | TokenSequence],
-    held_out: Sequence[TokenPair | TokenSequence],
+    pairs: Sequence[TokenRow | TokenSequence],
+    held_out: Sequence[TokenRow | TokenSequence],
 ) -> dict[str, Any]:
     """All of it, as a checkpoint keeps it; the model is as it was before training."""
     return {

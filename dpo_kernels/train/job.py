@@ -27,12 +27,15 @@ from ..data import (
     Limits,
     Message,
     PreferencePair,
-    TokenPair,
+    TokenCompletion,
+    TokenRow,
     TokenSequence,
     embedded,
     read_conversations,
+    read_judged,
     read_pairs,
     tokenize_conversations,
+    tokenize_judged,
     tokenize_many,
 )
 from ..data.bulk import cache_root
@@ -45,7 +48,14 @@ from .checkpoints import newest, of_the_disk, reason
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
 from .data_options import columns, is_streamed, streamed_pairs, truncation
-from .ending import draw, last_fields, no_pair_left, plain_torch_times, report, write_summary
+from .ending import (
+    draw,
+    last_fields,
+    no_pair_left,
+    plain_torch_times,
+    report,
+    write_summary,
+)
 from .ending import loss_title as loss_title
 from .fit import check_fits
 from .groups import group_summary, learned_groups
@@ -92,6 +102,13 @@ def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
     """(the configuration that `options` give, whether model and data are the user's own)."""
     own = any(options.get(k) for k in ("model_name_or_path", "dataset_name", "train_file"))
     recipe = {} if own else embedded_layers()[0]
+    wanted = options.get("loss_type")
+    for name in () if own else wanted if isinstance(wanted, list) else [wanted]:
+        if name in [*dk.losses.ELSEWHERE]:
+            raise UserError(
+                f"loss_type {name!r} is not a loss of pairs, and the embedded data are pairs: pass "
+                "a model and data of your own (--model_name_or_path, --dataset_name)"
+            )
     if options.get("num_train_epochs") is not None:
         recipe.pop("max_steps", None)  # else the recipe's steps would win over the user's epochs
     config = load_config(recipe, options)
@@ -131,7 +148,7 @@ class Job:
         self.policy: Policy | None = None
         self.saved = False
         self.left_out = LeftOut(config.strict, console.say)
-        self.texts: dict[str, PreferencePair] = {}
+        self.texts: dict[str, Any] = {}  # rows by their places
 
     def run(self) -> dict[str, Any]:
         """Run; whatever ends it early keeps the weights, or leaves nothing if there are none."""
@@ -198,7 +215,8 @@ class Job:
                     self._sft(policy, source, len(train_pairs))
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
-        say(f"backend {backend}; {len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
+        what = config.noun
+        say(f"backend {backend}; {len(train_pairs)} {what} to train on, {len(eval_pairs)} held out")
         referee = Referee(policy, config, self.console, self.own)
         data, held_out = references(referee, train_pairs, eval_pairs, self.folder, self.resumed)
         if config.sft_eval_file is not None and held_out is not None:
@@ -278,8 +296,8 @@ class Job:
     def _identity(
         self,
         policy: Policy,
-        pairs: Sequence[TokenPair | TokenSequence],
-        held_out: Sequence[TokenPair | TokenSequence],
+        pairs: Sequence[TokenRow | TokenSequence],
+        held_out: Sequence[TokenRow | TokenSequence],
     ) -> dict[str, Any]:
         """What the run's checkpoints belong to; one that is resumed must belong to the same."""
         now = identity(self.config, policy.model, policy.tokenizer, pairs, held_out)
@@ -388,12 +406,12 @@ class Job:
 
     def _pairs(
         self, policy: Policy, source: Path | None = None
-    ) -> tuple[Sequence[TokenPair], Sequence[TokenPair]]:
-        """Training and held-out pairs, tokenised."""
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Training and held-out pairs (or other rows), tokenised."""
         config = self.config
         train_file = config.dataset_name or str(source and source / "train.jsonl")
         eval_file = config.eval_file or (str(source / "eval.jsonl") if source else None)
-        if is_streamed(config, train_file):
+        if config.rows == "pairs" and is_streamed(config, train_file):
             self.left_out.sink = self._note_left_out
             stream, apart, self.texts = streamed_pairs(
                 train_file, policy, config, self.left_out, self.console.say, not eval_file
@@ -418,9 +436,12 @@ class Job:
         # epoch -1: an order that no training epoch has
         return set(epoch_order(rows, self.config.seed, -1, True)[:n])
 
-    def _read(self, policy: Policy, file: str) -> list[TokenPair]:
-        since = len(self.left_out.problems)
-        texts = read_pairs(file, self.left_out, columns(self.config))
+    def _read(self, policy: Policy, file: str) -> list[Any]:
+        since, rows = len(self.left_out.problems), self.config.rows
+        if rows != "pairs":
+            return self._read_judged(policy, file)
+        soft = self.config.soft_labels
+        texts = read_pairs(file, self.left_out, columns(self.config), soft)
         if self.config.uses_offset and any(t.offset is None for t in texts):
             where = next(t.source for t in texts if t.offset is None)
             raise DataError(f"{where}: margin: missing, but odpo needs a margin in every row")
@@ -441,6 +462,26 @@ class Job:
         if not pairs:
             raise no_pair_left(file, self.left_out, since)
         return pairs
+
+    def _read_judged(self, policy: Policy, file: str) -> list[Any]:
+        """Completions with a label, or ranked lists."""
+        since, rows = len(self.left_out.problems), self.config.rows
+        judged = read_judged(file, rows, self.left_out, columns(self.config))
+        self.texts.update({t.source: t for t in judged})
+        found = tokenize_judged(
+            judged,
+            policy.tokenizer,
+            truncation(self.config),
+            self.left_out,
+            Limits.of(policy.model.config),
+            self.console.progress,
+        )
+        if not found:
+            raise no_pair_left(file, self.left_out, since, self.config.noun[:-1])
+        if rows == "unpaired":
+            good = sum(isinstance(row, TokenCompletion) and row.desirable for row in found)
+            self.console.say(f"{file}: {good} good completions, {len(found) - good} bad ones")
+        return found
 
     def _check_row_options(self, file: str, texts: list[PreferencePair]) -> None:
         """The loss takes the columns that the rows bring, or it is said that it does not."""
@@ -465,7 +506,7 @@ class Job:
                 f"{file}: the column weight, beta or label_smoothing does not fit the loss: {error}"
             ) from None
 
-    def _sample_prompt(self, policy: Policy, pairs: Sequence[TokenPair]) -> tuple[str, list[int]]:
+    def _sample_prompt(self, policy: Policy, pairs: Sequence[TokenRow]) -> tuple[str, list[int]]:
         """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""
         wanted = self.config.sample_prompt
         if wanted is None:

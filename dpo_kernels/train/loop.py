@@ -16,14 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dpo_kernels as dk
-
-from ..data import ScoredBatch, TokenPair
-from ..data.batches import laid_out_tokens, within_budget
-from ..inputs.transfer import to_device
+from ..data import TokenRow, sequences_of
+from ..data.batches import laid_out_tokens, padded_tokens, within_budget
 from ..models.attached import HeadOutput
 from ..models.falling import FallingWatch
-from ..models.forward import PairTask, Reference, run_pairs
+from ..models.forward import run_pairs
 from ..models.step0 import WrongReference
 from ..models.step0 import check_step0 as check_same
 from ..models.step1 import FirstStepError, check_ends, check_scored
@@ -33,7 +30,7 @@ from .config import DPOTrainConfig
 from .console import Console
 from .groups import Groups
 from .machine import compiled, peak_memory
-from .metrics import EVAL_ONLY, MetricsFile, PairMeter
+from .metrics import EVAL_ONLY, MetricsFile
 from .model import Policy
 from .optim import Stepper, TrainingError
 from .order import step_indices, steps_of
@@ -41,6 +38,8 @@ from .reference import LiveReference, PairData
 from .resume import Keeper, fine_tuned_first
 from .sft import SupervisedRows, evaluate_sft
 from .state import Progress, TrainingState
+from .step_loss import PairLoss as PairLoss
+from .step_loss import StepLoss, chosen_tokens, loss_of
 from .whole_step import coupled, coupled_gradients
 
 
@@ -55,83 +54,6 @@ class TrainResult:
     skipped_steps: int = 0
 
 
-class PairLoss:
-    """The configured loss of batches of pairs."""
-
-    def __init__(
-        self, policy: Policy, config: DPOTrainConfig, groups: Groups | None = None
-    ) -> None:
-        self.groups = groups
-        # The module form, because beta-DPO keeps a running margin between batches.
-        self.function = dk.FusedLinearDPOLoss(**config.loss_options())
-        self.policy, self.uses_offset = policy, config.uses_offset
-        self.per_token = config.ld_alpha is not None  # what the reference keeps
-
-    def __call__(
-        self, data: PairData, indices: Sequence[int], num_pairs: int, num_chosen_tokens: int
-    ) -> tuple[HeadOutput, ScoredBatch]:
-        """Loss of the pairs `indices` as a share of `num_pairs`, and their batch."""
-        whole = {"num_pairs": num_pairs, "num_chosen_tokens": max(num_chosen_tokens, 1)}
-        task = self.task(data, indices, whole)
-        router_weight = self.policy.router_weight * len(indices) / num_pairs
-        with self.policy.autocast():
-            out = run_pairs(self.policy.model, {}, task, router_weight)
-        assert task.batch is not None
-        return out, task.batch
-
-    def task(
-        self, data: PairData, indices: Sequence[int], options: dict[str, Any] | None = None
-    ) -> PairTask:
-        """What the head is to make of the pairs `indices`."""
-        pairs = [data.pairs[i] for i in indices]
-        batch = self.policy.batch(pairs)
-        return PairTask(
-            batch.labels,
-            self.reference(data, indices, batch),
-            {**(options or {}), **self.offset(pairs)},
-            self.policy.fused,
-            batch,
-            self.per_token,
-            self.function,
-        )
-
-    def reference(
-        self, data: PairData, indices: Sequence[int], batch: ScoredBatch | None
-    ) -> Reference | None:
-        if isinstance(data.reference, LiveReference) and data.reference.whole:
-            assert batch is not None
-            return data.reference.states(batch)
-        return data.reference.of(indices, self.policy.device) if data.reference else None
-
-    def offset(self, pairs: list[TokenPair]) -> dict[str, Tensor]:
-        """The options that come with the rows: margins for ODPO, and numbers of pairs."""
-        found: dict[str, list[float]] = {}
-        if self.uses_offset:
-            found["offset"] = [p.offset or 0.0 for p in pairs]
-        if any(p.weight is not None for p in pairs):
-            found["weights"] = [1.0 if p.weight is None else p.weight for p in pairs]
-        if any(p.beta is not None for p in pairs):
-            found["beta"] = [p.beta or self.function.options["beta"] for p in pairs]
-        if any(p.label_smoothing is not None for p in pairs):
-            usual = self.function.options["label_smoothing"]
-            found["label_smoothing"] = [
-                usual if p.label_smoothing is None else p.label_smoothing for p in pairs
-            ]
-        given = {k: to_device(torch.tensor(v), self.policy.device) for k, v in found.items()}
-        if self.groups is None:
-            return given
-        plain = given.get("beta", torch.full((len(pairs),), float(self.function.options["beta"])))
-        learned = self.groups.options(pairs, plain)
-        if "offset" in given:
-            learned["offset"] = learned["offset"] + given["offset"]
-        return {**given, **learned}
-
-
-def chosen_tokens(pairs: Sequence[TokenPair]) -> int:
-    """Scored tokens of the chosen completions."""
-    return sum(p.sequences[0].num_scored for p in pairs)
-
-
 @torch.no_grad()
 def evaluate(
     policy: Policy,
@@ -143,16 +65,21 @@ def evaluate(
     margins: list[float] | None = None,
 ) -> dict[str, float]:
     """Loss and metrics of held-out pairs, names prefixed `eval_`; `margins` takes the pairs'."""
-    loss = PairLoss(policy, config, groups)
+    loss = loss_of(policy, config, groups)
     loss.function.eval()
-    meter, n, size = PairMeter(), len(data.pairs), config.per_device_eval_batch_size
+    meter, n, size = loss.meter(), len(data.pairs), config.per_device_eval_batch_size
     tokens = chosen_tokens(data.pairs)
-    starts = range(0, n, size)
+    batches = [
+        part
+        for start in range(0, n, size)
+        for part in of_one_length(range(start, min(start + size, n)), data.pairs)
+    ]
     began = time.perf_counter()
     with deterministic(policy.model):
-        for start in console.progress(starts, f"evaluation {what}", len(starts), "batches"):
-            out, _ = loss(data, range(start, min(start + size, n)), n, tokens)
-            if margins is not None and out.rewards is not None:
+        _begin(loss, data, range(n), config)
+        for part in console.progress(batches, f"evaluation {what}", len(batches), "batches"):
+            out, _ = loss(data, part, n, tokens)
+            if margins is not None and out.rewards is not None and out.pair_logps is not None:
                 margins += (out.rewards[0] - out.rewards[1]).tolist()
             meter.add(out, config.beta if data.reference else None)
     result = meter.result()
@@ -171,20 +98,22 @@ def check_step0(
     The policy is the reference and its noise is off, so every log-ratio is zero: for `sigmoid` the
     loss is log 2. Anything else means another reference, or kernels that disagree.
     """
-    loss = PairLoss(policy, config)
+    loss = loss_of(policy, config)
     loss.function.eval()
+    indices = of_one_length(indices, data.pairs)[0]
     devices = [policy.device] if policy.device.type == "cuda" else []
     # Of the random numbers that the steps draw (beta-DPO's) it takes none.
     with torch.random.fork_rng(devices), deterministic(policy.model), policy.autocast():
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
     assert out.loss is not None and out.zero_loss is not None
-    assert out.rewards is not None and out.pair_logps is not None
+    logps = out.logps if out.pair_logps is None else out.pair_logps
+    assert out.rewards is not None and logps is not None
     if data.reference and not config.reference_name:
         options = config.loss_options()
         try:
             check_same(
                 out.rewards,
-                out.pair_logps,
+                logps,
                 options,
                 policy.dtype,
                 loss=out.loss,
@@ -195,14 +124,14 @@ def check_step0(
     return float(out.loss), float(out.zero_loss)
 
 
-def check_first_rows(policy: Policy, pairs: Sequence[TokenPair]) -> None:
+def check_first_rows(policy: Policy, pairs: Sequence[TokenRow]) -> None:
     """The first batch has tokens that are scored, and its completions end once."""
-    sequences = [p.sequences[0] for p in pairs] + [p.sequences[1] for p in pairs]
+    sequences = sequences_of(pairs)
     ends = [[s.ids[t] for t in list(s.scored)[-2:]] for s in sequences]
     eos = [policy.tokenizer.eos_token_id]
     try:
         check_scored([s.num_scored for s in sequences])
-        check_ends(ends, eos, [p.source for p in pairs], "--check_first_step false")
+        check_ends(ends, eos, [s.source for s in sequences], "--check_first_step false")
     except FirstStepError as error:
         raise TrainingError(str(error)) from None
 
@@ -213,7 +142,7 @@ CPU_PART_TOKENS = 1024
 
 
 def parts_of(
-    indices: list[int], pairs: Sequence[TokenPair], config: DPOTrainConfig, policy: Policy
+    indices: list[int], pairs: Sequence[TokenRow], config: DPOTrainConfig, policy: Policy
 ) -> list[list[int]]:
     """One batch cut into the parts that run forward and backward on their own.
 
@@ -226,14 +155,28 @@ def parts_of(
     parts: list[list[int]] = []
     tokens = CPU_PART_TOKENS
     for i in indices:
-        pair = pairs[i]
-        size = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+        size = pairs[i].size
         if tokens + size > CPU_PART_TOKENS:
             parts.append([])
             tokens = 0
         parts[-1].append(i)
         tokens += size
     return parts
+
+
+def of_one_length(indices: Sequence[int], rows: Sequence[TokenRow]) -> list[list[int]]:
+    """A batch cut into those of rows with the same number of sequences: lists of K each."""
+    apart: dict[int, list[int]] = {}
+    for i in indices:
+        apart.setdefault(len(rows[i].sequences), []).append(i)
+    return list(apart.values())
+
+
+def _begin(loss: StepLoss, data: PairData, indices: Sequence[int], config: DPOTrainConfig) -> None:
+    """What a step needs to know of all its rows before the first backward: kto's z."""
+    asked: Any = data.mismatched and data.mismatched.pairs
+    if asked is not None:
+        loss.begin(data, batches_of(asked.keys(indices), asked, config, loss.policy))
 
 
 @dataclass
@@ -246,20 +189,21 @@ class Work:
 
 
 def _gradients(
-    loss: PairLoss,
+    loss: StepLoss,
     data: PairData,
     indices: list[int],
     config: DPOTrainConfig,
-    meter: PairMeter,
+    meter: Any,
     falling: FallingWatch,
 ) -> tuple[Tensor, Work]:
     """Accumulate the gradients of one optimizer step's pairs; the step's loss, and its work."""
     beta = config.beta if data.reference else None
     num_chosen = chosen_tokens([data.pairs[i] for i in indices])
     batches = batches_of(indices, data.pairs, config, loss.policy)
+    _begin(loss, data, indices, config)
     work = Work(
         padded=sum(
-            _padded([data.pairs[i] for i in group])
+            padded_tokens([data.pairs[i] for i in group])
             for group in groups_of(indices, data.pairs, config, loss.policy)
         )
     )
@@ -271,6 +215,7 @@ def _gradients(
 
     total = torch.zeros((), device=loss.policy.device)
     if coupled(config) and len(batches) > 1:
+        assert isinstance(loss, PairLoss)
         out, work.tokens, work.computed = coupled_gradients(
             loss, data, indices, batches, num_chosen
         )
@@ -292,21 +237,21 @@ def _gradients(
     return total, work
 
 
-def _padded(pairs: Sequence[TokenPair]) -> int:
-    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
-    return 2 * len(pairs) * longest
-
-
 def batches_of(
-    indices: list[int], pairs: Sequence[TokenPair], config: DPOTrainConfig, policy: Policy
+    indices: list[int], pairs: Sequence[TokenRow], config: DPOTrainConfig, policy: Policy
 ) -> list[list[int]]:
     """One optimizer step's pairs in the batches that run forward and backward on their own."""
     groups = groups_of(indices, pairs, config, policy)
-    return [part for group in groups for part in parts_of(group, pairs, config, policy)]
+    return [
+        same
+        for group in groups
+        for part in parts_of(group, pairs, config, policy)
+        for same in of_one_length(part, pairs)
+    ]
 
 
 def groups_of(
-    indices: list[int], pairs: Sequence[TokenPair], config: DPOTrainConfig, policy: Policy
+    indices: list[int], pairs: Sequence[TokenRow], config: DPOTrainConfig, policy: Policy
 ) -> list[list[int]]:
     """One optimizer step's pairs by number, or up to a budget of tokens; the loss is the same."""
     budget = config.max_tokens_per_batch
@@ -363,8 +308,8 @@ class _Loop:
         self.steps = steps_of(len(data.pairs), config)
         self.groups = groups
         self.stepper = Stepper(policy.model, config, self.steps, groups)
-        self.loss = PairLoss(policy, config, groups)
-        self.progress = Progress()
+        self.loss = loss_of(policy, config, groups)
+        self.progress = Progress(meter=self.loss.meter())
         self.average = Average(policy.model, config.ema_decay) if config.ema_decay else None
         modules: dict[str, Any] = {"loss": self.loss.function}
         if groups is not None:
@@ -433,7 +378,7 @@ class _Loop:
         began = time.perf_counter()
         step = progress.step + 1
         state = None if self.loss.function.state is None else self.loss.function.state.clone()
-        meter = PairMeter()
+        meter = self.loss.meter()
         total, work = _gradients(self.loss, self.data, indices, config, meter, self.falling)
         if self.beside is not None:
             more, self.added = self.beside.gradients(step)
@@ -517,13 +462,18 @@ class _Loop:
             "mem/peak": peak_memory(self.policy.device) / 2**30,
         }
         self.metrics.write(row)
-        shown = {"loss": f"{row['loss']:.4f}", "margin": f"{row['rewards/margins']:.3f}"}
-        self.console.postfix(**shown)
-        self.console.note(
-            f"step {progress.step}/{self.steps}: loss {row['loss']:.4f}, margin "
-            f"{row['rewards/margins']:.4f}, accuracy {row['rewards/accuracies']:.3f}, "
-            f"{row['step_time']:.2f} s a step"
-        )
-        progress.meter = PairMeter()
+        shown = [
+            f"{name} {row[key]:.{digits}f}"
+            for name, key, digits in (
+                ("loss", "loss", 4),
+                ("margin", "rewards/margins", 4),
+                ("accuracy", "rewards/accuracies", 3),
+            )
+            if key in row
+        ]
+        self.console.postfix(**dict(text.split() for text in shown[:2]))
+        told = ", ".join([*shown, f"{row['step_time']:.2f} s a step"])
+        self.console.note(f"step {progress.step}/{self.steps}: {told}")
+        progress.meter = self.loss.meter()
         progress.logged_steps = progress.logged_tokens = 0
         progress.computed = progress.padded = 0

@@ -101,6 +101,70 @@ class PairMeter:
         return {"loss": loss / steps, **dict(zip(_NAMES, values, strict=True))}
 
 
+class UnpairedMeter:
+    """Means over single completions: rewards and log-probs of the good and of the bad ones.
+
+    Names are TRL's: rewards/chosen is the mean reward of the good, rewards/rejected that of the
+    bad, and `kl` the z of the steps.
+    """
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None  # good: number, rewards, logps; bad: likewise; loss; kl
+        self.pairs = 0  # rows
+
+    def add(self, out: HeadOutput, beta: float | None) -> None:
+        """Add one batch. Its loss is a share of its step's; its kl is the step's."""
+        assert out.loss is not None and out.rewards is not None and out.logps is not None
+        assert out.desirable is not None and out.kl is not None
+        values = []
+        for side in (out.desirable, ~out.desirable):
+            values.append(side.sum())
+            values += [torch.where(side, x.double(), 0.0).sum() for x in (out.rewards, out.logps)]
+        n = len(out.rewards)
+        values += [out.loss.detach(), n * out.kl]
+        sums = torch.stack([x.double() for x in values])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.pairs += n
+
+    def merge(self, other: UnpairedMeter) -> None:
+        """Add what another one has seen."""
+        if other._sums is None:
+            return
+        device = other._sums.device
+        self._sums = other._sums if self._sums is None else self._sums.to(device) + other._sums
+        self.pairs += other.pairs
+
+    def state(self) -> dict[str, Any]:
+        """The sums as plain numbers, which JSON keeps to the last bit."""
+        sums = None if self._sums is None else self._sums.tolist()
+        return {"unpaired": True, "sums": sums, "pairs": self.pairs}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> UnpairedMeter:
+        meter = cls()
+        if state["sums"] is not None:
+            meter._sums = torch.tensor(state["sums"], dtype=torch.float64)
+        meter.pairs = state["pairs"]
+        return meter
+
+    def result(self, steps: int = 1) -> dict[str, float]:
+        """Means since the start; of a side that no row was on, nothing."""
+        assert self._sums is not None
+        *sides, loss, kl = self._sums.tolist()
+        found = {"loss": loss / steps, "kl": kl / self.pairs}
+        for name, (n, rewards, logps) in (("chosen", sides[:3]), ("rejected", sides[3:])):
+            if n:
+                found |= {f"rewards/{name}": rewards / n, f"logps/{name}": logps / n}
+        if "rewards/chosen" in found and "rewards/rejected" in found:
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return found
+
+
+def meter_of(state: dict[str, Any]) -> PairMeter | UnpairedMeter:
+    """The meter whose `state` this is."""
+    return UnpairedMeter.of(state) if state.get("unpaired") else PairMeter.of(state)
+
+
 class MetricsFile:
     """One JSON object a line, flushed at once so that a run can be watched."""
 

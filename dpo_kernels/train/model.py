@@ -6,7 +6,7 @@ import copy
 import functools
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import dpo_kernels as dk
 
-from ..data import ScoredBatch, Sharing, TokenPair, make_batch
+from ..data import ScoredBatch, Sharing, TokenRow, make_batch
+from ..data.batches import padded_tokens
 from ..models import loading
 from ..models.attached import HeadCall, attach_head, run_head, score_states
 from ..models.experts import router_loss_weight
@@ -91,22 +92,23 @@ class Policy:
         assert out.logps is not None
         return out.logps
 
-    def batch(self, pairs: list[TokenPair]) -> ScoredBatch:
+    def batch(self, pairs: Sequence[TokenRow]) -> ScoredBatch:
         """The batch of these pairs; what the trunk reads is on the policy's device."""
         batch = make_batch(pairs, self.sharing, self.pad_id)
         segments = any(call.segments is not None for call in batch.calls)
-        if segments and self.check_layout:
+        if segments and self.check_layout and len(batch.scored_lengths) > 1:
             self.check_layout = False
             self._check_layout(pairs, batch)
             batch = make_batch(pairs, self.sharing, self.pad_id)
         return batch.to(self.device)
 
-    def _check_layout(self, pairs: list[TokenPair], batch: ScoredBatch) -> None:
+    def _check_layout(self, pairs: Sequence[TokenRow], batch: ScoredBatch) -> None:
         """Up to four of the pairs also run padded; under "auto" a layout that differs is left."""
         base = base_model_of(self.model)
         some = [pairs[0]]
         for pair in pairs[1:4]:
-            if _padded_tokens([*some, pair]) > _padded_tokens(pairs) // 2:
+            enough = len(some) * len(pair.sequences) > 1
+            if enough and padded_tokens([*some, pair]) > padded_tokens(pairs) // 2:
                 break
             some.append(pair)
         shared = batch.trunk_tokens < batch.num_tokens
@@ -119,11 +121,6 @@ class Policy:
             self.say(f"layout: padded rows, because {state.unusable}")
         else:
             self.say(state.report)
-
-
-def _padded_tokens(pairs: list[TokenPair]) -> int:
-    """Positions of the pairs in one call of padded rows."""
-    return 2 * len(pairs) * max(len(s.ids) for p in pairs for s in p.sequences)
 
 
 @contextmanager

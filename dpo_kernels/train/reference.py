@@ -13,14 +13,15 @@ Sums per sequence are kept, or values per token where the loss needs them (LD-DP
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..data import ScoredBatch, TokenPair, TokenSequence
+from ..data import ScoredBatch, TokenRow, TokenSequence, sequences_of
 from ..inputs.transfer import to_device
 from ..models.forward import ReferenceStates
 from ..models.reference_cache import (
@@ -37,24 +38,49 @@ from .model import Policy, frozen_copy, load_reference
 
 
 class References(Protocol):
-    """Log-probs by the numbers of the pairs."""
+    """Log-probs by the numbers of the pairs (or other rows)."""
 
     def of(self, indices: Sequence[int], device: torch.device) -> Tensor:
-        """`ref_logps` of a batch: [2B] sums, or [N] per token, chosen before rejected."""
+        """`ref_logps` of a batch: [2B] sums, or [N] per token, in the order of its sequences."""
 
     def after_step(self, policy: Policy, step: int) -> None:
         """Called when optimizer step `step` is done."""
 
 
-@dataclass(frozen=True)
 class Reference:
-    """Log-probs of pair i: `chosen[i]` and `rejected[i]`, each [] (a sum) or [scored tokens]."""
+    """Log-probs of row i: `sides[k][i]` of its sequence k, each [] (a sum) or [scored tokens]."""
 
-    chosen: dict[int, Tensor]
-    rejected: dict[int, Tensor]
+    def __init__(self, *sides: dict[int, Tensor]) -> None:
+        self.sides = list(sides)
+
+    @property
+    def chosen(self) -> dict[int, Tensor]:
+        """Of the first sequences, which every row has."""
+        return self.sides[0] if self.sides else {}
+
+    @property
+    def rejected(self) -> dict[int, Tensor]:
+        return self.sides[1]
+
+    def keep(self, rows: Sequence[tuple[int, TokenRow]], values: Iterable[Tensor]) -> None:
+        """Take the values of numbered rows, in the order of their batch's sequences."""
+        found = iter(values)
+        for k in range(max(len(row.sequences) for _, row in rows)):
+            if k == len(self.sides):
+                self.sides.append({})
+            for i, row in rows:
+                if k < len(row.sequences):
+                    self.sides[k][i] = next(found).clone()
+
+    def beside(self, other: Reference) -> Reference:
+        """What both know."""
+        none: dict[int, Tensor] = {}
+        both = itertools.zip_longest(self.sides, other.sides, fillvalue=none)
+        return Reference(*(a | b for a, b in both))
 
     def of(self, indices: Sequence[int], device: torch.device) -> Tensor:
-        values = [self.chosen[i] for i in indices] + [self.rejected[i] for i in indices]
+        values = [self.chosen[i] for i in indices]
+        values += [side[i] for side in self.sides[1:] for i in indices if i in side]
         return to_device(_joined(values), device)
 
     def after_step(self, policy: Policy, step: int) -> None:
@@ -70,7 +96,7 @@ class LiveReference:
     def __init__(
         self,
         reference: Policy,
-        pairs: Sequence[TokenPair],
+        pairs: Sequence[TokenRow],
         config: DPOTrainConfig,
         cache: ReferenceCache | None,
         follows: bool = True,
@@ -90,7 +116,7 @@ class LiveReference:
     @torch.no_grad()
     def of(self, indices: Sequence[int], device: torch.device) -> Tensor:
         pairs = [self.pairs[i] for i in indices]
-        sequences = _sequences(pairs)
+        sequences = sequences_of(pairs)
         keys = [sequence_key(s) for s in sequences] if self.cache is not None else []
         values = self.cache.get(keys) if self.cache is not None else None
         if values is None:
@@ -118,22 +144,19 @@ class LiveReference:
 
 @dataclass(frozen=True)
 class PairData:
-    """Tokenised pairs and the reference of them (None: the loss has no reference)."""
+    """Tokenised pairs (or other rows) and their reference (None: the loss has no reference)."""
 
-    pairs: Sequence[TokenPair]
+    pairs: Sequence[Any]
     reference: References | None = None
     conversations: Sequence[TokenSequence] = ()  # held out, beside pairs that are
+    mismatched: PairData | None = None  # of kto: completions under prompts that are not theirs
 
 
 def _joined(values: list[Tensor]) -> Tensor:
     return torch.stack(values) if values[0].dim() == 0 else torch.cat(values)
 
 
-def _sequences(pairs: Sequence[TokenPair]) -> list[TokenSequence]:
-    return [p.sequences[0] for p in pairs] + [p.sequences[1] for p in pairs]
-
-
-def _scores(policy: Policy, pairs: Sequence[TokenPair]) -> list[Tensor]:
+def _scores(policy: Policy, pairs: Sequence[TokenRow]) -> list[Tensor]:
     """[scored tokens] of each sequence, chosen then rejected."""
     batch = policy.batch(list(pairs))
     with deterministic(policy.model):
@@ -175,7 +198,7 @@ class Referee:
 
     def data(
         self,
-        pairs: Sequence[TokenPair],
+        pairs: Sequence[TokenRow],
         what: str,
         used: Sequence[int] | None = None,
         live: bool = False,
@@ -224,7 +247,7 @@ def open_cache(policy: Policy, config: DPOTrainConfig, console: Console) -> Refe
 @torch.no_grad()
 def with_reference(
     policy: Policy,
-    pairs: Sequence[TokenPair],
+    pairs: Sequence[TokenRow],
     config: DPOTrainConfig,
     console: Console,
     what: str,
@@ -241,17 +264,17 @@ def with_reference(
         return PairData(pairs)
     per_token = config.ld_alpha is not None
     size = config.per_device_eval_batch_size
-    reference = Reference({}, {})
+    reference = Reference()
     used = range(len(pairs)) if used is None else used
     if cache is not None:
         _fill(cache, policy, pairs, used, size, console, what)
         for start in range(0, len(used), size):
             group = used[start : start + size]
-            values = cache.get([sequence_key(s) for s in _sequences([pairs[i] for i in group])])
+            values = cache.get([sequence_key(s) for s in sequences_of([pairs[i] for i in group])])
             if values is None:  # damaged between the pass and now
                 values = _scores(policy, [pairs[i] for i in group])
             values = values if per_token else [_sum(v) for v in values]
-            _keep(reference, group, values)
+            reference.keep([(i, pairs[i]) for i in group], values)
         return PairData(pairs, reference)
     starts = range(0, len(used), size)
     for start in console.progress(starts, f"reference log-probs ({what})", len(starts), "batches"):
@@ -259,7 +282,8 @@ def with_reference(
         batch = policy.batch([pairs[i] for i in group])
         with deterministic(policy.model):
             logps = policy.logps(batch, "none" if per_token else "sum").cpu()
-        _keep(reference, group, list(logps.split(batch.scored_lengths) if per_token else logps))
+        values = list(logps.split(batch.scored_lengths) if per_token else logps)
+        reference.keep([(i, pairs[i]) for i in group], values)
     return PairData(pairs, reference)
 
 
@@ -267,15 +291,10 @@ def _sum(values: Tensor) -> Tensor:
     return values.double().sum().to(values.dtype)
 
 
-def _keep(reference: Reference, group: Sequence[int], values: list[Tensor]) -> None:
-    for i, chosen, rejected in zip(group, values, values[len(group) :], strict=False):
-        reference.chosen[i], reference.rejected[i] = chosen.clone(), rejected.clone()
-
-
 def _fill(
     cache: ReferenceCache,
     policy: Policy,
-    pairs: Sequence[TokenPair],
+    pairs: Sequence[TokenRow],
     used: Sequence[int],
     size: int,
     console: Console,
@@ -307,5 +326,5 @@ def _fill(
             if not any(lacks(i) for i in group):  # another run was there first
                 continue
             values = _scores(policy, [pairs[i] for i in group])
-            cache.put([keys[i][0] for i in group] + [keys[i][1] for i in group], values)
+            cache.put([sequence_key(s) for s in sequences_of([pairs[i] for i in group])], values)
             cache.refresh()

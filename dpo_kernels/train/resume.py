@@ -8,20 +8,21 @@ reference is read, because the trained weights cannot give it again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..data import StreamedPairs, TokenPair
+from ..data import Limits, StreamedPairs, TokenRow
 from ..models.references import needs_reference
 from .checkpoints import Checkpoints, check_space, find, newest, read_tensors, read_values, run_of
 from .config import DPOTrainConfig, UserError
 from .identity import differences
 from .metrics import MetricsFile, read_metrics
 from .model import Policy
-from .order import visited
+from .order import step_indices, steps_of, visited
 from .reference import PairData, Referee, Reference
 from .state import TrainingState, load_reference, save_reference
+from .step_loss import Mismatched
 
 
 @dataclass
@@ -149,44 +150,70 @@ def fine_tuned_first(config: DPOTrainConfig) -> bool:
 
 def references(
     referee: Referee,
-    pairs: Sequence[TokenPair],
-    held_out: Sequence[TokenPair],
+    pairs: Sequence[TokenRow],
+    held_out: Sequence[TokenRow],
     folder: Path,
     resumed: Resumed | None,
 ) -> tuple[PairData, PairData | None]:
     """The pairs with what the reference gives to them: computed, or as the run kept it."""
     config = referee.config
-    if isinstance(pairs, StreamedPairs) or config.sync_ref_model:
-        data = referee.data(pairs, "training pairs", live=True)
-        return data, referee.data(held_out, "held-out pairs", live=True) if held_out else None
-    used = visited(len(pairs), config)
+    live = isinstance(pairs, StreamedPairs) or config.sync_ref_model
     # Of a resumed run nothing is put back yet: the policy is still the one it started from.
-    if resumed is not None and needs_reference(config.loss_options()) and not referee.stays:
-        found = load_reference(resumed.path.parent)
-        kept = found.get("training", Reference({}, {}))
-        missing = [i for i in used if i not in kept.chosen]
-        if missing:
-            if fine_tuned_first(config):
-                raise UserError(
-                    f"max_steps: {config.max_steps} asks for pairs that the run did not score "
-                    "before it began"
-                )
-            more = referee.data(pairs, "more pairs", missing).reference
-            assert isinstance(more, Reference)
-            kept = Reference(kept.chosen | more.chosen, kept.rejected | more.rejected)
-        data = PairData(pairs, kept)
-        evaluated = PairData(held_out, found.get("held out"))
-    else:
-        data = referee.data(pairs, "training pairs", used)
-        evaluated = PairData(held_out)
-        if held_out:
-            evaluated = referee.data(held_out, "held-out pairs")
+    kept: dict[str, Reference] | None = None
+    if (
+        resumed is not None
+        and not live
+        and needs_reference(config.loss_options())
+        and not referee.stays
+    ):
+        kept = load_reference(resumed.path.parent)
+    scored: dict[str, Reference | None] = {}
+
+    def of(name: str, rows: Sequence[TokenRow], what: str, used: list[int] | None) -> PairData:
+        if live:
+            return referee.data(rows, what, live=True)
+        if kept is None:
+            data = referee.data(rows, what, used)
+        else:
+            data = PairData(rows, _kept(referee, kept.get(name, Reference()), rows, used))
+        if isinstance(data.reference, Reference):
+            scored[name] = data.reference
+        return data
+
+    used = None if live else visited(len(pairs), config)
+    data = of("training", pairs, "training pairs", used)
+    evaluated = of("held out", held_out, "held-out pairs", None) if held_out else None
+    if config.compares_completions:
+        limits = [config.max_length, Limits.of(referee.policy.model.config).positions]
+        limit = min((x for x in limits if x is not None), default=None)
+        asked = Mismatched(pairs, limit)
+        steps = step_indices(len(pairs), config, steps_of(len(pairs), config))
+        keys = sorted({key for indices, _ in steps for key in asked.keys(indices)})
+        name = "mismatched completions"
+        data = replace(data, mismatched=of("mismatched", asked, name, keys))
+        if evaluated is not None:
+            asked = Mismatched(held_out, limit)
+            keys = asked.keys(range(len(held_out)))
+            found = of("held out, mismatched", asked, f"held-out {name}", keys)
+            evaluated = replace(evaluated, mismatched=found)
     referee.done()
-    scored = {
-        name: found.reference
-        for name, found in (("training", data), ("held out", evaluated))
-        if isinstance(found.reference, Reference)
-    }
     if config.save_steps and scored:
         save_reference(folder / "checkpoints", scored)
-    return data, evaluated if held_out else None
+    return data, evaluated
+
+
+def _kept(
+    referee: Referee, kept: Reference, rows: Sequence[TokenRow], used: list[int] | None
+) -> Reference:
+    """What a run kept of the reference, and what it asks for beyond that."""
+    missing = [i for i in (range(len(rows)) if used is None else used) if i not in kept.chosen]
+    if not missing:
+        return kept
+    if fine_tuned_first(referee.config):
+        raise UserError(
+            f"max_steps: {referee.config.max_steps} asks for pairs that the run did not score "
+            "before it began"
+        )
+    more = referee.data(rows, "more pairs", missing).reference
+    assert isinstance(more, Reference)
+    return kept.beside(more)

@@ -96,7 +96,9 @@ class DataOptions:
     """data"""
 
     dataset_name: str | None = option(
-        None, "JSONL file of training pairs (sft: of conversations; alias: --train_file)"
+        None,
+        "JSONL file of training pairs (kto, apo_zero_unpaired: of completions with a label; "
+        "plackett_luce: of ranked lists; sft: of conversations; alias: --train_file)",
     )
     eval_file: str | None = option(None, "JSONL file held out; None: split off eval_fraction")
     eval_fraction: float = option(
@@ -264,6 +266,23 @@ class LearnedGroupOptions:
 
 
 @dataclass
+class JudgedOptions:
+    """judged rows"""
+
+    soft_labels: bool = option(
+        False,
+        "a row's p_chosen (a judge's probability) becomes its label_smoothing, 1 - p_chosen: "
+        "sigmoid, sppo_soft",
+    )
+    desirable_weight: float | None = option(
+        None, "kto, apo_zero_unpaired: weight of good completions (1)"
+    )
+    undesirable_weight: float | None = option(
+        None, "kto, apo_zero_unpaired: weight of bad completions (1)"
+    )
+
+
+@dataclass
 class SupervisedOptions:
     """supervised data beside the pairs"""
 
@@ -380,6 +399,7 @@ GROUPS: tuple[Any, ...] = (
     TrainingOptions,
     GuardOptions,
     LearnedGroupOptions,
+    JudgedOptions,
     SupervisedOptions,
     SpeedOptions,
     OutputOptions,
@@ -390,6 +410,7 @@ _OF_PAIRS = (
     ReferenceOptions,
     GuardOptions,
     LearnedGroupOptions,
+    JudgedOptions,
     SupervisedOptions,
 )
 SFT_GROUPS = tuple(g for g in GROUPS if g not in _OF_PAIRS)

@@ -151,7 +151,7 @@ class _Scorer:
         )
         for row in read_scorable(file, self.left_out):
             found = maker.of(row)
-            if found is not None:
+            if isinstance(found, TokenPair | TokenSequence):
                 yield found
 
     def _window(self, window: list[Scored]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .checkpoints import reason
 from .config import UserError
-from .metrics import PairMeter
+from .metrics import PairMeter, UnpairedMeter, meter_of
 from .optim import Stepper
 from .reference import Reference
 
@@ -43,14 +43,14 @@ class Progress:
     best: float | None = None  # of early stopping
     worse: int = 0  # evaluations since the best
     times: list[float] = field(default_factory=list)  # seconds of each step
-    meter: PairMeter = field(default_factory=PairMeter)
+    meter: PairMeter | UnpairedMeter = field(default_factory=PairMeter)
 
     def values(self) -> dict[str, Any]:
         return {**vars(self), "times": self.times[-256:], "meter": self.meter.state()}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            setattr(self, name, PairMeter.of(value) if name == "meter" else value)
+            setattr(self, name, meter_of(value) if name == "meter" else value)
 
 
 @dataclass
@@ -155,7 +155,7 @@ _REFERENCE = "reference.safetensors"
 def save_reference(folder: Path, references: Mapping[str, Reference | None]) -> None:
     """Keep what the starting policy gave to each set of pairs; a file that is whole or not there.
 
-    Sets by name ("training", "held out"). A pair's values: one sum, or its scored tokens.
+    Sets by name ("training", "held out"). A sequence's values: one sum, or its scored tokens.
     """
     from safetensors.torch import save_file
 
@@ -163,10 +163,13 @@ def save_reference(folder: Path, references: Mapping[str, Reference | None]) -> 
     for name, reference in references.items():
         if reference is None or not reference.chosen:
             continue
-        tensors[f"{name}/indices"] = torch.tensor(list(reference.chosen))
-        for side in ("chosen", "rejected"):
-            values = list(getattr(reference, side).values())
+        every = list(reference.chosen)
+        tensors[f"{name}/indices"] = torch.tensor(every)
+        for k, found in enumerate(reference.sides):
+            side, values = _side(k), list(found.values())
             tensors[f"{name}/{side}"] = torch.cat([v.reshape(-1) for v in values])
+            if list(found) != every:  # of lists, some are longer
+                tensors[f"{name}/{side} indices"] = torch.tensor(list(found))
             if values[0].dim():
                 lengths = torch.tensor([len(v) for v in values])
                 tensors[f"{name}/{side} lengths"] = lengths
@@ -174,6 +177,11 @@ def save_reference(folder: Path, references: Mapping[str, Reference | None]) -> 
     part = folder / (_REFERENCE + ".tmp")
     save_file(tensors, part)
     os.replace(part, folder / _REFERENCE)
+
+
+def _side(k: int) -> str:
+    """What a file calls the values of the rows' sequence `k`."""
+    return ("chosen", "rejected")[k] if k < 2 else f"sequence {k}"
 
 
 def load_reference(folder: Path) -> dict[str, Reference]:
@@ -193,9 +201,9 @@ def load_reference(folder: Path) -> dict[str, Reference]:
         name, _, part = key.rpartition("/")
         if part != "indices":
             continue
-        indices = tensors[key].tolist()
         sides: list[dict[int, Tensor]] = []
-        for side in ("chosen", "rejected"):
+        while f"{name}/{(side := _side(len(sides)))}" in tensors:
+            indices = tensors.get(f"{name}/{side} indices", tensors[key]).tolist()
             lengths = tensors.get(f"{name}/{side} lengths")
             values = tensors[f"{name}/{side}"]
             rows = values.unbind() if lengths is None else values.split(lengths.tolist())

@@ -15,12 +15,14 @@ from .config import DPOTrainConfig
 from .reference import PairData
 
 if TYPE_CHECKING:
-    from .loop import PairLoss
+    from .step_loss import PairLoss
 
 
 def coupled(config: DPOTrainConfig) -> bool:
     """Whether a pair's loss depends on the others of its step (AOT sorts over them)."""
-    return any(dk.losses.get(name).batch_coupled for name in config.loss_type)
+    return config.rows == "pairs" and any(
+        dk.losses.get(name).batch_coupled for name in config.loss_type
+    )
 
 
 def coupled_gradients(

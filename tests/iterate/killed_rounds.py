@@ -42,7 +42,7 @@ def _loop(options: dict[str, Any], point: str, nth: int) -> None:
 
 def _arm(point: str, nth: int) -> None:
     """Kill this process just before the n-th call of what `point` names."""
-    from dpo_kernels.iterate import judges, manifest, records, rounds
+    from dpo_kernels.iterate import judges, manifest, one_round, records, rounds
     from dpo_kernels.train import optim
 
     passed: Counter[str] = Counter()
@@ -64,7 +64,8 @@ def _arm(point: str, nth: int) -> None:
     wrap(records.Journal, "add", lambda self, rows: f"journal {_stem(self.path.name)}")
     wrap(optim.Stepper, "step", lambda self, *a: "step")
     wrap(manifest, "write_json", lambda path, value: f"manifest {_last_stage(value)}")
-    wrap(rounds, "write_table", lambda path, rows: f"table {path.name}")
+    for owner in (rounds, one_round):
+        wrap(owner, "write_table", lambda path, rows: f"table {path.name}")
     wrap(judges.ScoreJudge, "compare", lambda self, items: "compare")
 
 

@@ -124,3 +124,92 @@ def test_kto_as_trl_computes_it(policy: str, tmp_path: Path, loss_type: str) -> 
             undesirable_weight=0.7,
         )
         torch.testing.assert_close(ours.loss, theirs.detach().float(), atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("conversational", [True, False])
+def test_our_unpaired_training_is_trls(
+    policy: str, tmp_path: Path, loss_type: str, conversational: bool
+) -> None:
+    """A file of labelled completions trains in both, in file order: losses, z and rewards agree."""
+    from datasets import load_dataset
+
+    from dpo_kernels.train.metrics import read_metrics
+
+    rows = []
+    for i in range(12):
+        said: Any = "word " * (1 + i % 4) + "end"
+        rows.append(
+            {
+                "prompt": chat(f"place {i}") if conversational else f"place {i}: ",
+                "completion": [{"role": "assistant", "content": said}] if conversational else said,
+                "label": bool(i % 3),
+            }
+        )
+    file = tmp_path / "rows.jsonl"
+    write_table(file, rows)
+    shared: dict[str, Any] = {
+        "loss_type": loss_type,
+        "beta": 0.5,
+        "desirable_weight": 1.3,
+        "undesirable_weight": 0.7,
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "learning_rate": 2e-3,
+        "logging_steps": 1,
+    }
+    data = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "c"))
+    model, tokenizer = load(policy)
+    config = trl.KTOConfig(
+        output_dir=str(tmp_path / "theirs"),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        **shared,
+    )
+    trainer = trl.KTOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    ours = ["train", "--model_name_or_path", policy, "--dataset_name", str(file)]
+    ours += ["--output_dir", str(tmp_path / "ours"), "--device", "cpu", "--eval_fraction", "0"]
+    ours += ["--train_sampling_strategy", "sequential", "--sample_max_new_tokens", "0"]
+    for name, value in shared.items():
+        ours += [f"--{name}", str(value)]
+    assert main(ours) == 0
+    for a, b in zip(read_metrics(tmp_path / "ours" / "metrics.jsonl"), theirs, strict=True):
+        names = ("loss", "kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "grad_norm")
+        for name in names:
+            assert a[name] == pytest.approx(b[name], rel=3e-3, abs=3e-4), (name, a, b)
+    if loss_type == "kto":
+        assert theirs[-1]["kl"] > 0
+
+
+def test_labelled_files_of_pairs_train_in_trl(policy: str, tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    rows = [
+        {"prompt": chat(f"place {i}"), "completion": "nice " * (n + 1), "sample": n}
+        for i in range(4)
+        for n in range(3)
+    ]
+    write_table(tmp_path / "s.jsonl", rows)
+    files = ["--samples", str(tmp_path / "s.jsonl")]
+    assert main(["judge", *files, "--output", str(tmp_path / "v.jsonl")]) == 0
+    files += ["--verdicts", str(tmp_path / "v.jsonl"), "--format", "unpaired"]
+    out = tmp_path / "rows.jsonl"
+    assert main(["pairs", *files, "--output", str(out), "--select", "all"]) == 0
+    data = load_dataset("json", data_files=str(out), split="train", cache_dir=str(tmp_path / "c"))
+    model, tokenizer = load(policy)
+    config = trl.KTOConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    trainer = trl.KTOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
+    assert torch.isfinite(torch.tensor(trainer.train().training_loss))
