@@ -21,6 +21,7 @@ _OPTIONS = (
     "truncation_mode",
     "max_prompt_length",
     "max_completion_length",
+    "assistant_only",
     "column_mapping",
 )
 
@@ -118,13 +119,22 @@ class _Check:
         from ..data.left_out import SHOWN
         from ..data.survey import Lengths, Marks
 
-        self.args, self.console, self.say = args, console, console.say
+        self.args, self.console = args, console
+        self.width = max(min(shutil.get_terminal_size((80, 24)).columns, 160), 20)
+        # Of what is no terminal the lines stay whole: someone looks for words in them.
+        self.folds = sys.stdout.isatty() and not args.json
         write = None if sink is None else lambda problem: sink.write(problem.as_json())
         self.left_out = LeftOut(report=self.say, keep=SHOWN, sink=write)
         self.marks = Marks(args.near == "true")
         self.kind = args.rows
         self.lengths: Any = Lengths()
         self.usable = self.chats = self.read = 0
+
+    def say(self, text: str = "") -> None:
+        from ..data.show import folded
+
+        for line in folded(text, self.width) if self.folds and text else (text,):
+            self.console.say(line)
 
     def run(self) -> int:
         from ..data import DataError
@@ -209,8 +219,7 @@ class _Check:
         )
         if not self.lengths.pairs > 1:
             self.say(legend(colour))
-        width = min(shutil.get_terminal_size((80, 24)).columns, 160)
-        for line in shown_pair(ids, whole.of(pair), whole.tokenizer, width, colour):
+        for line in shown_pair(ids, whole.of(pair), whole.tokenizer, self.width, colour):
             self.say(line)
         self.say()
 
@@ -248,7 +257,7 @@ class _Check:
         )
         say(f"{self.usable} usable {noun} ({self.chats} of {self.read} read are conversational)")
         plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-        for line in self.lengths.lines(min(shutil.get_terminal_size((80, 24)).columns, 80), plain):
+        for line in self.lengths.lines(min(self.width, 80), plain):
             say(line)
         for remark in left_out.remarks():
             say(remark)

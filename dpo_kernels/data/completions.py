@@ -24,7 +24,15 @@ from .left_out import BadField, LeftOut, Problem, Refused
 from .pairs import PairReader, PreferencePair, Turn
 from .row import kind_of
 from .sequences import Ids, Limits, Spans, TokenCompletion, TokenRanking, TokenRow, TokenSequence
-from .tokenize import LONG, PairTokenizer, Progress, _between, _common, _require_template
+from .tokenize import (
+    ALL_TURNS,
+    LONG,
+    PairTokenizer,
+    Progress,
+    _between,
+    _common,
+    _require_template,
+)
 from .truncation import Truncation, shortened
 
 _KNOWN = {"messages", "prompt", "completion", "text", "system", "tools", "chat_template_kwargs"}
@@ -239,7 +247,10 @@ class RowTokenizer(PairTokenizer):
             return self._render(messages, generation_prompt, pair)
 
         ids = render(prompt + completion, False)
-        if all(m["role"] == "assistant" for m in completion):
+        others = any(m["role"] != "assistant" for m in completion)
+        if others and not self.truncation.assistant_only:
+            self.left_out.notes[ALL_TURNS] += 1
+        if not others or not self.truncation.assistant_only:
             return (render(prompt, True) if prompt else ()), ids, None
         try:
             spans = self._spans("completion", prompt, completion, ids, render, template, pair)

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 from . import forms
 from .csv_rows import csv_rows
 from .json_rows import json_rows
-from .left_out import BadField, DataError
+from .left_out import DAMAGED, BadField, DataError
 from .row import EXPECTED, Row, Rows
 from .table_rows import NEEDS, arrow_rows, dataset_rows, parquet_rows
 
@@ -132,24 +132,53 @@ def _stem(path: Path) -> Path:
 
 
 def _file_rows(name: str, rename: Mapping[str, str]) -> Rows:
+    """The rows of one file; of a damaged one those that are whole, and where it is damaged."""
     shown = name_of(name)
+    last = None
+    try:
+        for where, row in _whole_rows(shown, name, rename):
+            last = last if isinstance(row, BadField) else where
+            yield where, row
+    except (*_BROKEN, DataError) as error:
+        said = str(error)
+        if not isinstance(error, DataError):
+            said = f"{shown} cannot be read to its end: {said or type(error).__name__}"
+        if last is None:
+            raise DataError(said) from None
+        said = said.removeprefix(shown).lstrip(": ").removesuffix(f", expected {EXPECTED}")
+        yield last, BadField("file", f"damaged behind this row ({said})", "a whole file", DAMAGED)
+
+
+def _whole_rows(shown: str, name: str, rename: Mapping[str, str]) -> Rows:
     with opened(name) as raw:
         suffix = _stem(Path(name)).suffix.lower()
-        try:
-            file, head = _unpacked(shown, raw)
-            table = next((read for magic, read in _TABLES.items() if head.startswith(magic)), None)
-            if table is not None:
-                whole = file is raw and Path(name).is_file()
-                yield from table(shown, name if whole else file)
-            elif suffix in (".csv", ".tsv"):
-                delimiter = "\t" if suffix == ".tsv" else ","
-                yield from csv_rows(
-                    shown, file, delimiter, lambda header: forms.named(header, rename)
-                )
-            else:
-                yield from json_rows(shown, file)
-        except _BROKEN as error:
-            raise DataError(f"{shown} cannot be read to its end: {error}") from None
+        patient = _Patient(raw)
+        file, head = _unpacked(shown, raw, patient)
+        table = next((read for magic, read in _TABLES.items() if head.startswith(magic)), None)
+        if table is not None:
+            whole = file is raw and Path(name).is_file()
+            yield from table(shown, name if whole else file)
+        elif suffix in (".csv", ".tsv"):
+            delimiter = "\t" if suffix == ".tsv" else ","
+            rows = csv_rows(shown, file, delimiter, lambda header: forms.named(header, rename))
+            yield from _but_the_last(rows, patient)
+        else:
+            yield from json_rows(shown, file)
+        if patient.error is not None:
+            raise patient.error
+
+
+def _but_the_last(rows: Rows, patient: _Patient) -> Rows:
+    """Of a file that was cut off the last row may be a part, and nothing in it would say so."""
+    held = None
+    for item in rows:
+        if held is not None:
+            yield held
+        held = item
+    if held is not None and patient.error is not None:
+        held = held[0], BadField("line", "cut off, perhaps", "a whole row", "broken CSV")
+    if held is not None:
+        yield held
 
 
 def opened(name: str) -> io.BufferedReader:
@@ -169,17 +198,40 @@ def opened(name: str) -> io.BufferedReader:
         raise DataError(f"{path} cannot be opened: {error.strerror}") from None
 
 
-def _unpacked(shown: str, raw: io.BufferedReader) -> tuple[BinaryIO, bytes]:
+class _Patient(io.RawIOBase):
+    """A packed stream that ends where it is damaged; `error` is what was wrong there."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        if self.error is None:
+            try:
+                data = self.file.read1(len(buffer))
+            except (*_BROKEN, DataError) as error:
+                self.error = error
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _unpacked(shown: str, raw: io.BufferedReader, patient: _Patient) -> tuple[BinaryIO, bytes]:
     """The stream past its packing and its byte order mark, and its first bytes."""
     file: Any = raw
     head = file.peek(8)
     for magic, unpack in _PACKED.items():
         if head.startswith(magic):
-            file = io.BufferedReader(unpack(file))
-            head = file.peek(8)
+            file = unpack(file)
             break
     if head.startswith(_ZSTD):
         file = io.BufferedReader(_Zstd(shown, file))
+    if file is not raw:
+        patient.file = file
+        file = io.BufferedReader(patient, 1 << 16)
         head = file.peek(8)
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
@@ -215,6 +267,31 @@ class _Zstd(io.RawIOBase):
         return len(data)
 
 
+class _Frames:
+    """zstandard's frames one after another; its own reader takes a cut one for whole."""
+
+    def __init__(self, zstandard: Any, file: Any) -> None:
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._file, self._ready = file, b""
+        self._frame: Any = None
+
+    def read(self, size: int) -> bytes:
+        while not self._ready:
+            packed = self._file.read(1 << 16)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the packed data ends within a frame")
+                return b""
+            while packed:
+                self._frame = self._frame or self._new()
+                self._ready += self._frame.decompress(packed)
+                packed = b""
+                if self._frame.eof:
+                    packed, self._frame = self._frame.unused_data, None
+        found, self._ready = self._ready[:size], self._ready[size:]
+        return found
+
+
 def _zstd_reader(file: Any) -> Any:
     with contextlib.suppress(ImportError):
         from compression import zstd  # type: ignore[import-not-found]
@@ -223,7 +300,7 @@ def _zstd_reader(file: Any) -> Any:
     with contextlib.suppress(ImportError):
         import zstandard
 
-        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        return _Frames(zstandard, file)
     with contextlib.suppress(ImportError):
         import pyarrow as pa
 

@@ -6,7 +6,7 @@ import io
 import json
 from typing import Any, BinaryIO
 
-from .left_out import BadField, DataError
+from .left_out import DAMAGED, BadField, DataError
 from .row import EXPECTED, Row, Rows, as_object
 
 
@@ -18,7 +18,7 @@ def json_rows(shown: str, file: BinaryIO) -> Rows:
         return
     if start.startswith(b"["):
         rest = file.read()
-        if not rest.strip() or not _complete(start):
+        if not rest.strip() or not _is_line(start):
             yield from _list_rows(shown, b"\n" * (number - 1) + raw + rest)
             return
         file = io.BytesIO(rest)
@@ -34,60 +34,102 @@ def json_rows(shown: str, file: BinaryIO) -> Rows:
             yield f"{shown}:{number}", object_of(more)
 
 
-def _complete(line: bytes) -> bool:
+def _is_line(text: bytes) -> bool:
+    """Whether a text that begins with `[` is one line among others, and no list of rows."""
     try:
-        json.loads(line)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    return True
+    return not value or not all(isinstance(row, dict) for row in value)
 
 
 def _list_rows(shown: str, content: bytes) -> Rows:
-    """The elements of one JSON list. A broken one is refused: nothing says where it goes on."""
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{shown}:{line}: undecodable text in a JSON list ({error})") from None
+    """The elements of one JSON list. Behind a broken one it goes on where a row begins again."""
+    text = content.decode("utf-8", "surrogateescape")  # what is no UTF-8 costs its row
     decoder = json.JSONDecoder(object_pairs_hook=_unique)
-    at, line, counted = text.index("[") + 1, 1, 0
+    names: set[str] = set()
+    at, line, counted = _skipped(text, text.index("[") + 1), 1, 0
 
-    def skip(at: int) -> int:
-        while text[at : at + 1].isspace():
-            at += 1
-        return at
-
-    at = skip(at)
-    while text[at : at + 1] != "]":
+    def place() -> str:
+        nonlocal line, counted
         line, counted = line + text.count("\n", counted, at), at
-        where = f"{shown}:{line}"
+        return f"{shown}:{line}"
+
+    while text[at : at + 1] != "]":
+        where = place()
         try:
             value, end = decoder.raw_decode(text, at)
             row: Row | BadField = as_object(value)
         except BadField as bad:
             row, end = bad, json.JSONDecoder().raw_decode(text, at)[1]
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: broken JSON list ({error}), expected {EXPECTED}") from None
+            got = "the end of the file" if at >= len(text) else f"broken JSON list ({error})"
+            yield where, BadField("line", got, "one JSON object", DAMAGED)
+            at = _next_row(text, at, names)
+            if at < 0:
+                return
+            continue
+        if isinstance(row, dict):
+            names |= row.keys()
+            if not text.isascii() and _undecodable(text[at:end]):
+                row = BadField("line", "bytes that are no UTF-8", "text in UTF-8", "broken JSON")
         yield where, row
-        at = skip(end)
-        if text[at : at + 1] == ",":
-            at = skip(at + 1)
-            if text[at : at + 1] != "]":
+        at = _skipped(text, end)
+        comma = text[at : at + 1] == ","
+        if comma:
+            at = _skipped(text, at + 1)
+            if text[at : at + 1] not in ("]", ""):
                 continue
-        if text[at : at + 1] != "]" or text[end:at].count(","):
-            line += text.count("\n", counted, at)
+        if comma or text[at : at + 1] != "]":
             got = repr(text[at : at + 1]) if at < len(text) else "the end of the file"
-            raise DataError(f"{shown}:{line}: {got} in a JSON list, expected ',' or ']'")
-    after = skip(at + 1)
-    if after < len(text):
-        line += text.count("\n", counted, after)
-        raise DataError(f"{shown}:{line}: a JSON list followed by more, expected {EXPECTED}")
+            got = "a comma and no more" if comma and at < len(text) else got
+            yield place(), BadField("line", f"{got} in a JSON list", "',' or ']'", DAMAGED)
+            at = at if comma else _next_row(text, at, names)
+            if at < 0 or at >= len(text):
+                return
+    at = _skipped(text, at + 1)
+    if at < len(text):
+        yield place(), BadField("line", "more behind a JSON list", "its end", DAMAGED)
+
+
+def _skipped(text: str, at: int) -> int:
+    while text[at : at + 1].isspace():
+        at += 1
+    return at
+
+
+def _undecodable(text: str) -> bool:
+    return any("\udc80" <= c <= "\udcff" for c in text)
+
+
+# Names by which a row is known from an object within one, where none was read yet.
+_NAMES = {"prompt", "chosen", "rejected", "messages", "completion", "completions", "responses"}
+_NAMES |= {"text", "instruction", "conversations", "output_A", "output_1", "context", "output"}
+
+
+def _next_row(text: str, at: int, names: set[str]) -> int:
+    """Where, behind `at`, a whole object begins that has the names of a row; -1 if nowhere."""
+    decoder = json.JSONDecoder()
+    wanted = {name for name in names if name not in ("role", "content")} or _NAMES
+    while (at := text.find("{", at + 1)) >= 0:
+        if text[:at].rstrip()[-1:] == ":":  # a value within a row
+            continue
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            continue
+        behind = text[_skipped(text, end) :][:1]
+        if isinstance(value, dict) and wanted & value.keys() and behind in (",", "]", ""):
+            return at
+    return -1
 
 
 def object_of(raw: bytes) -> Row | BadField:
     """One line as a JSON object, or what is wrong with it."""
     try:
-        return as_object(json.loads(raw.decode("utf-8"), object_pairs_hook=_unique))
+        # A mark of byte order stands in the middle of files that were put together.
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+        return as_object(json.loads(text, object_pairs_hook=_unique))
     except BadField as bad:
         return bad
     except (ValueError, RecursionError) as error:

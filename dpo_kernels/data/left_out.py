@@ -20,6 +20,9 @@ class DataError(ValueError):
     """The data cannot be used as asked; the message names file, line and field."""
 
 
+DAMAGED = "damaged file"  # the heading of a file that is read in part
+
+
 class NoUsableRow(DataError):
     """The file was read, and every row of it was left out."""
 
@@ -126,7 +129,7 @@ class LeftOut:
 
     def nothing(self, path: object, what: str, since: int = 0) -> NoUsableRow:
         """The error of a file without a usable row: the counts and the first reason in full."""
-        found = self.problems[since:]
+        found = sorted(self.problems[since:], key=lambda p: p.reason != DAMAGED)
         first = f"; the first: {found[0]}" if found else ""
         return NoUsableRow(f"{path}: {what}; {self.summary()}{first}")
 

@@ -29,7 +29,7 @@ from typing import Any
 from .files import Source, name_of, read_rows
 from .forms import as_pair
 from .left_out import BadField, DataError, LeftOut, Problem
-from .row import NUMBERS, Row, kind_of
+from .row import NUMBERS, Row, kind_of, number_wanted
 
 __all__ = [
     "DataError",
@@ -55,7 +55,6 @@ _ELSEWHERE = {
     "chosen_tools": "the same tools for both completions, under the name 'tools'",
     "rejected_tools": "the same tools for both completions, under the name 'tools'",
 }
-_FP32_LEAST, _FP32_MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 _KNOWN = {
     "prompt",
     "chosen",
@@ -504,22 +503,10 @@ def _number(row: dict[str, Any], name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadField(name, kind_of(value), "a number", "mis-typed field")
-    least = -math.inf if name == "margin" else 0.0
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    # The loss computes in fp32, where more would be inf and a smaller beta 0.
-    fits = abs(number) <= _FP32_MOST and (name != "beta" or number >= _FP32_LEAST)
-    fits = fits and (name != "label_smoothing" or number < 1)
-    if not fits or number < least:
-        wanted = {
-            "margin": "a finite number",
-            "weight": "a number of at least 0",
-            "beta": "a number above 0",
-            "label_smoothing": "a number in [0, 1)",
-        }[name]
-        if name != "label_smoothing" and math.isfinite(number) and number >= least and number != 0:
-            wanted += " in the range of fp32"
+    if wanted := number_wanted(name, number):
         raise BadField(name, str(value)[:40], wanted, "number out of range")
     return number

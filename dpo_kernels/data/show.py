@@ -5,6 +5,7 @@ Without colours the parts are told by their titles, so nothing is lost in a file
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -77,7 +78,7 @@ def visible(text: str) -> str:
     for c in text:
         if c in _BREAKS:
             out.append(_BREAKS[c])
-        elif unicodedata.category(c)[0] == "C" or c == "\ufffd":
+        elif unicodedata.category(c)[0] in "CZ" or c == "\ufffd":  # what would not be seen
             out.append(f"<{ord(c):x}>" if c != "\ufffd" else "?")
         else:
             out.append(c)
@@ -108,6 +109,27 @@ def wrapped(
             used += n + (1 if used else 0)
     if used:
         yield indent + line
+
+
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+def folded(text: str, width: int) -> Iterator[str]:
+    """A line as lines of at most `width` columns, broken between words where it can be."""
+    if columns(_COLOUR.sub("", text)) <= width:
+        yield text
+        return
+    line, used, empty = "", 0, True
+    for word in text.split(" "):
+        if not empty and used + 1 + columns(word) > width:
+            yield line
+            line, used, empty = "  ", 2, True
+        *whole, rest = _pieces(word if empty else f" {word}", max(width - used, 1))
+        for piece in whole:
+            yield line + piece
+            line, used = "", 0
+        line, used, empty = line + rest, used + columns(rest), False
+    yield line
 
 
 def _pieces(token: str, room: int) -> Iterator[str]:

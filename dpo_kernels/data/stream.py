@@ -155,7 +155,9 @@ class StreamedPairs(Sequence[TokenPair]):
         return found.hexdigest()
 
     def text(self, number: int) -> PreferencePair | None:
-        """The pair of a row of the file as texts."""
+        """The pair of a row of the file as texts; None where it is left out, which is told once."""
+        if number in self._bad:
+            return None
         where, row = self.file.row(number)
         pair = self.reader.pair(row, where)
         if pair is not None:
@@ -163,7 +165,9 @@ class StreamedPairs(Sequence[TokenPair]):
                 self.check(pair)
             except BadField as bad:
                 self.reader.left_out.add(bad.at(where))
-                return None
+                pair = None
+        if pair is None:
+            self._bad.add(number)
         return pair
 
     def _pair(self, number: int) -> TokenPair | None:

@@ -244,7 +244,7 @@ class Lengths:
         most = max(self.bins.values())
         labels = {b: f"{1 << (b - 1) if b else 0:,}-{(1 << b) - 1:,}" for b in self.bins}
         left, right = max(map(len, labels.values())), len(f"{most:,}")
-        room = width - left - right - 4
+        room = max(width - left - right - 4, 1)
         mark = "#" if plain else "█"
         out = [f"{self.unit} of a pair's longer sequence, and pairs:"]
         for bits in range(min(self.bins), max(self.bins) + 1):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .left_out import BadField, DataError
+from .left_out import DAMAGED, BadField, DataError
 from .row import EXPECTED, Row, Rows, kind_of
 
 NEEDS = "pip install 'dpo-kernels[data]'"
@@ -28,8 +28,7 @@ def parquet_rows(shown: str, file: Any) -> Rows:
         ) from None
     try:
         source = parquet.ParquetFile(_seekable(file), memory_map=isinstance(file, str | Path))
-        batches = source.iter_batches(batch_size=BATCH)
-        yield from _rows(shown, batches)
+        yield from _row_groups(shown, source)
     except DataError:
         raise
     except Exception as error:  # pyarrow's errors have no common base but this
@@ -51,6 +50,8 @@ def arrow_rows(shown: str, file: Any) -> Rows:
             batches: Iterable[Any] = (reader.get_batch(i) for i in range(reader.num_record_batches))
         except pa.ArrowInvalid:
             source.seek(0)
+            # A file that lost its end is a stream behind its first eight bytes.
+            source.seek(8 if source.read(6) == b"ARROW1" else 0)
             batches = pa.ipc.open_stream(source)
         yield from _rows(shown, batches)
     except DataError:
@@ -69,6 +70,25 @@ def dataset_rows(dataset: Iterable[Any]) -> Rows:
             yield where, {name: _plain(row[name]) for name in row.keys()}  # noqa: SIM118
 
 
+def _row_groups(shown: str, source: Any) -> Iterator[tuple[str, Row | BadField]]:
+    """The rows of a Parquet file; of a group that is damaged those before the damage."""
+    number = 0
+    for group in range(source.num_row_groups):
+        behind = number + source.metadata.row_group(group).num_rows
+        try:
+            batches = source.iter_batches(batch_size=BATCH, row_groups=[group])
+            for where, row in _rows(shown, batches, number):
+                number += 1
+                yield where, row
+        except Exception as error:  # pyarrow's errors have no common base but this
+            if number == 0 and source.num_row_groups == 1:
+                raise
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            got = f"rows {number + 1:,} to {behind:,} damaged ({said})"
+            yield f"{shown}:{number + 1}", BadField("row", got, "a whole file", DAMAGED)
+        number = behind
+
+
 def _seekable(file: Any) -> Any:
     if isinstance(file, str | Path):
         return str(file)
@@ -80,8 +100,9 @@ def _broken(shown: str, what: str, error: Exception) -> DataError:
     return DataError(f"{shown} is {what} that cannot be read ({said}), expected {EXPECTED}")
 
 
-def _rows(shown: str, batches: Iterable[Any]) -> Iterator[tuple[str, Row | BadField]]:
-    number = 0
+def _rows(
+    shown: str, batches: Iterable[Any], number: int = 0
+) -> Iterator[tuple[str, Row | BadField]]:
     for batch in batches:
         for start in range(0, batch.num_rows, BATCH):
             part = batch.slice(start, BATCH)

@@ -60,6 +60,12 @@ def _require_template(tokenizer: Any, conversational: bool) -> None:
 
 
 NO_END = "conversations that do not end with the end token (EOS)"
+NO_BEGIN = (
+    "conversations that do not begin with the begin token (BOS), which the tokenizer puts before a "
+    "text"
+)
+MERGED = "prompts whose end is tokenised otherwise before the completion (it starts there)"
+ALL_TURNS = "completions of several turns, all of them scored"
 DOUBLED_END = "completions that end with the end token (EOS) twice"
 
 
@@ -80,6 +86,7 @@ class PairTokenizer:
         self._marks: tuple[str, tuple[str, ...]] | None = None
         self._templates: dict[bool, str] = {}
         self._has_template = False
+        self._begins: bool | None = None
         # Looked up once: each is a search in the tokenizer.
         self.bos, self.bos_id = tokenizer.bos_token or "", tokenizer.bos_token_id
         self.eos, self.eos_id = tokenizer.eos_token or "", tokenizer.eos_token_id
@@ -105,6 +112,8 @@ class PairTokenizer:
             alone, sides = self._texts(pair)
             spans = [None, None]
         start = min(_common(alone, ids) for ids in sides)
+        if start < len(alone) and spans == [None, None]:
+            self.left_out.notes[MERGED] += 1
         if start < len(alone) and not self.warned and spans == [None, None]:
             self.warned = True
             self.warn(
@@ -180,6 +189,9 @@ class PairTokenizer:
             ids = render(prompt + completion, False)
             sides.append(ids)
             others = any(m["role"] != "assistant" for m in completion)
+            if others and not self.truncation.assistant_only:
+                self.left_out.notes[ALL_TURNS] += 1
+                others = False
             spans.append(
                 self._spans(name, prompt, completion, ids, render, template, pair)
                 if others
@@ -187,10 +199,19 @@ class PairTokenizer:
             )
         if sides[0][:1] == (self.bos_id,):
             self.left_out.notes["conversations that begin with the begin token (BOS)"] += 1
+        elif self._adds_begin():
+            self.left_out.notes[NO_BEGIN] += 1
         # Templates end a turn with it, or with it and a line break.
         if self.eos_id not in sides[0][-2:]:
             self.left_out.notes[NO_END] += 1
         return alone, sides, spans
+
+    def _adds_begin(self) -> bool:
+        """Whether the tokenizer puts BOS before a text of its own accord."""
+        if self._begins is None:
+            ids = self.tokenizer("a")["input_ids"]
+            self._begins = self.bos_id is not None and list(ids[:1]) == [self.bos_id]
+        return self._begins
 
     def _template(self, pair: PreferencePair) -> str:
         """The text of the chat template that this pair is rendered with."""

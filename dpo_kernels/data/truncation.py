@@ -21,12 +21,15 @@ class Truncation:
     cuts the completion from its right; `keep_end` cuts the prompt from its left as far as the
     longer side asks (both sides keep one prompt), and the completion from its right only where no
     prompt is left to cut; `drop` leaves the pair out.
+
+    `assistant_only`: of a completion of several turns what others say is not scored.
     """
 
     max_length: int | None = None
     mode: str = "keep_start"
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
+    assistant_only: bool = True
 
     @classmethod
     def of(cls, value: Truncation | int | None) -> Truncation:

@@ -9,22 +9,30 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..models.falling import FallingLogps, fallen, falling_text
+from ..models.nonfinite import LossWatch, NonFiniteLoss
+from ..models.options import FusedOptions
+from ..models.references import needs_reference
 from ..models.step1 import FirstStep, check_connected, check_rows, eos_ids_of
 
 OPT_OUT = "fused={'check_first_step': False}, or patch_trl(check_first_step=False)"
 
 
 class FirstStepCallback(TrainerCallback):
-    """Watches the first optimizer step of a trainer."""
+    """Watches the first optimizer step of a trainer, and what is logged later."""
 
-    def __init__(self, on_falling_logps: str = "warn") -> None:
-        self.on_falling = on_falling_logps
+    def __init__(self, fused: FusedOptions, falling: bool = True, beta: float = 0.1) -> None:
+        self.fused, self.beta = fused, beta
+        self.on_falling = fused.on_falling_logps if falling else "ignore"
         self.watch: FirstStep | None = None
         self.loss: Tensor | None = None  # the first
+        self.losses = LossWatch(said=fused.on_nonfinite_loss == "ignore")
+        self.decode: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs.get("model")
-        if model is not None and not state.global_step:
+        tokenizer = kwargs.get("processing_class")
+        self.decode = getattr(tokenizer, "decode", None)
+        if model is not None and not state.global_step and self.fused.check_first_step:
             self.watch = FirstStep(model, OPT_OUT)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -42,12 +50,16 @@ class FirstStepCallback(TrainerCallback):
             self.watch = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Log-probs that fall together, by the means that are logged."""
+        """A loss that is not finite; log-probs that fall together, by the means that are logged."""
+        text = self.losses.look(self.decode)
+        if text and self.fused.on_nonfinite_loss == "stop":
+            raise NonFiniteLoss(text)
+        if text:
+            warnings.warn(text, stacklevel=2)
         names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
         if self.on_falling == "ignore" or not logs or any(n not in logs for n in names):
             return
-        beta = getattr(args, "beta", None) or kwargs.get("beta") or 0.1
-        ratios = [float(logs[n]) / beta for n in names[:2]]
+        ratios = [float(logs[n]) / self.beta for n in names[:2]]
         ref = [float(logs[n]) - r for n, r in zip(names[2:], ratios, strict=True)]
         if not fallen(ratios[0], ratios[1], ref[0], ref[1]):
             return
@@ -58,11 +70,37 @@ class FirstStepCallback(TrainerCallback):
         warnings.warn(text, stacklevel=2)
 
 
+def _options_of(trainer: Any) -> dict[str, Any]:
+    """loss_type, beta and reference_free, wherever the framework has them."""
+    args = trainer.args
+    options = {
+        "loss_type": getattr(trainer, "loss_type", None) or getattr(args, "loss_type", "sigmoid"),
+        "beta": getattr(trainer, "beta", None) or getattr(args, "beta", 0.1),
+        "reference_free": bool(getattr(trainer, "reference_free", False)),
+    }
+    return {**options, **trainer.fused.loss_options, **(getattr(trainer, "loss_options", {}))}
+
+
+def _has_reference(options: dict[str, Any]) -> bool:
+    try:
+        return needs_reference(options)
+    except ValueError:  # a loss that is the framework's alone
+        return True
+
+
 def watch_first_step(trainer: Any) -> None:
-    """Give a trainer the callback, unless its `fused` has the check off."""
-    if trainer.fused.check_first_step:
-        trainer._first_step = FirstStepCallback(trainer.fused.on_falling_logps)
-        trainer.add_callback(trainer._first_step)
+    """Give a trainer the callback."""
+    options = _options_of(trainer)
+    beta = options["beta"]
+    beta = beta[0] if isinstance(beta, list) else beta  # of OnlineDPO's epochs
+    mean = float(beta.float().mean()) if isinstance(beta, Tensor) else float(beta or 0.1)
+    trainer._first_step = FirstStepCallback(trainer.fused, _has_reference(options), mean)
+    trainer.add_callback(trainer._first_step)
+
+
+def note_loss(trainer: Any, loss: Tensor, ids: Tensor | None = None) -> None:
+    """The loss of a training batch, and the token ids of its rows."""
+    trainer._first_step.losses.add(loss, trainer.state.global_step + 1, ids)
 
 
 def check_first_rows(trainer: Any, labels: Tensor) -> None:

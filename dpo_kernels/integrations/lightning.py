@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,11 +25,22 @@ from ..models.head_check import check_head
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
 from ..models.step0 import WrongReference, tied
+from ..models.step1 import FirstStep, FirstStepError, check_connected, check_rows, eos_ids_of
+from .cached_reference import CachedReference
 from .frameworks import check_version, require
-from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
+from .plain import PreferenceCollator, check_reference, find_reference, step_of
 from .trainer_metrics import LOSS_SUMS, ONE_BY_ONE, loss_sums, mean_loss
+from .watched import Later
 
-__all__ = ["DPOModule", "FusedOptions", "PreferenceCollator", "WrongReference"]
+__all__ = [
+    "DPOModule",
+    "FirstStepError",
+    "FusedOptions",
+    "PreferenceCollator",
+    "WrongReference",
+]
+
+OPT_OUT = "DPOModule(..., fused={'check_first_step': False})"
 
 if importlib.util.find_spec("lightning") is None and importlib.util.find_spec("pytorch_lightning"):
     check_version("pytorch-lightning")
@@ -84,6 +96,11 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         self.make_optimizer = optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-6))
         # In a list: not a submodule, so neither trained, nor moved, nor saved with the policy.
         self._ref_model = [] if ref_model is None else [ref_model.eval().requires_grad_(False)]
+        folder = self.fused.reference_cache
+        self._cache = None if folder is None else CachedReference(str(folder))
+        self._first_step: FirstStep | None = None
+        self._first_loss: Tensor | None = None
+        self._later: Later | None = None
         self._reference_seen = False
         self._evaluated, self._loader, self._index = 0, None, 0
         state = fresh_state(self.loss_options.get("loss_type", "sigmoid"))
@@ -100,15 +117,44 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
 
     on_validate_start = on_test_start = on_fit_start
 
+    def on_train_start(self) -> None:
+        if self.fused.check_first_step and not self.global_step:
+            self._first_step = FirstStep(self.model, OPT_OUT)
+        self._later = Later(self.fused, self.trainer.log_every_n_steps)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self._first_step is not None:
+            self._first_step.after_backward(self._first_loss)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, *args)
+        if self._first_step is None:
+            return
+        self._first_step.after_step(optimizer)
+        for text in self._first_step.warnings:
+            warnings.warn(text, stacklevel=2)
+        self._first_step.warnings.clear()
+        if self._first_step.done:
+            self._first_step = None
+
     def _reference(self, batch: Mapping[str, Any]) -> Reference | None:
         if not self.uses_reference:
             return None
         ref_model = self._ref_model[0] if self._ref_model else None
         return find_reference(
-            batch, self.model, ref_model, self.fused, self.loss_options, "reference_free=True"
+            batch,
+            self.model,
+            ref_model,
+            self.fused,
+            self.loss_options,
+            "reference_free=True",
+            self._cache,
         )
 
     def _step(self, batch: Mapping[str, Any], prefix: str) -> Tensor:
+        first = self.training and self._first_step is not None and self._first_loss is None
+        if first:
+            check_rows(batch["labels"], eos_ids_of(self.model), opt_out=OPT_OUT)
         ref = self._reference(batch)
         options = dict(self.loss_options)
         if not self.training:
@@ -116,8 +162,14 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         if self.beta_dpo_state is not None:
             state = self.beta_dpo_state
             options["beta_dpo_state"] = state if self.training else state.clone()
-        out = dpo_step(self.model, batch, ref_logps=ref, fused=self.fused, **options)
+        out = step_of(self.model, batch, ref_logps=ref, fused=self.fused, **options)
         assert out.loss is not None and out.rewards is not None and out.pair_logps is not None
+        if first:
+            check_connected(self.model, out.loss)
+            self._first_loss = out.loss.detach()
+        if self.training and self._later is not None:
+            known = batch.get("beta", options.get("beta", 0.1))
+            self._later.add(out, None if ref is None else known, batch["input_ids"])
         if self.training and not self._reference_seen:
             self._reference_seen = True
             if ref is not None and self.fused.check_reference and not self.global_step:

@@ -22,6 +22,7 @@ from ..models.step0 import check_step0
 from ..models.structure import deterministic
 from . import hf_trainer
 from .announce import announce
+from .first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
 
 
 class RowScores(NamedTuple):
@@ -51,6 +52,7 @@ def init(original: Callable, refuse: Callable[[Any], None]) -> Callable:
                 attach_head(given[name])
         original(self, *args, **kwargs)
         refuse(self)
+        watch_first_step(self)
 
     return __init__
 
@@ -60,6 +62,8 @@ def row_scores(
 ) -> RowScores:
     """Log-probs of the scored tokens of `model`, in its own precision."""
     attach_head(trainer.accelerator.unwrap_model(model))
+    if not reference and torch.is_grad_enabled() and not getattr(trainer, "_reference_seen", True):
+        check_first_rows(trainer, labels)
     stats = () if reference or not trainer.fused.head_stats else ("mean_logits",)
     out = scored_tokens(model, inputs, labels, trainer.fused, stats)
     assert out.logps is not None
@@ -95,6 +99,10 @@ def first_step(
             if self.fused.check_reference and not self.state.global_step:
                 _check_reference(self, model, batch, reference_logps, opt_out)
         result = original(self, model, batch, train_eval, **kwargs)
+        if first and isinstance(result[0], Tensor):
+            check_first_loss(self, result[0])
+        if train_eval == "train" and isinstance(result[0], Tensor):
+            note_loss(self, result[0])
         if first:
             self._reference_seen = True
             announce(self, hf_trainer.model_dtype(self), None)
@@ -130,6 +138,9 @@ def refuse(trainer: Any, given: dict[str, bool]) -> None:
 
 def fused_options(fused: FusedOptions) -> FusedOptions:
     """`FusedOptions` that such a trainer can follow."""
+    for name in ("reference_cache", "ref_adapter_name"):
+        if getattr(fused, name) is not None:
+            raise ValueError(f"{name}: the reference stays the framework's own here")
     if fused.loss_options:
         raise ValueError(
             f"loss_options: the loss stays the framework's own here; set its own options instead "

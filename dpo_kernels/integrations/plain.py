@@ -8,7 +8,8 @@
         optimizer.step(); optimizer.zero_grad()
 
 A batch is [chosen; rejected]: `input_ids`, `attention_mask`, `labels` [2B, T] (-100 where nothing
-is scored), optionally `ref_logps` [2B] and the columns `beta`, `weight`, `margin` [B].
+is scored), optionally `ref_logps` [2B] and the columns `beta`, `weight`, `margin`,
+`label_smoothing` [B]. The first step is watched: rows, gradients, and whether weights move.
 
 For frameworks whose recipes call a loss object there are `PreferenceLoss` (torchtune's signature:
 four log-probs in, losses and rewards out) and `LogitsLoss` (torchtitan's: predictions and labels).
@@ -17,7 +18,8 @@ four log-probs in, losses and rewards out) and `LogitsLoss` (torchtitan's: predi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,10 +32,12 @@ from ..models.attached import HeadOutput, attach_head
 from ..models.forward import Reference, ReferenceStates, pair_step, scored_tokens
 from ..models.head_check import check_head
 from ..models.options import FusedOptions
-from ..models.references import needs_states, reference_adapter
+from ..models.references import needs_reference, needs_states, reference_adapter
 from ..models.step0 import WrongReference, check_first_step
-from ..models.structure import deterministic
-from .rows import ROW_OPTIONS, row_numbers, take_row_options
+from ..models.structure import deterministic, unwrapped
+from .cached_reference import OF_STATES, CachedReference, cache_of_model
+from .rows import row_columns, take_row_options
+from .watched import watch_of
 
 __all__ = [
     "FusedOptions",
@@ -55,9 +59,10 @@ class PreferenceCollator:
     """Examples of token ids to a batch [chosen; rejected], padded on the right.
 
     An example has `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of ids), and may have
-    `ref_chosen_logps`, `ref_rejected_logps` and the columns `beta`, `weight`, `margin`. Sequences
-    keep their first `max_length` tokens. A pair that has no signal then (a completion is empty, or
-    both are equal) is left out with a warning; `ValueError` if none of the batch remains.
+    `ref_chosen_logps`, `ref_rejected_logps` and the columns `beta`, `weight`, `margin`,
+    `label_smoothing`. Sequences keep their first `max_length` tokens. A pair that has no signal
+    then (a completion is empty, or both are equal) is left out with a warning; `ValueError` if none
+    of the batch remains.
     """
 
     def __init__(self, pad_token_id: int, max_length: int | None = None) -> None:
@@ -107,10 +112,7 @@ class PreferenceCollator:
             batch["ref_logps"] = torch.tensor(
                 [float(e[f"ref_{side}_logps"]) for side in ("chosen", "rejected") for e in examples]
             )
-        for name in ROW_OPTIONS:
-            if name in examples[0]:
-                batch[name] = row_numbers(examples, name)
-        return batch
+        return batch | row_columns(examples)
 
 
 def attach(model: nn.Module, *, check: bool = True) -> None:
@@ -143,12 +145,51 @@ def dpo_step(
     `loss_options` those of `dpo_kernels.losses.LossOptions`. Raises `ValueError` as
     `fused_linear_dpo_loss`.
     """
+    chosen = FusedOptions.of(fused, FusedOptions())
+    watch = watch_of(model, chosen)
+    if watch is not None:
+        watch.rows(batch["labels"])
+    out = step_of(model, batch, ref_logps=ref_logps, fused=chosen, **loss_options)
+    if watch is not None:
+        watch.forward(out)
+        options = {**loss_options, **chosen.loss_options}
+        if out.loss is not None and out.loss.requires_grad:
+            beta = batch.get("beta", options.get("beta", 0.1))
+            ids = batch.get("input_ids")
+            watch.later.add(out, beta if needs_reference(options) else None, ids)
+    return out
+
+
+def step_of(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    ref_logps: Reference | None = None,
+    fused: FusedOptions,
+    **loss_options: Any,
+) -> HeadOutput:
+    """`dpo_step`, for trainers that watch the first step themselves."""
     inputs, row_options, labels = _split(batch)
     options = {**loss_options, **row_options}
-    chosen = FusedOptions.of(fused, FusedOptions())
     if ref_logps is None and not options.get("reference_free"):
         ref_logps = batch.get("ref_logps")
-    return pair_step(model, inputs, labels, ref_logps, {**options, **chosen.loss_options}, chosen)
+    return pair_step(model, inputs, labels, ref_logps, {**options, **fused.loss_options}, fused)
+
+
+@contextmanager
+def _reference(model: nn.Module, adapter: str | None) -> Iterator[nn.Module]:
+    """`model`, ready to be asked: of a PEFT model the adapter of that name, if one is named."""
+    attach_head(model)
+    named = nullcontext() if adapter is None else reference_adapter(unwrapped(model), adapter)
+    with torch.no_grad(), named, deterministic(model):
+        yield model
+
+
+def _score(model: nn.Module, batch: Mapping[str, Any], fused: FusedOptions) -> Tensor:
+    inputs, _, labels = _split(batch)
+    out = scored_tokens(model, inputs, labels, fused)
+    assert out.logps is not None
+    return out.logps
 
 
 @torch.no_grad()
@@ -157,14 +198,26 @@ def reference_logps(
 ) -> Tensor:
     """[2B, T - 1] log-probs of the scored tokens under a reference model, without gradient.
 
-    The model is taken in eval mode, whatever mode it is in, and left as it was.
+    The model is taken in eval mode, whatever mode it is in, and left as it was; of `fused`,
+    `ref_adapter_name` chooses an adapter of it, and `reference_cache` keeps what it gives. It is
+    looked at each time whether the model is another than it was.
     """
+    chosen = FusedOptions.of(fused, FusedOptions())
+    cache = cache_of_model(model, chosen.reference_cache)
+    return _logps(cache, batch, lambda: _reference(model, chosen.ref_adapter_name), chosen)
+
+
+def _logps(
+    cache: CachedReference | None,
+    batch: Mapping[str, Any],
+    reference: Callable[[], AbstractContextManager[nn.Module]],
+    fused: FusedOptions,
+) -> Tensor:
+    if cache is None:
+        with reference() as model:
+            return _score(model, batch, fused)
     inputs, _, labels = _split(batch)
-    attach_head(model)
-    with deterministic(model):
-        out = scored_tokens(model, inputs, labels, FusedOptions.of(fused, FusedOptions()))
-    assert out.logps is not None
-    return out.logps
+    return cache.logps(inputs, labels, reference, lambda model: _score(model, batch, fused))
 
 
 @torch.no_grad()
@@ -172,12 +225,22 @@ def reference_states(
     model: nn.Module, batch: Mapping[str, Any], *, fused: FusedOptions | dict | None = None
 ) -> ReferenceStates:
     """`reference_logps` for the losses that compare whole distributions (`tdpo1`, `tdpo2`)."""
+    chosen = FusedOptions.of(fused, FusedOptions())
+    cache = cache_of_model(model, chosen.reference_cache)
+    return _states(cache, batch, lambda: _reference(model, chosen.ref_adapter_name), chosen)
+
+
+def _states(
+    cache: CachedReference | None,
+    batch: Mapping[str, Any],
+    reference: Callable[[], AbstractContextManager[nn.Module]],
+    fused: FusedOptions,
+) -> ReferenceStates:
+    if cache is not None:
+        cache.unused(OF_STATES)
     inputs, _, labels = _split(batch)
-    attach_head(model)
-    with deterministic(model):
-        return forward.reference_states(
-            model, inputs, labels, FusedOptions.of(fused, FusedOptions())
-        )
+    with reference() as model:
+        return forward.reference_states(model, inputs, labels, fused)
 
 
 def find_reference(
@@ -187,22 +250,39 @@ def find_reference(
     fused: FusedOptions,
     loss_options: dict[str, Any],
     free: str,
+    cache: CachedReference | None = None,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Reference:
     """The batch's own reference log-probs, else `ref_model`'s, else those below PEFT's adapter.
 
-    `free`: what to write to go without a reference.
+    `free`: what to write to go without a reference. `cache`: what keeps them. `within`: the
+    precision that the framework's forwards run in.
     """
-    ask = reference_states if needs_states(loss_options) else reference_logps
     if "ref_logps" in batch:
         return batch["ref_logps"]
-    if ref_model is not None:
-        return ask(ref_model, batch, fused=fused)
-    if not hasattr(policy, "peft_config"):
+    if ref_model is not None and fused.ref_adapter_name is not None:
+        raise ValueError(
+            f"ref_adapter_name={fused.ref_adapter_name!r} is an adapter of the policy, and "
+            "ref_model is another model: give one of them"
+        )
+    if ref_model is None and not hasattr(policy, "peft_config"):
         raise ValueError(
             f"no reference: give ref_model, ref_logps in the batch, a PEFT model, or {free}"
         )
-    with reference_adapter(policy):
-        return ask(policy, batch, fused=fused)
+
+    @contextmanager
+    def reference() -> Iterator[nn.Module]:
+        with within():
+            if ref_model is not None:
+                with _reference(ref_model, None) as model:
+                    yield model
+                return
+            with reference_adapter(policy, fused.ref_adapter_name), _reference(policy, None):
+                yield policy
+
+    ask: Any = _states if needs_states(loss_options) else _logps
+    found: Reference = ask(cache, batch, reference, fused)
+    return found
 
 
 def check_reference(

@@ -1,27 +1,42 @@
-"""Columns of a preference dataset with one number a pair: `beta`, `weight`, `margin`."""
+"""Columns of a preference dataset with one number a pair: `beta`, `weight`, `margin`,
+`label_smoothing`. A `group`, which takes weights of its own, is named and not used."""
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.row import number_wanted
+
 # column -> option of the loss
-ROW_OPTIONS = {"beta": "beta", "weight": "weights", "margin": "offset"}
+ROW_OPTIONS = {
+    "beta": "beta",
+    "weight": "weights",
+    "margin": "offset",
+    "label_smoothing": "label_smoothing",
+}
+_GROUP = (
+    "the column 'group' is not used here: offsets and temperatures of groups are learned by "
+    "`dpo-kernels train --learn_groups` alone"
+)
 
 
 def number_of(column: str, value: Any, where: str) -> float:
-    """The value of a row column; `ValueError` that names the row where it is no number."""
+    """The value of a row column; `ValueError` that names the row where it is none."""
     try:
-        number = float(value)
-        if not isinstance(value, (str, bool)) and math.isfinite(number):
-            return number
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(f"column {column!r} of {where} must be a finite number, got {value!r}")
+        number = None if isinstance(value, (str, bool)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    wanted = number_wanted(column, number)
+    if wanted:
+        wanted = "a finite number" if number is None else wanted
+        raise ValueError(f"column {column!r} of {where} must be {wanted}, got {value!r}")
+    assert number is not None
+    return number
 
 
 def row_numbers(examples: Sequence[Mapping[str, Any]], column: str) -> Tensor:
@@ -34,6 +49,13 @@ def row_numbers(examples: Sequence[Mapping[str, Any]], column: str) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
+def row_columns(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The row columns of a batch, each [B]: of those that one of its examples has."""
+    if any(example.get("group") is not None for example in examples):
+        warnings.warn(_GROUP, stacklevel=3)
+    return {k: row_numbers(examples, k) for k in ROW_OPTIONS if any(k in e for e in examples)}
+
+
 def check_row_columns(given: Mapping[str, Any]) -> None:
     """The row columns of a trainer's data sets, before training, where they have columns to read.
 
@@ -43,6 +65,8 @@ def check_row_columns(given: Mapping[str, Any]) -> None:
         sets = given.get(name)
         for key, dataset in (sets if isinstance(sets, dict) else {name: sets}).items():
             columns = getattr(dataset, "column_names", None)
+            if isinstance(columns, list) and "group" in columns:
+                warnings.warn(_GROUP, stacklevel=3)
             if dataset is None or not isinstance(columns, list) or not hasattr(dataset, "__len__"):
                 continue
             for column in ROW_OPTIONS:
@@ -59,7 +83,7 @@ class WithRowColumns:
 
     def __call__(self, examples: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         # Taken out first: a collator that pads whatever it is given would trip over them.
-        columns = {k: row_numbers(examples, k) for k in ROW_OPTIONS if k in examples[0]}
+        columns = row_columns(examples)
         plain = [{k: v for k, v in e.items() if k not in columns} for e in examples]
         batch = dict(self.collator(plain, *args, **kwargs))
         return batch | columns

@@ -26,10 +26,11 @@ from ..models.forward import Reference
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
 from ..models.step0 import WrongReference
-from .first_step import check_first_loss, check_first_rows, watch_first_step
+from .cached_reference import cache_of
+from .first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
 from .frameworks import check_version
 from .hf_trainer import check_head_of, load_state, loss_state, save_state
-from .plain import PreferenceCollator, check_reference, dpo_step, find_reference
+from .plain import PreferenceCollator, check_reference, find_reference, step_of
 from .trainer_metrics import (
     ONE_BY_ONE,
     PackedMetrics,
@@ -120,9 +121,11 @@ class FusedDPOMixin:
             check_first_rows(self, inputs["labels"])
             check_head_of(self)
         ref = self._reference(inputs) if needs_reference(options) else None
-        out = dpo_step(model, inputs, ref_logps=ref, fused=self.fused, **options)
+        out = step_of(model, inputs, ref_logps=ref, fused=self.fused, **options)
         if first and out.loss is not None:
             check_first_loss(self, out.loss)
+        if mode == "train" and out.loss is not None:
+            note_loss(self, out.loss, inputs["input_ids"])
         started = self.state.global_step  # type: ignore[attr-defined]
         if first and ref is not None and self.fused.check_reference and not started:
             opt_out = "FusedDPOTrainer(..., fused={'check_reference': False})"
@@ -145,7 +148,16 @@ class FusedDPOMixin:
     def _reference(self, inputs: dict[str, Any]) -> Reference:
         policy = self.accelerator.unwrap_model(self.model)
         free = "loss_options={'reference_free': True}"
-        return find_reference(inputs, policy, self.ref_model, self.fused, self.loss_options, free)
+        return find_reference(
+            inputs,
+            policy,
+            self.ref_model,
+            self.fused,
+            self.loss_options,
+            free,
+            cache_of(self),
+            self.accelerator.autocast,
+        )
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *_: Any, **__: Any

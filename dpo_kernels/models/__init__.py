@@ -11,5 +11,7 @@ over this room.
     segment_attention, segment_kernels   attention by segment under transformers' interface
     references     which losses need a reference, and the reference below an adapter
     head_check, step0   the two checks before the first step
+    step1, falling, nonfinite   what is looked at around the first step, and later
+    reference_cache     the reference's log-probs on disk, by content
     loading, versions   checkpoints (GGUF, adapters), and what releases of transformers changed
 """

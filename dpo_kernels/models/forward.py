@@ -311,6 +311,20 @@ def pair_logps(
     return out.pair_logps
 
 
+def completion_sums(logps: Tensor, labels: Tensor, ld_alpha: float | None) -> Tensor:
+    """[2B] sums of `logps` [2B, T - 1] over the scored tokens of `labels` [2B, T].
+
+    With `ld_alpha` what a completion has beyond the shorter one of its pair weighs that.
+    """
+    scored = (labels[:, 1:] != -100).to(logps.device)
+    logps = logps.double() * scored
+    if ld_alpha is not None:
+        counts = scored.sum(1)
+        shared = torch.minimum(*counts.chunk(2)).repeat(2)[:, None]
+        logps = torch.where(scored.cumsum(1) <= shared, logps, ld_alpha * logps)
+    return logps.sum(1)
+
+
 @torch.no_grad()
 def noiseless(
     model: nn.Module,

@@ -173,7 +173,7 @@ def _run(
         if hook is not None:
             hook.remove()
     gradient = None
-    if gradients and leaves:
+    if gradients and leaves and loss.requires_grad:  # a detached head is the first step's to tell
         loss.backward()  # not autograd.grad: reentrant checkpoints refuse it
         gradient = _by_id(leaves)
     _wait(batch.rows)

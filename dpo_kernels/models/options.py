@@ -8,6 +8,7 @@ from typing import Any
 import dpo_kernels as dk
 
 from ..data.batches import layout_name
+from .nonfinite import CHOICES
 
 # Statistics of the policy's distribution that TRL logs: entropy, logits/*, mean_token_accuracy.
 HEAD_STATS = ("entropy", "mean_logits", "is_top1")
@@ -27,8 +28,11 @@ class FusedOptions:
             every trainable weight a gradient and moves it.
         on_falling_logps: "warn", "stop" or "ignore" where the log-probs of chosen and rejected fall
             together.
+        on_nonfinite_loss: the same where a training loss is not finite.
         reference_cache: a folder that keeps the reference's log-probs by content
             (`models.reference_cache`); None: they are not kept.
+        ref_adapter_name: the adapter of the policy that is the reference; None: the one called
+            `ref`, or none where there is no such.
         layout: how the trunk runs over a batch: "padded" (as it comes), "packed" (one row without
             padding), "shared" (and a prompt that chosen and rejected share once), "auto" (the
             cheapest that the model can take, by counting).
@@ -45,7 +49,9 @@ class FusedOptions:
     check_reference: bool = True
     check_first_step: bool = True
     on_falling_logps: str = "warn"
+    on_nonfinite_loss: str = "warn"
     reference_cache: str | None = None
+    ref_adapter_name: str | None = None
     share_prefix: bool | None = None
     layout: str | None = None  # None: auto
     check_layout: bool = True
@@ -54,11 +60,11 @@ class FusedOptions:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.on_falling_logps not in ("warn", "stop", "ignore"):
-            raise ValueError(
-                "on_falling_logps must be 'warn', 'stop' or 'ignore', got "
-                f"{self.on_falling_logps!r}"
-            )
+        for name in ("on_falling_logps", "on_nonfinite_loss"):
+            if getattr(self, name) not in CHOICES:
+                raise ValueError(
+                    f"{name} must be 'warn', 'stop' or 'ignore', got {getattr(self, name)!r}"
+                )
         layout = self.layout
         if layout is None:
             layout = {None: "auto", True: "shared", False: "padded"}[self.share_prefix]

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from ..data import TokenSequence
 from ..data.bulk import cache_root
+from .references import adapters_in_force
 from .structure import base_model_of, unwrapped
 
 FORMAT = "dpo-kernels reference log-probs 1"
@@ -101,24 +102,34 @@ def reference_identity(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
 def weights_digest(model: nn.Module) -> str:
     """sha256 of the weights in force, by name. A LoRA adapter that adds nothing is left out."""
     adapters = getattr(model, "peft_config", {})
-    off = _switched_off(model)
-    active = _active(model) if adapters and not off else []
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     found = hashlib.sha256()
     used: set[str] = set()
-    for name in sorted(state, key=_plain_name):
-        adapter = next((a for a in adapters if f".{a}." in f"{name}."), None)
+    for name, (weight, adapter) in sorted(weights_in_force(model).items()):
         if adapter is not None:
-            if adapter not in active or _adds_nothing(name, state):
-                continue
             used.add(adapter)
-        found.update(f"{_plain_name(name)} {state[name].dtype} {list(state[name].shape)}".encode())
-        found.update(_bytes_of(state[name]))
+        found.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        found.update(_bytes_of(weight))
     for adapter in sorted(used):
         options = adapters[adapter].to_dict()
         told = {k: options.get(k) for k in ("peft_type", "r", "lora_alpha", "use_rslora")}
         found.update(json.dumps(told, default=str, sort_keys=True).encode())
     return found.hexdigest()
+
+
+def weights_in_force(model: nn.Module) -> dict[str, tuple[Tensor, str | None]]:
+    """Weights and buffers that decide what `model` gives now, and the adapter that each is of.
+
+    By the name that they have without PEFT around the model.
+    """
+    adapters = getattr(model, "peft_config", {})
+    active = adapters_in_force(model) if adapters and not _switched_off(model) else []
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found: dict[str, tuple[Tensor, str | None]] = {}
+    for name, weight in state.items():
+        adapter = next((a for a in adapters if f".{a}." in f"{name}."), None)
+        if adapter is None or (adapter in active and not _adds_nothing(name, state)):
+            found[_plain_name(name)] = (weight, adapter)
+    return found
 
 
 def _plain_name(name: str) -> str:
@@ -132,12 +143,6 @@ def _adds_nothing(name: str, state: dict[str, Tensor]) -> bool:
         if f".{b}." in other and other in state:
             return not bool(state[other].any())
     return False
-
-
-def _active(model: Any) -> list[str]:
-    active = getattr(model, "active_adapters", [])
-    active = active() if callable(active) else active
-    return [active] if isinstance(active, str) else list(active)
 
 
 def _switched_off(model: nn.Module) -> bool:

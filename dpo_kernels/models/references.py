@@ -32,11 +32,33 @@ def _rows(loss_options: dict[str, Any]) -> list[dk.losses.Loss]:
     return [] if dk.losses.rows_for(names) != "pairs" else dk.losses.rows_of(names)
 
 
+def adapters_in_force(model: Any) -> list[str]:
+    """The names of the adapters that a PEFT model's forward uses."""
+    active = getattr(model, "active_adapters", [])
+    active = active() if callable(active) else active
+    return [active] if isinstance(active, str) else list(active)
+
+
 @contextmanager
-def reference_adapter(model: Any) -> Iterator[None]:
-    """The reference below a PEFT model: its adapter called `ref` if it has one, else no adapter."""
+def reference_adapter(model: Any, name: str | None = None) -> Iterator[None]:
+    """The reference below a PEFT model: the adapter `name`, else that called `ref`, else none.
+
+    `ValueError` where there is no such adapter, or it is the one that is trained.
+    """
     own = not hasattr(model, "disable_adapter")  # adapters that transformers itself has loaded
-    if "ref" not in model.peft_config:
+    known = list(model.peft_config)
+    if name is not None and name not in known:
+        raise ValueError(
+            f"ref_adapter_name: the model has no adapter {name!r}, expected one of "
+            f"{', '.join(map(repr, known))}"
+        )
+    name = name or ("ref" if "ref" in known else None)
+    if name is not None and name in adapters_in_force(model):
+        raise ValueError(
+            f"ref_adapter_name: {name!r} is the adapter that is trained, so the reference would "
+            "move with the policy; expected another one (set_adapter chooses what is trained)"
+        )
+    if name is None:
         if own:
             model.disable_adapters()
             try:
@@ -48,7 +70,7 @@ def reference_adapter(model: Any) -> Iterator[None]:
             yield
         return
     active = model.active_adapters() if own else model.active_adapter
-    model.set_adapter("ref")
+    model.set_adapter(name)
     try:
         yield
     finally:

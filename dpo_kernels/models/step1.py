@@ -7,7 +7,7 @@ weights: they moved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,7 @@ class FirstStep:
         self.done = False
         self.warnings: list[str] = []
         self._gradients_seen = False
+        self._finite = True
         self._before: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
     @torch.no_grad()
@@ -153,9 +154,10 @@ class FirstStep:
         if not self._gradients_seen:
             self._check_gradients(trained, loss)
             self._gradients_seen = True
-        self._before = [
-            (p, _some(p).clone(), _some(p.grad) != 0) for _, p in trained if p.grad is not None
-        ]
+        live = [(p, p.grad) for _, p in trained if p.grad is not None]
+        self._before = [(p, _some(p).clone(), _some(grad) != 0) for p, grad in live]
+        sums = [_some(grad).sum().float().cpu() for _, grad in live]
+        self._finite = bool(torch.stack(sums).isfinite().all()) if sums else True
 
     def _check_gradients(
         self, trained: list[tuple[str, nn.Parameter]], loss: float | Tensor | None
@@ -204,11 +206,16 @@ class FirstStep:
         return any(part in name for part in quiet)
 
     @torch.no_grad()
-    def after_step(self, optimizer: Any) -> None:
-        """`FirstStepError` where no weight has moved; a warning where few have."""
+    def after_step(self, optimizer: Any, held: Container[int] | None = None) -> None:
+        """`FirstStepError` where no weight has moved; a warning where few have.
+
+        `held`: ids of the weights that this optimizer is to move, where there are others.
+        """
         if self.done or self._before is None:
             return
         before, self._before = self._before, None
+        if held is not None:
+            before = [entry for entry in before if id(entry[0]) in held]
         rates = [group["lr"] for group in optimizer.param_groups]
         if not any(rates):
             if not any(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups):
@@ -219,6 +226,8 @@ class FirstStep:
             return  # the warm-up begins at 0: the next step will tell
         if getattr(optimizer, "step_was_skipped", False):
             return  # a gradient scaler looks for its scale
+        if not self._finite and all(bool((_some(p) == b).all()) for p, b, _ in before):
+            return  # the same, of a scaler that does not say so
         self.done = True
         counts = [torch.stack([((_some(p) != b) & g).sum(), g.sum()]).cpu() for p, b, g in before]
         moved, wanted = torch.stack(counts).sum(0).tolist() if counts else (0, 0)

@@ -47,6 +47,16 @@ def check_adapter(config: DPOTrainConfig, own: bool) -> None:
         )
 
 
+def check_named(folder: str, name: str) -> None:
+    """`UserError` unless the folder of a model has an adapter of this name (`ref_adapter_name`)."""
+    known = sorted(p.parent.name for p in Path(folder).glob("*/adapter_config.json"))
+    if name not in known:
+        raise UserError(
+            f"ref_adapter_name: {folder} has no adapter {name!r} below it, expected "
+            + (f"one of {', '.join(known)}" if known else "the folder of a PEFT model of several")
+        )
+
+
 _OPTIONS = (
     "lora_target_modules",
     "lora_target_parameters",

@@ -69,7 +69,7 @@ def _batch(config: DPOTrainConfig) -> int:
 def _reference(config: DPOTrainConfig) -> str:
     if config.reference_free:
         return "none (reference_free)"
-    other = getattr(config, "ref_model_name_or_path", None)
+    other = getattr(config, "reference_name", None)
     if other:
         return str(other)
     return "the base model" if config.use_peft else "the model before training"

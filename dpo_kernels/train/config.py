@@ -53,7 +53,18 @@ class DPOTrainConfig(
 ):
     """Everything a run depends on; saved as `config.yaml` in its folder."""
 
+    @property
+    def reference_name(self) -> str | None:
+        """The checkpoint that is the reference; None: the policy as it starts."""
+        if self.ref_adapter_name is not None:
+            return str(Path(str(self.model_name_or_path)) / self.ref_adapter_name)
+        return self.ref_model_name_or_path
+
     def __post_init__(self) -> None:
+        if self.ref_adapter_name is not None and self.ref_model_name_or_path is not None:
+            raise UserError(
+                "ref_adapter_name and ref_model_name_or_path both name the reference: give one"
+            )
         if isinstance(self.loss_type, str):
             self.loss_type: Any = [self.loss_type]
         if isinstance(self.report_to, str):

@@ -39,6 +39,7 @@ def truncation(config: Any) -> Truncation:
         config.truncation_mode,
         config.max_prompt_length,
         config.max_completion_length,
+        config.assistant_only,
     )
 
 

@@ -41,7 +41,7 @@ from ..data import (
 from ..data.bulk import cache_root
 from ..data.left_out import Problem
 from ..models.versions import dtype_option
-from .adapters import check_adapter, name_base
+from .adapters import check_adapter, check_named, name_base
 from .calibration import calibration
 from .card import write_card
 from .checkpoints import newest, of_the_disk, reason
@@ -130,7 +130,7 @@ def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
             "sft_steps is of the embedded default: your own model is not fine-tuned, unless "
             "sft_file gives it conversations"
         )
-    for option in ("sft_file", "ref_model_name_or_path"):
+    for option in ("sft_file", "ref_model_name_or_path", "ref_adapter_name"):
         if not own and getattr(config, option) is not None:
             raise UserError(f"{option} goes with a model and pairs of your own (the default's fit)")
     return config, own
@@ -353,6 +353,8 @@ class Job:
         if reference is not None:
             find_model(reference, "ref_model_name_or_path")  # before the data is read
         found = find_model(name)
+        if self.config.ref_adapter_name is not None:
+            check_named(found, self.config.ref_adapter_name)
         check_fits(found, self.config)
         policy = load_policy(replace(self.config, model_name_or_path=found), self.console.say)
         if self.config.use_peft:
@@ -461,8 +463,6 @@ class Job:
         if self.config.uses_offset and any(t.offset is None for t in texts):
             where = next(t.source for t in texts if t.offset is None)
             raise DataError(f"{where}: margin: missing, but odpo needs a margin in every row")
-        if not self.config.uses_offset and any(t.offset is not None for t in texts):
-            self.left_out.once(f"{file}: the column margin is not used: odpo alone reads it")
         self._check_row_options(file, texts)
         self.texts.update({t.source: t for t in texts})
         limits = Limits.of(policy.model.config)
@@ -502,7 +502,11 @@ class Job:
         return found
 
     def _check_row_options(self, file: str, texts: list[PreferencePair]) -> None:
-        """The loss takes the columns of numbers that the rows bring."""
+        """The loss takes the columns that the rows bring, or it is said that it does not."""
+        if not self.config.uses_offset and any(t.offset is not None for t in texts):
+            self.left_out.once(f"{file}: the column margin is not used: odpo alone reads it")
+        if not self.config.learn_groups and any(t.group is not None for t in texts):
+            self.left_out.once(f"{file}: the column group is not used: learn_groups reads it")
         options = self.config.loss_options()
         for column, option in (
             ("weight", "weights"),

@@ -108,7 +108,7 @@ def check_step0(
     assert out.loss is not None and out.zero_loss is not None
     logps = out.logps if out.pair_logps is None else out.pair_logps
     assert out.rewards is not None and logps is not None
-    if data.reference and not config.ref_model_name_or_path:
+    if data.reference and not config.reference_name:
         options = config.loss_options()
         try:
             check_same(

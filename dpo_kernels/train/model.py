@@ -151,7 +151,7 @@ def load_reference(
 
     It scores the policy's token ids: `UserError` if its own tokenizer or vocabulary is another.
     """
-    name = find_model(str(config.ref_model_name_or_path), "ref_model_name_or_path")
+    name = find_model(str(config.reference_name), "ref_model_name_or_path")
     model = _load(name, None, config, say)
     rows, others = (len(embedding_of(m).weight) for m in (model, policy.model))
     if rows < min(others, len(policy.tokenizer)):

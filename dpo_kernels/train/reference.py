@@ -1,6 +1,7 @@
 """The reference's log-probs: computed once before training, as rows come, or taken from the cache.
 
-The reference is the starting policy or another checkpoint (`ref_model_name_or_path`). Its log-probs
+The reference is the starting policy or another checkpoint (`ref_model_name_or_path`), perhaps an
+adapter beside the policy's (`ref_adapter_name`). Its log-probs
 are one pass over all pairs, so no second model is held during training, and what the cache
 (`models/reference_cache.py`) holds is not computed again. Three kinds of runs hold a model: those
 whose reference moves (`sync_ref_model`: TR-DPO and EMA; nothing of it is cached), those whose loss
@@ -176,10 +177,10 @@ class Referee:
         self.whole = False
         if not self.needed:
             return
-        if config.ref_model_name_or_path:
+        if config.reference_name:
             self.other = load_reference(config, policy, console.say)
             console.say(
-                f"reference: {config.ref_model_name_or_path}, another checkpoint than the policy "
+                f"reference: {config.reference_name}, another checkpoint than the policy "
                 "(step 0 is not checked)"
             )
         self.whole = needs_states(config.loss_options())

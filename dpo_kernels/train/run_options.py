@@ -119,6 +119,9 @@ class DataOptions:
     max_completion_length: int | None = option(
         None, "tokens of a completion, which keeps its start"
     )
+    assistant_only: bool = option(
+        True, "of a completion of several turns the assistant's alone are scored; false: all of it"
+    )
     column_mapping: list[str] | None = option(
         None, "columns of other names, as prompt=question chosen=good"
     )
@@ -183,6 +186,11 @@ class RefModel:
 class ReferenceOptions(RefModel):
     """reference"""
 
+    ref_adapter_name: str | None = option(
+        None,
+        "the reference is the model with this adapter: a folder below model_name_or_path, which is "
+        "an adapter's",
+    )
     reference_cache: str | None = option(
         "auto",
         "folder that keeps the reference's log-probs for other runs; auto: in the user's cache; "

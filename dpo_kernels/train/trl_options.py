@@ -58,8 +58,7 @@ _REFUSED: dict[str, str] = {
     "label_names generate_during_eval",
     "order and sampling follow seed alone": "data_seed full_determinism",
     "the layout is the option layout": "padding_free pad_to_multiple_of use_logits_to_keep",
-    _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size ref_adapter_name "
-    "model_adapter_name",
+    _REFERENCE_ONCE: "precompute_ref_log_probs precompute_ref_batch_size model_adapter_name",
     "dropout is always off: policy and reference are one function": "disable_dropout",
     "a router's loss is not added here": "router_aux_loss_coef",
     "model options are dtype, attn_implementation and trust_remote_code": "model_init_kwargs "
@@ -67,8 +66,8 @@ _REFUSED: dict[str, str] = {
     "columns that are not used are named, and left": "remove_unused_columns",
     "train does both, evaluation where there are held-out pairs": "do_train do_eval do_predict",
     "there is no such report": "debug skip_memory_metrics",
-    "every turn of the assistant is scored, of a prompt nothing": "assistant_only_loss "
-    "completion_only_loss",
+    "every turn of the assistant is scored, of a prompt nothing (assistant_only false: of a "
+    "completion the others' turns too)": "assistant_only_loss completion_only_loss",
     "rows are not packed into one sequence": "packing packing_strategy eval_packing",
     "a chat template comes from a file (chat_template)": "chat_template_path",
     "the column is 'text'": "dataset_text_field",

@@ -44,6 +44,8 @@ def test_a_byte_order_mark_costs_no_row(tmp_path: Path) -> None:
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
     left_out = LeftOut()
     assert len(read_pairs(file, left_out)) == 1 and not left_out.problems
+    file.write_bytes(file.read_bytes() * 3)  # files with marks, put together
+    assert len(read_pairs(file, left_out)) == 3 and not left_out.problems
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ well: JSONL, a JSON list, CSV, gzip.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +100,69 @@ def flipped(draw: random.Random, data: bytes) -> bytes:
     return data[:at] + bytes([data[at] ^ 0x5A]) + data[at + 1 :]
 
 
+def cut_list(draw: random.Random, data: bytes) -> bytes:
+    """One element of a list loses its end; where the next one begins is for the reader to find."""
+    lines = data.splitlines()
+    at = draw.randrange(len(lines))
+    lines[at] = truncated(draw, lines[at])
+    return b"[\n" + b",\n".join(lines) + b"\n]"
+
+
+def undecodable(draw: random.Random, data: bytes) -> bytes:
+    lines = data.splitlines()
+    at = draw.randrange(len(lines))
+    lines[at] = lines[at].replace(b"a", b"\xff", 1)
+    return b"[" + b",\n".join(lines) + b"]"
+
+
+def table(draw: random.Random, data: bytes) -> Any:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    return pa.Table.from_pylist([json.loads(line) for line in data.splitlines()])
+
+
+def arrow_cut(draw: random.Random, data: bytes) -> bytes:
+    """An Arrow file of a batch a row, without the footer that says where they are."""
+    made = table(draw, data)
+    import pyarrow as pa
+
+    out = pa.BufferOutputStream()
+    with pa.ipc.new_file(out, made.schema) as writer:
+        for batch in made.to_batches(max_chunksize=1):
+            writer.write_batch(batch)
+    whole = out.getvalue().to_pybytes()
+    return whole[: len(whole) * 3 // 4]
+
+
+def parquet_flipped(draw: random.Random, data: bytes) -> bytes:
+    """Parquet of a row group a row, one byte of one of them another."""
+    made = table(draw, data)
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    out = pa.BufferOutputStream()
+    parquet.write_table(made, out, row_group_size=1, write_page_checksum=True)
+    whole = bytearray(out.getvalue().to_pybytes())
+    meta = parquet.ParquetFile(pa.BufferReader(bytes(whole))).metadata
+    at = meta.row_group(draw.randrange(meta.num_row_groups)).column(0)
+    start = at.dictionary_page_offset or at.data_page_offset
+    whole[start : start + 4] = b"\xff\xff\xff\xff"
+    return bytes(whole)
+
+
+def zstd_cut(draw: random.Random, data: bytes) -> bytes:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    return truncated(draw, pa.compress(data, codec="zstd", asbytes=True))
+
+
+def many(data: bytes) -> bytes:
+    """Rows that no packing makes one block of."""
+    draw = random.Random(5)
+    row = json.loads(data.splitlines()[0])
+    texts = (draw.randbytes(3000).hex() for _ in range(60))
+    rows = ({**row, "note": text} for text in texts)
+    return b"\n".join(json.dumps(r).encode() for r in rows)
+
+
 def noise(draw: random.Random, data: bytes) -> bytes:
     return draw.randbytes(400)
 
@@ -121,6 +186,10 @@ WHOLE: dict[str, Callable[[random.Random, bytes], bytes]] = {
         json.loads(data.splitlines()[0]), indent=1
     ).encode(),
     "html": lambda draw, data: b"<!DOCTYPE html>\n<html>\n<body>Not found</body>\n</html>\n",
+    "bzip2 cut": lambda draw, data: truncated(draw, bz2.compress(data)),
+    "xz cut": lambda draw, data: truncated(draw, lzma.compress(data)),
+    "a list with a cut element": cut_list,
+    "a list with a byte that is no UTF-8": undecodable,
     "lfs": lambda draw, data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
 }
 
@@ -182,3 +251,57 @@ def test_data_check_of_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert "Traceback" not in out.out + out.err
         if kept is not None:
             assert code == 1 and f"{file}:" in out.out, (file, out)
+
+
+# --- damaged as a whole: how many of the rows are kept ---
+
+DAMAGED: dict[str, tuple[Callable[[random.Random, bytes], bytes], Callable[[int, int], bool]]] = {
+    "gzip cut": (lambda d, x: truncated(d, gzip.compress(many(x))), lambda n, k: 20 < k < 60),
+    "bzip2 cut": (lambda d, x: truncated(d, bz2.compress(many(x))), lambda n, k: k < 60),
+    "xz cut": (lambda d, x: truncated(d, lzma.compress(many(x))), lambda n, k: 20 < k < 60),
+    "zstd cut": (lambda d, x: zstd_cut(d, many(x)), lambda n, k: k < 60),
+    "gzip checksum": (
+        lambda d, x: (lambda z: z[:-8] + b"zero" + z[-4:])(gzip.compress(x)),
+        lambda n, k: k >= n - 1,
+    ),
+    "a list cut": (WHOLE["a list cut"], lambda n, k: 1 <= k < n),
+    "a list with a cut element": (cut_list, lambda n, k: k == n - 1),
+    "a list with a byte that is no UTF-8": (undecodable, lambda n, k: k == n - 1),
+    "a list and more": (WHOLE["a list and more"], lambda n, k: k == n),
+    "a list cut in gzip": (
+        lambda d, x: truncated(d, gzip.compress(b"[" + b",".join(many(x).splitlines()) + b"]")),
+        lambda n, k: 20 < k < 60,
+    ),
+    "arrow cut": (arrow_cut, lambda n, k: 1 <= k < n),
+    "parquet flipped": (parquet_flipped, lambda n, k: k == n - 1),
+    "a line that is no UTF-8": (
+        lambda d, x: x.replace(b"a3", b"\xff\xfe", 1),
+        lambda n, k: k == n - 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(DAMAGED))
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_a_damaged_file_gives_its_whole_rows(
+    tmp_path: Path, kind: str, chat: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, kept = DAMAGED[kind]
+    rows = [json.dumps(good(i, chat)).encode() for i in range(6)]
+    wanted = {f"q{i}" for i in range(6)}
+    for seed in range(4):
+        file = tmp_path / f"{seed}.json"
+        file.write_bytes(make(random.Random(seed), b"\n".join(rows)))
+        left_out = LeftOut()
+        try:
+            pairs = read_pairs(file, left_out)
+        except DataError as error:  # nothing could be read at all
+            assert kept(6, 0) and str(file) in str(error) and "\n" not in str(error), error
+            continue
+        prompts = [p.prompt if isinstance(p.prompt, str) else p.prompt[0]["content"] for p in pairs]
+        assert kept(6, len(pairs)) and set(prompts) <= wanted, (len(pairs), left_out.problems)
+        problem = left_out.problems[-1]
+        assert problem.where.startswith(f"{file}") and "\n" not in str(problem), problem
+        assert main(["data", "check", str(file), "--near", "false"]) == 1
+        said = capsys.readouterr()
+        assert "Traceback" not in said.out + said.err and str(problem) in said.out

@@ -12,8 +12,17 @@ import pytest
 from test_data import bot, byte_tokenizer, user
 from test_data_faults import chat, read, scored, tokens
 
-from dpo_kernels.data import PreferencePair, make_batch
+from dpo_kernels.data import (
+    Completion,
+    LeftOut,
+    PreferencePair,
+    RowTokenizer,
+    TokenSequence,
+    Truncation,
+    make_batch,
+)
 from dpo_kernels.data.batches import Sharing
+from dpo_kernels.data.tokenize import ALL_TURNS, MERGED, NO_BEGIN
 
 
 def adds(tokenizer: Any, bos: bool, eos: bool) -> Any:
@@ -68,6 +77,20 @@ def test_a_begin_token_in_the_text_is_kept_once() -> None:
     assert ids and left_out.notes["conversations that do not end with the end token (EOS)"] == 1
 
 
+def test_a_missing_begin_token_and_merged_boundaries_are_counted() -> None:
+    tokenizer = adds(byte_tokenizer(), True, False)
+    bare = "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}"
+    tokenizer.chat_template = bare
+    _, left_out = tokens(chat(user("q"), bot("a"), bot("b")), tokenizer)
+    assert left_out.notes[NO_BEGIN] == 1
+    plain = byte_tokenizer(bare)
+    _, left_out = tokens(chat(user("q"), bot("a"), bot("b")), plain)
+    assert NO_BEGIN not in left_out.notes  # it puts none before a text either
+    merging = byte_tokenizer(merges=[("a", "b")])
+    _, left_out = tokens(PreferencePair("xa", "bc", "bd", "f:1"), merging, warn=lambda text: None)
+    assert left_out.notes[MERGED] == 1
+
+
 def test_a_repeated_prompt_is_taken_once(tmp_path: Path) -> None:
     """trl#1752"""
     rows = [
@@ -109,6 +132,24 @@ def test_the_users_turns_are_not_scored() -> None:
     assert left_out.notes[f"completions cut at max_length={len(ids.prompt) + 4}"] == 2
 
 
+def test_the_users_turns_are_scored_where_it_is_asked_for(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    every = Truncation(assistant_only=False)
+    ids, left_out = tokens(MULTI, tokenizer, every, warn=pytest.fail)
+    wanted = "{}</s><s>user:why</s><s>assistant:{}</s>"
+    assert ids and scored(tokenizer, ids) == (wanted.format("a", "so"), wanted.format("b", "no"))
+    assert ids.unscored == ((), ()) and left_out.notes[ALL_TURNS] == 2
+    # templates that do not keep the turns apart are no hindrance then
+    found, _ = tokens(MULTI, byte_tokenizer(BARE), every)
+    assert found and scored(tokenizer, found)[0].endswith("so</s>")
+    row = Completion([user("q")], [bot("a"), user("why"), bot("so")], "f:1")
+    left_out = LeftOut()
+    one = RowTokenizer(tokenizer, every, left_out).of(row)
+    assert isinstance(one, TokenSequence) and left_out.notes[ALL_TURNS] == 1
+    text = tokenizer.decode([one.ids[t] for t in one.scored])
+    assert text == wanted.format("a", "so")
+
+
 REWRITES = (  # earlier answers are shortened, as templates do that drop earlier thoughts
     "{% for m in messages %}{{ '<s>' + m['role'] + ':' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] if loop.last else '-' }}{{ '</s>' }}{% endgeneration %}"
@@ -117,10 +158,12 @@ REWRITES = (  # earlier answers are shortened, as templates do that drop earlier
 )
 
 
+BARE = REWRITES.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
 def test_turns_by_the_templates_marks_or_refused() -> None:
     tokenizer = byte_tokenizer(REWRITES)
     ids, _ = tokens(MULTI, tokenizer, warn=lambda text: None)
     assert ids and scored(tokenizer, ids) == ("-</s>so</s>", "-</s>no</s>")
-    bare = REWRITES.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    found, left_out = tokens(MULTI, byte_tokenizer(bare))
+    found, left_out = tokens(MULTI, byte_tokenizer(BARE))
     assert found is None and left_out.counts() == {"turns cannot be told apart": 1}

@@ -83,6 +83,7 @@ def test_a_bad_row_is_left_out_as_it_is_met(tmp_path: Path) -> None:
     left_out = LeftOut()
     pairs = streamed(write(tmp_path / "a.jsonl", lines), left_out)
     assert not left_out.problems
+    assert pairs.text(1) is None and pairs.text(3) is None  # a look at the first rows
     sources = [pairs[i].source.rpartition(":")[2] for i in (0, 1, 2, 3, 1)]
     assert sources == ["1", "3", "3", "1", "3"]
     assert left_out.counts() == {"broken JSON": 1, "chosen equals rejected": 1}

@@ -12,7 +12,7 @@ from test_data import bot, byte_tokenizer, user, write
 
 from dpo_kernels.cli import main
 from dpo_kernels.data import LeftOut, PreferencePair, Truncation, tokenize_pairs
-from dpo_kernels.data.show import columns, shown_pair, visible
+from dpo_kernels.data.show import columns, folded, shown_pair, visible
 from dpo_kernels.data.survey import Lengths, Marks, repeats
 
 LONG = " ".join(f"word{i}" for i in range(60)) + " "
@@ -145,6 +145,36 @@ def test_show_on_the_command_line(tmp_path: Path, model: str, capsys: Any) -> No
     text = check(capsys, file, "--model_name_or_path", model, "--show", 1, "--color", "always")[1]
     assert "\x1b[32mg\x1b[0m" in text
     assert main(["data", "check", file, "--show", "2"]) == 2
+
+
+def test_no_line_is_wider_than_the_terminal(
+    tmp_path: Path, model: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide characters, emoji, tabs, what is not seen, long names of files and many numbers."""
+    folder = tmp_path / ("a folder with 长长的名字 " * 4).strip()
+    folder.mkdir()
+    rows = [
+        row("这是一个很长的提示，没有任何空格" * 12, " 好的👩‍👩‍👧 😀❤️ é", "\tbad\ttabs\t\n\n   x"),
+        row("a" * 300 + "\u2028\u00a0\u200b", " " + "😀" * 90, " " + "한국어 " * 40),
+        *(row("q" * (i * i + 1), "c" * (i + 1), "d" * (2 * i + 1)) for i in range(60)),
+        row("q", "好" * 500, "好" * 500),
+        row("q", ""),
+    ]
+    file = write(folder / "data.jsonl", [*rows, rows[4]])
+    for width in (80, 30):
+        monkeypatch.setenv("COLUMNS", str(width))
+        for tty in (True, False):
+            monkeypatch.setattr("sys.stdout.isatty", lambda tty=tty: tty)
+            _, text = check(capsys, file, "--model_name_or_path", model, "--show", 3)
+            lines = [COLOUR.sub("", line) for line in text.splitlines()]
+            wide = [line for line in lines if columns(line) > width]
+            assert not wide if tty else all(str(folder) in x or " " in x for x in wide), wide
+            if not tty:  # words that someone looks for are not broken there
+                assert any(line.startswith("left out: ") and str(file) in line for line in lines)
+            assert ("\x1b[32m" in text) == tty
+    assert visible("a\u2028\u00a0\u200bb") == "a<2028><a0><200b>b"
+    assert list(folded("one two three", 8)) == ["one two", "  three"]
+    assert list(folded("好" * 5, 4)) == ["好好", "好好", "好"]
 
 
 def test_truncation_policies() -> None:

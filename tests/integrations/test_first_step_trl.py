@@ -122,6 +122,106 @@ def test_the_cache_of_the_reference(tmp_path: Any, monkeypatch: pytest.MonkeyPat
     assert first.state.global_step == 3
 
 
+@needs_v1
+def test_stale_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of other weights under this name: no key can tell, step 0 does."""
+    fused = {"reference_cache": str(tmp_path)}
+    run(of_fused=fused)
+    plain = ReferenceCache.get
+
+    def stale(self: Any, keys: Any) -> Any:
+        found = plain(self, keys)
+        return None if found is None else [v - 1 for v in found]
+
+    monkeypatch.setattr(ReferenceCache, "get", stale)
+    with pytest.raises(WrongReference, match=r"stale reference log-probs \(a cache\)"):
+        run(of_fused=fused)
+
+
+def test_the_cache_of_any_release(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that keep prompt and completion apart ask the reference in their own forward."""
+    fused = {"reference_cache": str(tmp_path)}
+
+    def losses(**options: Any) -> list[float]:
+        history = run(max_steps=3, learning_rate=0.02, **options).state.log_history
+        return [h["loss"] for h in history if "loss" in h]
+
+    assert losses(of_fused=fused) == pytest.approx(losses(), abs=1e-5)
+    monkeypatch.setattr(ReferenceCache, "put", lambda *args: pytest.fail("scored again"))
+    for options in ({"beta": 0.5}, {"loss_type": "hinge"}):
+        assert losses(of_fused=fused, **options) == pytest.approx(losses(**options), abs=1e-5)
+
+
+@needs_v1
+def test_precomputed_log_probs_beside_the_cache(tmp_path: Any) -> None:
+    """Without a ref_model there is none to ask later: the policy's own would be taken for it."""
+    options = {"max_steps": 3, "precompute_ref_log_probs": True, "learning_rate": 0.05}
+    wanted, found = (
+        [
+            h["loss"]
+            for h in run(of_ref_model=None, of_fused=fused, **options).state.log_history
+            if "loss" in h
+        ]
+        for fused in ({}, {"reference_cache": str(tmp_path)})
+    )
+    assert found == pytest.approx(wanted, abs=1e-5) and abs(found[-1] - 0.6931) > 1e-3
+    for alpha in (None, 0.5):
+        kept = [
+            run(of_fused=f, ld_alpha=alpha, **options).state.log_history[-2]["loss"]
+            for f in ({}, {"reference_cache": str(tmp_path)})
+        ]
+        assert kept[0] == pytest.approx(kept[1], abs=1e-5)
+
+
+@needs_v1
+def test_a_reference_that_moves_has_no_cache(tmp_path: Any) -> None:
+    with pytest.warns(UserWarning, match=r"reference_cache: not used \(the reference follows"):
+        run(of_fused={"reference_cache": str(tmp_path)}, sync_ref_model=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_named_adapter_is_the_reference() -> None:
+    """Before TRL's own copy of the trained one, which it calls `ref`."""
+    peft = pytest.importorskip("peft", reason="pip install peft")
+
+    def trained(theirs: float, name: str = "theirs") -> None:
+        policy = peft.get_peft_model(tiny.model(), trl_runs.lora())
+        policy.add_adapter("theirs", trl_runs.lora())
+        with torch.no_grad():
+            for weight_name, weight in policy.named_parameters():
+                if "lora_B.theirs" in weight_name:
+                    weight.fill_(theirs)
+        run(policy, of_ref_model=None, of_fused={"ref_adapter_name": name})
+
+    trained(0.0)
+    with pytest.raises(WrongReference):
+        trained(0.5)
+    with pytest.raises(ValueError, match="no adapter 'ours', expected one of"):
+        trained(0.0, "ours")
+
+
+def test_label_smoothing_of_rows_and_groups() -> None:
+    def losses(made: Any) -> list[float]:
+        return [h["loss"] for h in made.state.log_history if "loss" in h]
+
+    rows = tiny.rows(12, label_smoothing=lambda i: 0.3)
+    wanted = losses(run(of_fused={"loss_options": {"label_smoothing": 0.3}}, learning_rate=0.05))
+    assert losses(run(of_rows=rows, learning_rate=0.05)) == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(ValueError, match=r"'label_smoothing' of train_dataset row 3.*got 1\.5"):
+        run(of_rows=tiny.rows(12, label_smoothing=lambda i: 0.1 if i < 3 else 1.5))
+    with pytest.warns(UserWarning, match="'group' is not used here.*--learn_groups"):
+        run(of_rows=tiny.rows(12, group=lambda i: "a"))
+
+
+def test_no_reference_has_no_fall() -> None:
+    """Rewards of a loss without a reference are no log-ratios."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fall together.*")
+        run(loss_type="simpo", max_steps=3)
+
+
 def test_under_transformers_trainer(tmp_path: Any) -> None:
     with pytest.raises(FirstStepError, match="the learning rate is 0"):
         hf_trainer(

@@ -69,6 +69,34 @@ def test_the_adapter_alone_is_trained_and_saved(
     assert second["weights"] != first["weights"]
 
 
+def test_a_named_adapter_is_the_reference(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the trained one in its folder: it is scored, not trained, and saved with nothing."""
+    import peft
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    base.name_or_path = str(folder / "model")
+    made = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, made)
+    model.add_adapter("theirs", made)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B.theirs" in name:
+                weight.normal_()
+    model.save_pretrained(folder / "two")
+    options = {"max_steps": 2, "model_name_or_path": folder / "two", "learning_rate": 1e-3}
+    assert main(arguments(folder, "plain", **options)) == 0
+    assert main(arguments(folder, "named", **options, ref_adapter_name="theirs")) == 0
+    assert f"{Path('two') / 'theirs'}, another checkpoint" in capsys.readouterr().out
+    plain, named = (outcome(folder / name) for name in ("plain", "named"))
+    assert plain["weights"] != named["weights"]
+    assert not (folder / "named/model/theirs").exists()
+    assert main(arguments(folder, "none", **options, ref_adapter_name="ours")) == 2
+    assert "has no adapter 'ours' below it, expected one of theirs" in capsys.readouterr().err
+    with pytest.raises(UserError, match="both name the reference"):
+        load_config({"ref_adapter_name": "a", "ref_model_name_or_path": "b"})
+
+
 def test_a_killed_adapter_goes_on(folder: Path) -> None:
     assert check(folder, ["in a checkpoint"], **LORA) == []
 

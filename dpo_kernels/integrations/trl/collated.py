@@ -20,6 +20,7 @@ from ... import losses
 from ...models.attached import attach_head
 from ...models.forward import (
     Reference,
+    completion_sums,
     labels_of,
     pair_logps,
     pair_step,
@@ -32,8 +33,8 @@ from ...models.step0 import check_first_step
 from ...models.structure import deterministic
 from .. import hf_trainer, shapes
 from ..announce import announce
-from ..cached_reference import cache_of
-from ..first_step import check_first_loss, check_first_rows, watch_first_step
+from ..cached_reference import OF_STATES, cache_of
+from ..first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
 from ..rows import WithRowColumns, check_row_columns, take_row_options
 from ..trainer_metrics import (
     ONE_BY_ONE,
@@ -162,8 +163,10 @@ def _no_reference(module: Any, named: bool) -> Iterator[None]:
 def _precompute(original: Callable) -> Callable:
     @functools.wraps(original)
     def _precompute_ref_logps(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        if not needs_reference(loss_options(self)) or cache_of(self) is not None:
-            return dataset  # without one, or with one that is kept by content as rows come
+        if not needs_reference(loss_options(self)):
+            return dataset
+        if cache_of(self) is not None and _is_kept(self):
+            return dataset  # its log-probs are kept by content as rows come
         kept = getattr(self, "_precompute_model_hash", None)
         if kept is None:
             return original(self, dataset, *args, **kwargs)
@@ -175,6 +178,12 @@ def _precompute(original: Callable) -> Callable:
             self._precompute_model_hash = kept
 
     return _precompute_ref_logps
+
+
+def _is_kept(trainer: Any) -> bool:
+    """Whether there is a reference to ask while the policy is trained."""
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    return trainer.ref_model is not None or hasattr(policy, "peft_config")
 
 
 def _get_batch_samples(original: Callable) -> Callable:
@@ -219,7 +228,9 @@ def _reference(trainer: Any, model: Any = None) -> Iterator[Any]:
     else:
         model = trainer.model if model is None else model
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        adapter = reference_adapter(policy) if hasattr(policy, "peft_config") else nullcontext()
+        name = trainer.fused.ref_adapter_name
+        adapted = hasattr(policy, "peft_config")
+        adapter = reference_adapter(policy, name) if adapted else nullcontext()
     attach_head(trainer.accelerator.unwrap_model(model))
     checkpointing = getattr(trainer.args, "gradient_checkpointing_kwargs", None)
     with (
@@ -238,14 +249,19 @@ def _compute_ref_log_probs(original: Callable) -> Callable:
         model = args[0] if len(args) == 2 else None  # since TRL 1.10
         inputs, _ = take_row_options(_rows(self, args[-1]))
         labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
-        with _reference(self, model) as reference:
-            logps = pair_logps(
-                reference,
-                _model_inputs(inputs),
+        alpha, cache = loss_options(self)["ld_alpha"], cache_of(self)
+        model_inputs = _model_inputs(inputs)
+        if cache is not None:
+            logps = cache.logps(
+                model_inputs,
                 labels,
-                self.fused,
-                loss_options(self)["ld_alpha"],
+                lambda: _reference(self, model),
+                lambda reference: _token_logps(self, reference, model_inputs, labels),
             )
+            chosen, rejected = completion_sums(logps, labels, alpha).chunk(2)
+            return chosen, rejected
+        with _reference(self, model) as reference:
+            logps = pair_logps(reference, model_inputs, labels, self.fused, alpha)
         return logps[0], logps[1]
 
     return compute_ref_log_probs
@@ -290,6 +306,7 @@ def _compute_loss(original: Callable) -> Callable:
         loss = out.loss
         assert loss is not None
         if training:
+            note_loss(self, loss, inputs["input_ids"])
             self._packed["train"].add(out, labels, tokens, None, beta)
         else:
             real = real_pairs(self, len(loss))
@@ -307,21 +324,32 @@ def _reference_of(trainer: Any, inputs: dict[str, Any], labels: Tensor, states: 
     """[2B] precomputed, or from the reference now: [2B, T - 1], or its states."""
     if trainer.precompute_ref_logps and "ref_chosen_logps" in inputs:
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-    model_inputs = _model_inputs(inputs)
+    if not _is_kept(trainer):
+        raise ValueError(
+            "no reference: ref_model is None, and the batch has no precomputed log-probs "
+            "(precompute_ref_log_probs adds them to train_dataset and eval_dataset)"
+        )
+    model_inputs, cache = _model_inputs(inputs), cache_of(trainer)
 
     def score(reference: Any) -> Tensor:
-        logps = scored_tokens(reference, model_inputs, labels, trainer.fused).logps
-        assert logps is not None
-        return logps
+        return _token_logps(trainer, reference, model_inputs, labels)
 
-    cache = None if states else cache_of(trainer)
-    if cache is not None:
-        dtype = hf_trainer.model_dtype(trainer)
-        return cache.logps(model_inputs, labels, dtype, lambda: _reference(trainer), score)
+    if states and cache is not None:
+        cache.unused(OF_STATES)
+    if cache is not None and not states:
+        return cache.logps(model_inputs, labels, lambda: _reference(trainer), score)
     with _reference(trainer) as reference:
         if states:
             return reference_states(reference, model_inputs, labels, trainer.fused)
         return score(reference)
+
+
+def _token_logps(
+    trainer: Any, reference: Any, model_inputs: dict[str, Any], labels: Tensor
+) -> Tensor:
+    logps = scored_tokens(reference, model_inputs, labels, trainer.fused).logps
+    assert logps is not None
+    return logps
 
 
 def _check_reference(

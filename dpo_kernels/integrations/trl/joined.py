@@ -12,8 +12,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,11 +24,13 @@ import dpo_kernels as dk
 from ...models.attached import HeadOutput, attach_head
 from ...models.forward import scored_tokens
 from ...models.options import FusedOptions
+from ...models.references import adapters_in_force, reference_adapter
 from ...models.step0 import check_step0
 from ...models.structure import deterministic
 from .. import hf_trainer
 from ..announce import announce
-from ..first_step import check_first_rows, watch_first_step
+from ..cached_reference import cache_of
+from ..first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
 from ..rows import WithRowColumns, check_row_columns, take_row_options
 from .collated import OPT_OUT
 
@@ -80,10 +82,21 @@ def _init(original: Callable) -> Callable:
         check_row_columns(inspect.signature(original).bind(self, *args, **kwargs).arguments)
         original(self, *args, **kwargs)
         attach_head(self.model)  # now: below what accelerate will wrap it in
+        if self.fused.ref_adapter_name is not None:
+            _name_adapter(self, self.fused.ref_adapter_name)
         self.data_collator = WithRowColumns(self.data_collator)
         watch_first_step(self)
 
     return __init__
+
+
+def _name_adapter(trainer: Any, name: str) -> None:
+    """The adapter that is the reference, by TRL's own options of this version."""
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    with reference_adapter(policy, name):  # which says what is wrong with it
+        pass
+    trainer.ref_adapter_name = name
+    trainer.model_adapter_name = trainer.model_adapter_name or adapters_in_force(policy)[0]
 
 
 def _refuse(trainer: Any) -> None:
@@ -143,13 +156,33 @@ def _concatenated_forward(original: Callable, module: Any) -> Callable:
             inputs["output_router_logits"] = True
         attach_head(self.accelerator.unwrap_model(model))
         stats = ("mean_logits", *(("log_sum_sq_probs",) if self.use_weighting else ()))
-        mode = deterministic(model) if is_ref_model else nullcontext()
         # autocast: TRL has wrapped the reference before the head came
-        with mode, self.accelerator.autocast():
-            out = scored_tokens(model, inputs, labels, self.fused, () if is_ref_model else stats)
-        return _summary(self, out, labels, row_options, is_ref_model)
+        if is_ref_model:
+            out = HeadOutput(logps=_reference_logps(self, model, inputs, labels))
+            return _summary(self, out, labels, row_options, True)
+        with self.accelerator.autocast():
+            out = scored_tokens(model, inputs, labels, self.fused, stats)
+        return _summary(self, out, labels, row_options, False)
 
     return concatenated_forward
+
+
+def _reference_logps(trainer: Any, model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    @contextmanager
+    def reference() -> Iterator[Any]:
+        with deterministic(model), trainer.accelerator.autocast():
+            yield model
+
+    def score(model: Any) -> Tensor:
+        logps = scored_tokens(model, inputs, labels, trainer.fused).logps
+        assert logps is not None
+        return logps
+
+    cache = cache_of(trainer)
+    if cache is not None:
+        return cache.logps(inputs, labels, reference, score)
+    with reference():
+        return score(model)
 
 
 def _summary(
@@ -204,6 +237,10 @@ def _get_batch_loss_metrics(original: Callable) -> Callable:
             self._noiseless = [out["chosen_logps"], out["rejected_logps"]]
         loss, metrics = original(self, model, batch, train_eval)
         self._noiseless = []
+        if first:
+            check_first_loss(self, loss)
+        if train_eval == "train":
+            note_loss(self, loss)
         if first and hasattr(self, "_lengths"):
             announce(self, hf_trainer.model_dtype(self), None)
         self._reference_seen |= train_eval == "train"

@@ -19,6 +19,7 @@ from ...models.layouts import known
 from ...models.structure import base_model_of, deterministic
 from .. import hf_trainer
 from ..announce import announce
+from ..first_step import watch_first_step
 
 STAYS_PADDED = (
     "OnlineDPOTrainer's objective/entropy, objective/kl and what it makes of them count what "
@@ -51,11 +52,19 @@ def _init(original: Callable) -> Callable:
         auto = fused.layout == "auto"
         if auto:
             fused = replace(fused, layout="padded", share_prefix=None)
+        if fused.ref_adapter_name is not None:
+            raise ValueError("ref_adapter_name: OnlineDPOTrainer has a reference of its own")
+        if fused.reference_cache is not None:
+            warnings.warn(
+                "reference_cache: not used by OnlineDPOTrainer (its completions are new each step)",
+                stacklevel=2,
+            )
         self.fused = fused
         self._dpo_announced = False
         original(self, *args, **kwargs)
         if auto:
             known(base_model_of(self.model)).tell(f"layout: padded rows, because {STAYS_PADDED}")
+        watch_first_step(self)
 
     return __init__
 
