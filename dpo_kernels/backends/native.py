@@ -32,11 +32,14 @@ def token_logps(
     ignore_index: int,
     transform: LogitTransform,
     stats: tuple[str, ...],
-) -> tuple[Any, tuple[Tensor, Tensor, Tensor | None]]:
-    """Parameters of the forward, and its empty results: logps, lse, statistics (None without)."""
+    *,
+    keep: tuple[bool, bool] = (True, True),
+) -> tuple[Any, tuple[Any, Any, Tensor | None]]:
+    """Parameters of the forward, and its empty results: logps, lse, statistics (None without); of
+    the first two those that are to be kept."""
     R, T, V = logits.shape
-    logps = targets.new_empty((R, T), dtype=torch.float32)
-    lse = targets.new_empty((R, T), dtype=torch.float64)
+    logps = targets.new_empty((R, T), dtype=torch.float32) if keep[0] else None
+    lse = targets.new_empty((R, T), dtype=torch.float64) if keep[1] else None
     table, columns = None, {}
     if stats:
         table = targets.new_empty((len(stats), R, T), dtype=torch.float32)
@@ -50,8 +53,8 @@ def token_logps(
         ignore_index,
         DTYPES[logits.dtype],
         _numbers(transform),
-        logps.data_ptr(),
-        lse.data_ptr(),
+        pointer(logps),
+        pointer(lse),
         columns.get("entropy", 0),
         columns.get("mean_logits", 0),
         columns.get("is_top1", 0),

@@ -64,11 +64,23 @@ def rows_of(x: Tensor, index: Tensor) -> Tensor:
     return x[index // T, index % T] if T else x.new_empty((0, x.shape[2]))
 
 
+def first(x: Tensor, n: int) -> Tensor:
+    """The first n rows of x: a view only where x has more."""
+    return x if x.shape[0] == n else x[:n]
+
+
 def placed(rows: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
     """Rows [n, H] at their places in zeros of `shape` [..., H]."""
     out = rows.new_zeros(shape)
     out.view(-1, shape[-1]).index_copy_(0, index, rows)
     return out
+
+
+def buffer(plan: Plan, weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """[rows, V], unwritten, rows `pitch` apart."""
+    V = weight.shape[0]
+    found = torch.empty(rows, plan.pitch, device=weight.device, dtype=dtype)
+    return found if plan.pitch == V else found[:, :V]
 
 
 class LinearInputs(NamedTuple):
@@ -114,11 +126,7 @@ class Head:
     def logits_buffer(self, rows: int) -> Tensor:
         """[rows (whole blocks), V] fp32, unwritten, rows `pitch` apart."""
         self._rows = max(self._rows, ceil(rows, self.plan.block))
-        return self._buffer(ceil(rows, self.plan.block), torch.float32)
-
-    def _buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        buffer = torch.empty(rows, self.plan.pitch, device=self.weight.device, dtype=dtype)
-        return buffer if self.plan.pitch == self.V else buffer[:, : self.V]
+        return buffer(self.plan, self.weight, ceil(rows, self.plan.block), torch.float32)
 
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
         """Rows of hidden states as the products take them: whole blocks."""
@@ -183,7 +191,7 @@ class Head:
     def _narrow(self, z: Tensor) -> Tensor:
         n = z.shape[0]
         if self._slopes is None or self._slopes.shape[0] < n:
-            self._slopes = self._buffer(max(self._rows, n), self.dtype)
+            self._slopes = buffer(self.plan, self.weight, max(self._rows, n), self.dtype)
         return self._slopes[:n]
 
     def operand(self, dz: Tensor) -> Slopes:

@@ -67,7 +67,7 @@ def rows_scored(
     count: int | None = None,
 ) -> TokenLogps:
     """Log-prob, log-sum-exp and statistics of each scored row, [R, T] and 0 where ignored; of a
-    `reference`, detached, its log-probs and the KL too. The arguments are checked (`check_head`).
+    `reference`, detached, its log-probs and the KL too. The arguments are checked.
 
     `budget` bytes bound what is held beside inputs and gradients. `strategy` one of `STRATEGIES`
     that gives the gradients wanted (`choose_strategy`); `chunks_of` another strategy whose chunks
@@ -117,31 +117,6 @@ def plain_logits(inputs: LinearInputs, scored: Tensor) -> Tensor:
     with no_autocast(hidden.device):
         x = torch.nn.functional.linear(hidden, weight, bias)
         return x if down is None or up is None else x + (hidden @ down.T) @ up.T
-
-
-def check_head(
-    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-) -> None:
-    """Shapes, one dtype and one device of hidden states and head; `name` is that of hidden."""
-    weight_name, bias_name = name.replace("hidden", "weight"), name.replace("hidden", "bias")
-    checks.floating(name, hidden)
-    checks.floating(weight_name, weight)
-    if hidden.dim() != 3:
-        raise ValueError(f"{name} must have 3 dimensions [R, T, H], got {list(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
-        raise ValueError(
-            f"{weight_name} must have shape [V, H={hidden.shape[2]}] (H as {name} has), got "
-            f"{list(weight.shape)}"
-        )
-    checks.shape("targets", targets, tuple(hidden.shape[:2]), f"that of {name} without H")
-    checks.same_device(weight_name, weight, name, hidden)
-    if bias is not None:
-        checks.floating(bias_name, bias)
-        checks.shape(bias_name, bias, (weight.shape[0],), f"one value a row of {weight_name}")
-        checks.same_device(bias_name, bias, name, hidden)
-    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
-        got = f"{hidden.dtype}, {weight.dtype}" + (f", {bias.dtype}" if bias is not None else "")
-        raise ValueError(f"{name}, {weight_name} and {bias_name} must have one dtype, got {got}")
 
 
 def budget_of(memory_budget: object) -> int:

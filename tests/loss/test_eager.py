@@ -10,7 +10,7 @@ from dpo_kernels import losses
 from dpo_kernels.inputs import call
 from dpo_kernels.ops.direct import eager
 
-MOST = {"logits": 25, "hidden": 52, "logps": 32}
+MOST = {"logits": 12, "hidden": 30, "logps": 25}  # plain torch: 46, 59, 27
 
 
 class Dispatches(TorchDispatchMode):
