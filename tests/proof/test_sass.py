@@ -82,6 +82,7 @@ def test_the_prediction_is_arithmetic():
     copy, issue = 2 / 18.5, 12 / 128 / speed_model.SUSTAINED
     assert found.percent("H200") == pytest.approx(100 * copy / issue)
     assert found.percent("H100") == 100
+    assert found.issue(16.0) == pytest.approx(12 / 128 / (2 / 16))
     slow = speed_model.Found(1.0, 4.0, 4.0, 16, 0, 0, 0, 1 << 16, 2)
     assert slow.percent("H200") == pytest.approx(100 * copy / (4 / 16))
 
@@ -134,7 +135,9 @@ def test_cuda_kernels(architecture):
     assert len(kernels) == 12 + 10
     said = [s for k in kernels for s in speed_model.complaints(k, architecture == "90")]
     for kernel in kernels:
-        print(architecture, kernel.name, kernel.dtypes, speed_model.measure(kernel))
+        found = speed_model.measure(kernel)
+        share = found.issue(speed_model.B200 if architecture == "100" else 13.0)
+        print(architecture, kernel.name, kernel.dtypes, found, f"issue / copy {share:.2f}")
     assert not said, "\n".join(said)
 
 
@@ -183,6 +186,18 @@ def test_a_scalar_load_in_the_loop_is_noticed(tmp_path):
     new = "loaded[j][l] = gather(from + v * N + l * Elements<T>::N);"
     said = edited(tmp_path, "token_logps_backward.cu", old, new)
     assert len({s.partition(":")[0] for s in said if s.startswith("cuda backward")}) == 10, said
+
+
+@needs_triton
+@pytest.mark.skipif("90" not in ARCHITECTURES, reason="this build has no code for sm_90")
+def test_more_instructions_than_a_copy_leaves_time_for_are_noticed(monkeypatch):
+    """Of the issue's time alone: the goals are lifted."""
+    free = {name: (99, 99) for name in speed_model.GOALS["cuda"]}
+    monkeypatch.setitem(speed_model.GOALS, "cuda", free)
+    stats = [k for k in built("90") if k.name == "forward stats" and k.dtypes == ("bf16",)]
+    assert speed_model.complaints(stats[0], True) == []
+    monkeypatch.setattr(speed_model, "ISSUE", 0.6)
+    assert "of the copy's time, 0.6 allowed" in speed_model.complaints(stats[0], True)[0]
 
 
 @needs_triton

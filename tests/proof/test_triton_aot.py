@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import speed_model
 import test_launches
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,12 @@ def test_compiles_within_budget(target):
             if kernel["kernel"].startswith(("forward", "backward", "kl_")):
                 assert kernel["wide_loads"] > 0, kernel
             assert not pinned or not kernel.get("complaints"), kernel["complaints"]
+    if pinned and target == "sm_90":
+        speed = {name: row for k in kernels for name, row in k.get("speed", {}).items()}
+        then = json.loads(speed_model.RECORDED.read_text())["kernels"]
+        assert speed == {k: v for k, v in then.items() if k.startswith("triton")}, (
+            "write it anew: python tests/proof/speed_model.py; then python tools/readme_tables.py"
+        )
     if release in triton_releases.RELEASES:
         assert_as_recorded(release, kernels, target)
 
