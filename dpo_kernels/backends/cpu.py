@@ -180,6 +180,9 @@ def pair_loss_forward(
     return loss, slopes
 
 
+_NO_RESULTS = (0,) * 6  # of `TokenLogps`: what the compiled module keeps for itself
+
+
 @functools.lru_cache(maxsize=256)
 def _loss(terms: tuple[Any, ...]) -> Any:
     return _C.OrdinaryLoss(*terms)
@@ -221,7 +224,7 @@ def ordinary_rows(
     targets = targets.contiguous()
     starts = _starts(targets, cu_seqlens, trusted=True)
     params, (_, lse, table) = native.token_logps(
-        _C, logits, targets, ignore_index, transform, stats, keep=(False, True)
+        _C, logits, targets, ignore_index, transform, stats, keep_logps=False
     )
     B = (starts.shape[0] - 1) // 2
     found = lse.new_empty((9, B))
@@ -256,9 +259,9 @@ def ordinary_rows_backward(
 
 
 def ordinary_streamed(
-    logits: Tensor,  # [1, T, V]
-    targets: Tensor,  # [1, T]
-    cu_seqlens: Tensor,
+    logits: Tensor,  # [N, V] fp32
+    targets: Tensor,  # [1, N] contiguous
+    cu_seqlens: Tensor,  # [2B + 1] int64
     ignore_index: int,
     tail_weight: float,
     transform: LogitTransform,
@@ -267,15 +270,15 @@ def ordinary_streamed(
     dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`ordinary_rows`, `ordinary_fields`, and `ordinary_rows_backward` over the logits."""
-    params, _ = native.token_logps(
-        _C, logits, targets, ignore_index, transform, (), keep=(False, False)
-    )
-    B, wide = (cu_seqlens.shape[0] - 1) // 2, dtype == torch.float64
+    (N, V), B = logits.shape, cu_seqlens.shape[0] // 2
+    place = (0, logits.stride(0), targets.data_ptr(), 1, N, V, ignore_index)
+    kind, numbers = native.DTYPES[logits.dtype], native.numbers(transform)
+    rows = _C.TokenLogps(logits.data_ptr(), *place, kind, numbers, *_NO_RESULTS)
     loss, fields = logits.new_empty((), dtype=dtype), logits.new_empty((6, B), dtype=dtype)
     given, _kept = _given(pairs, B)
-    rest = (B, divisor, wide, loss.data_ptr(), fields.data_ptr())
+    rest = (B, divisor, dtype == torch.float64, loss.data_ptr(), fields.data_ptr())
     _C.ordinary_streamed(
-        _loss(pairs.terms), params, cu_seqlens.data_ptr(), tail_weight, *given, *rest
+        _loss(pairs.terms), rows, cu_seqlens.data_ptr(), tail_weight, *given, *rest
     )
     return loss, fields.unbind(0)
 

@@ -17,7 +17,7 @@ def _strided(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
 
 
-def _numbers(t: LogitTransform) -> list[float]:
+def numbers(t: LogitTransform) -> list[float]:
     return [t.scale, t.softcap, t.inv_temperature]
 
 
@@ -33,13 +33,13 @@ def token_logps(
     transform: LogitTransform,
     stats: tuple[str, ...],
     *,
-    keep: tuple[bool, bool] = (True, True),
-) -> tuple[Any, tuple[Any, Any, Tensor | None]]:
-    """Parameters of the forward, and its empty results: logps, lse, statistics (None without); of
-    the first two those that are to be kept."""
+    keep_logps: bool = True,
+) -> tuple[Any, tuple[Any, Tensor, Tensor | None]]:
+    """Parameters of the forward, and its empty results: logps (None if they are not kept), lse,
+    statistics (None without)."""
     R, T, V = logits.shape
-    logps = targets.new_empty((R, T), dtype=torch.float32) if keep[0] else None
-    lse = targets.new_empty((R, T), dtype=torch.float64) if keep[1] else None
+    logps = targets.new_empty((R, T), dtype=torch.float32) if keep_logps else None
+    lse = targets.new_empty((R, T), dtype=torch.float64)
     table, columns = None, {}
     if stats:
         table = targets.new_empty((len(stats), R, T), dtype=torch.float32)
@@ -52,9 +52,9 @@ def token_logps(
         V,
         ignore_index,
         DTYPES[logits.dtype],
-        _numbers(transform),
+        numbers(transform),
         pointer(logps),
-        pointer(lse),
+        lse.data_ptr(),
         columns.get("entropy", 0),
         columns.get("mean_logits", 0),
         columns.get("is_top1", 0),
@@ -85,7 +85,7 @@ def token_logps_backward(
         V,
         ignore_index,
         DTYPES[logits.dtype],
-        _numbers(transform),
+        numbers(transform),
         *_strided(out),
         DTYPES[out.dtype],
     )
@@ -114,7 +114,7 @@ def token_kl(
         ignore_index,
         DTYPES[logits.dtype],
         DTYPES[ref_logits.dtype],
-        _numbers(transform),
+        numbers(transform),
         *(x.data_ptr() for x in results),
     )
     return params, results
@@ -149,7 +149,7 @@ def token_kl_backward(
         ignore_index,
         DTYPES[logits.dtype],
         DTYPES[ref_logits.dtype],
-        _numbers(transform),
+        numbers(transform),
         *_strided(out),
     )
 

@@ -77,7 +77,7 @@ def of_hidden(
     if given["drop_common_prefix"]:
         states = layout.rows("hidden", hidden, "H")
         layout = without_common_prefix(settled, layout, ref_logps, per_token, states)
-    inputs = _inputs("hidden", layout, policy)
+    inputs = _inputs(_POLICY, layout, policy)
     ref = _reference(layout, policy, reference) if has_states else None
     if not settled.uses_reference:
         ref = ref_logps = None
@@ -110,7 +110,7 @@ def of_scored_hidden(
     shards, policy, _ = own_rows(vocab_group, policy, reference, both, batch)
     settled = settle(given, {})
     layout, hidden = _layout(given, labels, cu_seqlens, scored_lengths, policy, shards)
-    inputs = _inputs("hidden", layout, policy)
+    inputs = _inputs(_POLICY, layout, policy)
     backend = choose(given["backend"], hidden.device, inputs.hidden.dtype)
     strategy = "plain"
     if backend != "torch":
@@ -156,12 +156,15 @@ def _layout(
     return layout.on(hidden.device, scored_lengths), hidden
 
 
-def _inputs(name: str, layout: Layout, head: GivenHead) -> LinearInputs:
+_POLICY, _REFERENCE = ("hidden", "weight", "bias"), ("ref_hidden", "ref_weight", "ref_bias")
+
+
+def _inputs(names: tuple[str, str, str], layout: Layout, head: GivenHead) -> LinearInputs:
     """The head's tensors, checked and as the ops take them: cast under autocast, the adapter's A
-    scaled; `name` is that of the hidden states."""
+    scaled."""
     hidden, weight, bias, lora = head
+    name, weight_name, bias_name = names
     rows = layout.rows(name, hidden, "H")
-    weight_name, bias_name = name.replace("hidden", "weight"), name.replace("hidden", "bias")
     weight = checks.floating(weight_name, weight)
     if weight.dim() != 2 or weight.shape[1] != rows.shape[2]:
         raise ValueError(
@@ -215,7 +218,7 @@ def _reference(layout: Layout, policy: GivenHead, given: GivenHead) -> LinearInp
             f"ref_weight must have shape [V={V}, H'] (the policy's vocabulary), got "
             f"{list(weight.shape)}"
         )
-    return _inputs("ref_hidden", layout, head).detached()
+    return _inputs(_REFERENCE, layout, head).detached()
 
 
 def planned(
@@ -268,7 +271,7 @@ def streamable(
     wanted = [x is not None and x.requires_grad for x in inputs]
     trained = wanted[1] or wanted[2] or wanted[4]
     reason = ""
-    if not (torch.is_grad_enabled() and any(wanted)):
+    if True not in wanted or not torch.is_grad_enabled():
         reason = "nothing wants a gradient"
     elif not settled.separable:
         reason = "the loss is not a scalar sum over pairs"

@@ -3,9 +3,9 @@
 Most rows of the table, taken alone, are a function of u - v, or of u and v, where u and v are
 log-ratios, or log-ratios per scored token. `pair_loss_forward` of a backend gives their value and
 slopes in one call, so that all between logits and loss is one autograd function (`at_once.py`). On
-the CPU, where a small batch costs what its calls cost, all of it is one call of the compiled module
-forward and one back. What else a loss may have (a list of losses, an SFT term, weights, sorting, a KL, a
-learned beta) is composed of ops in `from_pairs.py`, which says what both mean.
+the CPU, where a small batch costs what its calls cost, it is one call of the compiled module
+forward and one back. What else a loss may have (a list of losses, an SFT term, weights, sorting, a
+KL, a learned beta) is composed of ops in `from_pairs.py`, which says what both mean.
 
 Letters: `B` pairs, `S` = 2B sequences, chosen then rejected, `R` rows, `T` positions.
 """
@@ -111,13 +111,13 @@ class Ordinary:
     def streamed(
         self,
         impl: Any,
-        logits: Tensor,
+        logits: Tensor,  # [N, V], of a whole batch
         place: tuple[Tensor, Tensor, int, float],
         transform: LogitTransform,
         reference: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """`finish` of `of_rows` of a whole batch, and over the logits `rows_backward` of it."""
+        """`finish` of `of_rows`, and over the logits `rows_backward`."""
         pairs = self._given(None, reference, None)
         divisor = self.divisor(place[1].shape[0] // 2)
         return impl.ordinary_streamed(logits, *place, transform, pairs, divisor, dtype)

@@ -53,12 +53,11 @@ from .from_tokens import finish, share_of, shown
 def stream(call: LinearCall, policy: LinearInputs) -> DPOOutput:
     """Loss and rewards; the gradients of `policy` are formed on the way."""
     options = call.settled.options
-    given = dict(zip(LinearInputs._fields, policy, strict=True))
-    given |= {name: getattr(options, name) for name in PER_PAIR}
-    given = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    given = {name: x for name, x in zip(policy._fields, policy, strict=True) if x is not None}
+    given |= {n: x for n in PER_PAIR if isinstance(x := getattr(options, n), Tensor)}
     check_mode(*given.values(), *(call.ref_inputs or ()))
     kept: list[Streamed] = []
-    loss = _Stream.apply(call, kept, tuple(given), *given.values())
+    loss = _Stream.apply(call, kept, policy, tuple(given), *given.values())
     stats = dict(zip(call.settled.asked, kept[0].stats, strict=True))
     return DPOOutput(loss, *kept[0].fields).told("streaming", shown(call, stats))
 
@@ -75,10 +74,8 @@ class Streamed(NamedTuple):
 
 class _Stream(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: LinearCall, kept: list[Streamed], names: tuple[str, ...], *inputs):
-        wanted = {n for n, want in zip(names, ctx.needs_input_grad[3:], strict=True) if want}
-        given = dict(zip(names, inputs, strict=True))
-        policy = LinearInputs(*(given.get(name) for name in LinearInputs._fields))  # type: ignore[arg-type]
+    def forward(ctx, call: LinearCall, kept: list[Streamed], policy: LinearInputs, names, *inputs):
+        wanted = {n for n, want in zip(names, ctx.needs_input_grad[4:], strict=True) if want}
         with no_autocast(policy.hidden.device):
             found = _run(call, policy, wanted)
         ctx.grads, ctx.places = [found.grads.get(name) for name in names], found.places
@@ -113,7 +110,7 @@ class _Stream(torch.autograd.Function):
                 out.append(d)
         if torch.is_grad_enabled():
             out = [refuse(d, loss) for d in out]
-        return None, None, None, *out
+        return None, None, None, None, *out
 
 
 def _scaled(d: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,14 +138,13 @@ class _Chunk(NamedTuple):
 def _chunks(call: LinearCall, impl: Any) -> list[_Chunk]:
     plan, layout, lengths = call.plan, call.layout, call.lengths
     assert plan is not None and lengths is not None
-    B, starts = len(lengths) // 2, [0, *itertools.accumulate(lengths)]
-    N, ignore = starts[-1], layout.ignore_index
+    B, N, ignore = len(lengths) // 2, sum(lengths), layout.ignore_index
     whole = plan.chunk >= N
     packed = getattr(impl, "packed", None)
     if whole and packed is not None:
         padded, cu, y = packed(layout.targets, layout.cu_seqlens, ignore, N, ceil(N, plan.block))
         return [_Chunk(0, B, N, first(padded, N), y, cu, padded)]
-    labels = layout.targets.reshape(-1)
+    labels, starts = layout.targets.reshape(-1), [0, *itertools.accumulate(lengths)]
     scored = scored_rows(layout.targets, ignore, N)
     pairs = [(0, B)] if whole else chunks_of_pairs(lengths, plan.chunk, plan.least)
     found = []
@@ -233,8 +229,8 @@ def _at_once(
     z = buffer(call.plan, weight, h.shape[0], torch.float32)
     d = first(torch.mm(h, weight.T, out=z), n)
     place = (chunk.targets, chunk.cu_seqlens, call.layout.ignore_index, s.tail)
-    rows = (impl, d.unsqueeze(0), place, s.transform)
-    loss, fields = s.ordinary.streamed(*rows, call.reference, call.dtype)
+    given = (place, s.transform, call.reference, call.dtype)
+    loss, fields = s.ordinary.streamed(impl, d, *given)
     grads: dict[str, Tensor | None] = {}
     if "hidden" in wanted:
         grads["hidden"] = torch.mm(d, weight)
