@@ -81,7 +81,7 @@ class SegmentForward:
         if self.traced:
             _TRACED.add(type(model))
         layers = number_of_layers(model)
-        if self.calls < layers and _compiled(model, self.calls):
+        if self.calls < layers and (_drops_layers(model) or _compiled(model, self.calls)):
             return  # attention does not come by here each time
         if self.calls != layers:
             raise SegmentError(
@@ -98,6 +98,11 @@ _active: contextvars.ContextVar[SegmentForward | None] = contextvars.ContextVar(
 
 # Classes of which torch.compile has traced a forward; another model may run the same graph.
 _TRACED: set[type] = set()
+
+
+def _drops_layers(model: nn.Module) -> bool:
+    """Whether this model leaves layers out at random while it trains (LayerDrop: OPT and others)."""
+    return any(m.training and getattr(m, "layerdrop", 0) for m in model.modules())
 
 
 def _compiled(model: nn.Module, calls: int) -> bool:

@@ -276,6 +276,22 @@ def test_a_lost_layer_later_on_is_an_error() -> None:
         step(model, batch, "shared")
 
 
+def test_layers_that_are_dropped_at_random_are_no_lost_ones() -> None:
+    model = tiny("OPT", dtype=torch.float32, ffn_dim=64, word_embed_proj_dim=32, layerdrop=0.5)
+    attach_head(model)
+    model.train()
+    torch.manual_seed(0)
+    for _ in range(6):
+        step(model, padded_batch(SHAPES), "shared")
+    model.eval()  # where none is
+    model.model.decoder.layers[0].self_attn.forward = lambda hidden_states, **_: (
+        hidden_states,
+        None,
+    )
+    with pytest.raises(ValueError, match="has 2 layers and called attention 1 times"):
+        step(model, padded_batch(SHAPES), "shared")
+
+
 BYPASSING = {
     "Falcon": {},
     "GPTJ": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
