@@ -126,7 +126,10 @@ class Head:
     def logits_buffer(self, rows: int) -> Tensor:
         """[rows (whole blocks), V] fp32, unwritten, rows `pitch` apart."""
         self._rows = max(self._rows, ceil(rows, self.plan.block))
-        return buffer(self.plan, self.weight, ceil(rows, self.plan.block), torch.float32)
+        return self._buffer(ceil(rows, self.plan.block), torch.float32)
+
+    def _buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
+        return buffer(self.plan, self.weight, rows, dtype)
 
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
         """Rows of hidden states as the products take them: whole blocks."""
@@ -191,7 +194,7 @@ class Head:
     def _narrow(self, z: Tensor) -> Tensor:
         n = z.shape[0]
         if self._slopes is None or self._slopes.shape[0] < n:
-            self._slopes = buffer(self.plan, self.weight, max(self._rows, n), self.dtype)
+            self._slopes = self._buffer(max(self._rows, n), self.dtype)
         return self._slopes[:n]
 
     def operand(self, dz: Tensor) -> Slopes:
