@@ -16,6 +16,7 @@
 #include <omp.h>
 
 #include "cpu/functions.h"
+#include "cpu/products.h"
 #endif
 
 #include "params.h"
@@ -273,6 +274,16 @@ void bind_cpu(py::module_& m) {
       "Instruction sets that run here, best (the default) first, comma-separated.");
   m.def("use_instruction_set",
         [](const std::string& name) { return use_instruction_set(name.c_str()); });
+  m.def("has_bf16_products", &has_bf16_products);
+  m.def(
+      "bf16_product",
+      [](uintptr_t a, int64_t a_row, int64_t a_column, uintptr_t b, int64_t b_row, int64_t b_column,
+         uintptr_t out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add) {
+        bf16_product({at<const uint16_t>(a), a_row, a_column},
+                     {at<const uint16_t>(b), b_row, b_column}, at<float>(out), stride, M, N, K,
+                     add);
+      },
+      release());
   m.def("num_threads", [] { return omp_get_max_threads(); });
 }
 #endif

@@ -1,8 +1,10 @@
 // Chooses, at run time, the best instruction set that was built and that this processor runs.
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
 #include "../params.h"
+#include "products.h"
 
 namespace dpo {
 
@@ -13,6 +15,12 @@ namespace dpo {
   void token_kl(const TokenKl&);                        \
   void token_kl_backward(const TokenKlBackward&);       \
   }
+
+#ifdef DPO_AVX512_BF16
+namespace products {
+void bf16(Matrix, Matrix, float*, int64_t, int64_t, int64_t, int64_t, bool);
+}
+#endif
 
 DPO_DECLARE(portable)
 #ifdef DPO_X86
@@ -86,6 +94,25 @@ bool use_instruction_set(const char* name) {
       return true;
     }
   return false;
+}
+
+bool has_bf16_products() {
+#ifdef DPO_AVX512_BF16
+  static const bool runs = table()->runs && __builtin_cpu_supports("avx512bf16");
+  return runs;
+#else
+  return false;
+#endif
+}
+
+void bf16_product(Matrix a, Matrix b, float* out, int64_t stride, int64_t M, int64_t N, int64_t K,
+                  bool add) {
+#ifdef DPO_AVX512_BF16
+  products::bf16(a, b, out, stride, M, N, K, add);
+#else
+  (void)a, (void)b, (void)out, (void)stride, (void)M, (void)N, (void)K, (void)add;
+  std::abort();  // has_bf16_products() was not asked
+#endif
 }
 
 void token_logps(const TokenLogps& p) { chosen()->forward(p); }

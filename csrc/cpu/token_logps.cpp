@@ -143,8 +143,8 @@ struct Forward {
 };
 
 // out = g p over n columns of x, p = 2^((x - m) k); g folds the sign, the slope and what rounding took from the log-sum-exp m.
-template <bool Stream, class T>
-void scaled_softmax(const T* x, T* out, int64_t n, float k, float m, float g) {
+template <bool Stream, class T, class O>
+void scaled_softmax(const T* x, O* out, int64_t n, float k, float m, float g) {
   const F vk = splat(k), vm = splat(m), vg = splat(g);
   int64_t j = 0;
   if constexpr (Stream) {
@@ -153,8 +153,8 @@ void scaled_softmax(const T* x, T* out, int64_t n, float k, float m, float g) {
       store_one(out + j, exp2((splat(load_one(x + j)) - m) * k)[0] * g);
       ++j;
     }
-    alignas(64) T buffer[line / sizeof(T)];
-    constexpr int64_t step = line / sizeof(T);
+    alignas(64) O buffer[line / sizeof(O)];
+    constexpr int64_t step = line / sizeof(O);
     for (; j + step <= n; j += step) {
       for (int64_t i = 0; i < step; i += W)
         store(buffer + i, exp2((load(x + j + i) - vm) * vk) * vg);
@@ -176,8 +176,8 @@ void scaled_softmax(const T* x, T* out, int64_t n, float k, float m, float g) {
   if (j < n) store_tail(out + j, exp2((load_tail(x + j, n - j, 0.0f) - vm) * vk) * vg, n - j);
 }
 
-template <class T>
-void backward_row(const TokenLogpsBackward& p, const T* x, T* out, int64_t row, bool stream) {
+template <class T, class O>
+void backward_row(const TokenLogpsBackward& p, const T* x, O* out, int64_t row, bool stream) {
   const int64_t y = p.targets[row];
   const double g = p.grad[row], unit = factor(p.transform);
   const double xy = load_one(x + y);  // before it is overwritten
@@ -212,18 +212,18 @@ void backward_row(const TokenLogpsBackward& p, const T* x, T* out, int64_t row, 
   store_one(out + y, (float)(-g * std::expm1(logp) * slope_one(xy, p.transform)));
 }
 
-template <class T>
+template <class T, class O>
 void run_backward(const TokenLogpsBackward& p) {
   const T* logits = static_cast<const T*>(p.logits);
-  T* out = static_cast<T*>(p.out);
-  const int64_t bytes = p.R * p.T * p.V * (int64_t)sizeof(T);
+  O* out = static_cast<O*>(p.out);
+  const int64_t bytes = p.R * p.T * p.V * (int64_t)sizeof(O);
   const bool stream = p.logits != p.out && bytes > (8 << 20);
-  if (stream) advise_huge_pages(p.out, bytes);  // `out` is then contiguous
+  if (stream) advise_huge_pages(p.out, bytes);  // `out` is then rows of one buffer
 #pragma omp parallel for schedule(dynamic, 4)
   for (int64_t row = 0; row < p.R * p.T; ++row) {
     const int64_t r = row / p.T, t = row % p.T, y = p.targets[row];
     const T* x = logits + r * p.stride_r + t * p.stride_t;
-    T* d = out + r * p.out_stride_r + t * p.out_stride_t;
+    O* d = out + r * p.out_stride_r + t * p.out_stride_t;
     if (y == p.ignore_index || p.grad[row] == 0)
       fill(d, p.V, 0.0f);
     else if (y < 0 || y >= p.V)
@@ -249,9 +249,11 @@ void token_logps(const TokenLogps& p) {
 
 void token_logps_backward(const TokenLogpsBackward& p) {
   switch (p.dtype) {
-    case DType::f32: return run_backward<float>(p);
-    case DType::bf16: return run_backward<bf16>(p);
-    case DType::f16: return run_backward<f16>(p);
+    case DType::f32:  // whose gradient may be rounded as it is written
+      return p.out_dtype == DType::bf16 ? run_backward<float, bf16>(p)
+                                        : run_backward<float, float>(p);
+    case DType::bf16: return run_backward<bf16, bf16>(p);
+    case DType::f16: return run_backward<f16, f16>(p);
   }
 }
 

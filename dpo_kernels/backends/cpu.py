@@ -14,7 +14,7 @@ from . import native
 from .terms import OrdinaryPairs
 
 name = "cpu"
-ROUNDS = False  # whether a backward may write a gradient narrower than its logits
+ROUNDS = True  # whether a backward may write a gradient narrower than its logits
 
 
 def token_logps(
@@ -45,6 +45,39 @@ def token_logps_backward(
     _C.token_logps_backward(
         native.token_logps_backward(_C, grad, logits, targets, lse, ignore_index, transform, out)
     )
+
+
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies pairs of bf16 and sums in fp32 (AVX512-BF16)."""
+    return _C.has_bf16_products()
+
+
+def bf16_product(
+    a: Tensor,  # [M, K] bf16
+    b: Tensor,  # [K, N] bf16
+    out: Tensor,  # [M, N] fp32, rows may lie apart
+    *,
+    add: bool,
+) -> Tensor:
+    """out = a @ b, or out += a @ b, summed in fp32 in one order whatever M and N."""
+    (M, K), N = a.shape, b.shape[1]
+    assert out.dtype == torch.float32 and (out.stride(1) == 1 or N < 2)
+    a, b = (
+        x if 1 in x.stride() else x.clone(memory_format=torch.contiguous_format) for x in (a, b)
+    )
+    _C.bf16_product(
+        a.data_ptr(),
+        *a.stride(),
+        b.data_ptr(),
+        *b.stride(),
+        out.data_ptr(),
+        out.stride(0),
+        M,
+        N,
+        K,
+        add,
+    )
+    return out
 
 
 def token_kl(

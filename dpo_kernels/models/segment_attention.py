@@ -101,7 +101,7 @@ _TRACED: set[type] = set()
 
 
 def _drops_layers(model: nn.Module) -> bool:
-    """Whether this model leaves layers out at random while it trains (LayerDrop: OPT and others)."""
+    """Whether this model leaves layers out at random as it trains (LayerDrop: OPT and others)."""
     return any(m.training and getattr(m, "layerdrop", 0) for m in model.modules())
 
 

@@ -153,7 +153,7 @@ def test_what_a_torch_has(version, hip, kind, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert products.products_of(torch.device("cuda"), torch.bfloat16) is kind
     assert products.products_of(torch.device("cuda"), torch.float32) is products.WIDE
-    assert products.products_of(torch.device("cpu"), torch.bfloat16) is products.WIDE
+    assert products.products_of(torch.device("cpu"), torch.float16) is products.WIDE
 
 
 @pytest.mark.parametrize("fails", ("_mm", "_addmm", ""))

@@ -59,8 +59,9 @@ GOALS = {
 }
 # Issue time over copy time on an H100, at most: room for what a row costs besides its elements.
 ISSUE = 0.7
-# Those that do not meet it, (16-bit, fp32 read). A soft cap is a polynomial: its goal of 20 instructions
-# is 1.0 of a 16-bit copy by itself. Where CUDA C++ has a kernel, Triton's is not the one taken.
+# Those that do not meet it, (16-bit, fp32 read). A soft cap is a polynomial: its goal of 20
+# instructions is 1.0 of a 16-bit copy by itself. Where CUDA C++ has a kernel, Triton's is not the
+# one taken.
 SLOWER = {
     ("cuda", "forward softcap"): (0.95, ISSUE),
     ("cuda", "forward softcap stats"): (1.3, 0.8),
