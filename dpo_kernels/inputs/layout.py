@@ -107,8 +107,10 @@ class Layout:
         It knows them from `scored_lengths` [S] (integers, as a CPU tensor or a sequence), or by
         counting targets that lie on the CPU. Those are moved to `device`; others must be there.
         """
-        readable = checks.readable(self.targets)
         lengths = self.lengths
+        if lengths is not None and scored_lengths is None and device == self.targets.device:
+            return self
+        readable = checks.readable(self.targets)
         if readable and lengths is None:
             lengths = tuple(self.scored_counts().tolist())
         if scored_lengths is not None:

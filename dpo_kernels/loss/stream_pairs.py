@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -58,8 +59,10 @@ def stream(call: LinearCall, policy: LinearInputs) -> DPOOutput:
     check_mode(*given.values(), *(call.ref_inputs or ()))
     kept: list[Streamed] = []
     loss = _Stream.apply(call, kept, policy, tuple(given), *given.values())
-    stats = dict(zip(call.settled.asked, kept[0].stats, strict=True))
-    return DPOOutput(loss, *kept[0].fields).told("streaming", shown(call, stats))
+    out = DPOOutput(loss, *kept[0].fields)
+    if not call.settled.asked:
+        return out
+    return out.told(None, shown(call, dict(zip(call.settled.asked, kept[0].stats, strict=True))))
 
 
 class Streamed(NamedTuple):
@@ -94,7 +97,7 @@ class _Stream(torch.autograd.Function):
             )
         (loss,) = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             # On the CPU the scalar can be looked at; elsewhere that would wait for the device.
             unit = g.device.type == "cpu" and g.item() == 1.0
             out: list[Tensor | None] = []
