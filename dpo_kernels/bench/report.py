@@ -322,9 +322,9 @@ def bf16_head(folder: Path) -> str:
     run = results.read(file)
     lines = [
         f"- Linear head in bf16 ({run['device']}, {run['threads']} threads, {run['date'][:10]}, "
-        f"`results/{BF16_HEAD}`): we widen the weight to fp32, whatever the processor has; torch "
-        "and the peers multiply in bf16, with AVX512-BF16 or AMX where it has them, and their "
-        "log-probs carry its rounding. Ours, and what is faster:",
+        f"`results/{BF16_HEAD}`): with AVX512-BF16 we multiply bf16 and sum and write in fp32, "
+        "without it the weight is widened; torch and the peers write bf16, whose rounding their "
+        "log-probs carry. Ours, and what is faster:",
         "",
         "  | case | provider | time | error of the loss or log-prob | of the gradient |",
         "  |---|---|---|---|---|",
