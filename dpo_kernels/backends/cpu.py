@@ -106,7 +106,13 @@ def token_kl_backward(
     transform: LogitTransform,
     out: Tensor,  # [R, T, V], may be `logits` or `ref_logits`
 ) -> None:
-    """As `backends.torch.token_kl_backward`."""
+    """As `backends.torch.token_kl_backward`.
+
+    The kernel writes the dtype of the logits: a narrower `out` takes it from `ref_logits`, which the
+    head then reads no more.
+    """
+    written = out if out.dtype == logits.dtype else ref_logits
+    assert written.dtype == logits.dtype
     grad_logps, grad_kl = grad_logps.float().contiguous(), grad_kl.float().contiguous()
     targets, lse, ref_lse = targets.contiguous(), lse.contiguous(), ref_lse.contiguous()
     params = native.token_kl_backward(
@@ -120,9 +126,11 @@ def token_kl_backward(
         ref_lse,
         ignore_index,
         transform,
-        out,
+        written,
     )
     _C.token_kl_backward(params)
+    if written is not out:
+        out.copy_(written)
 
 
 @functools.lru_cache(maxsize=64)
