@@ -108,8 +108,8 @@ def token_kl_backward(
 ) -> None:
     """As `backends.torch.token_kl_backward`.
 
-    The kernel writes the dtype of the logits: a narrower `out` takes it from `ref_logits`, which the
-    head then reads no more.
+    The kernel writes the dtype of the logits: a narrower `out` takes it from `ref_logits`, which
+    the head reads no more by then.
     """
     written = out if out.dtype == logits.dtype else ref_logits
     assert written.dtype == logits.dtype
