@@ -14,11 +14,11 @@
 
 #ifndef CUDA_ON_HOST  // the CUDA kernels alone, on the host, for the tests
 #include <omp.h>
-#endif
 
-#ifndef CUDA_ON_HOST
+#include "cpu/functions.h"
 #include "cpu/products.h"
 #endif
+
 #include "params.h"
 
 namespace py = pybind11;
@@ -113,6 +113,82 @@ PairLoss pair_of(uintptr_t u, uintptr_t v, uintptr_t beta, uintptr_t offset,
 }
 
 #ifndef CUDA_ON_HOST
+// A loss of pairs as Python has it; what points into it lives as long.
+struct OrdinaryLoss {
+  std::vector<int> phis;
+  std::vector<double> terms;
+  bool per_token, mean_reward;
+
+  Ordinary of(uintptr_t reference, uintptr_t betas, double beta, uintptr_t offset, int64_t B,
+              uintptr_t found) const {
+    return {at<const double>(reference),
+            at<const double>(betas),
+            beta,
+            at<const double>(offset),
+            phis.data(),
+            terms.data(),
+            B,
+            (int64_t)phis.size(),
+            per_token,
+            mean_reward,
+            at<double>(found)};
+  }
+};
+
+SequenceSum place_of(const int64_t* targets, uintptr_t starts, int64_t S, int64_t ignore_index,
+                     double tail_weight) {
+  return {targets, at<const int64_t>(starts), S,       ignore_index, tail_weight, nullptr,
+          nullptr, nullptr,                   nullptr, nullptr};
+}
+
+void bind_ordinary(py::module_& m) {
+  py::class_<OrdinaryLoss>(m, "OrdinaryLoss", py::module_local())
+      .def(py::init<std::vector<int>, std::vector<double>, bool, bool>());
+  m.def(
+      "ordinary",
+      [](const OrdinaryLoss& loss, uintptr_t sums, uintptr_t counts, uintptr_t reference,
+         uintptr_t betas, double beta, uintptr_t offset, int64_t B, uintptr_t found) {
+        ordinary(loss.of(reference, betas, beta, offset, B, found), at<const double>(sums),
+                 at<const double>(counts));
+      },
+      release());
+  m.def(
+      "ordinary_rows",
+      [](const OrdinaryLoss& loss, const TokenLogps& rows, uintptr_t starts, double tail_weight,
+         uintptr_t reference, uintptr_t betas, double beta, uintptr_t offset, int64_t B,
+         uintptr_t found) {
+        ordinary_rows(loss.of(reference, betas, beta, offset, B, found), rows,
+                      place_of(rows.targets, starts, 2 * B, rows.ignore_index, tail_weight));
+      },
+      release());
+  m.def(
+      "ordinary_rows_backward",
+      [](uintptr_t found, double scale, const TokenLogpsBackward& rows, uintptr_t starts,
+         double tail_weight, int64_t B) {
+        ordinary_rows_backward(
+            at<const double>(found) + SLOPES * B, scale, rows,
+            place_of(rows.targets, starts, 2 * B, rows.ignore_index, tail_weight));
+      },
+      release());
+  m.def(
+      "ordinary_streamed",
+      [](const OrdinaryLoss& loss, const TokenLogps& rows, uintptr_t starts, double tail_weight,
+         uintptr_t reference, uintptr_t betas, double beta, uintptr_t offset, int64_t B,
+         double divisor, bool wide, uintptr_t out, uintptr_t fields) {
+        ordinary_streamed(loss.of(reference, betas, beta, offset, B, 0), rows,
+                          place_of(rows.targets, starts, 2 * B, rows.ignore_index, tail_weight),
+                          divisor, wide, at<void>(out), at<void>(fields));
+      },
+      release());
+  m.def(
+      "ordinary_fields",
+      [](uintptr_t found, int64_t B, double divisor, bool wide, uintptr_t loss, uintptr_t fields) {
+        ordinary_fields(at<const double>(found), B, divisor, wide, at<void>(loss),
+                        at<void>(fields));
+      },
+      release());
+}
+
 void bind_cpu(py::module_& m) {
   py::class_<TokenKl>(m, "TokenKl", py::module_local())
       .def(py::init([](uintptr_t logits, int64_t stride_r, int64_t stride_t, uintptr_t ref_logits,
@@ -184,6 +260,15 @@ void bind_cpu(py::module_& m) {
         pair_loss(pair_of(u, v, beta, offset, phis, terms, B, loss, slopes));
       },
       release());
+  m.def(
+      "packed",
+      [](uintptr_t targets, uintptr_t starts, int64_t S, int64_t ignore_index, int64_t N,
+         int64_t whole, uintptr_t places, uintptr_t boundaries, uintptr_t of_places) {
+        packed(place_of(at<const int64_t>(targets), starts, S, ignore_index, 1), N, whole,
+               at<int64_t>(places), at<int64_t>(boundaries), at<int64_t>(of_places));
+      },
+      release());
+  bind_ordinary(m);
   m.def(
       "instruction_sets", [] { return std::string(instruction_sets()); },
       "Instruction sets that run here, best (the default) first, comma-separated.");

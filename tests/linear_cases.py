@@ -1,5 +1,7 @@
 """The batch that the tests of the linear head share, and what float64 says of it."""
 
+import math
+
 import torch
 
 import dpo_kernels as dk
@@ -77,3 +79,34 @@ def check(leaves, labels, ref, options, strategy, rtol=2e-5, **call):
 
 def needs_reference(name):
     return TABLE[name].reference or name == "sft"
+
+
+def at_step_zero(strategy, dtype, **options):
+    """The outputs, at any budget, where policy and reference are the same: rewards 0, loss log 2.
+
+    First with the reference's head given, then with the policy's, without gradient.
+    """
+    hidden, weight, bias, *_ = tensors(dtype)
+    labels = labels_of()
+    x = hidden.clone().requires_grad_(strategy != "score")
+    w = weight.clone().requires_grad_(strategy in ("streaming", "recompute"))
+    given = {"bias": bias, "ref_hidden": hidden, "strategy": strategy, **options}
+    for budget in BUDGETS.values():
+        outputs = []
+        for head in ({"ref_weight": weight, "ref_bias": bias}, {}):
+            out = dk.fused_linear_dpo_loss(x, w, labels, memory_budget=budget, **given, **head)
+            assert out.strategy == strategy
+            assert (out.chosen_rewards == 0).all() and (out.rejected_rewards == 0).all()
+            assert abs(out.loss.item() - math.log(2)) < 1e-7
+            outputs.append(out)
+        assert torch.equal(outputs[0].loss, outputs[1].loss)
+
+
+def compiles(function, leaves, wanted):
+    """Compiled, a function of `leaves` and its gradients in `wanted` are what they are eagerly."""
+    eager = function(*leaves)
+    expected = torch.autograd.grad(eager, wanted)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*leaves)
+    torch.testing.assert_close(compiled, eager)
+    for a, b in zip(torch.autograd.grad(compiled, wanted), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -29,6 +29,7 @@ from dpo_kernels.ops import linear_head as head_module
 
 # The package's attribute of this name is the function.
 ops_of_logps = importlib.import_module("dpo_kernels.ops.linear_logps")
+ops_of_rows = importlib.import_module("dpo_kernels.ops.scaled_rows")
 META = torch.device("meta")
 FLOPS, BANDWIDTH = 800e12, 3.0e12  # an H100's bf16 products and memory, as they are reached
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv")
@@ -319,6 +320,6 @@ def _frozen(x: LinearInputs, layout: Layout, budget: int | None):
     with torch.no_grad():
         *_, d_hidden, _ = _linear_logps(x, layout.targets, "frozen", budget)
         grad = torch.empty(layout.targets.shape, device=META)
-        ops_of_logps.scaled_rows._init_fn(
+        ops_of_rows.scaled_rows._init_fn(
             [grad], list(d_hidden), layout.targets, -100, layout.targets.numel(), x.hidden.dtype
         )

@@ -1,9 +1,8 @@
 // Weighted sums over the scored tokens of each sequence, in double and in order.
 #include <algorithm>
 #include <cfloat>
-#include <vector>
 
-#include "../params.h"
+#include "functions.h"
 
 namespace dpo {
 namespace {
@@ -48,6 +47,21 @@ void sequence_sum_backward(const SequenceSum& p) {
       p.d_values[i] = (float)(d > FLT_MAX ? FLT_MAX : d < -FLT_MAX ? -FLT_MAX : d);
     });
   }
+}
+
+void packed(const SequenceSum& p, int64_t N, int64_t whole, int64_t* places, int64_t* boundaries,
+            int64_t* targets) {
+  int64_t n = 0;
+  for (int64_t s = 0; s < p.S; ++s) {
+    boundaries[s] = n;
+    for (int64_t i = p.starts[s]; i < p.starts[s + 1] && n < N; ++i)
+      if (p.targets[i] != p.ignore_index) {
+        places[n] = i;
+        targets[n++] = p.targets[i];
+      }
+  }
+  boundaries[p.S] = n;
+  std::fill(places + n, places + whole, n ? places[0] : 0);
 }
 
 }  // namespace dpo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch  # before _C: both then share torch's OpenMP pool
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from .. import _C
 from ..inputs.transform import LogitTransform
 from . import native
+from .terms import OrdinaryPairs
 
 name = "cpu"
 ROUNDS = True  # whether a backward may write a gradient narrower than its logits
@@ -107,7 +109,13 @@ def token_kl_backward(
     transform: LogitTransform,
     out: Tensor,  # [R, T, V], may be `logits` or `ref_logits`
 ) -> None:
-    """As `backends.torch.token_kl_backward`."""
+    """As `backends.torch.token_kl_backward`.
+
+    The kernel writes the dtype of the logits: a narrower `out` takes it from `ref_logits`, which
+    the head reads no more by then.
+    """
+    written = out if out.dtype == logits.dtype else ref_logits
+    assert written.dtype == logits.dtype
     grad_logps, grad_kl = grad_logps.float().contiguous(), grad_kl.float().contiguous()
     targets, lse, ref_lse = targets.contiguous(), lse.contiguous(), ref_lse.contiguous()
     params = native.token_kl_backward(
@@ -121,9 +129,11 @@ def token_kl_backward(
         ref_lse,
         ignore_index,
         transform,
-        out,
+        written,
     )
     _C.token_kl_backward(params)
+    if written is not out:
+        out.copy_(written)
 
 
 @functools.lru_cache(maxsize=64)
@@ -131,12 +141,27 @@ def _rows(R: int, T: int) -> Tensor:
     return torch.arange(R + 1, dtype=torch.int64, device="cpu") * T
 
 
-def _starts(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """First flat position of each sequence [S + 1]."""
+def _starts(targets: Tensor, cu_seqlens: Tensor | None, trusted: bool = False) -> Tensor:
+    """First flat position of each sequence [S + 1]; where they are not `trusted`, cut."""
     R, T = targets.shape
     if cu_seqlens is None:
         return _rows(R, T)
-    return cu_seqlens.to(torch.int64).clamp(0, T).contiguous()
+    starts = cu_seqlens.to(torch.int64)
+    return (starts if trusted else starts.clamp(0, T)).contiguous()
+
+
+def packed(
+    targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int, count: int, whole: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the `count` scored rows: their flat places, the first again up to `whole`; the boundaries
+    of sequences among them; their targets [1, count]."""
+    targets = targets.contiguous()
+    starts = _starts(targets, cu_seqlens, trusted=True)
+    S = starts.shape[0] - 1
+    found = (targets.new_empty(whole), targets.new_empty(S + 1), targets.new_empty((1, count)))
+    place = (targets.data_ptr(), starts.data_ptr(), S, ignore_index)
+    _C.packed(*place, count, whole, *(x.data_ptr() for x in found))
+    return found
 
 
 def sequence_sum(
@@ -197,6 +222,119 @@ def pair_loss_forward(
         slopes.data_ptr(),
     )
     return loss, slopes
+
+
+_NO_RESULTS = (0,) * 6  # of `TokenLogps`: what the compiled module keeps for itself
+
+
+@functools.lru_cache(maxsize=256)
+def _loss(terms: tuple[Any, ...]) -> Any:
+    return _C.OrdinaryLoss(*terms)
+
+
+def _given(p: OrdinaryPairs, B: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of the compiled functions, and the tensors they point into."""
+    reference = None if p.reference is None else p.reference.double().contiguous()
+    betas, beta = None, p.beta
+    if isinstance(beta, Tensor):
+        betas, beta = beta.expand(B).contiguous(), 0.0
+    pointers = (native.pointer(reference), native.pointer(betas), beta, native.pointer(p.offset))
+    return pointers, (reference, betas)
+
+
+def ordinary(sums: Tensor, counts: Tensor | None, pairs: OrdinaryPairs) -> Tensor:
+    """The table of `loss/ordinary.py`, of sums [2B] fp64 and token counts where they are needed."""
+    B = sums.shape[0] // 2
+    found, sums = sums.new_empty((9, B)), sums.contiguous()
+    counts = None if counts is None else counts.double()
+    given, _kept = _given(pairs, B)
+    _C.ordinary(
+        _loss(pairs.terms), sums.data_ptr(), native.pointer(counts), *given, B, found.data_ptr()
+    )
+    return found
+
+
+def ordinary_rows(
+    logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T]
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    tail_weight: float,
+    transform: LogitTransform,
+    stats: tuple[str, ...],
+    pairs: OrdinaryPairs,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`token_logps`, `sequence_sum` and `ordinary`: log-sum-exp, statistics, what is found."""
+    targets = targets.contiguous()
+    starts = _starts(targets, cu_seqlens, trusted=True)
+    params, (_, lse, table) = native.token_logps(
+        _C, logits, targets, ignore_index, transform, stats, keep_logps=False
+    )
+    B = (starts.shape[0] - 1) // 2
+    found = lse.new_empty((9, B))
+    given, _kept = _given(pairs, B)
+    _C.ordinary_rows(
+        _loss(pairs.terms), params, starts.data_ptr(), tail_weight, *given, B, found.data_ptr()
+    )
+    return lse, table, found
+
+
+def ordinary_rows_backward(
+    found: Tensor,  # [9, B]
+    scale: float,
+    logits: Tensor,  # [R, T, V]
+    targets: Tensor,  # [R, T]
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    tail_weight: float,
+    lse: Tensor,  # [R, T] fp64
+    transform: LogitTransform,
+    out: Tensor,  # [R, T, V], may be `logits`
+) -> None:
+    """`scale` times the slopes, by `sequence_sum_backward`, by `token_logps_backward`."""
+    targets = targets.contiguous()
+    starts = _starts(targets, cu_seqlens, trusted=True)
+    params = native.token_logps_backward(
+        _C, None, logits, targets, lse, ignore_index, transform, out
+    )
+    _C.ordinary_rows_backward(
+        found.data_ptr(), scale, params, starts.data_ptr(), tail_weight, found.shape[1]
+    )
+
+
+def ordinary_streamed(
+    logits: Tensor,  # [N, V] fp32
+    targets: Tensor,  # [1, N] contiguous
+    cu_seqlens: Tensor,  # [2B + 1] int64
+    ignore_index: int,
+    tail_weight: float,
+    transform: LogitTransform,
+    pairs: OrdinaryPairs,
+    divisor: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`ordinary_rows`, `ordinary_fields`, and `ordinary_rows_backward` over the logits."""
+    (N, V), B = logits.shape, cu_seqlens.shape[0] // 2
+    place = (0, logits.stride(0), targets.data_ptr(), 1, N, V, ignore_index)
+    kind, numbers = native.DTYPES[logits.dtype], native.numbers(transform)
+    rows = _C.TokenLogps(logits.data_ptr(), *place, kind, numbers, *_NO_RESULTS)
+    loss, fields = logits.new_empty((), dtype=dtype), logits.new_empty((6, B), dtype=dtype)
+    given, _kept = _given(pairs, B)
+    rest = (B, divisor, dtype == torch.float64, loss.data_ptr(), fields.data_ptr())
+    _C.ordinary_streamed(
+        _loss(pairs.terms), rows, cu_seqlens.data_ptr(), tail_weight, *given, *rest
+    )
+    return loss, fields.unbind(0)
+
+
+def ordinary_fields(
+    found: Tensor, divisor: float, dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss, a sum over `divisor`, and the six fields of `DPOOutput` after it, in `dtype`."""
+    B, wide = found.shape[1], dtype == torch.float64
+    loss, fields = found.new_empty((), dtype=dtype), found.new_empty((6, B), dtype=dtype)
+    _C.ordinary_fields(found.data_ptr(), B, divisor, wide, loss.data_ptr(), fields.data_ptr())
+    return loss, fields.unbind(0)
 
 
 def instruction_sets() -> list[str]:

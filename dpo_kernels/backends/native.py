@@ -17,7 +17,7 @@ def _strided(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
 
 
-def _numbers(t: LogitTransform) -> list[float]:
+def numbers(t: LogitTransform) -> list[float]:
     return [t.scale, t.softcap, t.inv_temperature]
 
 
@@ -32,10 +32,13 @@ def token_logps(
     ignore_index: int,
     transform: LogitTransform,
     stats: tuple[str, ...],
-) -> tuple[Any, tuple[Tensor, Tensor, Tensor | None]]:
-    """Parameters of the forward, and its empty results: logps, lse, statistics (None without)."""
+    *,
+    keep_logps: bool = True,
+) -> tuple[Any, tuple[Any, Tensor, Tensor | None]]:
+    """Parameters of the forward, and its empty results: logps (None if they are not kept), lse,
+    statistics (None without)."""
     R, T, V = logits.shape
-    logps = targets.new_empty((R, T), dtype=torch.float32)
+    logps = targets.new_empty((R, T), dtype=torch.float32) if keep_logps else None
     lse = targets.new_empty((R, T), dtype=torch.float64)
     table, columns = None, {}
     if stats:
@@ -49,8 +52,8 @@ def token_logps(
         V,
         ignore_index,
         DTYPES[logits.dtype],
-        _numbers(transform),
-        logps.data_ptr(),
+        numbers(transform),
+        pointer(logps),
         lse.data_ptr(),
         columns.get("entropy", 0),
         columns.get("mean_logits", 0),
@@ -82,7 +85,7 @@ def token_logps_backward(
         V,
         ignore_index,
         DTYPES[logits.dtype],
-        _numbers(transform),
+        numbers(transform),
         *_strided(out),
         DTYPES[out.dtype],
     )
@@ -111,7 +114,7 @@ def token_kl(
         ignore_index,
         DTYPES[logits.dtype],
         DTYPES[ref_logits.dtype],
-        _numbers(transform),
+        numbers(transform),
         *(x.data_ptr() for x in results),
     )
     return params, results
@@ -146,7 +149,7 @@ def token_kl_backward(
         ignore_index,
         DTYPES[logits.dtype],
         DTYPES[ref_logits.dtype],
-        _numbers(transform),
+        numbers(transform),
         *_strided(out),
     )
 

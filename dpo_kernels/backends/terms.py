@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
 from ..losses import Term
 
 _FIELDS = ("w", "a", "b", "c", "c_beta", "c_inv_beta", "c_offset", "p")
@@ -22,3 +26,12 @@ def unflatten(phis: list[int], numbers: list[float]) -> tuple[Term, ...]:
         named = dict(zip(_FIELDS, values, strict=True))
         terms.append(Term(kind, scaled=bool(scaled), w_beta=bool(w_beta), **named))
     return tuple(terms)
+
+
+class OrdinaryPairs(NamedTuple):
+    """What an ordinary loss of pairs (`loss/ordinary.py`) takes besides the policy's log-probs."""
+
+    terms: tuple[Any, ...]  # phis, numbers of `flatten`, per_token, mean_reward
+    beta: float | Tensor  # a number, or [B] or [] fp64
+    offset: Tensor | None  # [B] fp64, contiguous
+    reference: Tensor | None  # [2B] log-probs

@@ -92,6 +92,9 @@ class Part(NamedTuple):
 class ShardedRows:
     """A backend whose functions of logits combine the ranks; the other functions are its own."""
 
+    # One call from logits to the loss would leave the other ranks out.
+    ordinary_rows = ordinary_rows_backward = ordinary_streamed = None
+
     def __init__(self, inner: Any, shards: VocabShards) -> None:
         self.inner, self.shards = inner, shards
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import losses as _losses
 from ..backends import FUSED_DTYPES, choose
-from ..loss.from_pairs import check_pair_options
+from ..loss.from_pairs import MAY_BE_TENSORS, check_pair_options
 from ..loss.ordinary import Ordinary
 from ..ops import budget_of, check_rows, check_stats, joint_dtype
 from ..ops.direct import eager
@@ -48,6 +48,7 @@ class Settled:
     op: str  # that reads the logits, as `backends.choose` knows it
     uses_reference: bool
     separable: bool  # a sum over pairs: a pair's gradient needs that pair alone
+    tensors: bool  # whether an option is one
     tail: float  # what a scored token past the shorter completion of its pair weighs (LD-DPO)
 
     @property
@@ -85,6 +86,7 @@ def settle(given: dict[str, Any], loss_options: dict[str, Any]) -> Settled:
         op="token_kl" if any(row.needs_kl for row in rows) else "token_logps",
         uses_reference=any(row.takes_reference for row in rows),
         separable=o.reduction == "mean" and not coupled,
+        tensors=any(isinstance(getattr(o, name), Tensor) for name in MAY_BE_TENSORS),
         tail=1.0 if o.ld_alpha is None else float(o.ld_alpha),
     )
     if key is not None:
@@ -229,7 +231,8 @@ def check_reference(
     S, o = layout.sequences, settled.options
     if S % 2:
         raise ValueError(f"a batch of pairs is [chosen; rejected], an even number of rows, got {S}")
-    check_pair_options(o, S // 2, layout.targets)
+    if settled.tensors or not S:
+        check_pair_options(o, S // 2, layout.targets)
     if given and ref_logps is not None:
         raise ValueError(f"give {name} or ref_logps, not both")
     for row, _, _ in settled.losses:

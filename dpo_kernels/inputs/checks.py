@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -130,13 +131,15 @@ def same_device(name: str, value: Tensor, other: str, reference: Tensor) -> None
         raise ValueError(f"{name} is on {value.device}, but {other} is on {reference.device}")
 
 
-def plain(value: Tensor) -> bool:
-    """Whether this is a tensor with values: not traced, no subclass, no transform around it."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(value) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-    )
+def plain(*values: Tensor | None) -> bool:
+    """Whether these are tensors with values: not traced, no subclass, no transform around them."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    for x in values:  # noqa: SIM110  (a generator takes longer)
+        if x is not None and (type(x) not in _PLAIN or wrapped(x)):
+            return False
+    return True
 
 
 def readable(value: Tensor) -> bool:

@@ -46,7 +46,6 @@ class Layout:
     ignore_index: int
     shift: bool
     lengths: tuple[int, ...] | None = None  # scored rows of each sequence, where the host knows
-    numbers: list[list[int]] | None = None  # targets [R, T] of few rows on the CPU, as numbers
 
     @staticmethod
     def of(
@@ -69,13 +68,14 @@ class Layout:
             _check_rows(scored.name, scored.rows, labels.shape, scored.last)
         numbers = checks.labels_in_range(labels, V, ignore_index)
         if not packed:
-            targets = labels
+            targets, lengths = labels, None
+            if numbers is not None:
+                kept = [row[1:] for row in numbers] if shift else numbers
+                lengths = tuple(len(row) - row.count(ignore_index) for row in kept)
             if shift and labels.shape[1]:
                 # One op: the first label cut off, one that is not scored appended.
                 targets = torch.constant_pad_nd(labels, (-1, 1), ignore_index)
-                if numbers is not None:
-                    numbers = [[*row[1:], ignore_index] for row in numbers]
-            return Layout(targets, None, labels.shape[0], ignore_index, shift, numbers=numbers)
+            return Layout(targets, None, labels.shape[0], ignore_index, shift, lengths)
         N = labels.shape[0]
         cu = checks.cu_seqlens_of(cu_seqlens, N, labels)
         targets = labels
@@ -107,35 +107,30 @@ class Layout:
         It knows them from `scored_lengths` [S] (integers, as a CPU tensor or a sequence), or by
         counting targets that lie on the CPU. Those are moved to `device`; others must be there.
         """
+        lengths = self.lengths
+        if lengths is not None and scored_lengths is None and device == self.targets.device:
+            return self
         readable = checks.readable(self.targets)
-        lengths = None
+        if readable and lengths is None:
+            lengths = tuple(self.scored_counts().tolist())
         if scored_lengths is not None:
-            lengths = checks.lengths_of("scored_lengths", scored_lengths, self.sequences)
-        if readable:
-            counted = self._counted()
-            if lengths is not None and lengths != counted:
-                i = next(i for i, n in enumerate(counted) if lengths[i] != n)
+            given = checks.lengths_of("scored_lengths", scored_lengths, self.sequences)
+            if not readable:
+                lengths = given
+            elif given != lengths and given is not None and lengths is not None:
+                i = next(i for i, n in enumerate(lengths) if given[i] != n)
                 raise ValueError(
-                    f"scored_lengths must count the scored labels: sequence {i} has {counted[i]}, "
-                    f"got {lengths[i]}"
+                    f"scored_lengths must count the scored labels: sequence {i} has {lengths[i]}, "
+                    f"got {given[i]}"
                 )
-            lengths = counted
-        # Not `replace`: dynamo of torch 2.6 cannot trace it.
-        layout = Layout(
-            self.targets,
-            self.cu_seqlens,
-            self.sequences,
-            self.ignore_index,
-            self.shift,
-            lengths,
-            self.numbers,
-        )
-        if self.targets.device.type == "cpu" and device.type != "cpu":
+        targets, cu = self.targets, self.cu_seqlens
+        if targets.device.type == "cpu" and device.type != "cpu":
             move = to_device if readable else Tensor.to
-            cu = None if self.cu_seqlens is None else move(self.cu_seqlens, device)
-            targets = move(self.targets, device)
-            layout = replace(layout, targets=targets, cu_seqlens=cu, numbers=None)
-        return layout
+            targets, cu = move(targets, device), None if cu is None else move(cu, device)
+        elif lengths is self.lengths:
+            return self
+        # Not `replace`: dynamo of torch 2.6 cannot trace it.
+        return Layout(targets, cu, self.sequences, self.ignore_index, self.shift, lengths)
 
     @property
     def count(self) -> int | None:
@@ -145,12 +140,6 @@ class Layout:
     def scored_lengths(self) -> list[int]:
         """Scored rows of each sequence; on a GPU the host waits for them unless it knows."""
         return self.scored_counts().tolist() if self.lengths is None else list(self.lengths)
-
-    def _counted(self) -> tuple[int, ...]:
-        """`scored_counts` of targets on the CPU."""
-        if self.numbers is None:
-            return tuple(self.scored_counts().tolist())
-        return tuple(len(row) - row.count(self.ignore_index) for row in self.numbers)
 
     def scored_counts(self) -> Tensor:
         """[S] scored rows of each sequence."""
@@ -196,7 +185,7 @@ class Layout:
         common = scored[order] & (seen == start)
         dropped = torch.zeros_like(scored).scatter(0, order, common)
         targets = flat.masked_fill(dropped, self.ignore_index).view_as(self.targets)
-        layout = replace(self, targets=targets, lengths=None, numbers=None)
+        layout = replace(self, targets=targets, lengths=None)
         return layout if self.lengths is None else layout.on(targets.device)
 
     def per_token(self, values: Tensor) -> Tensor:

@@ -77,9 +77,8 @@ def of_hidden(
     if given["drop_common_prefix"]:
         states = layout.rows("hidden", hidden, "H")
         layout = without_common_prefix(settled, layout, ref_logps, per_token, states)
-    inputs = _inputs("hidden", layout, policy)
+    inputs = _inputs(_POLICY, layout, policy)
     ref = _reference(layout, policy, reference) if has_states else None
-    ops.check_head("hidden", inputs.hidden, inputs.weight, inputs.bias, layout.targets)
     if not settled.uses_reference:
         ref = ref_logps = None
     call = planned(
@@ -111,8 +110,7 @@ def of_scored_hidden(
     shards, policy, _ = own_rows(vocab_group, policy, reference, both, batch)
     settled = settle(given, {})
     layout, hidden = _layout(given, labels, cu_seqlens, scored_lengths, policy, shards)
-    inputs = _inputs("hidden", layout, policy)
-    ops.check_head("hidden", inputs.hidden, inputs.weight, inputs.bias, layout.targets)
+    inputs = _inputs(_POLICY, layout, policy)
     backend = choose(given["backend"], hidden.device, inputs.hidden.dtype)
     strategy = "plain"
     if backend != "torch":
@@ -158,13 +156,26 @@ def _layout(
     return layout.on(hidden.device, scored_lengths), hidden
 
 
-def _inputs(name: str, layout: Layout, head: GivenHead) -> LinearInputs:
-    """The head's tensors as the ops take them, cast under autocast, the adapter's A scaled."""
+_POLICY, _REFERENCE = ("hidden", "weight", "bias"), ("ref_hidden", "ref_weight", "ref_bias")
+
+
+def _inputs(names: tuple[str, str, str], layout: Layout, head: GivenHead) -> LinearInputs:
+    """The head's tensors, checked and as the ops take them: cast under autocast, the adapter's A
+    scaled."""
     hidden, weight, bias, lora = head
+    name, weight_name, bias_name = names
     rows = layout.rows(name, hidden, "H")
-    weight = checks.floating(name.replace("hidden", "weight"), weight)
+    weight = checks.floating(weight_name, weight)
+    if weight.dim() != 2 or weight.shape[1] != rows.shape[2]:
+        raise ValueError(
+            f"{weight_name} must have shape [V, H={rows.shape[2]}] (H as {name} has), got "
+            f"{list(weight.shape)}"
+        )
+    checks.same_device(weight_name, weight, name, rows)
     if bias is not None:
-        checks.floating(name.replace("hidden", "bias"), bias)
+        checks.floating(bias_name, bias)
+        checks.shape(bias_name, bias, (weight.shape[0],), f"one value a row of {weight_name}")
+        checks.same_device(bias_name, bias, name, rows)
     up = down = None
     if lora is not None:
         down, up, scaling = _check_lora(lora, weight, rows)
@@ -173,6 +184,9 @@ def _inputs(name: str, layout: Layout, head: GivenHead) -> LinearInputs:
         cast = [None if x is None else x.to(dtype) for x in (rows, weight, bias, down, up)]
         rows, weight, bias, down, up = cast  # type: ignore[assignment]
     assert weight is not None
+    if weight.dtype != rows.dtype or (bias is not None and bias.dtype != rows.dtype):
+        got = f"{rows.dtype}, {weight.dtype}" + (f", {bias.dtype}" if bias is not None else "")
+        raise ValueError(f"{name}, {weight_name} and {bias_name} must have one dtype, got {got}")
     if down is not None:
         # [r, H] in fp32: small, and the adapter stays exact.
         down = down.to(wide_dtype(rows)) * scaling
@@ -204,9 +218,7 @@ def _reference(layout: Layout, policy: GivenHead, given: GivenHead) -> LinearInp
             f"ref_weight must have shape [V={V}, H'] (the policy's vocabulary), got "
             f"{list(weight.shape)}"
         )
-    inputs = _inputs("ref_hidden", layout, head).detached()
-    ops.check_head("ref_hidden", inputs.hidden, inputs.weight, inputs.bias, layout.targets)
-    return inputs
+    return _inputs(_REFERENCE, layout, head).detached()
 
 
 def planned(
@@ -259,11 +271,11 @@ def streamable(
     wanted = [x is not None and x.requires_grad for x in inputs]
     trained = wanted[1] or wanted[2] or wanted[4]
     reason = ""
-    if not (torch.is_grad_enabled() and any(wanted)):
+    if True not in wanted or not torch.is_grad_enabled():
         reason = "nothing wants a gradient"
     elif not settled.separable:
         reason = "the loss is not a scalar sum over pairs"
-    elif not all(checks.plain(x) for x in inputs if x is not None):
+    elif not checks.plain(*inputs):
         reason = "it does not trace (torch.compile, functorch, tensor subclasses)"
     elif wish is None and not trained and not settled.needs_kl:
         return None, None

@@ -36,35 +36,37 @@ class _FromLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, call: TokenCall, reference: Tensor | None, kept: list[Any]):
-        impl, y, cu, ignore, s = load(call.backend), *call.place, call.settled
+        impl, s = load(call.backend), call.settled
         assert s.ordinary is not None
-        logps, lse, table = impl.token_logps(logits, y, ignore, s.transform, s.stats)
-        sums, counts = impl.sequence_sum(logps, y, cu, ignore, s.tail)
+        place = (*call.place, s.tail)
         if call.ref_logits is not None:
+            y, _, ignore = call.place
             logps = impl.token_logps(call.ref_logits, y, ignore, s.transform, ())[0]
-            reference, _ = impl.sequence_sum(logps, y, cu, ignore, s.tail)
-        found = s.ordinary.evaluate(impl, sums, reference, counts)
-        kept += [s.ordinary.metrics(found, call.dtype), table.unbind(0) if s.stats else ()]
+            reference, _ = impl.sequence_sum(logps, *place)
+        rows = (logits, place, s.transform)
+        lse, table, found = s.ordinary.of_rows(impl, *rows, s.stats, reference)
+        loss, fields = s.ordinary.finish(impl, found, call.dtype)
+        kept += [fields, () if table is None else table.unbind(0)]
         ctx.call = call
-        ctx.save_for_backward(logits, lse, found.slopes)
-        return s.ordinary.loss(found.losses, call.dtype)
+        ctx.save_for_backward(logits, lse, found)
+        return loss
 
     @staticmethod
     def backward(ctx, g):
         # Reading saved_tensors compares versions: after an in-place backward this raises.
-        logits, lse, slopes = ctx.saved_tensors
+        logits, lse, found = ctx.saved_tensors
         call, s = ctx.call, ctx.call.settled
-        t, impl = s.transform, load(call.backend)
+        y, cu, ignore = call.place
+        t, ordinary = s.transform, s.ordinary
         if call.inplace:
             refuse_inplace()
-        y, cu, ignore = call.place
-        d = s.ordinary.scaled(slopes, g)
-        if not call.inplace and not torch.is_grad_enabled() and eager(d):
+        elif not torch.is_grad_enabled() and eager(g):
             out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-            d = impl.sequence_sum_backward(d, y, cu, ignore, s.tail, torch.float32)
-            impl.token_logps_backward(d, logits, y, lse, ignore, t, out)
+            rows = (logits, (*call.place, s.tail), t)
+            scale = ordinary.scale(g, found.shape[1])
+            ordinary.rows_backward(load(call.backend), *rows, lse, found, scale, out)
             return out, None, None, None
-        d = sums_backward(d, y, cu, ignore, s.tail, call.backend)
+        d = sums_backward(ordinary.scaled(found, g), y, cu, ignore, s.tail, call.backend)
         rest = (y, lse, ignore, t.scale, t.softcap, t.inv_temperature, call.backend)
         if call.inplace:
             target = logits.detach()
@@ -87,20 +89,22 @@ class _FromSums(torch.autograd.Function):
     def forward(ctx, sums, call: Call, reference, lengths, kept: list[Any]):
         ordinary = call.settled.ordinary
         assert ordinary is not None
-        found = ordinary.evaluate(load(call.backend), sums, reference, lengths)
-        kept += ordinary.metrics(found, call.dtype)
+        impl = load(call.backend)
+        found = ordinary.of_sums(impl, sums, reference, lengths)
+        loss, fields = ordinary.finish(impl, found, call.dtype)
+        kept += fields
         ctx.call, ctx.rest = call, (reference, lengths)
-        ctx.save_for_backward(sums, found.slopes)
-        return ordinary.loss(found.losses, call.dtype)
+        ctx.save_for_backward(sums, found)
+        return loss
 
     @staticmethod
     def backward(ctx, g):
-        sums, slopes = ctx.saved_tensors
+        sums, found = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: a gradient that can be differentiated
             loss = _composed(ctx.call, sums, *ctx.rest)
             (d,) = torch.autograd.grad(loss, sums, g, create_graph=True)
         else:
-            d = ctx.call.settled.ordinary.scaled(slopes, g)
+            d = ctx.call.settled.ordinary.scaled(found, g)
         return d, None, None, None, None
 
 

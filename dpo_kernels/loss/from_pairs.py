@@ -19,6 +19,7 @@ from .. import ops
 from ..inputs import checks
 from ..losses import PER_PAIR, Loss, LossOptions, Terms
 
+MAY_BE_TENSORS = (*PER_PAIR, "num_pairs", "num_chosen_tokens", "beta_dpo_state")
 # Past this argument exp is continued by its tangent: still rising, never inf - inf.
 _EXP_MAX = 600.0
 
@@ -331,7 +332,7 @@ def check_pair_options(o: LossOptions, B: int, like: Tensor) -> None:
         if value.dim() or name != "beta":
             checks.shape(name, value, (B,), "one value a pair")
         checks.same_device(name, value, "the log-probs", like)
-    for name in ("num_pairs", "num_chosen_tokens", "beta_dpo_state"):
+    for name in MAY_BE_TENSORS[len(PER_PAIR) :]:
         value = getattr(o, name)
         if isinstance(value, Tensor) and value.dim():
             checks.same_device(name, value, "the log-probs", like)

@@ -20,9 +20,9 @@ Letters: `B` pairs, `R` rows, `T` positions, `N` scored rows, `C` rows of a chun
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,24 +34,35 @@ from ..inputs.transfer import to_device
 from ..losses import PER_PAIR
 from ..ops import TokenLogps, no_autocast
 from ..ops.derivatives import check_mode, refuse
-from ..ops.linear_head import Head, HeadGradient, LinearInputs, placed, scored_rows
+from ..ops.linear_head import (
+    Head,
+    HeadGradient,
+    LinearInputs,
+    buffer,
+    first,
+    placed,
+    rows_of,
+    scored_rows,
+)
 from ..ops.plan import chunks_of_pairs
 from ..ops.products import ceil
 from ..ops.token_logps import RowSlopes, backward, forward
 from .from_pairs import DPOOutput
 from .from_tokens import finish, share_of, shown
-from .ordinary import Evaluated
 
 
 def stream(call: LinearCall, policy: LinearInputs) -> DPOOutput:
     """Loss and rewards; the gradients of `policy` are formed on the way."""
-    options = [getattr(call.settled.options, name) for name in PER_PAIR]
-    inputs = (*policy, *(x if isinstance(x, Tensor) else None for x in options))
-    check_mode(*inputs, *(call.ref_inputs or ()))
+    options = call.settled.options
+    given = {name: x for name, x in zip(policy._fields, policy, strict=True) if x is not None}
+    given |= {n: x for n in PER_PAIR if isinstance(x := getattr(options, n), Tensor)}
+    check_mode(*given.values(), *(call.ref_inputs or ()))
     kept: list[Streamed] = []
-    loss = _Stream.apply(call, kept, *inputs)
-    stats = dict(zip(call.settled.asked, kept[0].stats, strict=True))
-    return DPOOutput(loss, *kept[0].fields).told("streaming", shown(call, stats))
+    loss = _Stream.apply(call, kept, policy, tuple(given), *given.values())
+    out = DPOOutput(loss, *kept[0].fields)
+    if not call.settled.asked:
+        return out
+    return out.told(None, shown(call, dict(zip(call.settled.asked, kept[0].stats, strict=True))))
 
 
 class Streamed(NamedTuple):
@@ -64,19 +75,16 @@ class Streamed(NamedTuple):
     places: Tensor  # the rows that the gradient of hidden is of
 
 
-_NAMES = (*LinearInputs._fields, *PER_PAIR)
-
-
 class _Stream(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: LinearCall, kept, *inputs):
-        wanted = dict(zip(_NAMES, ctx.needs_input_grad[2:], strict=True))
-        policy = LinearInputs(*inputs[:5])
+    def forward(ctx, call: LinearCall, kept: list[Streamed], policy: LinearInputs, names, *inputs):
+        wanted = {n for n, want in zip(names, ctx.needs_input_grad[4:], strict=True) if want}
         with no_autocast(policy.hidden.device):
             found = _run(call, policy, wanted)
-        ctx.grads, ctx.places = [found.grads.get(name) for name in _NAMES], found.places
-        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
-        kept.append(found._replace(grads={}))
+        ctx.grads, ctx.places = [found.grads.get(name) for name in names], found.places
+        ctx.like = [(x.shape, x.dtype) for x in inputs]
+        found.grads.clear()
+        kept.append(found)
         ctx.save_for_backward(found.loss)
         return found.loss
 
@@ -89,7 +97,7 @@ class _Stream(torch.autograd.Function):
             )
         (loss,) = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             # On the CPU the scalar can be looked at; elsewhere that would wait for the device.
             unit = g.device.type == "cpu" and g.item() == 1.0
             out: list[Tensor | None] = []
@@ -105,7 +113,7 @@ class _Stream(torch.autograd.Function):
                 out.append(d)
         if torch.is_grad_enabled():
             out = [refuse(d, loss) for d in out]
-        return None, None, *out
+        return None, None, None, None, *out
 
 
 def _scaled(d: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,21 +138,16 @@ class _Chunk(NamedTuple):
     padded: Tensor  # [C] the places, in whole blocks if the host knows them
 
 
-def _chunks(call: LinearCall) -> list[_Chunk]:
+def _chunks(call: LinearCall, impl: Any) -> list[_Chunk]:
     plan, layout, lengths = call.plan, call.layout, call.lengths
     assert plan is not None and lengths is not None
-    B, starts = len(lengths) // 2, [0, *itertools.accumulate(lengths)]
-    N, numbers, ignore = starts[-1], layout.numbers, layout.ignore_index
+    B, N, ignore = len(lengths) // 2, sum(lengths), layout.ignore_index
     whole = plan.chunk >= N
-    if whole and numbers is not None and N:
-        # Few rows: one tensor of what the host knows takes less time than ops to find it.
-        flat = list(itertools.chain.from_iterable(numbers))
-        places = [i for i, y in enumerate(flat) if y != ignore]
-        places += places[:1] * (ceil(N, plan.block) - N)
-        known = torch.tensor([*places, *starts, *(y for y in flat if y != ignore)], device="cpu")
-        padded, cu, y = known.split([len(places), len(starts), N])
-        return [_Chunk(0, B, N, padded[:N], y[None], cu, padded)]
-    labels = layout.targets.reshape(-1)
+    packed = getattr(impl, "packed", None)
+    if whole and packed is not None:
+        padded, cu, y = packed(layout.targets, layout.cu_seqlens, ignore, N, ceil(N, plan.block))
+        return [_Chunk(0, B, N, first(padded, N), y, cu, padded)]
+    labels, starts = layout.targets.reshape(-1), [0, *itertools.accumulate(lengths)]
     scored = scored_rows(layout.targets, ignore, N)
     pairs = [(0, B)] if whole else chunks_of_pairs(lengths, plan.chunk, plan.least)
     found = []
@@ -158,57 +161,102 @@ def _chunks(call: LinearCall) -> list[_Chunk]:
     return found
 
 
-def _run(call: LinearCall, policy: LinearInputs, wanted: dict[str, bool]) -> Streamed:
-    impl, chunks = backends.load(call.rows_backend), _chunks(call)
+def _run(call: LinearCall, policy: LinearInputs, wanted: set[str]) -> Streamed:
+    impl = backends.load(call.rows_backend)
+    chunks = _chunks(call, impl)
+    if len(chunks) == 1 and _is_plain(call, policy, impl):
+        return _at_once(call, policy, impl, chunks[0], wanted)
     pass_ = _Pass(call, policy, impl, chunks)
     head, rows = pass_.head, sum(chunk.rows for chunk in chunks)
-    total = HeadGradient(head, *(wanted[name] for name in LinearInputs._fields[1:]))
+    total = HeadGradient(head, *(name in wanted for name in LinearInputs._fields[1:]))
     packed = None
-    if wanted["hidden"] and (len(chunks) > 1 or not rows):
+    if "hidden" in wanted and (len(chunks) > 1 or not rows):
         packed = torch.empty((rows, head.H), device=policy.hidden.device, dtype=torch.float32)
     pairs = (_Ordinary if call.settled.ordinary is not None else _Composed)(call, impl)
-    columns: list[list[Tensor]] = [[] for _ in call.settled.asked]
+    tables: list[Tensor] = []
     done = 0
     for chunk in chunks:
         n = chunk.rows
-        scores = pass_.score(chunk)
-        for column, stat in zip(columns, call.settled.asked, strict=True):
-            column.append(scores.logps.stats[stat][0])
-        slopes = pairs.slopes(chunk, scores)
-        if n and any(wanted.values()):
-            dz = head.operand(pass_.gradient(chunk, scores, slopes))
+        x = pass_.project(chunk)
+        table, write_gradient = pairs.score(chunk, x)
+        tables += [] if table is None else [table]
+        if n and wanted:
+            z = x.z[0]
+            d = head.gradient(z, impl)
+            write_gradient(x.z if d is z else d.unsqueeze(0))
+            dz = head.operand(d)
             d_low = head.d_low(dz)
             if packed is not None:
                 packed[done : done + n] = head.d_hidden(dz, d_low)
-            elif wanted["hidden"]:
+            elif "hidden" in wanted:
                 packed = head.d_hidden(dz, d_low)
-            total.add(dz, d_low, scores.h[:n], None if scores.low is None else scores.low[:n])
+            total.add(dz, d_low, first(x.h, n), None if x.low is None else first(x.low, n))
         done += n
     total.finish()
     index = chunks[0].places if len(chunks) == 1 else torch.cat([c.places for c in chunks])
-    shape = torch.Size((*call.layout.targets.shape, 1))
-    stats = [placed(torch.cat(c)[:, None], index, shape)[..., 0] for c in columns]
+    stats: list[Tensor] = []
+    if call.settled.asked:
+        shape = torch.Size((*call.layout.targets.shape, 1))
+        columns = torch.cat(tables, -1)[: len(call.settled.asked)]
+        stats = [placed(c[0, :, None], index, shape)[..., 0] for c in columns]
     loss, *fields = pairs.finish()
     grads = {name: getattr(total, name) for name in LinearInputs._fields[1:]}
     return Streamed(loss, fields, stats, {"hidden": packed, **grads, **pairs.d_options}, index)
 
 
-class _Scores(NamedTuple):
-    """A chunk's rows, its logits, and what the kernels say of them."""
+def _is_plain(call: LinearCall, policy: LinearInputs, impl: Any) -> bool:
+    """Whether the pass is of a few calls: an ordinary loss that the backend gives in one, of a head
+    that is one matrix in fp32."""
+    s, reference = call.settled, call.reference
+    return (
+        s.ordinary is not None
+        and s.ordinary.streams(impl)
+        and not s.asked
+        and call.ref_inputs is None
+        and (reference is None or reference.dim() == 1)
+        and policy.weight.dtype == torch.float32
+        and policy.bias is None
+        and policy.down is None
+        and not call.invariant
+        and sum(call.lengths or ()) > 0
+    )
+
+
+def _at_once(
+    call: LinearCall, policy: LinearInputs, impl: Any, chunk: _Chunk, wanted: set[str]
+) -> Streamed:
+    """`_run` of one chunk, where it `_is_plain`: the same products."""
+    s, n, weight = call.settled, chunk.rows, policy.weight
+    assert call.plan is not None and s.ordinary is not None
+    h = rows_of(policy.hidden, chunk.padded)
+    z = buffer(call.plan, weight, h.shape[0], torch.float32)
+    d = first(torch.mm(h, weight.T, out=z), n)
+    place = (chunk.targets, chunk.cu_seqlens, call.layout.ignore_index, s.tail)
+    given = (place, s.transform, call.reference, call.dtype)
+    loss, fields = s.ordinary.streamed(impl, d, *given)
+    grads: dict[str, Tensor | None] = {}
+    if "hidden" in wanted:
+        grads["hidden"] = torch.mm(d, weight)
+    if "weight" in wanted:
+        grads["weight"] = torch.mm(d.T, first(h, n))
+    return Streamed(loss, fields, (), grads, chunk.places)
+
+
+class _Projected(NamedTuple):
+    """A chunk's rows and its logits."""
 
     h: Tensor  # [C, H]
     low: Tensor | None  # [C, r]
-    z: Tensor  # [n, V]
-    logps: TokenLogps  # [1, n] each, a reference's too
-    r: Tensor | None = None  # [1, n, V] and [1, n], of the reference, where the KL is needed
-    ref_lse: Tensor | None = None
+    z: Tensor  # [1, n, V]
+    r: Tensor | None = None  # [1, n, V] of the reference, where the KL is needed
+    ref_logps: Tensor | None = None  # [1, n] of a reference, where it is not
 
 
 class _Pass:
     """Both heads over the chunks, and the buffers that their logits fill."""
 
     def __init__(
-        self, call: LinearCall, policy: LinearInputs, impl: ModuleType, chunks: list[_Chunk]
+        self, call: LinearCall, policy: LinearInputs, impl: Any, chunks: list[_Chunk]
     ) -> None:
         assert call.plan is not None
         self.call, self.policy, self.impl = call, policy, impl
@@ -221,36 +269,22 @@ class _Pass:
         self.buffer = self.head.logits_buffer(largest)
         self.ref_buffer = self.head.logits_buffer(largest) if self.joint else self.buffer
 
-    def score(self, chunk: _Chunk) -> _Scores:
+    def project(self, chunk: _Chunk) -> _Projected:
         call, s, head, n = self.call, self.call.settled, self.head, chunk.rows
         size = ceil(n, head.plan.block)
-        args = (chunk.targets, call.layout.ignore_index, s.transform)
         r = ref_logps = None
         if self.ref_head is not None:
             assert call.ref_inputs is not None
             rows = self.ref_head.rows(call.ref_inputs.hidden, chunk.padded)
-            r = self.ref_head.project(rows, None, self.ref_buffer[:size])[None, :n]
+            r = self.ref_head.project(rows, None, first(self.ref_buffer, size))
+            r = first(r, n).unsqueeze(0)
             if not self.joint:
+                args = (chunk.targets, call.layout.ignore_index, s.transform)
                 ref_logps, r = self.impl.token_logps(r, *args, ())[0], None
         h = head.rows(self.policy.hidden, chunk.padded)
         low = head.low(h)
-        z = head.project(h, low, self.buffer[:size])[:n]
-        found = forward(self.impl, z[None], *args, s.stats, r)
-        logps = TokenLogps.of(found, s.stats, r is not None)
-        if ref_logps is not None:
-            logps = logps._replace(ref_logps=ref_logps)
-        return _Scores(h, low, z, logps, r, found[4])
-
-    def gradient(self, chunk: _Chunk, x: _Scores, slopes: list[Tensor]) -> Tensor:
-        """The gradient of the chunk's logits, over them or rounded."""
-        ignore, transform = self.call.layout.ignore_index, self.call.settled.transform
-        d, z = self.head.gradient(x.z, self.impl), x.z.unsqueeze(0)
-        out = z if d is x.z else d.unsqueeze(0)
-        rows = RowSlopes(slopes[0], chunk.targets, x.logps.lse)
-        if x.r is not None:
-            rows = rows._replace(grad_kl=slopes[1], ref_lse=x.ref_lse)
-        backward(self.impl, rows, z, x.r, ignore, transform, out)
-        return d
+        z = head.project(h, low, first(self.buffer, size))
+        return _Projected(h, low, first(z, n).unsqueeze(0), r, ref_logps)
 
 
 def _reference(call: LinearCall, chunk: _Chunk) -> Tensor | None:
@@ -265,72 +299,69 @@ def _reference(call: LinearCall, chunk: _Chunk) -> Tensor | None:
     return given if j - i == B else torch.cat([given[i:j], given[B + i : B + j]])
 
 
+# Statistics a row [k, 1, n], and what writes the gradient of the logits [1, n, V], which may be
+# over them.
+_Scored = tuple[Tensor | None, Callable[[Tensor], None]]
+
+
 class _Ordinary:
     """The pairs of each chunk, of a loss in closed form."""
 
-    def __init__(self, call: LinearCall, impl: ModuleType) -> None:
+    def __init__(self, call: LinearCall, impl: Any) -> None:
         assert call.settled.ordinary is not None
         self.call, self.impl, self.loss = call, impl, call.settled.ordinary
         self.d_options: dict[str, Tensor] = {}
-        self.found: list[Evaluated] = []
-        num_pairs = call.settled.options.num_pairs
-        self.share = 1.0 / (call.layout.sequences // 2 if num_pairs is None else num_pairs)
+        self.found: list[Tensor] = []
+        self.share = 1.0 / self.loss.divisor(call.layout.sequences // 2)
 
-    def _sums(self, values: Tensor, place: tuple) -> tuple[Tensor, Tensor]:
+    def _sums(self, values: Tensor, place: tuple) -> Tensor:
         impl = self.impl if values.dtype == torch.float32 else backends.load("torch")
-        return impl.sequence_sum(values, *place)
+        return impl.sequence_sum(values, *place)[0]
 
-    def slopes(self, chunk: _Chunk, x: _Scores) -> list[Tensor]:
-        """[1, n] d loss / d log-prob of each row."""
-        s, ignore = self.call.settled, self.call.layout.ignore_index
-        place = (chunk.targets, chunk.cu_seqlens, ignore, s.tail)
-        sums, counts = self._sums(x.logps.logps, place)
-        reference = x.logps.ref_logps
-        if reference is None:
-            reference = _reference(self.call, chunk)
+    def score(self, chunk: _Chunk, x: _Projected) -> _Scored:
+        s = self.call.settled
+        place = (chunk.targets, chunk.cu_seqlens, self.call.layout.ignore_index, s.tail)
+        reference = _reference(self.call, chunk) if x.ref_logps is None else x.ref_logps
         if reference is not None and reference.dim() == 2:
-            reference = self._sums(reference, place)[0]
-        found = self.loss.evaluate(self.impl, sums, reference, counts, slice(chunk.i, chunk.j))
+            reference = self._sums(reference, place)
+        rows, pairs = (self.impl, x.z, place, s.transform), slice(chunk.i, chunk.j)
+        lse, table, found = self.loss.of_rows(*rows, s.stats, reference, pairs)
         self.found.append(found)
-        return [self.impl.sequence_sum_backward(found.slopes * self.share, *place, torch.float32)]
+        return table, lambda out: self.loss.rows_backward(*rows, lse, found, self.share, out)
 
     def finish(self) -> list[Tensor]:
         """Loss and the other fields, of the batch."""
-        dtype, found = self.call.dtype, self.found[0]
-        if len(self.found) > 1:
-            losses, *rest = zip(*self.found, strict=True)
-            sums, ratios = (_joined(parts) for parts in rest[1:])
-            found = Evaluated(torch.cat(losses), found.slopes, sums, ratios)
-        return [self.loss.loss(found.losses, dtype), *self.loss.metrics(found, dtype)]
-
-
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
-    """[2B] of the chunks' [2b]: all that is chosen, then all that is rejected."""
-    halves = [x.chunk(2) for x in parts]
-    return torch.cat([x for side in zip(*halves, strict=True) for x in side])
+        found = self.found[0] if len(self.found) == 1 else torch.cat(self.found, 1)
+        loss, fields = self.loss.finish(self.impl, found, self.call.dtype)
+        return [loss, *fields]
 
 
 class _Composed:
     """The pairs of each chunk, of any loss that is a sum over pairs: by a tiny graph."""
 
-    def __init__(self, call: LinearCall, impl: ModuleType) -> None:
+    def __init__(self, call: LinearCall, impl: Any) -> None:
         assert call.lengths is not None
-        self.call = call
+        self.call, self.impl = call, impl
         self.d_options: dict[str, Tensor] = {}
         self.fields: list[list[Tensor]] = []
         self.chosen_tokens = sum(call.lengths[: len(call.lengths) // 2])
 
-    def slopes(self, chunk: _Chunk, x: _Scores) -> list[Tensor]:
-        """[1, n] d loss / d log-prob of each row, and d loss / d KL where there is one."""
-        call, i, j = self.call, chunk.i, chunk.j
-        ignore = call.layout.ignore_index
+    def score(self, chunk: _Chunk, x: _Projected) -> _Scored:
+        call, i, j, z = self.call, chunk.i, chunk.j, x.z
+        ignore, s = call.layout.ignore_index, call.settled
+        kernel = (chunk.targets, ignore, s.transform, s.stats, x.r)
+        result = forward(self.impl, z, *kernel)
+        _, lse, table, _, ref_lse, _ = result
+        logps = TokenLogps.of(result, s.stats, x.r is not None)
+        if x.ref_logps is not None:
+            logps = logps._replace(ref_logps=x.ref_logps)
         layout = Layout(chunk.targets, chunk.cu_seqlens, 2 * (j - i), ignore, False)
         place = {"layout": layout, "reference": _reference(call, chunk)}
         share, leaves = share_of(call, i, j, self.chosen_tokens, **place)
-        names = ["logps"] if x.logps.kl is None else ["logps", "kl"]
+        names = ["logps"] if logps.kl is None else ["logps", "kl"]
         with torch.enable_grad():
-            scored = [getattr(x.logps, name).detach().requires_grad_() for name in names]
-            out = finish(share, x.logps._replace(**dict(zip(names, scored, strict=True))))
+            scored = [getattr(logps, name).detach().requires_grad_() for name in names]
+            out = finish(share, logps._replace(**dict(zip(names, scored, strict=True))))
             options = share.settled.options
             slopes = _slopes(out.loss, [*scored, *(getattr(options, name) for name in leaves)])
         self.fields.append([field.detach() for field in out])
@@ -339,7 +370,10 @@ class _Composed:
             whole = self.d_options.setdefault(name, _zeros_like(given))
             part = whole if whole.dim() == 0 else whole[i:j]
             part += slope
-        return slopes[: len(scored)]
+        rows = RowSlopes(slopes[0], chunk.targets, lse)
+        if x.r is not None:
+            rows = rows._replace(grad_kl=slopes[1], ref_lse=ref_lse)
+        return table, lambda out: backward(self.impl, rows, z, x.r, ignore, s.transform, out)
 
     def finish(self) -> list[Tensor]:
         """Loss and the other fields, of the batch."""

@@ -3,7 +3,7 @@
 from ..inputs import checks
 from .autocast import autocast_dtype, no_autocast
 from .linear_head import LinearInputs
-from .linear_logps import budget_of, check_head, choose_strategy, rows_scored
+from .linear_logps import budget_of, choose_strategy, rows_scored
 from .pair_loss import pair_loss
 from .plan import Plan, chunks_of_pairs, plan_of
 from .sequence_sum import sequence_sum
@@ -24,7 +24,6 @@ __all__ = [
     "TokenLogps",
     "autocast_dtype",
     "budget_of",
-    "check_head",
     "check_rows",
     "check_stats",
     "checks",

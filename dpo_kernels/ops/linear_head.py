@@ -64,11 +64,23 @@ def rows_of(x: Tensor, index: Tensor) -> Tensor:
     return x[index // T, index % T] if T else x.new_empty((0, x.shape[2]))
 
 
+def first(x: Tensor, n: int) -> Tensor:
+    """The first n rows of x: a view only where x has more."""
+    return x if x.shape[0] == n else x[:n]
+
+
 def placed(rows: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
     """Rows [n, H] at their places in zeros of `shape` [..., H]."""
     out = rows.new_zeros(shape)
     out.view(-1, shape[-1]).index_copy_(0, index, rows)
     return out
+
+
+def buffer(plan: Plan, weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """[rows, V], unwritten, rows `pitch` apart."""
+    V = weight.shape[0]
+    found = torch.empty(rows, plan.pitch, device=weight.device, dtype=dtype)
+    return found if plan.pitch == V else found[:, :V]
 
 
 class LinearInputs(NamedTuple):
@@ -117,8 +129,7 @@ class Head:
         return self._buffer(ceil(rows, self.plan.block), torch.float32)
 
     def _buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        buffer = torch.empty(rows, self.plan.pitch, device=self.weight.device, dtype=dtype)
-        return buffer if self.plan.pitch == self.V else buffer[:, : self.V]
+        return buffer(self.plan, self.weight, rows, dtype)
 
     def rows(self, x: Tensor, index: Tensor) -> Tensor:
         """Rows of hidden states as the products take them: whole blocks."""

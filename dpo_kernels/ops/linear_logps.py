@@ -21,7 +21,7 @@ positions, `N` scored rows, `H` hidden size, `V` vocabulary, `r` rank, `C` rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any, List  # noqa: UP035  (torch 2.6 makes no schema of list[...])
 
@@ -35,9 +35,10 @@ from ..inputs.transform import LogitTransform
 from .autocast import no_autocast
 from .derivatives import check_mode, once, refuse_second
 from .direct import Op
-from .linear_head import Head, InputGradients, LinearInputs, count_scored, rows_of, scored_rows
+from .linear_head import Head, InputGradients, LinearInputs, count_scored, scored_rows
 from .plan import DEFAULT, Plan, plan_of
 from .products import ceil
+from .scaled_rows import scaled_product_op, scaled_rows_op
 from .token_logps import (
     RowSlopes,
     TokenLogps,
@@ -67,7 +68,7 @@ def rows_scored(
     count: int | None = None,
 ) -> TokenLogps:
     """Log-prob, log-sum-exp and statistics of each scored row, [R, T] and 0 where ignored; of a
-    `reference`, detached, its log-probs and the KL too. The arguments are checked (`check_head`).
+    `reference`, detached, its log-probs and the KL too. The arguments are checked.
 
     `budget` bytes bound what is held beside inputs and gradients. `strategy` one of `STRATEGIES`
     that gives the gradients wanted (`choose_strategy`); `chunks_of` another strategy whose chunks
@@ -117,31 +118,6 @@ def plain_logits(inputs: LinearInputs, scored: Tensor) -> Tensor:
     with no_autocast(hidden.device):
         x = torch.nn.functional.linear(hidden, weight, bias)
         return x if down is None or up is None else x + (hidden @ down.T) @ up.T
-
-
-def check_head(
-    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-) -> None:
-    """Shapes, one dtype and one device of hidden states and head; `name` is that of hidden."""
-    weight_name, bias_name = name.replace("hidden", "weight"), name.replace("hidden", "bias")
-    checks.floating(name, hidden)
-    checks.floating(weight_name, weight)
-    if hidden.dim() != 3:
-        raise ValueError(f"{name} must have 3 dimensions [R, T, H], got {list(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
-        raise ValueError(
-            f"{weight_name} must have shape [V, H={hidden.shape[2]}] (H as {name} has), got "
-            f"{list(weight.shape)}"
-        )
-    checks.shape("targets", targets, tuple(hidden.shape[:2]), f"that of {name} without H")
-    checks.same_device(weight_name, weight, name, hidden)
-    if bias is not None:
-        checks.floating(bias_name, bias)
-        checks.shape(bias_name, bias, (weight.shape[0],), f"one value a row of {weight_name}")
-        checks.same_device(bias_name, bias, name, hidden)
-    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
-        got = f"{hidden.dtype}, {weight.dtype}" + (f", {bias.dtype}" if bias is not None else "")
-        raise ValueError(f"{name}, {weight_name} and {bias_name} must have one dtype, got {got}")
 
 
 def budget_of(memory_budget: object) -> int:
@@ -401,69 +377,6 @@ def _backward(ctx, grad, _lse, _table, _ref_logps, _ref_lse, grad_kl, *_):
 
 _linear_logps.register_autograd(_backward, setup_context=_setup_context)
 _op = Op(_linear_logps, _setup_context, _backward)
-
-
-@torch.library.custom_op("dpo_kernels::scaled_rows", mutates_args=())
-def scaled_rows(
-    grads: List[Tensor],  # noqa: UP006  [R, T] each
-    stashes: List[Tensor],  # noqa: UP006  [N, H] fp32 each
-    targets: Tensor,  # [R, T]
-    ignore_index: int,
-    count: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """[R, T, H] of `dtype`: the sum of the stashed rows times their gradients, 0 where ignored."""
-    H = stashes[0].shape[1]
-    out = stashes[0].new_zeros((*targets.shape, H), dtype=dtype)
-    flat = out.view(-1, H)
-    for part, rows in _scaled(grads, stashes, targets, ignore_index, count):
-        flat[part] = rows.to(dtype)
-    return out
-
-
-def _scaled(grads, stashes, targets, ignore_index, count) -> Iterator[tuple[Tensor, Tensor]]:
-    """Indices and values of rows, some at a time: products of all at once would be stashes too."""
-    index = scored_rows(targets, ignore_index, count)
-    for first in range(0, index.shape[0], 1024):
-        part = index[first : first + 1024]
-        rows = stashes[0].new_zeros((part.shape[0], stashes[0].shape[1]))
-        for grad, stash in zip(grads, stashes, strict=True):
-            g = grad.reshape(-1)[part].unsqueeze(1)
-            # A row of gradient 0 gives 0 however bad its logits.
-            rows += torch.where(g == 0, 0.0, stash[first : first + part.shape[0]] * g)
-        yield part, rows
-
-
-scaled_rows_op = Op(scaled_rows)
-
-
-@scaled_rows.register_fake
-def _(grads, stashes, targets, ignore_index, count, dtype):
-    return stashes[0].new_empty((*targets.shape, stashes[0].shape[1]), dtype=dtype)
-
-
-@torch.library.custom_op("dpo_kernels::scaled_product", mutates_args=())
-def scaled_product(
-    grads: List[Tensor],  # noqa: UP006  [R, T] each
-    stashes: List[Tensor],  # noqa: UP006  [N, r] fp32 each
-    hidden: Tensor,  # [R, T, H]
-    targets: Tensor,  # [R, T]
-    ignore_index: int,
-    count: int,
-) -> Tensor:
-    """[r, H] fp32: the rows that `scaled_rows` gives, times those of hidden."""
-    out = stashes[0].new_zeros((stashes[0].shape[1], hidden.shape[-1]))
-    for part, rows in _scaled(grads, stashes, targets, ignore_index, count):
-        out.addmm_(rows.T, rows_of(hidden, part).float())
-    return out
-
-
-scaled_product_op = Op(scaled_product)
-
-
-@scaled_product.register_fake
-def _(grads, stashes, hidden, targets, ignore_index, count):
-    return stashes[0].new_empty((stashes[0].shape[1], hidden.shape[-1]))
 
 
 @torch.library.custom_op("dpo_kernels::linear_logps_backward", mutates_args=())

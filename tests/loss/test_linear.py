@@ -12,6 +12,7 @@ from linear_cases import (
     H,
     T,
     V,
+    at_step_zero,
     check,
     close,
     exact,
@@ -216,29 +217,7 @@ def test_reduction_none():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_step_zero(strategy, dtype):
     """Policy and reference the same: the same bits, so rewards are 0 and the loss log 2."""
-    hidden, weight, bias, *_ = tensors(dtype)
-    labels = labels_of()
-    x = hidden.clone().requires_grad_(strategy != "score")
-    w = weight.clone().requires_grad_(strategy in ("streaming", "recompute"))
-    for budget in BUDGETS.values():
-        out = dk.fused_linear_dpo_loss(
-            x,
-            w,
-            labels,
-            bias=bias,
-            ref_hidden=hidden,
-            ref_weight=weight,
-            ref_bias=bias,
-            strategy=strategy,
-            memory_budget=budget,
-        )
-        assert out.strategy == strategy
-        assert (out.chosen_rewards == 0).all() and (out.rejected_rewards == 0).all()
-        assert abs(out.loss.item() - math.log(2)) < 1e-7
-        again = dk.fused_linear_dpo_loss(
-            x, w, labels, bias=bias, ref_hidden=hidden, strategy=strategy, memory_budget=budget
-        )  # the reference head: the policy's, without gradient
-        assert torch.equal(again.loss, out.loss)
+    at_step_zero(strategy, dtype)
 
 
 def test_one_pair_and_nothing_scored():

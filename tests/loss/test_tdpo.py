@@ -7,7 +7,21 @@ import math
 
 import pytest
 import torch
-from linear_cases import BUDGETS, IGNORE, B, H, T, V, check, close, labels_of, pack, tensors
+from linear_cases import (
+    BUDGETS,
+    IGNORE,
+    B,
+    H,
+    T,
+    V,
+    at_step_zero,
+    check,
+    close,
+    compiles,
+    labels_of,
+    pack,
+    tensors,
+)
 from torch.nn.functional import logsigmoid
 
 import dpo_kernels as dk
@@ -236,24 +250,7 @@ def test_reduction_none_and_lists(strategy):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_step_zero(name, strategy, dtype):
     """Policy and reference the same: K and rewards are 0, the loss log 2, at any budget."""
-    hidden, weight, bias, *_ = tensors(dtype)
-    labels = labels_of()
-    x = hidden.clone().requires_grad_(strategy != "score")
-    w = weight.clone().requires_grad_(strategy in ("streaming", "recompute"))
-    for budget in BUDGETS.values():
-        out = dk.fused_linear_dpo_loss(
-            x,
-            w,
-            labels,
-            bias=bias,
-            ref_hidden=hidden,
-            strategy=strategy,
-            memory_budget=budget,
-            loss_type=name,
-        )
-        assert out.strategy == strategy
-        assert (out.chosen_rewards == 0).all() and (out.rejected_rewards == 0).all()
-        assert abs(out.loss.item() - math.log(2)) < 1e-7
+    at_step_zero(strategy, dtype, loss_type=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -321,12 +318,7 @@ def test_compile(trained):
         ).loss
 
     for function in (f, g):
-        eager = function(*leaves)
-        expected = torch.autograd.grad(eager, wanted)
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*leaves)
-        torch.testing.assert_close(compiled, eager)
-        for a, b in zip(torch.autograd.grad(compiled, wanted), expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        compiles(function, leaves, wanted)
 
 
 def test_backward_twice():

@@ -1,0 +1,47 @@
+// What the CPU alone has functions of: ordinary losses (dpo_kernels/loss/ordinary.py) from logits to
+// metrics, and the places of scored rows. Letters: N scored rows, B pairs, S = 2B sequences, chosen
+// then rejected, K terms. Null where there is none.
+#pragma once
+
+#include "../params.h"
+
+namespace dpo {
+
+// What is found of pairs, [FOUND, B]: losses; log-probs of chosen and rejected, their rewards,
+// margins and accuracy; the slopes d losses / d log-probs of both.
+constexpr int64_t FIELDS = 1, SLOPES = 7, FOUND = 9;
+
+struct Ordinary {
+  const double* reference;  // [S] log-probs, or null
+  const double* betas;      // [B], or null: beta
+  double beta;
+  const double* offset;  // [B] or null
+  const int32_t* phis;   // [K]
+  const double* terms;   // [K, TERM_NUMBERS]
+  int64_t B, K;
+  bool per_token;    // whether the terms are of log-ratios per token
+  bool mean_reward;  // whether rewards are of those, too
+  double* found;     // [FOUND, B]
+};
+
+// Of log-probs [S]; counts [S] of their tokens are read if `per_token`.
+void ordinary(const Ordinary&, const double* sums, const double* counts);
+// Of logits: `rows`, whose log-probs are kept no longer, their sums at `place`, then the loss.
+void ordinary_rows(const Ordinary&, TokenLogps rows, SequenceSum place);
+// The gradient of those logits: slopes [S] times `scale`, then `place` and `rows` backwards.
+void ordinary_rows_backward(const double* slopes, double scale, TokenLogpsBackward rows,
+                            SequenceSum place);
+
+// Of logits the loss and the fields, and over the logits their gradient.
+void ordinary_streamed(Ordinary, const TokenLogps& rows, const SequenceSum& place, double divisor,
+                       bool wide, void* loss, void* fields);
+// The loss, the sum of those found over `divisor`, and the six fields after it, fp64 or fp32.
+void ordinary_fields(const double* found, int64_t B, double divisor, bool wide, void* loss,
+                     void* fields);
+
+// Flat places [whole] of the N scored rows, after the last the first again; the boundaries [S + 1]
+// of the sequences among them; their targets [N].
+void packed(const SequenceSum& place, int64_t N, int64_t whole, int64_t* places,
+            int64_t* boundaries, int64_t* targets);
+
+}  // namespace dpo
