@@ -147,8 +147,10 @@ def estimate(
     whole = -(-chunk // plan.block) * plan.block
     narrow = size != 4
     gradients = strategy != "score"
+    # Kept logits are projected where they stay, and a gradient that is rounded is written beside.
+    projected = plan.keep < N or not products.narrow or dtype != torch.bfloat16
     work = rows | {
-        "logits": 4 * whole * plan.pitch * (2 if kl else 1),
+        "logits": 4 * whole * plan.pitch * (2 if kl else 1) * projected,
         # The rows as they are gathered, as the products take them, and what d_hidden gives.
         "hidden": whole * (max(H, ref_H) * (size + 4) + (4 * H if gradients else 0) + 8 * low_rank),
         "tile": 4 * plan.tile * (H + joint_H) if narrow and not products.narrow else 0,
