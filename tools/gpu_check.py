@@ -77,6 +77,7 @@ def groups() -> list[Group]:
             (
                 "loss/test_dpo.py",
                 "ops/test_derivatives.py",
+                "ops/test_opcheck.py",
                 "loss/test_eager.py",
                 "backends/test_gpu.py",
                 "loss/test_linear.py",
