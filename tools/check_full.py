@@ -66,7 +66,11 @@ def functions() -> list[Path]:
 
 def training() -> list[Path]:
     """What a resumed run depends on, besides the functions."""
-    return [*(ROOT / "dpo_kernels/train").glob("*.py"), ROOT / "tests/train/killed_runs.py"]
+    scripts = ("killed_runs", "faulty_ranks", "rank_cases")
+    return [
+        *(ROOT / "dpo_kernels/train").glob("*.py"),
+        *(ROOT / f"tests/train/{name}.py" for name in scripts),
+    ]
 
 
 def changed() -> list[str]:
@@ -145,11 +149,18 @@ def main() -> int:
             end = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
         return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
 
+    def lost_ranks() -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            call = [sys.executable, "tests/train/faulty_ranks.py", folder, f"--kills={KILLS}"]
+            end = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+        return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
+
     def noticed(caught: bool) -> str:
         return "noticed" if caught else "NOT NOTICED"
 
     check(f"fuzz/{CALLS} calls, torch and cpu, seed {CALL_SEED}", calls)
     check(f"train/{KILLS} runs killed and resumed", kills)
+    check(f"train/one of two ranks killed {KILLS} times", lost_ranks)
     for sanitizer, count in CASES.items():
         for seed in SEEDS:
             name = f"{count} cases, {sanitizer or 'no'} sanitizer, seed {seed}"

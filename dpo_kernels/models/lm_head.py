@@ -157,6 +157,8 @@ def _whole(x: Tensor) -> Tensor:
 
     mesh = x.device_mesh  # type: ignore[attr-defined]
     names = mesh.mesh_dim_names or ()
+    if "vocab" in names:  # in parts by vocabulary, as the linear functions take it
+        return x
     if "tp" in names:
         raise ValueError("lm_head is split over the vocabulary (tensor parallel), expected FSDP2")
     return x.full_tensor(grad_placements=[Partial("avg")] * mesh.ndim)

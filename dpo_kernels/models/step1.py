@@ -230,7 +230,8 @@ class FirstStep:
             return  # the same, of a scaler that does not say so
         self.done = True
         counts = [torch.stack([((_some(p) != b) & g).sum(), g.sum()]).cpu() for p, b, g in before]
-        moved, wanted = torch.stack(counts).sum(0).tolist() if counts else (0, 0)
+        total = torch.stack(counts).sum(0) if counts else torch.zeros(2, dtype=torch.int64)
+        moved, wanted = _over_ranks(total, [p for p, _, _ in before]).tolist()
         if wanted and moved < MOVED * wanted:
             self._too_small(moved / wanted, max(rates), before[0][0].dtype)
 
@@ -256,6 +257,16 @@ class FirstStep:
 
 def _unless(opt_out: str) -> str:
     return f". If this is meant: {opt_out}" if opt_out else ""
+
+
+def _over_ranks(counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The counts of all ranks, where weights are in shards."""
+    meshes = [x.device_mesh for x in weights if hasattr(x, "device_mesh")]
+    if not meshes:
+        return counts
+    counts = counts.to(meshes[0].device_type)
+    torch.distributed.all_reduce(counts)
+    return counts.cpu()
 
 
 def _local(x: Tensor) -> Tensor:

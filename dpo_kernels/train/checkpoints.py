@@ -26,15 +26,17 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .config import UserError
 from .optim import TrainingError
+from .ranks import ALONE, Ranks, agreed
 
 FORMAT = 1  # of state.json and of the names of the tensors
 _STATE, _INDEX, _LATEST = "state.json", ".metadata", "latest"
@@ -44,8 +46,10 @@ _NAME = re.compile(r"step-(\d+)")
 class Checkpoints:
     """The checkpoints of one run's folder."""
 
-    def __init__(self, folder: Path, limit: int | None = None) -> None:
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path, limit: int | None = None, ranks: Ranks = ALONE) -> None:
+        self.folder, self.limit, self.ranks = folder, limit, ranks
+        # Of its own: the thread that writes meets the other ranks' while steps go on.
+        self._group = dist.new_group(backend="gloo") if ranks.many else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._under_way = 0
@@ -75,27 +79,57 @@ class Checkpoints:
             return
         last = newest(self.folder)
         kept = f"the last good one is {last}" if last else "there is none from before"
-        raise TrainingError(
+        failed = TrainingError(
             f"the checkpoint of step {self._under_way} could not be written to {self.folder}: "
-            f"{reason(error)}; {kept}"
-        ) from error
+            f"{_rank_of(error)}{reason(error)}; {kept}"
+        )
+        raise agreed(failed) from error
 
     def _write(self, step: int, tensors: dict[str, Tensor], text: str) -> None:
         try:
             whole = self.folder / f"step-{step}"
             part = self.folder / f"step-{step}.tmp"
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            write_tensors(part, tensors)
-            write_text(part / _STATE, text)
-            if whole.exists():  # of a run that was resumed before it
-                shutil.rmtree(whole)
-            part.replace(whole)
-            _sync(self.folder)
-            write_text(self.folder / _LATEST, whole.name + "\n")
-            self._prune(step)
+            self._first_does(lambda: self._begin(part))
+            self._all_do(lambda: _see(part))
+            if self.ranks.many:
+                write_tensors(part, tensors, self._group)
+            else:
+                write_tensors(part, tensors)
+            self._first_does(lambda: self._end(part, whole, text, step))
         except BaseException as error:  # told by the next save, or at the end
             self._error = error
+
+    def _begin(self, part: Path) -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+
+    def _end(self, part: Path, whole: Path, text: str, step: int) -> None:
+        write_text(part / _STATE, text)
+        if whole.exists():  # of a run that was resumed before it
+            shutil.rmtree(whole)
+        part.replace(whole)
+        _sync(self.folder)
+        write_text(self.folder / _LATEST, whole.name + "\n")
+        self._prune(step)
+
+    def _first_does(self, action: Callable[[], None]) -> None:
+        self._all_do(action if self.ranks.first else lambda: None)
+
+    def _all_do(self, action: Callable[[], None]) -> None:
+        """An error on any rank is one on all, and names it."""
+        if not self.ranks.many:
+            action()
+            return
+        mine: Exception | None = None
+        try:
+            action()
+        except Exception as error:
+            mine = error
+        told: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(told, None if mine is None else reason(mine), group=self._group)
+        for rank, text in enumerate(told):
+            if text is not None:
+                raise OnRank(rank, text) from mine
 
     def _prune(self, step: int) -> None:
         """Keep the newest `limit`; what a killed run left half-written goes as well."""
@@ -116,6 +150,31 @@ class Checkpoints:
         for later in steps_in(self.folder):
             if later > step:
                 shutil.rmtree(self.folder / f"step-{later}", ignore_errors=True)
+
+
+def _rank_of(error: BaseException) -> str:
+    """Which rank's write failed, where DCP says so."""
+    failures = getattr(error, "failures", {})
+    return f"rank {min(failures)}: " if failures and dist.is_initialized() else ""
+
+
+class OnRank(OSError):
+    """What went wrong on a rank, as all are told."""
+
+    def __init__(self, rank: int, text: str) -> None:
+        super().__init__(f"rank {rank}: {text}")
+        self.text = f"rank {rank}: {text}"
+
+
+def _see(folder: Path) -> None:
+    """The folder that the first rank made is here, and can be written into."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not there: output_dir must be on a file system that all ranks share"
+        )
+    probe = folder / f".{os.getpid()}"
+    probe.write_bytes(b"")
+    probe.unlink()
 
 
 # --- finding one ---
@@ -184,14 +243,20 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
 
 
-def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, on the host."""
+def read_tensors(
+    checkpoint: Path, like: Callable[[str, tuple[int, ...]], Tensor | None] | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, on the host; in shards where `like` (name, size) gives one."""
     try:
         index = _read_index(checkpoint / _INDEX).state_dict_metadata
-        tensors = {
-            name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
-            for name, entry in index.items()
-        }
+        tensors = {}
+        for name, entry in index.items():
+            size, dtype = tuple(entry.size), entry.properties.dtype
+            shards = like(name, size) if like is not None else None
+            if shards is None:
+                tensors[name] = torch.empty(size, dtype=dtype)
+            else:
+                tensors[name] = torch.empty_like(shards, dtype=dtype)
         with _quiet():
             _dcp().load(tensors, checkpoint_id=str(checkpoint), **_alone(_dcp().load))
     except UserError:
@@ -246,10 +311,11 @@ def _read_index(file: Path) -> Any:
 # --- writing ---
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """DCP's files of these tensors (on the host), in one process."""
+def write_tensors(folder: Path, tensors: dict[str, Tensor], group: Any = None) -> None:
+    """DCP's files of these tensors (on the host), of this process or of those of `group`."""
+    options = _alone(_dcp().save) if group is None else {"process_group": group}
     with _quiet():
-        _dcp().save(tensors, checkpoint_id=str(folder), **_alone(_dcp().save))
+        _dcp().save(tensors, checkpoint_id=str(folder), **options)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -278,6 +344,8 @@ def _on_host(x: Tensor) -> Tensor:
     x = x.detach()
     if not x.is_cuda:
         return x.clone()
+    if hasattr(x, "full_tensor"):
+        return x.to("cpu")
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
@@ -312,6 +380,8 @@ _DISK = {
 
 def reason(error: BaseException) -> str:
     """An error in a line; those of a disk in words."""
+    if isinstance(error, OnRank):
+        return error.text
     for cause in _chain(error):
         number = getattr(cause, "errno", None)
         if number in _DISK:
@@ -323,6 +393,8 @@ def reason(error: BaseException) -> str:
     if wrapped:
         return reason(wrapped[0][0])
     first = (str(error).strip().splitlines() or [""])[0]
+    if "inline_container" in first:  # torch's writer of files says where, not why
+        return f"the disk took a part of a file alone ({first})"
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 

@@ -29,6 +29,7 @@ from .run_options import (
     LossPart,
     ModelOptions,
     OutputOptions,
+    ProcessOptions,
     ReferenceOptions,
     SpeedOptions,
     SupervisedOptions,
@@ -39,6 +40,7 @@ from .run_options import (
 @dataclass
 class DPOTrainConfig(
     OutputOptions,
+    ProcessOptions,
     SpeedOptions,
     SupervisedOptions,
     JudgedOptions,
@@ -71,6 +73,8 @@ class DPOTrainConfig(
             self.report_to: Any = [self.report_to]
         if isinstance(self.report_to, list):
             self.report_to = [r for r in self.report_to if str(r).lower() not in ("none", "")]
+        if self.fsdp in (None, False, "", "no") or self.fsdp == []:  # as TRL writes it
+            self.fsdp = "auto"
         resume = str(self.resume_from_checkpoint).lower()
         if resume in ("true", "false", "none"):
             self.resume_from_checkpoint = "true" if resume == "true" else None
@@ -86,6 +90,8 @@ class DPOTrainConfig(
             "gradient_accumulation_steps",
             "logging_steps",
             "ref_model_sync_steps",
+            "ddp_timeout",
+            "vocab_parallel",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -97,7 +103,12 @@ class DPOTrainConfig(
             raise UserError(
                 f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}"
             )
-        for name in ("max_prompt_length", "max_completion_length", "dataset_num_proc"):
+        for name in (
+            "max_prompt_length",
+            "max_completion_length",
+            "dataset_num_proc",
+            "fsdp_shard_size",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
         for entry in self.column_mapping or []:

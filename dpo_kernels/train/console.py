@@ -21,6 +21,8 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
+        self.number = number
+        self.agreed = False  # whether all ranks end at this step
         self.code = 128 + number
 
 
@@ -42,6 +44,10 @@ class Console:
         self.done = 0  # items of the latest bar
         self._holding = 0
         self._pending: Interrupted | None = None
+        # On many ranks a signal of one ends the step of all: the loop says which it was.
+        self.shared = False
+        self.agreed: int | None = None
+        self.silent = False
 
     def say(self, text: str = "") -> None:
         """Print one line, above a bar that may be running."""
@@ -92,8 +98,32 @@ class Console:
             with self.held():
                 yield item
                 self.done += 1
-            if self._pending is not None:
+            if self.shared:
+                if self.agreed is not None:
+                    interrupted = Interrupted(self.agreed)
+                    interrupted.agreed = True
+                    raise interrupted
+            elif self._pending is not None:
                 raise self._pending
+
+    def follow(self, follows: bool) -> None:
+        """Say nothing, where another process speaks for this one."""
+        if follows:
+            self.quiet, self.is_terminal, self.silent = True, False, True
+
+    @contextlib.contextmanager
+    def sharing(self, many: bool) -> Iterator[None]:
+        """Within, of many ranks, a signal counts that all have agreed on (`agreed`)."""
+        self.shared, self.agreed = many, None
+        try:
+            yield
+        finally:
+            self.shared = False
+
+    @property
+    def signal(self) -> int | None:
+        """The number of a signal that waits for the item at work."""
+        return None if self._pending is None else self._pending.number
 
     def postfix(self, **values: str) -> None:
         """Show values beside the running bar."""
@@ -132,6 +162,8 @@ class Console:
         if not self._holding or self._pending is not None:
             raise interrupted
         self._pending = interrupted
+        if self.silent:
+            return
         with contextlib.suppress(OSError, RuntimeError):
             print(
                 f"dpo-kernels: {interrupted}: finishing this step (again: stop at once)",

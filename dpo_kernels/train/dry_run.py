@@ -37,7 +37,7 @@ def dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
 
     Raises `UserError` where it would be refused or cannot fit, `DataError` for its data.
     """
-    refuse_many_processes()
+    refuse_many_processes("--dry_run")
     if refused := refusals(options):
         for text in refused:
             console.say(f"refused: {text}")

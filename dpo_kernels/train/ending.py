@@ -148,6 +148,8 @@ def plain_torch_times(
     policy: Policy, data: PairData, config: DPOTrainConfig, own: bool
 ) -> dict[str, float]:
     """Seconds of one batch, ours and plain torch's, where that was asked for."""
+    if policy.ranks.many:
+        return {}
     wanted = config.compare_plain_torch
     if not (wanted if wanted is not None else not own):
         return {}

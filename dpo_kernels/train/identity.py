@@ -48,6 +48,11 @@ FREE = frozenset(
         "check_first_step",
         "on_falling_logps",
         "dataset_num_proc",
+        # how many processes there are, and what each holds, changes rounding alone
+        "fsdp",
+        "fsdp_shard_size",
+        "vocab_parallel",
+        "ddp_timeout",
     }
 )
 _LENGTH = ("max_steps", "num_train_epochs")
@@ -59,6 +64,7 @@ def model_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, x in model.state_dict().items():
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+        x = x.full_tensor() if hasattr(x, "full_tensor") else x  # every rank's part
         some = x.detach().reshape(-1)[:: max(x.numel() // _SAMPLE, 1)].contiguous().cpu()
         digest.update(some.view(torch.uint8).numpy().tobytes() if some.numel() else b"")
     return digest.hexdigest()

@@ -63,9 +63,11 @@ from .identity import identity
 from .loop import TrainResult, evaluate, train
 from .machine import peak_memory
 from .metrics import MetricsFile
-from .model import Policy, load_policy, prepare_policy, save_policy
+from .model import Policy, load_policy, over_ranks, prepare_policy, save_policy
 from .optim import TrainingError, check_schedule
 from .order import epoch_order, steps_of
+from .ranks import ALONE, Ranks, agreed
+from .ranks_start import agree, check_ranks, go_on, joined, meshes
 from .reference import Referee
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .run_options import GROUPS
@@ -79,7 +81,7 @@ from .shown import (
     write_surprising,
 )
 from .sinks import Run, Sinks, check_sinks
-from .start import RunFolder, check_device, find_model, quiet_bars, refuse_many_processes
+from .start import RunFolder, check_device, find_model, quiet_bars
 
 
 def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -95,16 +97,33 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
 
     Raises `UserError`, `DataError` (both say what to change) or `TrainingError`.
     """
-    refuse_many_processes()
-    config, own = resolve(options)
-    check_device(config.device)
-    check_schedule(config)
-    check_adapter(config, own)
-    check_sinks(config.report_to)
-    resumed = resumed_from(config, dk.__version__, console.say)
+    with joined(options, console) as ranks:
+        with ranks.together():
+            config, own = resolve(options)
+            check_device(config.device)
+            check_schedule(config)
+            check_adapter(config, own)
+            check_ranks(config, ranks, own)
+            check_sinks(config.report_to)
+        meshes(config, ranks)
+        return started(Job, config, own, console, ranks).run()
+
+
+def started(
+    kind: type[Job], config: DPOTrainConfig, own: bool, console: Console, ranks: Ranks
+) -> Job:
+    """The job that begins, or goes on where it was told to; its folder is the first rank's."""
     quiet_bars(console)
-    run_folder = RunFolder(config, resumed.path if resumed else None)
-    return Job(config, own, run_folder, console, resumed).run()
+    go_on(config, ranks)
+
+    def begin() -> tuple[Resumed | None, RunFolder]:
+        resumed = resumed_from(config, dk.__version__, console.say)
+        return resumed, RunFolder(config, resumed.path if resumed else None)
+
+    resumed, run_folder = ranks.first_does(begin)
+    run_folder.follows = not ranks.first
+    config.output_dir = str(run_folder.path)
+    return kind(config, own, run_folder, console, resumed, ranks)
 
 
 def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
@@ -149,8 +168,9 @@ class Job:
         run_folder: RunFolder,
         console: Console,
         resumed: Resumed | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.resumed = resumed
+        self.resumed, self.ranks = resumed, ranks
         self.sinks: Sinks | None = None
         self.config, self.own, self.console = config, own, console
         self.run_folder, self.folder = run_folder, run_folder.path
@@ -164,23 +184,25 @@ class Job:
         try:
             return self._run()
         except Exception as error:
-            self._keep()
+            self._keep(error)
             if of_the_disk(error) and not isinstance(error, UserError | DataError | TrainingError):
                 raise TrainingError(f"{self.folder}: {reason(error)}") from error
             raise
-        except BaseException:
-            self._keep()
+        except BaseException as error:
+            self._keep(error)
             raise
         finally:
             if self.sinks is not None:
                 self.sinks.close()
 
-    def _keep(self) -> None:
+    def _keep(self, error: BaseException) -> None:
         """Save a policy that has been trained; take a folder back in which nothing was trained."""
         begun = self.console.begun & {"SFT", "training"}
         if self.policy is None or not begun:
             self.run_folder.drop()
             return
+        if self.ranks.many and not getattr(error, "agreed", False):
+            return  # the others are elsewhere: weights in shards cannot be put together
         what = "" if "training" in begun else " (SFT alone: training on pairs had not begun)"
         kept = f"its weights are in {self.folder / 'model'}{what}"
         if not self.saved:
@@ -189,6 +211,8 @@ class Job:
                     save_policy(self.policy, self.folder / "model")
             except Exception as error:  # told beside the error that ended the run
                 kept = f"its weights could not be saved: {reason(error)}"
+        if not self.ranks.first:
+            return
         _tell(f"the run did not end; {kept}")
         last = newest(self.folder / "checkpoints")
         if last is not None:
@@ -205,11 +229,13 @@ class Job:
         torch.manual_seed(config.seed)
         conversations: list[TokenSequence] = []
         if self.own:
-            policy = self._users_model()
-            train_pairs, eval_pairs = self._pairs(policy)
-            conversations = self._conversations(policy)
-            identity = self._identity(policy, train_pairs, eval_pairs)
+            with self.ranks.together():
+                policy = self._users_model()
+                train_pairs, eval_pairs = self._pairs(policy)
+                conversations = self._conversations(policy)
+                identity = self._identity(policy, train_pairs, eval_pairs)
             self._open_folder(policy)
+            self._over_ranks(policy, train_pairs, identity)
             if self.resumed is None:
                 self.policy = policy
                 fine_tune(policy, conversations, config, self.folder, self.console)
@@ -241,7 +267,7 @@ class Job:
         shown = prompt_text(self.texts, policy.tokenizer.decode)
         prompts = more_prompts(self._sample_prompt(policy, some, shown), some, shown)
         most = config.sample_max_new_tokens
-        metrics = metrics_of(self.folder, self.resumed)
+        metrics = metrics_of(self.folder, self.resumed, self.ranks)
         margins: list[float] = []
         found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
         if self.resumed is not None:
@@ -259,7 +285,7 @@ class Job:
             result, after, texts_after = TrainResult(0, 0.0, 0.0, 0.0), before, texts_before
         else:
             kept = {"version": dk.__version__, "identity": identity, "found": found}
-            keeper = Keeper.of(self.folder, config, kept, self.resumed)
+            keeper = Keeper.of(self.folder, config, kept, self.resumed, self.ranks)
             beside = SupervisedRows(policy, conversations, config) if config.sft_rows else None
             result = train(
                 policy, data, held_out, config, metrics, self.console, keeper, groups, beside
@@ -276,9 +302,10 @@ class Job:
                 metrics.write({"step": result.steps, "epoch": epoch, **after})
             texts_after = completions(policy, prompts, most)
         sampled = samples(prompts, texts_before, texts_after)
-        decode = policy.tokenizer.decode
-        write_surprising(self.folder, margins, eval_pairs, self.texts, decode)
-        draw(metrics, self.folder, loss_title(config), say)
+        if self.ranks.first:
+            decode = policy.tokenizer.decode
+            write_surprising(self.folder, margins, eval_pairs, self.texts, decode)
+            draw(metrics, self.folder, loss_title(config), say)
         peak = peak_memory(policy.device)
         timing = plain_torch_times(policy, data, config, self.own)
         summary = {
@@ -302,6 +329,8 @@ class Job:
             **timing,
             **last_fields(self.left_out, began),
         }
+        if not self.ranks.first:
+            return summary
         write_summary(self.folder, summary)
         if self.saved:
             write_card(self.folder / "model", config, summary, loss_title(config))
@@ -324,6 +353,11 @@ class Job:
         return now
 
     def _open_folder(self, policy: Policy) -> None:
+        self.ranks.first_does(lambda: self._make_folder(policy))
+        if self.ranks.many:
+            self.ranks.watch.begin()
+
+    def _make_folder(self, policy: Policy) -> None:
         if self.config.save_steps:
             check_room(policy, self.config, self.folder, self.console.say)
         self.run_folder.open(self.console.say)
@@ -335,8 +369,24 @@ class Job:
         for remark in self.left_out.remarks():
             self.console.say(f"data: {remark}")
 
+    def _over_ranks(self, policy: Policy, rows: Sequence[Any], identity: dict[str, Any]) -> None:
+        """Of many processes: the policy is spread over them, checked on the first rows before."""
+        if not self.ranks.many:
+            return
+        agree(self.ranks, self.config, identity)
+        first = list(rows[: self.config.per_device_train_batch_size])
+        with self.ranks.together():
+            if not isinstance(first[0], TokenSequence):
+                policy.batch(first)
+        try:
+            over_ranks(policy, self.config, self.ranks)
+        except UserError as error:  # of the model, which all have
+            raise agreed(error) from None
+
     def _report_to(self, metrics: MetricsFile, run_id: str) -> None:
         """New lines of metrics go to the services of `report_to` as well."""
+        if not self.ranks.first:
+            return
         step = self.resumed.step if self.resumed is not None else 0
         self.sinks = Sinks(Run(self.folder, self.config, run_id, step), self.console.say)
         metrics.beside = self.sinks.write

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..models.step0 import check_step0 as check_same
 from ..models.step1 import FirstStepError, check_ends, check_scored
 from ..models.structure import deterministic
 from .averages import Average
+from .collectives import check_collectives
 from .config import DPOTrainConfig
 from .console import Console
 from .groups import Groups
@@ -34,12 +35,14 @@ from .metrics import EVAL_ONLY, MetricsFile
 from .model import Policy
 from .optim import Stepper, TrainingError
 from .order import step_indices, steps_of, window_of
+from .ranks import agreed
 from .reference import LiveReference, PairData
 from .resume import Keeper, fine_tuned_first
 from .sft import SupervisedRows, evaluate_sft
 from .state import Progress, TrainingState
 from .step_loss import PairLoss as PairLoss
 from .step_loss import StepLoss, chosen_tokens, loss_of
+from .step_parts import Parts, Table, add_signal, idle_pair, signal_of, tokens_of
 from .whole_step import coupled, coupled_gradients
 
 
@@ -68,20 +71,37 @@ def evaluate(
     loss = loss_of(policy, config, groups)
     loss.function.eval()
     meter, n, size = loss.meter(), len(data.pairs), config.per_device_eval_batch_size
-    tokens = chosen_tokens(data.pairs)
+    tokens, beta = chosen_tokens(data.pairs), config.beta if data.reference else None
     batches = [
         part
         for start in range(0, n, size)
         for part in of_one_length(range(start, min(start + size, n)), data.pairs)
     ]
+    parts = Parts.whole_batches(policy.ranks, batches, lambda i: tokens_of(data.pairs[i]))
+    table = Table(policy.ranks, policy.device, 4, n) if policy.ranks.many else None
     began = time.perf_counter()
+
+    def note(out: HeadOutput) -> None:
+        if margins is not None and out.rewards is not None and out.pair_logps is not None:
+            margins.extend((out.rewards[0] - out.rewards[1]).tolist())
+        meter.add(out, beta)
+
     with deterministic(policy.model):
         _begin(loss, data, range(n), config)
-        for part in console.progress(batches, f"evaluation {what}", len(batches), "batches"):
+        for part in console.progress(parts, f"evaluation {what}", parts.rounds, "batches"):
+            policy.ranks.at(f"evaluation {what}")
+            if part is None:
+                idle_pair(policy, data.pairs[0])
+                continue
             out, _ = loss(data, part, n, tokens)
-            if margins is not None and out.rewards is not None and out.pair_logps is not None:
-                margins += (out.rewards[0] - out.rewards[1]).tolist()
-            meter.add(out, config.beta if data.reference else None)
+            if table is None:
+                note(out)
+            else:
+                table.put_out(part, out)
+    policy.sharded.rest()
+    if table is not None:
+        table.reduce()
+        note(table.out())
     result = meter.result()
     if data.conversations:
         result["sft_loss"] = evaluate_sft(policy, data.conversations, size)["eval_loss"]
@@ -105,6 +125,7 @@ def check_step0(
     # Of the random numbers that the steps draw (beta-DPO's) it takes none.
     with torch.random.fork_rng(devices), deterministic(policy.model), policy.autocast():
         out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
+    policy.sharded.rest()
     assert out.loss is not None and out.zero_loss is not None
     logps = out.logps if out.pair_logps is None else out.pair_logps
     assert out.rewards is not None and logps is not None
@@ -181,11 +202,13 @@ def _begin(loss: StepLoss, data: PairData, indices: Sequence[int], config: DPOTr
 
 @dataclass
 class Work:
-    """What a step ran over."""
+    """What a step ran over, on all ranks."""
 
     tokens: int = 0  # real ones, prompts counted in each sequence
     computed: int = 0  # positions of the trunk's calls
     padded: int = 0  # positions of the same batches, each sequence padded to the longest
+    signal: int | None = None  # that a rank was sent
+    blame: Callable[[], str] = str  # which ranks' pairs have log-probs that are not finite
 
 
 def _gradients(
@@ -195,46 +218,92 @@ def _gradients(
     config: DPOTrainConfig,
     meter: Any,
     falling: FallingWatch,
+    more: bool = False,
+    signal: int | None = None,
 ) -> tuple[Tensor, Work]:
-    """Accumulate the gradients of one optimizer step's pairs; the step's loss, and its work."""
+    """Accumulate the gradients of one optimizer step's pairs; the step's loss, and its work.
+
+    `more`: gradients of other rows follow. `signal`: that this rank was sent.
+    """
+    policy, pairs = loss.policy, data.pairs
     beta = config.beta if data.reference else None
-    num_chosen = chosen_tokens([data.pairs[i] for i in indices])
-    batches = batches_of(indices, data.pairs, config, loss.policy)
-    _begin(loss, data, indices, config)
-    work = Work(
-        padded=sum(
-            padded_tokens([data.pairs[i] for i in group])
-            for group in groups_of(indices, data.pairs, config, loss.policy)
-        )
+    num_chosen = chosen_tokens([pairs[i] for i in indices])
+    parts = Parts.of(
+        policy.ranks,
+        indices,
+        lambda i: tokens_of(pairs[i]),
+        lambda mine: batches_of(mine, pairs, config, policy),
     )
+    _begin(loss, data, indices, config)
+    groups = groups_of(parts.items, pairs, config, policy)
+    work = Work(padded=sum(padded_tokens([pairs[i] for i in group]) for group in groups))
 
     def note(out: HeadOutput, names: list[str]) -> None:
         meter.add(out, beta)
         if beta is not None and out.rewards is not None and out.pair_logps is not None:
             falling.add(out.rewards, out.pair_logps, beta, names)
 
-    total = torch.zeros((), device=loss.policy.device)
-    if coupled(config) and len(batches) > 1:
+    total = torch.zeros((), device=policy.device)
+    sources = [pairs[i].source for i in indices]
+    table = None
+    if coupled(config) and (parts.rounds > 1 or policy.ranks.many):
         assert isinstance(loss, PairLoss)
         out, work.tokens, work.computed = coupled_gradients(
-            loss, data, indices, batches, num_chosen
+            loss, data, indices, parts, num_chosen, more
         )
-        note(out, [data.pairs[i].source for i in indices])
+        note(out, sources)
         assert out.loss is not None
         total = out.loss
     else:
-        for part in batches:
-            out, batch = loss(data, part, len(indices), num_chosen)
-            assert out.loss is not None
-            out.loss.backward()
-            total = total + out.loss.detach()
-            note(out, batch.sources[: len(part)])
-            work.tokens += batch.num_tokens
-            work.computed += sum(call.input_ids.numel() for call in batch.calls)
-            del out, batch  # the graph's last references: free it before the next forward
-    if loss.groups is not None:
-        loss.groups.penalty([data.pairs[i] for i in indices]).backward()
+        step = {i: at for at, i in enumerate(indices)}
+        if policy.ranks.many:
+            table = Table(policy.ranks, policy.device, 4, len(indices))
+        for k, part in enumerate(parts):
+            with policy.sharded.micro_batch(k == parts.rounds - 1 and not more):
+                if part is None:
+                    idle_pair(policy, pairs[indices[0]])
+                    continue
+                out, batch = loss(data, part, len(indices), num_chosen)
+                assert out.loss is not None
+                (out.loss * policy.sharded.scale).backward()
+                total = total + out.loss.detach()
+                if table is None:
+                    note(out, batch.sources[: len(part)])
+                else:
+                    table.put_out([step[i] for i in part], out)
+                work.tokens += batch.num_tokens
+                work.computed += sum(call.input_ids.numel() for call in batch.calls)
+                del out, batch  # the graph's last references: free it before the next forward
+    if loss.groups is not None and policy.ranks.data_rank == 0:  # once, not once a rank
+        loss.groups.penalty([pairs[i] for i in indices]).backward()
+    if policy.ranks.many:
+        total = _over_ranks(policy, total, work, table, signal, lambda out: note(out, sources))
     return total, work
+
+
+def _over_ranks(
+    policy: Policy,
+    total: Tensor,
+    work: Work,
+    table: Table | None,
+    signal: int | None,
+    note: Callable[[HeadOutput], None],
+) -> Tensor:
+    """What each rank has found of a step becomes what all have; the step's loss."""
+    known = table is None  # its loss is the whole step's on every rank already
+    table = table or Table(policy.ranks, policy.device, 0, 0)
+    for name in ("tokens", "computed", "padded"):
+        table.add(name, float(getattr(work, name)))
+    add_signal(table, signal)
+    table.reduce()
+    for name in ("tokens", "computed", "padded"):
+        setattr(work, name, int(table.totals[name]))
+    work.signal = signal_of(table)
+    if known:
+        return total
+    note(table.out())
+    work.blame = table.blame
+    return table.loss
 
 
 def batches_of(
@@ -337,11 +406,13 @@ class _Loop:
                 check_first_rows(self.policy, [pairs[i] for i in first])
             progress.step0 = check_step0(self.policy, self.data, config, first)
             step0, expected = progress.step0
+            if config.check_first_step:
+                check_collectives(self.policy, [self.data.pairs[i] for i in first[:2]])
             self.console.say(f"step 0: loss {step0:.6f}, at zero log-ratios {expected:.6f}")
         rest = itertools.islice(plan, progress.step, None)
         left = self.steps - progress.step
         try:
-            with compiled(self.policy.model, config):
+            with compiled(self.policy.model, config), self.console.sharing(self.policy.ranks.many):
                 for indices, epoch in self.console.progress(
                     rest, "training", left, "steps", lines=False
                 ):
@@ -380,13 +451,27 @@ class _Loop:
         step = progress.step + 1
         state = None if self.loss.function.state is None else self.loss.function.state.clone()
         meter = self.loss.meter()
-        total, work = _gradients(self.loss, self.data, indices, config, meter, self.falling)
-        if self.beside is not None:
-            more, self.added = self.beside.gradients(step)
+        ranks, beside = self.policy.ranks, self.beside
+        ranks.at("forward and backward", step)
+        total, work = _gradients(
+            self.loss,
+            self.data,
+            indices,
+            config,
+            meter,
+            self.falling,
+            beside is not None,
+            self.console.signal,
+        )
+        self.console.agreed = work.signal
+        if beside is not None:
+            more, self.added = beside.gradients(step)
             total = total + more
+        self.policy.sharded.meet(self.groups.parameters() if self.groups is not None else ())
+        ranks.at("the optimizer", step)
         sources = [self.data.pairs[i].source for i in indices]
         may_skip = progress.skipped_steps < config.skip_nonfinite
-        extra = self.stepper.step(total, f"step {step}", sources, may_skip)
+        extra = self.stepper.step(total, f"step {step}", sources, may_skip, work.blame)
         skipped = extra.pop("skipped", None)
         if skipped is not None:
             progress.skipped_steps += 1
@@ -425,7 +510,8 @@ class _Loop:
     def _say_falling(self, step: int) -> None:
         text = self.falling.look()
         if text and self.config.on_falling_logps == "stop":
-            raise TrainingError(f"step {step}: {text} (--on_falling_logps warn goes on)")
+            # Of all ranks' pairs, so all come here.
+            raise agreed(TrainingError(f"step {step}: {text} (--on_falling_logps warn goes on)"))
         if text:
             self.console.say(f"warning: step {step}: {text}")
 

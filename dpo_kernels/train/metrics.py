@@ -168,17 +168,26 @@ def meter_of(state: dict[str, Any]) -> PairMeter | UnpairedMeter:
 class MetricsFile:
     """One JSON object a line, flushed at once so that a run can be watched."""
 
-    def __init__(self, path: Path, rows: list[dict[str, Any]] | None = None) -> None:
-        """A new file, or one that starts with the rows of an earlier run."""
-        self.path = path
+    def __init__(
+        self, path: Path, rows: list[dict[str, Any]] | None = None, written: bool = True
+    ) -> None:
+        """A new file, or one that starts with the rows of an earlier run.
+
+        `written`: False where another process writes it, and the rows are kept alone.
+        """
+        self.path, self.written = path, written
         self.rows: list[dict[str, Any]] = rows or []
         self.beside: Callable[[dict[str, Any]], None] | None = None  # told of every new row
+        if not written:
+            return
         part = path.with_name(path.name + ".tmp")
         part.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         part.replace(path)
 
     def write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        if not self.written:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.beside is not None:

@@ -31,6 +31,8 @@ from ..models.options import FusedOptions
 from ..models.structure import base_model_of, deterministic, trunk_of
 from .adapters import quantisation, with_adapter
 from .config import DPOTrainConfig, UserError
+from .ranks import ALONE, Ranks
+from .sharded import Sharded, shard
 from .start import find_model
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ class Policy:
     asked: str = "padded"  # the layout as it was asked for
     check_layout: bool = False  # the first batch in a layout is compared with padded rows
     say: Callable[[str], None] = print
+    ranks: Ranks = ALONE
+    sharded: Sharded = field(default_factory=Sharded)
 
     @property
     def device(self) -> torch.device:
@@ -258,6 +262,22 @@ def prepare_policy(
     return policy
 
 
+def over_ranks(policy: Policy, config: DPOTrainConfig, ranks: Ranks) -> None:
+    """Spread a policy that is whole on each rank over all of them."""
+    if not ranks.many:
+        return
+    if policy.router_weight:
+        raise UserError(
+            f"{ranks.world} processes: the load-balancing loss of a mixture of experts depends on "
+            "which pairs are in a batch; set the model's router_aux_loss_coef to 0"
+        )
+    policy.check_layout = False  # it runs the trunk alone, which shards do not take
+    policy.ranks = ranks
+    policy.sharded = shard(policy.model, config, ranks)
+    if policy.sharded.is_sharded:  # as many calls of the trunk on every rank
+        policy.sharing = replace(policy.sharing, call_tokens=None)
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of the model to 0: policy and reference must be the same function."""
     for module in model.modules():
@@ -270,13 +290,23 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
-    """`save_pretrained` of model and tokenizer; a leftover of an earlier run is replaced whole."""
+    """`save_pretrained` of model and tokenizer; a leftover of an earlier run is replaced whole.
+
+    Every rank calls it; the first one writes.
+    """
+    whole = policy.sharded.whole_state() if policy.sharded.in_parts else None
+    if policy.ranks.first:
+        _save(policy, folder, whole)
+
+
+def _save(policy: Policy, folder: Path, whole: dict[str, Tensor] | None) -> None:
+    given: dict[str, Any] = {} if whole is None else {"state_dict": whole}
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
         cache = policy.model.config.use_cache
         policy.model.config.use_cache = True
-        policy.model.save_pretrained(part)
+        policy.model.save_pretrained(part, **given)
         policy.model.config.use_cache = cache
         policy.tokenizer.save_pretrained(part)
         part.chmod(0o755)
@@ -291,9 +321,12 @@ def save_policy(policy: Policy, folder: Path) -> None:
 @torch.no_grad()
 def complete(policy: Policy, ids: list[int], max_new_tokens: int) -> str:
     """Greedy completion of these prompt ids, as text."""
+    if policy.sharded.cut:  # the model's own forward knows no head in parts
+        return ""
     tokenizer = policy.tokenizer
     inputs = torch.tensor([ids], device=policy.device)
     generate: Any = policy.model.generate
+    policy.sharded.gather()
     with deterministic(policy.model):
         out = generate(
             inputs,
@@ -304,4 +337,5 @@ def complete(policy: Policy, ids: list[int], max_new_tokens: int) -> str:
             pad_token_id=policy.pad_id,
             eos_token_id=tokenizer.eos_token_id,
         )
+    policy.sharded.rest()
     return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()

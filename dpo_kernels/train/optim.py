@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,13 +47,16 @@ def make_optimizer(
 
         # As transformers' Trainer has it: the schedule is ours, no scale of its own.
         return Adafactor(parts, lr=config.learning_rate, scale_parameter=False, relative_step=False)
-    # fused: one pass over each parameter, where the plain loop makes several over memory
+    # fused: one pass over each parameter, where the plain loop makes several over memory. It takes
+    # weights of one mesh.
+    meshes = {getattr(p, "device_mesh", None) for p in parameters}
     return torch.optim.AdamW(
         parts,
         lr=config.learning_rate,
         eps=config.adam_epsilon,
         betas=(config.adam_beta1, config.adam_beta2),
-        fused=True,
+        fused=len(meshes) == 1,
+        foreach=False if len(meshes) > 1 else None,
     )
 
 
@@ -104,6 +107,24 @@ def check_schedule(config: DPOTrainConfig) -> None:
         raise UserError(f"lr_scheduler_kwargs={given!r} of {name}: {error}") from None
 
 
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """The norm of all gradients, which are scaled to `most`; those in shards count whole."""
+    sharded = [p for p in parameters if hasattr(p, "full_tensor")]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(parameters, most)
+    parts: dict[Any, list[nn.Parameter]] = {}
+    for p in parameters:
+        parts.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    norms = []
+    for part in parts.values():
+        norm = nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    total = torch.stack([n.to(norms[0]) for n in norms]).norm()
+    for part in parts.values():
+        nn.utils.clip_grads_with_norm_(part, most, total)
+    return total
+
+
 class Stepper:
     """Clip, check, step, schedule: what ends every optimizer step."""
 
@@ -134,13 +155,19 @@ class Stepper:
         return float(self.schedule.get_last_lr()[0])
 
     def step(
-        self, loss: Tensor, what: str, sources: list[str], may_skip: bool = False
+        self,
+        loss: Tensor,
+        what: str,
+        sources: list[str],
+        may_skip: bool = False,
+        blame: Callable[[], str] = str,
     ) -> dict[str, Any]:
         """One step; `TrainingError` before the weights are touched if anything is not finite.
 
         `may_skip`: the step is then left out instead, and the result has `skipped`, a text.
+        `blame` says which ranks it came from.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        norm = clip_gradients(self.parameters, self.max_norm)
         # One wait for the device: both numbers come together.
         values = torch.stack([loss.detach().double(), norm.double()]).tolist()
         named = zip(("the loss", "the gradient norm"), values, strict=True)
@@ -148,11 +175,12 @@ class Stepper:
         rate = self.learning_rate
         if bad:
             shown = ", ".join(sources[:16]) + (", ..." if len(sources) > 16 else "")
-            text = (
-                f"{what}: {' and '.join(bad)}; the weights were not changed. In this step: {shown}"
-            )
+            said = f"{what}: {' and '.join(bad)}{blame()}; the weights were not changed."
+            text = f"{said} In this step: {shown}"
             if not may_skip:
-                raise TrainingError(text)
+                failed = TrainingError(text)
+                failed.agreed = True  # type: ignore[attr-defined]  # every rank has the same sums
+                raise failed
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
             return {"learning_rate": rate, "skipped": text}

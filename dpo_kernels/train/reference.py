@@ -34,7 +34,9 @@ from ..models.references import needs_reference, needs_states
 from ..models.structure import deterministic
 from .config import DPOTrainConfig, UserError
 from .console import Console
-from .model import Policy, frozen_copy, load_reference
+from .model import Policy, frozen_copy, load_reference, over_ranks
+from .ranks import agreed
+from .step_parts import Parts, idle_pair, tokens_of
 
 
 class References(Protocol):
@@ -179,11 +181,20 @@ class Referee:
             return
         if config.reference_name:
             self.other = load_reference(config, policy, console.say)
+            over_ranks(self.other, config, policy.ranks)
             console.say(
                 f"reference: {config.reference_name}, another checkpoint than the policy "
                 "(step 0 is not checked)"
             )
         self.whole = needs_states(config.loss_options())
+        if self.stays and policy.sharded.in_parts:
+            what = "sync_ref_model" if config.sync_ref_model else "a loss of whole distributions"
+            raise agreed(
+                UserError(
+                    f"fsdp: {what} keeps a reference beside the policy, which is not sharded: use "
+                    "fsdp=none without vocab_parallel, where each process has both whole"
+                )
+            )
         if self.whole and not config.sync_ref_model:
             console.say("reference: stays beside the policy (a loss of whole distributions)")
             return
@@ -266,6 +277,10 @@ def with_reference(
     size = config.per_device_eval_batch_size
     reference = Reference()
     used = range(len(pairs)) if used is None else used
+    if policy.ranks.many:
+        return PairData(
+            pairs, _over_ranks(policy, pairs, used, size, per_token, cache, console, what)
+        )
     if cache is not None:
         _fill(cache, policy, pairs, used, size, console, what)
         for start in range(0, len(used), size):
@@ -289,6 +304,90 @@ def with_reference(
 
 def _sum(values: Tensor) -> Tensor:
     return values.double().sum().to(values.dtype)
+
+
+def _over_ranks(
+    policy: Policy,
+    pairs: Sequence[Any],
+    used: Sequence[int],
+    size: int,
+    per_token: bool,
+    cache: ReferenceCache | None,
+    console: Console,
+    what: str,
+) -> Reference:
+    """The pass divided over the ranks, in the batches of one process; each then has all of it.
+
+    What a rank has scored it puts into its cache. What any rank lacks is scored: the ranks may see
+    different folders.
+    """
+    ranks, reference = policy.ranks, Reference()
+    if cache is not None:
+        for i in used:
+            values = cache.get([sequence_key(s) for s in pairs[i].sequences])
+            if values is not None:
+                kept = values if per_token else [_sum(v) for v in values]
+                reference.keep([(i, pairs[i])], kept)
+    lacking = [float(i not in reference.chosen) for i in used]
+    counts = ranks.sum(torch.tensor(lacking, device=policy.device)).tolist()
+    todo = [i for i, count in zip(used, counts, strict=True) if count]
+    title = f"reference log-probs ({what})"
+    if cache is not None and len(todo) < len(used):
+        console.say(f"{title}: {len(used) - len(todo)} of {len(used)} pairs are in the cache")
+    batches = [todo[start : start + size] for start in range(0, len(todo), size)]
+    parts = Parts.whole_batches(ranks, batches, lambda i: tokens_of(pairs[i]))
+    mine = Reference()
+    for group in console.progress(parts, title, parts.rounds, "batches"):
+        ranks.at(title)
+        if group is None:
+            idle_pair(policy, pairs[todo[0]])
+            continue
+        if cache is not None:
+            values = _scores(policy, [pairs[i] for i in group])
+            keys = [sequence_key(s) for s in sequences_of([pairs[i] for i in group])]
+            cache.put(keys, values)
+            cache.refresh()
+            kept = values if per_token else [_sum(v) for v in values]
+            mine.keep([(i, pairs[i]) for i in group], kept)
+            continue
+        batch = policy.batch([pairs[i] for i in group])
+        with deterministic(policy.model):
+            logps = policy.logps(batch, "none" if per_token else "sum").cpu()
+        kept = list(logps.split(batch.scored_lengths) if per_token else logps)
+        mine.keep([(i, pairs[i]) for i in group], kept)
+    policy.sharded.rest()
+    for start in range(0, len(todo), _EXCHANGED):
+        _exchange(policy, pairs, todo[start : start + _EXCHANGED], per_token, mine, reference)
+    return reference
+
+
+_EXCHANGED = 4096  # pairs whose values are sent at once
+
+
+def _exchange(
+    policy: Policy,
+    pairs: Sequence[Any],
+    todo: Sequence[int],
+    per_token: bool,
+    mine: Reference,
+    into: Reference,
+) -> None:
+    """Values of `todo`, each found by one rank, for all of them."""
+    wide = policy.head.weight.dtype == torch.float64
+    dtype = torch.float64 if wide else torch.float32
+    into.sides += [{} for _ in range(2 - len(into.sides))]
+    for k in (0, 1):
+        own = mine.sides[k] if mine.sides else {}
+        lengths = [pairs[i].sequences[k].num_scored if per_token else 1 for i in todo]
+        parts = [
+            own[i].reshape(-1) if i in own else torch.zeros(n)
+            for i, n in zip(todo, lengths, strict=True)
+        ]
+        flat = torch.cat([p.to(dtype) for p in parts]).to(policy.device)
+        whole = policy.ranks.sum(flat).cpu().split(lengths)
+        into.sides[k].update(
+            {i: v.clone() if per_token else v[0].clone() for i, v in zip(todo, whole, strict=True)}
+        )
 
 
 def _fill(

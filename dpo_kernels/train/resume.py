@@ -20,6 +20,7 @@ from .identity import differences
 from .metrics import MetricsFile, read_metrics
 from .model import Policy
 from .order import step_indices, steps_of, visited
+from .ranks import ALONE, Ranks
 from .reference import PairData, Referee, Reference
 from .state import TrainingState, load_reference, save_reference
 from .step_loss import Mismatched
@@ -46,7 +47,7 @@ class Resumed:
 
     def restore(self, state: TrainingState) -> None:
         what = f"resume_from_checkpoint: {self.path}"
-        state.restore(read_tensors(self.path), self.values, what)
+        state.restore(read_tensors(self.path, state.shards_like), self.values, what)
 
 
 def resumed_from(
@@ -88,14 +89,16 @@ class Keeper:
         config: DPOTrainConfig,
         values: dict[str, Any],
         resumed: Resumed | None,
+        ranks: Ranks = ALONE,
     ) -> Keeper:
         """The keeper of a run's folder; to a resumed run its checkpoint is the newest."""
         checkpoints = None
         if config.save_steps:
-            checkpoints = Checkpoints(folder / "checkpoints", config.save_total_limit)
+            checkpoints = Checkpoints(folder / "checkpoints", config.save_total_limit, ranks)
         keeper = cls(checkpoints, config.save_steps, values, resumed)
         if resumed and checkpoints and run_of(resumed.path) == folder.absolute():
-            checkpoints.drop_after(resumed.step)
+            if ranks.first:
+                checkpoints.drop_after(resumed.step)
             keeper.saved = resumed.step
         return keeper
 
@@ -132,13 +135,14 @@ def check_room(
         say(warning)
 
 
-def metrics_of(folder: Path, resumed: Resumed | None) -> MetricsFile:
+def metrics_of(folder: Path, resumed: Resumed | None, ranks: Ranks = ALONE) -> MetricsFile:
     """A run's metrics; of a resumed one those that its checkpoint knew."""
     file = folder / "metrics.jsonl"
     if resumed is None:
-        return MetricsFile(file)
+        return MetricsFile(file, written=ranks.first)
     source = run_of(resumed.path) / "metrics.jsonl"
-    return MetricsFile(file, read_metrics(source, resumed.values["metrics_rows"]))
+    rows = ranks.first_does(lambda: read_metrics(source, resumed.values["metrics_rows"]))
+    return MetricsFile(file, rows, ranks.first)
 
 
 def fine_tuned_first(config: DPOTrainConfig) -> bool:
@@ -166,7 +170,7 @@ def references(
         and needs_reference(config.loss_options())
         and not referee.stays
     ):
-        kept = load_reference(resumed.path.parent)
+        kept = referee.policy.ranks.first_does(lambda: load_reference(resumed.path.parent))
     scored: dict[str, Reference | None] = {}
 
     def of(name: str, rows: Sequence[TokenRow], what: str, used: list[int] | None) -> PairData:
@@ -198,7 +202,8 @@ def references(
             evaluated = replace(evaluated, mismatched=found)
     referee.done()
     if config.save_steps and scored:
-        save_reference(folder / "checkpoints", scored)
+        ranks = referee.policy.ranks
+        ranks.first_does(lambda: save_reference(folder / "checkpoints", scored))
     return data, evaluated
 
 

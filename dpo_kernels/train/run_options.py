@@ -344,6 +344,27 @@ class SpeedOptions:
 
 
 @dataclass
+class ProcessOptions:
+    """many processes"""
+
+    fsdp: str = option(
+        "auto",
+        "of torchrun's processes: full_shard (FSDP2 over all of them), hybrid_shard (over groups "
+        "of them, which have copies), none (each has the whole model); auto: full_shard",
+        ("auto", "full_shard", "hybrid_shard", "none"),
+    )
+    fsdp_shard_size: int | None = option(
+        None, "processes of a group of hybrid_shard; None: those of a node"
+    )
+    vocab_parallel: int = option(
+        1, "processes that share a head by vocabulary; each such group has the same pairs"
+    )
+    ddp_timeout: int = option(
+        1800, "seconds that a process may be waited for, before the run ends and names it"
+    )
+
+
+@dataclass
 class OutputOptions:
     """output"""
 
@@ -412,6 +433,7 @@ GROUPS: tuple[Any, ...] = (
     JudgedOptions,
     SupervisedOptions,
     SpeedOptions,
+    ProcessOptions,
     OutputOptions,
 )
 # Of `dpo-kernels sft`, which has no pairs.

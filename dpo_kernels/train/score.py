@@ -15,7 +15,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,13 @@ from ..data import (
 from ..models.structure import deterministic
 from .config import DPOTrainConfig, UserError, check_fields
 from .console import Console
-from .model import Policy, load_policy, load_reference
+from .model import Policy, load_policy, load_reference, over_ranks
+from .ranks import Ranks
+from .ranks_start import joined
 from .run_options import ModelOptions, RefModel, ScoreOptions
 from .score_reference import Logps, Scored, ScoreReference
-from .start import check_device, find_model, quiet_bars, refuse_many_processes
+from .start import check_device, find_model, quiet_bars
+from .step_parts import Parts
 from .tables import TableWriter
 
 WINDOW = 1024  # rows that are held, sorted by length and written together
@@ -67,23 +70,44 @@ class ScoreConfig(ScoreOptions, RefModel, ModelOptions):
 
 def run_score(config: ScoreConfig, console: Console) -> dict[str, Any]:
     """Score the rows of a file; returns counts and means, which it also prints."""
-    refuse_many_processes()
     models = config.of_models()
-    check_device(models.device)
+    with joined({"device": models.device}, console) as ranks:
+        return _run(config, models, console, ranks)
+
+
+def _run(
+    config: ScoreConfig, models: DPOTrainConfig, console: Console, ranks: Ranks
+) -> dict[str, Any]:
+    """The scores, each rank's its share of the batches; the first one writes."""
     quiet_bars(console)
-    output = TableWriter(Path(str(config.output_file)), config.overwrite)
-    name, ref = str(config.model_name_or_path), config.ref_model_name_or_path
-    found = find_model(name)
-    if ref is not None:
-        find_model(ref, "ref_model_name_or_path")
-    policy = load_policy(replace(models, model_name_or_path=found), console.say)
-    other = load_reference(models, policy, console.say) if ref is not None else None
-    reference = None
-    if other is not None or config.reference_cache is not None:
-        reference = ScoreReference(other, config.reference_cache, logps_of, console.say)
+    output: TableWriter | None = None
+    with ranks.together():
+        check_device(models.device)
+        if ranks.many and config.dataset_name == "-":
+            raise UserError(f"dataset_name: {ranks.world} processes cannot all read stdin")
+        if ranks.many and config.reference_cache is not None:
+            raise UserError(f"reference_cache: score reads it in one process, not {ranks.world}")
+        if ranks.first:
+            output = TableWriter(Path(str(config.output_file)), config.overwrite)
+        name, ref = str(config.model_name_or_path), config.ref_model_name_or_path
+        found = find_model(name)
+        if ref is not None:
+            find_model(ref, "ref_model_name_or_path")
+        policy = load_policy(replace(models, model_name_or_path=found), console.say)
+        other = load_reference(models, policy, console.say) if ref is not None else None
+        reference = None
+        if other is not None or config.reference_cache is not None:
+            reference = ScoreReference(other, config.reference_cache, logps_of, console.say)
+    for model in (policy, other):
+        if model is not None:
+            model.router_weight = 0.0  # nothing is trained
+            over_ranks(model, models, ranks)
+    scorer = _Scorer(config, policy, reference, console)
+    if output is None:
+        return scorer.write(lambda rows: None)
     try:
         with output:
-            summary = _Scorer(config, policy, reference, console).write(output)
+            summary = scorer.write(output.write)
     except KeyboardInterrupt:
         if output.part.exists():
             print(f"dpo-kernels: what was scored is in {output.part}", file=sys.stderr)
@@ -132,12 +156,12 @@ class _Scorer:
     def __post_init__(self) -> None:
         self.left_out = LeftOut(self.config.strict, self.console.say)
 
-    def write(self, output: TableWriter) -> dict[str, Any]:
+    def write(self, output: Callable[[list[dict[str, Any]]], Any]) -> dict[str, Any]:
         """Score every row of the file into `output`."""
         file, since = str(self.config.dataset_name), time.perf_counter()
         rows = self._tokenised(file)
         while window := list(itertools.islice(rows, WINDOW)):
-            output.write(self._window(window))
+            output(self._window(window))
             took = time.perf_counter() - since
             done = self.totals
             self.console.note(f"scored {done.rows} rows, {done.tokens / took:.0f} tokens/s")
@@ -162,15 +186,22 @@ class _Scorer:
     def _window(self, window: list[Scored]) -> list[dict[str, Any]]:
         """The rows of a window, in its order."""
         batches = batches_by_tokens(window, self.config.max_tokens_per_batch)
-        done: dict[int, dict[str, Any]] = {}
-        plan = self.console.progress(batches, "scoring", len(batches), "batches", lines=False)
+        ranks = self.policy.ranks
+        parts = Parts.whole_batches(ranks, batches, lambda i: _size(window[i]))
+        found: dict[int, Any] = {}
+        plan = self.console.progress(parts, "scoring", parts.rounds, "batches", lines=False)
         for indices in plan:
-            group = [window[i] for i in indices]
+            ranks.at("scoring")
+            if indices is None and not self.policy.sharded.is_sharded:
+                continue
+            group = [window[i] for i in indices or [0]]  # idle beside others: their weights meet
             ours = logps_of(self.policy, group)
             theirs = self.reference.of(group) if self.reference else None
-            for k, i in enumerate(indices):
-                ref = None if theirs is None else theirs[k]
-                done[i] = self._row(window[i], ours[k], ref)
+            for k, i in enumerate(indices or ()):
+                found[i] = ours[k], None if theirs is None else theirs[k]
+        for part in ranks.objects(found):
+            found |= part
+        done = {i: self._row(window[i], *found[i]) for indices in batches for i in indices}
         return [done[i] for i in range(len(window))]
 
     def _row(

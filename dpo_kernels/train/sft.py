@@ -27,6 +27,7 @@ from .optim import Stepper
 from .order import epoch_order, step_indices, total_steps
 from .resume import Keeper
 from .state import Progress, TrainingState
+from .step_parts import Parts, agreed_signal, idle
 
 
 def train_sft(
@@ -58,7 +59,10 @@ def train_sft(
         began = time.perf_counter()
         step = progress.step + 1
         chunk = [sequences[i] for i in indices]
+        policy.ranks.at("SFT", step)
         total = nll_gradients(policy, chunk, micro)
+        policy.sharded.meet()
+        console.agreed = agreed_signal(policy, console.signal)
         extra = stepper.step(total, f"SFT step {step}", [s.source for s in chunk])
         if stepper.warning:
             console.say(stepper.warning)
@@ -85,7 +89,7 @@ def train_sft(
 
     plan = itertools.islice(step_indices(n, config, steps), progress.step, None)
     try:
-        with compiled(policy.model, config):
+        with compiled(policy.model, config), console.sharing(policy.ranks.many):
             for indices, epoch in console.progress(plan, "SFT", steps - progress.step, "steps"):
                 between = False
                 one_step(indices, epoch)
@@ -119,7 +123,7 @@ def fine_tune(
         early_stopping_patience=None,
         eval_steps=None,
     )
-    metrics = MetricsFile(folder / "sft_metrics.jsonl")
+    metrics = MetricsFile(folder / "sft_metrics.jsonl", written=policy.ranks.first)
     loss = train_sft(policy, sequences, config, metrics, console)
     console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
 
@@ -128,23 +132,42 @@ def nll_gradients(
     policy: Policy, sequences: Sequence[TokenSequence], micro: int, weight: float = 1.0
 ) -> Tensor:
     """NLL per token of these sequences, its gradient times `weight` added to the parameters'."""
-    tokens = sum(s.num_scored for s in sequences)
+    tokens, ranks = sum(s.num_scored for s in sequences), policy.ranks
     total = torch.zeros((), device=policy.device)
-    for start in range(0, len(sequences), micro):
-        loss = -_logps(policy, sequences[start : start + micro]).sum() / tokens
-        (loss * weight).backward()
-        total = total + loss.detach()
-    return total
+    parts = Parts.of(
+        ranks,
+        range(len(sequences)),
+        lambda i: len(sequences[i].ids),
+        lambda mine: [mine[start : start + micro] for start in range(0, len(mine), micro)],
+    )
+    for k, part in enumerate(parts):
+        with policy.sharded.micro_batch(k == parts.rounds - 1):
+            if part is None:
+                idle(policy, lambda: _logps(policy, sequences[:1]))
+                continue
+            loss = -_logps(policy, [sequences[i] for i in part]).sum() / tokens
+            (loss * (weight * policy.sharded.scale)).backward()
+            total = total + loss.detach()
+    return ranks.sum(total)
 
 
 @torch.no_grad()
 def evaluate_sft(policy: Policy, sequences: Sequence[TokenSequence], size: int) -> dict[str, float]:
     """`eval_loss` of held-out rows: NLL a token, mean over all their tokens."""
     began = time.perf_counter()
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=policy.device)
+    starts = range(0, len(sequences), size)
+    batches = [range(start, min(start + size, len(sequences))) for start in starts]
+    parts = Parts.whole_batches(policy.ranks, batches, lambda i: len(sequences[i].ids))
     with deterministic(policy.model):
-        for start in range(0, len(sequences), size):
-            total -= _logps(policy, sequences[start : start + size]).double().sum().cpu()
+        for part in parts:
+            policy.ranks.at("evaluation")
+            if part is None:
+                idle(policy, lambda: _logps(policy, sequences[:1]))
+                continue
+            total -= _logps(policy, [sequences[i] for i in part]).double().sum()
+    policy.sharded.rest()
+    total = policy.ranks.sum(total)
     tokens = sum(s.num_scored for s in sequences)
     return {"eval_loss": float(total) / tokens, "eval_runtime": time.perf_counter() - began}
 

@@ -32,7 +32,7 @@ def sft_dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
 
     Raises `UserError` where it would be refused or cannot fit, `DataError` for its data.
     """
-    refuse_many_processes()
+    refuse_many_processes("sft --dry_run")
     if refused := refusals(options):
         for text in refused:
             console.say(f"refused: {text}")

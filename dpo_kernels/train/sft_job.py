@@ -21,16 +21,17 @@ from .adapters import check_adapter
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
 from .ending import draw, files_of, last_fields, say_sample, write_summary
-from .job import Job
+from .job import Job, started
 from .machine import peak_memory
 from .model import Policy, save_policy
 from .optim import check_schedule
-from .resume import Keeper, metrics_of, resumed_from
+from .ranks_start import check_ranks, joined, meshes
+from .resume import Keeper, metrics_of
 from .run_options import GROUPS, SFT_DEFAULTS, SFT_GROUPS
 from .sft import evaluate_sft, train_sft
 from .shown import completions, write_report
 from .sinks import check_sinks
-from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
+from .start import check_device
 
 # What belongs to pairs alone.
 _OF_PAIRS = {f for g in GROUPS if g not in SFT_GROUPS for f in g.__dataclass_fields__}
@@ -58,16 +59,16 @@ def run_sft(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
 
     Raises `UserError`, `DataError` (both say what to change) or `TrainingError`.
     """
-    refuse_many_processes()
-    config = resolve_sft(options)
-    check_device(config.device)
-    check_schedule(config)
-    check_adapter(config, True)
-    check_sinks(config.report_to)
-    resumed = resumed_from(config, dk.__version__, console.say)
-    quiet_bars(console)
-    run_folder = RunFolder(config, resumed.path if resumed else None)
-    return SFTJob(config, True, run_folder, console, resumed).run()
+    with joined(options, console) as ranks:
+        with ranks.together():
+            config = resolve_sft(options)
+            check_device(config.device)
+            check_schedule(config)
+            check_adapter(config, True)
+            check_ranks(config, ranks, True)
+            check_sinks(config.report_to)
+        meshes(config, ranks)
+        return started(SFTJob, config, True, console, ranks).run()
 
 
 class SFTJob(Job):
@@ -77,14 +78,16 @@ class SFTJob(Job):
     def _run(self) -> dict[str, Any]:
         config, say, began = self.config, self.console.say, time.perf_counter()
         torch.manual_seed(config.seed)
-        policy = self._users_model()
-        train_rows, eval_rows = self._rows(policy)
-        identity = self._identity(policy, train_rows, eval_rows)
+        with self.ranks.together():
+            policy = self._users_model()
+            train_rows, eval_rows = self._rows(policy)
+            identity = self._identity(policy, train_rows, eval_rows)
         self._open_folder(policy)
+        self._over_ranks(policy, train_rows, identity)
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
         say(f"backend {backend}; {len(train_rows)} rows to train on, {len(eval_rows)} held out")
-        metrics = metrics_of(self.folder, self.resumed)
+        metrics = metrics_of(self.folder, self.resumed, self.ranks)
         size = config.per_device_eval_batch_size
 
         def evaluate() -> dict[str, float]:
@@ -106,7 +109,7 @@ class SFTJob(Job):
             before, text_before = found["before"], found["text_before"]
         kept = {"before": before, "text_before": text_before, "run_id": run_id}
         values = {"version": dk.__version__, "identity": identity, "found": kept}
-        keeper = Keeper.of(self.folder, config, values, self.resumed)
+        keeper = Keeper.of(self.folder, config, values, self.resumed, self.ranks)
         between = evaluate if eval_rows else None
         train_sft(policy, train_rows, config, metrics, self.console, between, keeper)
         with self.console.held():  # before anything that could still fail
@@ -116,7 +119,8 @@ class SFTJob(Job):
         after = evaluate()
         if after:
             metrics.write({"step": last["step"], "epoch": last["epoch"], **after})
-        draw(metrics, self.folder, "SFT", say)
+        if self.ranks.first:
+            draw(metrics, self.folder, "SFT", say)
         summary = {
             "output_dir": str(self.folder),
             "backend": backend,
@@ -134,6 +138,8 @@ class SFTJob(Job):
             "peak_memory_bytes": peak_memory(policy.device),
             **last_fields(self.left_out, began),
         }
+        if not self.ranks.first:
+            return summary
         write_summary(self.folder, summary)
         write_report(self.folder, say)
         if before:

@@ -34,14 +34,31 @@ RUN_FILES = (
 )
 
 
-def refuse_many_processes() -> None:
+def refuse_many_processes(command: str = "this command") -> None:
     """Launchers that start several processes say so in the environment."""
     for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if os.environ.get(name, "1") not in ("", "1"):
             raise UserError(
-                f"one process only: a launcher started {os.environ[name]} ({name}), and training "
-                "on many devices is not supported; run dpo-kernels train without torchrun, or "
-                "TRL's trainer with our integration"
+                f"one process only: a launcher started {os.environ[name]} ({name}), and {command} "
+                "runs in one"
+            )
+
+
+def check_launcher() -> None:
+    """`UserError` for processes that a launcher started without torchrun's variables."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if os.environ.get(name, "1") not in ("", "1") and "WORLD_SIZE" not in os.environ:
+            raise UserError(
+                f"a launcher started {os.environ[name]} processes ({name}) which do not know each "
+                "other: let it start torchrun, once a node"
+            )
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+        if missing:
+            raise UserError(
+                f"one process only: WORLD_SIZE={os.environ['WORLD_SIZE']} without "
+                f"{', '.join(missing)}; start several processes by torchrun --nproc-per-node N "
+                "-m dpo_kernels train ..."
             )
 
 
@@ -127,6 +144,7 @@ class RunFolder:
         config.output_dir = str(self.path)
         self._made: list[Path] = []
         self.opened = False
+        self.follows = False  # another process makes it and takes it back
         self.resumed = resumed is not None and run_of(resumed) == self.path.absolute()
         # One that was to go on and has no checkpoint yet begins again in its own folder.
         again = config.resume_from_checkpoint == "true" and (self.path / "config.yaml").is_file()
@@ -144,7 +162,7 @@ class RunFolder:
 
     def open(self, say: Callable[[str], None]) -> None:
         """Make the folder; the files of an earlier run go, what no run wrote stays."""
-        if self.resumed:
+        if self.resumed or self.follows:
             return
         whole = self.path.absolute()
         self._made = [p for p in (whole, *whole.parents) if not p.exists()]

@@ -10,6 +10,7 @@ here: the reference's log-probs are kept once for the whole run (`save_reference
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Mapping
@@ -75,6 +76,27 @@ class TrainingState:
             for i, state in enumerate(torch.cuda.get_rng_state_all()):
                 found[f"rng/cuda/{i}"] = state
         return found
+
+    def shards_like(self, name: str, size: tuple[int, ...]) -> Tensor | None:
+        """The tensor in shards that one of a checkpoint is to be read as; None where it is whole.
+
+        A moment is in shards as its weight is.
+        """
+        kind, _, rest = name.partition("/")
+        if kind == "optimizer":
+            rest = rest.rpartition("/")[0]
+        found: Tensor | None = None
+        if kind in ("model", "optimizer"):
+            found = self._named.get(rest)
+        elif kind == "average" and kind in self.modules:
+            found = self.modules[kind].state_dict().get(rest)
+        if found is None or not hasattr(found, "full_tensor") or tuple(found.shape) != size:
+            return None
+        return found
+
+    @functools.cached_property
+    def _named(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
 
     def values(self) -> dict[str, Any]:
         entries = self.stepper.state()

@@ -13,7 +13,7 @@ from typing import Any
 _OFF: tuple[Any, ...] = (None, False, "", [], {}, 0, "none", "no")
 
 _CHECKPOINTS = "checkpoints hold the whole run, every save_steps; the model is saved at the end"
-_ONE_PROCESS = "training runs on one device in one process"
+_PROCESSES = "a process has one device, and torchrun's processes share the model as fsdp says"
 _NO_WORKERS = "batches are made in the process itself, without a data loader"
 _LOCAL_FILE = "data comes from a file (dataset_name, eval_file)"
 _NO_HUB = "nothing is uploaded: the trained model is a folder"
@@ -29,8 +29,8 @@ _REFUSED: dict[str, str] = {
     _CHECKPOINTS: "save_only_model save_on_each_node enable_jit_checkpoint "
     "load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip "
     "restore_callback_states_from_checkpoint",
-    _ONE_PROCESS: "fsdp fsdp_config deepspeed ddp_find_unused_parameters ddp_bucket_cap_mb "
-    "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout accelerator_config "
+    _PROCESSES: "fsdp_config deepspeed ddp_find_unused_parameters ddp_bucket_cap_mb "
+    "ddp_broadcast_buffers ddp_static_graph ddp_backend accelerator_config "
     "parallelism_config local_rank ignore_bias_buffers log_on_each_node log_level_replica "
     "average_tokens_across_devices",
     "adapters are those of causal language models": "lora_task_type",
@@ -79,7 +79,6 @@ _REFUSED: dict[str, str] = {
 _TAKEN: dict[str, tuple[Any, ...]] = {
     "enable_jit_checkpoint": (True,),
     "local_rank": (-1,),
-    "ddp_timeout": (1800,),
     "logging_strategy": ("steps",),
     "precompute_ref_log_probs": (True,),
     "disable_dropout": (True,),

@@ -13,6 +13,7 @@ from ..models.attached import HeadOutput
 from ..models.forward import ReferenceStates
 from .config import DPOTrainConfig
 from .reference import PairData
+from .step_parts import Parts, Table, idle_pair
 
 if TYPE_CHECKING:
     from .step_loss import PairLoss
@@ -26,24 +27,30 @@ def coupled(config: DPOTrainConfig) -> bool:
 
 
 def coupled_gradients(
-    loss: PairLoss, data: PairData, indices: list[int], batches: list[list[int]], num_chosen: int
+    loss: PairLoss, data: PairData, indices: list[int], parts: Parts, num_chosen: int, more: bool
 ) -> tuple[HeadOutput, int, int]:
     """Gradients of a loss that couples the pairs of a step which runs in several batches.
 
-    A scoring pass without gradient gives every log-prob of the step, the loss of all of them gives
-    the slope of each, and a second pass carries the slopes back. The loss has the pairs in the
-    order of `indices`, whatever the batches: beta-DPO draws from them. (loss and log-probs, real
-    tokens, positions of the trunk's calls)
+    A scoring pass without gradient gives every log-prob of the step, on all ranks; the loss of all
+    of them gives the slope of each, and a second pass carries the slopes back. The loss has the
+    pairs in the order of `indices`, whatever the batches: beta-DPO draws from them. (loss and
+    log-probs, real tokens, positions of the trunk's calls; these of this rank). `more`: gradients
+    of other rows follow.
     """
     policy, step = loss.policy, {i: at for at, i in enumerate(indices)}
-    places = [torch.tensor([step[i] for i in part], device=policy.device) for part in batches]
-    with torch.no_grad():
-        sums = [policy.logps(policy.batch([data.pairs[i] for i in part])) for part in batches]
-    back = torch.cat(places).argsort()
-    chosen, rejected = (
-        torch.cat([x.chunk(2)[side] for x in sums])[back].requires_grad_() for side in (0, 1)
-    )
     pairs = [data.pairs[i] for i in indices]
+    table = Table(policy.ranks, policy.device, 2, len(indices))
+    wide = policy.head.weight.dtype == torch.float64
+    with torch.no_grad():
+        for part in parts:
+            if part is None:
+                idle_pair(policy, pairs[0])
+                continue
+            sums = policy.logps(policy.batch([data.pairs[i] for i in part]))
+            table.put([step[i] for i in part], *sums.chunk(2))
+    table.reduce()
+    values = table.values.to(torch.float64 if wide else torch.float32)
+    chosen, rejected = (x.clone().requires_grad_() for x in values)
     reference = loss.reference(data, indices, None)
     assert not isinstance(reference, ReferenceStates)
     against = (None, None) if reference is None else reference.chunk(2)
@@ -59,11 +66,17 @@ def coupled_gradients(
     out = dk.preference_loss(chosen, rejected, *against, **options)
     slopes = torch.autograd.grad(out.loss, (chosen, rejected))
     tokens = computed = 0
-    for part, at in zip(batches, places, strict=True):
-        batch = policy.batch([data.pairs[i] for i in part])
-        (policy.logps(batch) * torch.cat([x[at] for x in slopes])).sum().backward()
-        tokens += batch.num_tokens
-        computed += sum(call.input_ids.numel() for call in batch.calls)
+    for k, part in enumerate(parts):
+        with policy.sharded.micro_batch(k == parts.rounds - 1 and not more):
+            if part is None:
+                idle_pair(policy, pairs[0])
+                continue
+            batch = policy.batch([data.pairs[i] for i in part])
+            at = torch.tensor([step[i] for i in part], device=policy.device)
+            carried = (policy.logps(batch) * torch.cat([x[at] for x in slopes])).sum()
+            (carried * policy.sharded.scale).backward()
+            tokens += batch.num_tokens
+            computed += sum(call.input_ids.numel() for call in batch.calls)
     shown = HeadOutput(
         loss=out.loss.detach(),
         pair_logps=torch.stack([out.chosen_logps, out.rejected_logps]),

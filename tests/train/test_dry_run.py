@@ -57,8 +57,12 @@ def test_what_would_be_refused_is_all_said(train: list[Any], capsys: Capture) ->
     said = capsys.readouterr()
     assert said.out.count("refused: ") == 2
     assert "2 option(s) are refused; the first: push_to_hub=True" in said.err
-    found = refusals({"beta": 1, "bta": 2, "fsdp": "full_shard"})
-    assert len(found) == 2 and "did you mean 'beta'" in found[0] and "fsdp='full_shard'" in found[1]
+    found = refusals({"beta": 1, "bta": 2, "deepspeed": "zero3.json"})
+    assert (
+        len(found) == 2
+        and "did you mean 'beta'" in found[0]
+        and "deepspeed='zero3.json'" in found[1]
+    )
     folder = Path(train[train.index("--output_dir") + 1])
     folder.mkdir()
     (folder / "x").write_text("mine")

@@ -1,0 +1,278 @@
+"""Cases that many processes run in turn; a world is spawned once and runs all of them.
+
+    python rank_cases.py FOLDER WORLD [CASE ...]
+
+Each case is a run of `dpo-kernels train` (or a check around one) in every process. What it found is
+left in FOLDER/<case>-<world>/, and `results-<world>.json` says of each case what a rank has to say.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+COMMON: dict[str, Any] = {
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "per_device_eval_batch_size": 3,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "learning_rate": 3e-3,
+    "max_length": 96,
+    "save_steps": 0,
+    "sample_max_new_tokens": 2,
+    "device": "cpu",
+    "reference_cache": None,
+}
+
+
+def options_of(folder: Path, name: str, world: int, **more: Any) -> dict[str, Any]:
+    return {
+        **COMMON,
+        "model_name_or_path": str(folder / "model"),
+        "dataset_name": str(folder / "pairs.jsonl"),
+        "output_dir": str(folder / f"{name}-{world}"),
+        **more,
+    }
+
+
+# Runs whose losses and weights are the same whatever the number of processes.
+SAME: dict[str, dict[str, Any]] = {
+    "full_shard": {},
+    "float64": {"dtype": "float64"},
+    "replicas": {"fsdp": "none", "ema_decay": 0.5},
+    "budget": {"max_tokens_per_batch": 150, "gradient_checkpointing": True},
+    "coupled": {"loss_type": "aot"},
+    # Against another model: at log-ratios of 0 rounding alone would say which pairs it keeps.
+    "drawn": {"loss_type": "beta_dpo", "ref_model_name_or_path": "other"},
+    "tied": {"model_name_or_path": "tied", "sft_weight": 0.2},
+    "vocabulary": {"fsdp": "none", "vocab_parallel": 2, "dtype": "float64"},
+    "rows": {"sft_file": "chats.jsonl", "sft_rows": 2, "sft_steps": 1, "eval_steps": 2},
+}
+
+
+if importlib.util.find_spec("peft"):
+    SAME["lora"] = {"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]}
+
+
+def train(options: dict[str, Any]) -> dict[str, Any]:
+    from dpo_kernels.train.config_files import UserError
+    from dpo_kernels.train.console import Console
+    from dpo_kernels.train.job import run_job
+    from dpo_kernels.train.optim import TrainingError
+
+    try:
+        summary = run_job(options, Console(quiet=True))
+    except (UserError, TrainingError) as error:
+        return {"refused": str(error)}
+    except SystemExit as end:  # what the first rank says
+        return {"quiet": end.code}
+    after = {name: x for name, x in summary["after"].items() if name != "eval_runtime"}
+    return {"steps": summary["steps"], "after": after}
+
+
+def case_same(folder: Path, world: int, name: str) -> Any:
+    options = dict(SAME[name])
+    for key in ("model_name_or_path", "ref_model_name_or_path", "sft_file"):
+        if key in options:
+            options[key] = str(folder / options[key])
+    if world == 1:
+        options = {k: v for k, v in options.items() if k not in ("fsdp", "vocab_parallel")}
+    return train(options_of(folder, name, world, **options))
+
+
+def case_hybrid(folder: Path, world: int) -> Any:
+    more = {"fsdp": "hybrid_shard", "fsdp_shard_size": 2}
+    return train(options_of(folder, "hybrid", world, **more))
+
+
+def case_both(folder: Path, world: int) -> Any:
+    more = {"vocab_parallel": 2, "dtype": "float64"}
+    return train(options_of(folder, "both", world, **more))
+
+
+def case_tied_rows(folder: Path, world: int) -> Any:
+    more = {"vocab_parallel": 2, "model_name_or_path": str(folder / "tied")}
+    return train(options_of(folder, "tied_rows", world, **more))
+
+
+def case_groups_of_three(folder: Path, world: int) -> Any:
+    more = {"fsdp": "hybrid_shard", "fsdp_shard_size": 3}
+    return train(options_of(folder, "groups_of_three", world, **more))
+
+
+SAVED = {"save_steps": 2, "max_steps": 5, "learning_rate": 1e-3, "sft_weight": 0.1}
+
+
+def case_saved(folder: Path, world: int) -> Any:
+    return train(options_of(folder, "saved", world, **SAVED))
+
+
+def case_resumed(folder: Path, world: int) -> Any:
+    """Go on behind step 2 of four processes, in a folder of one's own."""
+    step = str(folder / "saved-4/checkpoints/step-2")
+    return train(options_of(folder, "resumed", world, **SAVED, resume_from_checkpoint=step))
+
+
+def case_beta(folder: Path, world: int) -> Any:
+    beta = 0.3 if os.environ["RANK"] == "1" else 0.1
+    return train(options_of(folder, "beta", world, beta=beta))
+
+
+def case_data(folder: Path, world: int) -> Any:
+    file = folder / "other.jsonl"
+    if os.environ["RANK"] == "1":
+        text = (folder / "pairs.jsonl").read_text()
+        file.write_text(text.replace("say 3", "say three"))
+        return train(options_of(folder, "data", world, dataset_name=str(file)))
+    return train(options_of(folder, "data", world))
+
+
+def case_no_model(folder: Path, world: int) -> Any:
+    where = "model" if os.environ["RANK"] == "0" else "nowhere/at/all"
+    return train(options_of(folder, "no_model", world, model_name_or_path=str(folder / where)))
+
+
+def _planted(folder: Path, world: int, name: str, module: Any, function: str, fault: Any) -> Any:
+    """A run with a fault in what reduces gradients."""
+    plain = getattr(module, function)
+    setattr(module, function, lambda *args, **kwargs: fault(plain, *args, **kwargs))
+    more = {"fsdp": "full_shard" if name == "unreduced" else "none"}
+    try:
+        return train(options_of(folder, name, world, **more))
+    finally:
+        setattr(module, function, plain)
+
+
+def case_left_out(folder: Path, world: int) -> Any:
+    from dpo_kernels.train.sharded import Sharded
+
+    return _planted(folder, world, "left_out", Sharded, "meet", lambda *_: None)
+
+
+def case_doubled(folder: Path, world: int) -> Any:
+    from dpo_kernels.train.sharded import Sharded
+
+    def twice(meet: Any, *args: Any) -> None:
+        meet(*args)
+        meet(*args)
+
+    return _planted(folder, world, "doubled", Sharded, "meet", twice)
+
+
+def case_unreduced(folder: Path, world: int) -> Any:
+    """FSDP is never told that a backward is the last of its step."""
+    from dpo_kernels.train.sharded import Sharded
+
+    def never(micro_batch: Any, self: Any, last: bool) -> Any:
+        return micro_batch(self, False)
+
+    return _planted(folder, world, "unreduced", Sharded, "micro_batch", never)
+
+
+# Of four processes too: what depends on their number most.
+FOUR = ("full_shard", "float64", "coupled", "tied", "vocabulary")
+DIFFERENT = ("beta", "data", "no_model")
+PLANTED = ("left_out", "doubled", "unreduced")
+CASES: dict[int, list[str]] = {
+    1: [*SAME, "saved"],
+    4: [*FOUR, "saved", "resumed", "hybrid", "groups_of_three", "both"],
+    2: [
+        *SAME,
+        "resumed",
+        "beta",
+        "data",
+        "no_model",
+        "tied_rows",
+        "left_out",
+        "doubled",
+        "unreduced",
+    ],
+}
+
+
+def run_cases(folder: Path, world: int, names: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            if name in SAME:
+                found[name] = case_same(folder, world, name)
+            else:
+                found[name] = globals()[f"case_{name}"](folder, world)
+        except BaseException as error:
+            traceback.print_exc()
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+            break
+    return found
+
+
+def _one(rank: int, folder: str, world: int, port: int, names: list[str]) -> None:
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({k: str(v) for k, v in here.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import gc
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo")
+    found = run_cases(Path(folder), world, names)
+    every: list[Any] = [found] * world
+    if world > 1:
+        dist.all_gather_object(every, found)
+    if rank == 0:
+        (Path(folder) / f"results-{world}.json").write_text(json.dumps(every))
+    if world > 1:
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def spawn(folder: Path, world: int, names: list[str]) -> list[dict[str, Any]]:
+    """What each rank says of each case."""
+    import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_one, (str(folder), world, port, names), nprocs=world)
+    return json.loads((folder / f"results-{world}.json").read_text())
+
+
+def prepare(folder: Path) -> None:
+    """A tiny model, one with tied embeddings, a tokenizer, pairs and conversations."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+    sys.path.insert(0, str(Path(__file__).parent))
+    from test_cli import chats
+    from test_data import bot, byte_tokenizer, user, write
+    from test_train import tiny_model
+
+    for name, tied in (("model", False), ("tied", True)):
+        tiny_model(tie_word_embeddings=tied).save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    tiny_model(initializer_range=0.1).save_pretrained(folder / "other")
+    byte_tokenizer().save_pretrained(folder / "other")
+    rows = chats(20)
+    for i, row in enumerate(rows):  # of many lengths
+        for side in ("chosen", "rejected"):
+            row[side][-1]["content"] += " and on" * (i % 5)
+    write(folder / "pairs.jsonl", rows)
+    talks = [{"messages": [user(f"say {i}"), bot("word " * (1 + i % 4))]} for i in range(6)]
+    write(folder / "chats.jsonl", talks)
+
+
+if __name__ == "__main__":
+    where, count = Path(sys.argv[1]), int(sys.argv[2])
+    where.mkdir(parents=True, exist_ok=True)
+    if not (where / "model").exists():
+        prepare(where)
+    for entry in spawn(where, count, sys.argv[3:] or CASES[count]):
+        print(json.dumps(entry, indent=1))
