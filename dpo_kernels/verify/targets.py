@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -69,11 +70,12 @@ class Loop:
         self.versions = versions_of("dpo-kernels", "torch", "transformers")
 
     def train(self, case: Case) -> Trained:
+        return train_on_two(self, case) if case.processes > 1 else self.train_here(case)
+
+    def train_here(self, case: Case) -> Trained:
         from ..train.console import Console
         from ..train.job import run_job
 
-        if case.processes > 1:
-            raise NotApplicable("the loop runs in one process")
         folder = Path(case.folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         data = {"dataset_name": case.rows, "eval_file": case.eval_rows or case.rows}
@@ -87,6 +89,8 @@ class Loop:
             "logging_steps": 1,
             **case.options,
         }
+        # A step has as many pairs as these say, on any number of processes.
+        options["per_device_train_batch_size"] *= case.processes
         if options.pop("disable_dropout", True) is False:
             raise NotApplicable("the loop trains without dropout")
         options.pop("precompute_ref_log_probs", None)  # it always does
@@ -96,7 +100,9 @@ class Loop:
             options["resume_from_checkpoint"] = case.resume_from
         for name, rows in data.items():
             path = folder.parent / f"{folder.name}-{name}.jsonl"
-            path.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows))
+            own = path.with_suffix(f".{os.getpid()}")  # of a process; both write the same
+            own.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows))
+            own.replace(path)
             options[name] = str(path)
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
