@@ -35,7 +35,9 @@ from oracle import (
 )
 
 import dpo_kernels as dk
+from dpo_kernels.ops.products import products_of
 
+CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -158,7 +160,7 @@ def close(what, got, want, dtype, tolerance, least=0.1):
         raise AssertionError(f"{what}: {(got - want).abs().max():.3g} of {size:.3g}")
 
 
-def compare(out, loss, rewards, leaves, wide_leaves, tolerance):
+def compare(out, loss, rewards, leaves, wide_leaves, tolerance, least=1e-2):
     names = list(leaves)
     close("loss", out.loss, loss, torch.float32, tolerance)
     for field, want in rewards.items():
@@ -173,7 +175,7 @@ def compare(out, loss, rewards, leaves, wide_leaves, tolerance):
     for name, x, a, b in zip(names, leaves.values(), mine, right, strict=True):
         zero = torch.zeros(x.shape, dtype=WIDE)
         a, b = zero if a is None else a, zero if b is None else b
-        close(f"d {name}", a, b, x.dtype, 5 * tolerance, 1e-2)
+        close(f"d {name}", a, b, x.dtype, 5 * tolerance, least)
 
 
 def one(seed, backend):
@@ -353,6 +355,9 @@ def pairs(r, g, backend, B, T, V, linear):
         "chosen_rewards": r_w,
         "rejected_rewards": r_l,
     }
+    # Where narrow operands are multiplied the gradient of a logit is rounded once: 2^-9 of each
+    # term of a gradient's sum, and terms of about 0.1 may cancel.
+    rounded = linear and dtype == torch.bfloat16 and products_of(CPU, dtype).narrow
     compare(
         out,
         loss,
@@ -360,6 +365,7 @@ def pairs(r, g, backend, B, T, V, linear):
         mine,
         wide,
         5e-5 if dtype in (torch.float32, WIDE) or not linear else 4e-3,
+        0.1 if rounded else 1e-2,
     )
 
 
