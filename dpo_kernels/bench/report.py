@@ -230,10 +230,9 @@ def bf16_head(folder: Path) -> str:
     run = results.read(file)
     lines = [
         f"- Linear head in bf16 ({run['device']}, {run['threads']} threads, {run['date'][:10]}, "
-        f"`results/{BF16_HEAD}`): our figures are of a weight widened to fp32, as CPUs without "
-        "AVX512-BF16 do it (with it bf16 is multiplied and fp32 written, which this file has not "
-        "measured yet); torch and the peers write bf16, whose rounding their log-probs carry. "
-        "Ours, and what is faster:",
+        f"`results/{BF16_HEAD}`): with AVX512-BF16 we multiply bf16 and write fp32, without it "
+        "the weight is widened; torch and the peers write bf16, whose rounding their log-probs "
+        "carry. Ours, and what is faster:",
         "",
         "  | case | provider | time | error of the loss or log-prob | of the gradient |",
         "  |---|---|---|---|---|",
