@@ -20,13 +20,13 @@ from .config import DPOTrainConfig, UserError, refusals
 from .console import Console
 from .fit import ADVICE, available, device_of, shown, step_memory
 from .job import Job, resolve
-from .loop import batches_of
 from .machine import peak_memory
 from .model import Policy
 from .optim import Stepper, check_schedule
 from .order import step_indices, total_steps, window_of
 from .reference import PairData, Referee, Reference
 from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
+from .step_batches import batches_of
 from .step_loss import chosen_tokens, loss_of
 
 _SAMPLED = 64  # batches whose layout is counted
@@ -58,12 +58,12 @@ class _DryRun(Job):
         room = available(device_of(config))
         if self.own:
             policy = self._users_model()
-            pairs, held_out = self._pairs(policy)
-            self._conversations(policy)
+            pairs, held_out = self.rows.pairs(policy)
+            self.rows.conversations(policy)
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
-                pairs, held_out = self._pairs(policy, source)
+                pairs, held_out = self.rows.pairs(policy, source)
         counts = self._counts(policy, pairs, held_out)
         longest = max(_micro_batches(pairs, config), key=lambda b: _tokens(pairs, b))
         memory = self._memory(policy, pairs, longest, room)
