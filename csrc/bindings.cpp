@@ -137,8 +137,11 @@ struct OrdinaryLoss {
 
 SequenceSum place_of(const int64_t* targets, uintptr_t starts, int64_t S, int64_t ignore_index,
                      double tail_weight) {
-  return {targets, at<const int64_t>(starts), S,       ignore_index, tail_weight, nullptr,
-          nullptr, nullptr,                   nullptr, nullptr};
+  return {targets,     at<const int64_t>(starts),
+          S,           ignore_index,
+          tail_weight, nullptr,
+          nullptr,     nullptr,
+          nullptr,     nullptr};
 }
 
 void bind_ordinary(py::module_& m) {
@@ -177,9 +180,16 @@ void bind_ordinary(py::module_& m) {
          uintptr_t reference, uintptr_t betas, double beta, uintptr_t offset, int64_t B,
          double divisor, bool wide, uintptr_t out, uintptr_t fields) {
         const int64_t* targets = at<const int64_t>(boundaries) + 2 * B + 1;
-        const TokenLogps rows{at<const void>(logits), 0, stride, targets, 1, N, V, ignore_index,
-                              DType::f32, {t[0], t[1], t[2]}, nullptr, nullptr, nullptr, nullptr,
-                              nullptr, nullptr};
+        TokenLogps rows{};
+        rows.logits = at<const void>(logits);
+        rows.stride_t = stride;
+        rows.targets = targets;
+        rows.R = 1;
+        rows.T = N;
+        rows.V = V;
+        rows.ignore_index = ignore_index;
+        rows.dtype = DType::f32;
+        rows.transform = {t[0], t[1], t[2]};
         ordinary_streamed(loss.of(reference, betas, beta, offset, B, 0), rows,
                           place_of(targets, boundaries, 2 * B, ignore_index, tail_weight), divisor,
                           wide, at<void>(out), at<void>(fields));

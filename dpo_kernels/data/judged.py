@@ -26,7 +26,6 @@ from .pairs import PairReader
 from .row import Row, kind_of
 from .turns import Turn, check_completion, for_template, number_of, turn_of, with_system
 
-KINDS = ("pairs", "unpaired", "ranked")
 Judged = Completion | Ranking
 
 _SHARED = {"prompt", "system", "tools", "chat_template_kwargs", "weight"}

@@ -75,14 +75,7 @@ class RunRows:
     def read_conversations(self, policy: Policy, file: str) -> list[TokenSequence]:
         since = len(self.left_out.problems)
         rows = read_conversations(file, self.left_out, columns(self.config))
-        sequences = tokenize_conversations(
-            rows,
-            policy.tokenizer,
-            truncation(self.config),
-            self.left_out,
-            Limits.of(policy.model.config),
-            self.console.progress,
-        )
+        sequences = tokenize_conversations(rows, *self._how(policy))
         if not sequences:
             raise no_pair_left(file, self.left_out, since, "conversation")
         return sequences
@@ -125,19 +118,23 @@ class RunRows:
             raise no_pair_left(file, self.left_out, since)
         return pairs
 
+    def _how(self, policy: Policy) -> tuple[Any, Any, LeftOut, Limits, Any]:
+        """What tokenising takes besides the rows."""
+        limits = Limits.of(policy.model.config)
+        return (
+            policy.tokenizer,
+            truncation(self.config),
+            self.left_out,
+            limits,
+            self.console.progress,
+        )
+
     def _read_judged(self, policy: Policy, file: str) -> list[Any]:
         """Completions with a label, or ranked lists."""
         since, rows = len(self.left_out.problems), self.config.rows
         judged = read_judged(file, rows, self.left_out, columns(self.config))
         self.texts.update({t.source: t for t in judged})
-        found = tokenize_judged(
-            judged,
-            policy.tokenizer,
-            truncation(self.config),
-            self.left_out,
-            Limits.of(policy.model.config),
-            self.console.progress,
-        )
+        found = tokenize_judged(judged, *self._how(policy))
         if not found:
             raise no_pair_left(file, self.left_out, since, self.config.noun[:-1])
         if rows == "unpaired":
