@@ -214,9 +214,13 @@ def load_callable(where: str) -> Callable[[Turn, str], float]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-        return getattr(module, name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"judge_callable: {where} cannot be loaded: {error}") from None
+        function = getattr(module, name)
+    except Exception as error:  # of the user's file
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"judge_callable: {where} cannot be loaded: {what}") from None
+    if not callable(function):
+        raise UserError(f"judge_callable: {where} is {function!r}, expected a function")
+    return function
 
 
 def _source_of(where: str, function: Any) -> list[str]:

@@ -163,6 +163,11 @@ class Round:
             found |= {"requests": dict(endpoint.stats), "cost": endpoint.cost}
             self.say(endpoint.describe())
             self._heard(endpoint)
+        elif counts.errors and counts.errors == counts.verdicts:
+            raise UserError(
+                f"judge {judge.name} erred on each of {counts.errors} pairs: {counts.first_error}; "
+                "called again, the loop goes on"
+            )
         return found
 
     def _heard(self, endpoint: Endpoint) -> None:

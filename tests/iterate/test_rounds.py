@@ -301,3 +301,22 @@ def test_two_processes_in_one_folder(policy: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with manifest.locked(tmp_path / "run"), pytest.raises(UserError, match="another process"):
         loop.run_iteration(given)
+
+
+def test_a_rule_that_always_fails_ends_no_round(policy: str, tmp_path: Path) -> None:
+    """It is mended, and the loop goes on; a file that cannot be loaded is one line too."""
+    file = tmp_path / "rule.py"
+    rule = {"judge": ["callable"], "judge_callable": f"{file}:score", "rounds": 1}
+    given = options(tmp_path, policy, **rule)
+    for text, message in (
+        ("def score(p:", "cannot be loaded: SyntaxError"),
+        ("1 / 0", "cannot be loaded: ZeroDivisionError"),
+        ("score = 3", "is 3, expected a function"),
+        ("def score(p, c): return float('nan')", "erred on each of .* the rule gave nan"),
+        ("def score(p, c): raise KeyError('x')", "erred on each of .* KeyError: 'x'; called again"),
+    ):
+        file.write_text(text + "\n")
+        with pytest.raises(UserError, match=message):
+            loop.run_iteration(given)
+    file.write_text("def score(p, c): return c.count('e') - c.count('a')\n")
+    assert loop.run_iteration(given)["promoted_round"] == 1
