@@ -22,7 +22,7 @@ from . import pairs as pair_rows
 from .completions import Completion, Ranking, completion_of
 from .files import Source, name_of, read_rows
 from .forms import ranked_texts
-from .left_out import BadField, LeftOut
+from .left_out import BadField, LeftOut, listed
 from .pairs import PairReader, Turn
 from .row import Row, kind_of
 
@@ -86,7 +86,7 @@ class JudgedReader:
         """What there is to say of the columns, once the rows are read."""
         if not self.unused:
             return []
-        names = ", ".join(f"{name} ({n} rows)" for name, n in self.unused.most_common())
+        names = listed(f"{name} ({n} rows)" for name, n in self.unused.most_common())
         return [f"{name_of(source)}: columns that are not used: {names}"]
 
     def _labelled(self, row: Row, where: str) -> Completion:

@@ -28,7 +28,7 @@ from typing import Any
 
 from .files import Source, name_of, read_rows
 from .forms import as_pair
-from .left_out import BadField, DataError, LeftOut, Problem
+from .left_out import BadField, DataError, LeftOut, Problem, listed
 from .row import NUMBERS, Row, kind_of, number_wanted
 
 __all__ = [
@@ -148,7 +148,7 @@ class PairReader:
         """What there is to say of the columns, once the rows are read."""
         said = []
         if self.unused:
-            names = ", ".join(f"{name} ({n} rows)" for name, n in self.unused.most_common())
+            names = listed(f"{name} ({n} rows)" for name, n in self.unused.most_common())
             said.append(f"{name_of(source)}: columns that are not used: {names}")
         if self.forms:
             names = ", ".join(f"{form} ({n} rows)" for form, n in self.forms.most_common())
@@ -332,6 +332,8 @@ def _encodable(name: str, value: Any) -> None:
         text = json.dumps(value, ensure_ascii=False)
     except RecursionError:
         raise BadField(name, "lists within lists without end", "less", "mis-typed field") from None
+    except (TypeError, ValueError) as error:  # a typed column's own kind
+        raise BadField(name, str(error), "what JSON can hold", "mis-typed field") from None
     _text(name, text)
 
 

@@ -42,7 +42,8 @@ class FirstStepCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.watch is None:
             return
-        self.watch.after_step(kwargs["optimizer"])
+        left = state.max_steps - state.global_step - 1 if state.max_steps > 0 else None
+        self.watch.after_step(kwargs["optimizer"], schedule=kwargs.get("lr_scheduler"), left=left)
         for text in self.watch.warnings:
             warnings.warn(text, stacklevel=2)
         self.watch.warnings.clear()

@@ -479,7 +479,7 @@ class Job:
         config = self.config
         train_file = config.dataset_name or str(source and source / "train.jsonl")
         eval_file = config.eval_file or (str(source / "eval.jsonl") if source else None)
-        if config.rows == "pairs" and is_streamed(config, train_file):
+        if config.rows == "pairs" and is_streamed(config, train_file, self.ranks):
             self.left_out.sink = self._note_left_out
             stream, apart, self.texts = streamed_pairs(
                 train_file, policy, config, self.left_out, self.console.say, not eval_file

@@ -206,6 +206,22 @@ def test_foreign_and_half_written_files(tmp_path: Path, scored: list[int]) -> No
     assert same(run(tmp_path, pairs, policy), expected) and sum(scored) == 16
 
 
+def test_a_file_that_ends_within_a_record_is_told(tmp_path: Path) -> None:
+    """Unless its writer is at work on it."""
+    policy = tiny_policy()
+    identity = reference_identity(policy.model, policy.dtype)
+    key = sequence_key(TokenSequence((1, 2, 3), 1, "f"))
+    said: list[str] = []
+    with ReferenceCache(tmp_path, identity) as writer:
+        writer.put([key], [torch.tensor([0.5, -2.0])])
+        writer._own.write(b"\xd0dk")
+        with ReferenceCache(tmp_path, identity, said.append) as other:
+            assert key in other and not said
+    with ReferenceCache(tmp_path, identity, said.append) as other:
+        assert key in other and other.counts.damaged == 1
+    assert len(said) == 1 and "ends within a record" in said[0] and ".part" in said[0]
+
+
 def test_runs_side_by_side_share(tmp_path: Path, scored: list[int]) -> None:
     """What one has written the other takes, though both were open before; and of two at work at
     once one goes from the back."""

@@ -190,16 +190,10 @@ def _get_batch_samples(original: Callable) -> Callable:
     @functools.wraps(original)
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = original(self, *args, **kwargs)
-        self._pairs_of_step = [len(batch["input_ids"]) // 2 for batch in found[0]]
+        hf_trainer.note_sizes(self, found[0])
         return found
 
     return get_batch_samples
-
-
-def _share_of_step(trainer: Any) -> dict[str, float]:
-    """Where the batches of a step differ in size, the mean of their means is not the mean."""
-    sizes = getattr(trainer, "_pairs_of_step", [])
-    return {"num_pairs": sum(sizes) / len(sizes)} if len(set(sizes)) > 1 else {}
 
 
 def _rows(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -278,7 +272,7 @@ def _compute_loss(original: Callable) -> Callable:
         if not training:
             options |= ONE_BY_ONE
         else:
-            options |= _share_of_step(self)
+            options |= hf_trainer.share_of_step(self)
         options = hf_trainer.loss_state(self, options)
         reference = None
         if needs_reference(options):
