@@ -12,7 +12,7 @@ from ..models.falling import FallingLogps, fallen, falling_text
 from ..models.nonfinite import LossWatch, NonFiniteLoss
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
-from ..models.step1 import FirstStep, check_connected, check_rows, eos_ids_of
+from ..models.step1 import FirstStep, FirstStepError, check_connected, check_rows, eos_ids_of
 
 OPT_OUT = "fused={'check_first_step': False}, or patch_trl(check_first_step=False)"
 
@@ -102,6 +102,21 @@ def watch_first_step(trainer: Any) -> None:
 def note_loss(trainer: Any, loss: Tensor, ids: Tensor | None = None) -> None:
     """The loss of a training batch, and the token ids of its rows."""
     trainer._first_step.losses.add(loss, trainer.state.global_step + 1, ids)
+
+
+def check_rows_left(trainer: Any, given: Any) -> None:
+    """`FirstStepError` where a trainer has left out every row that it was given."""
+    if not trainer.fused.check_first_step:
+        return
+    left = getattr(trainer, "train_dataset", None)
+    if not hasattr(given, "__len__") or not hasattr(left, "__len__") or len(left) or not len(given):
+        return
+    limit = getattr(trainer.args, "max_length", None)
+    raise FirstStepError(
+        f"no token of train_dataset is scored: the labels of all its {len(given)} rows would be "
+        f"masked (-100), so {type(trainer).__name__} has left them out. Completions are empty, or "
+        f"the prompts alone fill max_length={limit}"
+    )
 
 
 def check_first_rows(trainer: Any, labels: Tensor) -> None:

@@ -348,7 +348,7 @@ class Callable_:
         return self.made.gradients(case, sharding)
 
 
-NAMES = ("loop", "trainer", "trl", "trl-patched")
+NAMES = ("loop", "trl", "trl-patched", "trainer")
 
 
 def named(name: str) -> Target:

@@ -34,7 +34,13 @@ from ...models.structure import deterministic
 from .. import hf_trainer, shapes
 from ..announce import announce
 from ..cached_reference import OF_STATES, cache_of
-from ..first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
+from ..first_step import (
+    check_first_loss,
+    check_first_rows,
+    check_rows_left,
+    note_loss,
+    watch_first_step,
+)
 from ..rows import WithRowColumns, check_row_columns, take_row_options
 from ..trainer_metrics import (
     ONE_BY_ONE,
@@ -120,6 +126,7 @@ def _init(original: Callable, module: Any) -> Callable:
         with _adapter_on_head(module), _no_reference(module, named) if free else nullcontext():
             original(self, *args, **kwargs)
         shapes.check_has(self, _OF_THE_TRAINER, shapes.TRL)
+        check_rows_left(self, given.get("train_dataset"))
         attach_head(self.model)  # now: below what accelerate will wrap it in
         self.data_collator = WithRowColumns(self.data_collator)
         watch_first_step(self)
