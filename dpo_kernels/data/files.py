@@ -25,7 +25,7 @@ from typing import Any
 from . import forms
 from .csv_rows import csv_rows
 from .json_rows import json_rows
-from .left_out import DAMAGED, BadField, DataError
+from .left_out import DAMAGED, BadField, DataError, MissingPackage
 from .row import EXPECTED, Row, Rows
 from .table_rows import NEEDS, arrow_rows, dataset_rows, parquet_rows
 
@@ -112,18 +112,27 @@ def _files(name: str, rename: Mapping[str, str]) -> Rows:
 
 
 def _all_rows(files: list[Path], rename: Mapping[str, str]) -> Rows:
-    """The rows of a folder's files; one that cannot be read costs itself, unless none can."""
+    """The rows of a folder's files; one that cannot be read costs itself, unless none can.
+
+    For want of a package none is left out: it can be installed.
+    """
     refused: list[tuple[str, DataError]] = []
     for file in files:
         try:
             yield from _file_rows(str(file), rename)
+        except MissingPackage:
+            raise
         except DataError as error:
             refused.append((str(file), error))
     if len(refused) == len(files):
         raise refused[0][1]
     for name, error in refused:
-        said = str(error).removeprefix(name).lstrip(": ").removesuffix(f", expected {EXPECTED}")
-        yield name, BadField("file", said, EXPECTED, DAMAGED)
+        said = str(error).removesuffix(f", expected {EXPECTED}")
+        place = re.match(rf"{re.escape(name)}(:\d+)?:? ?", said)
+        if place is not None:
+            said = said[place.end() :]
+        line = (place and place[1]) or ""
+        yield name + line, BadField("file", said, EXPECTED, DAMAGED)
 
 
 def _hub_name(name: str) -> bool:
@@ -201,6 +210,8 @@ class DataFile:
             for where, row in self._whole(rename):
                 last = last if isinstance(row, BadField) else where
                 yield where, row
+        except MissingPackage:
+            raise
         except (*_BROKEN, DataError) as error:
             said = str(error) if isinstance(error, DataError) else self._unread(error)
             if last is None:
@@ -311,7 +322,7 @@ class _Zstd(io.RawIOBase):
     def __init__(self, shown: str, file: Any) -> None:
         self._shown, self._stream = shown, _zstd_reader(file)
         if self._stream is None:
-            raise DataError(
+            raise MissingPackage(
                 f"{shown} is packed with zstd, which needs zstandard ({NEEDS}); else expected "
                 f"{EXPECTED}"
             )

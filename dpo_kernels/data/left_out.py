@@ -36,6 +36,10 @@ class DataError(ValueError):
     """The data cannot be used as asked; the message names file, line and field."""
 
 
+class MissingPackage(DataError):
+    """The data cannot be read here, and could be with a package that is not installed."""
+
+
 DAMAGED = "damaged file"  # the heading of a file that is read in part
 
 

@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from .left_out import DAMAGED, BadField, DataError
+from .left_out import DAMAGED, BadField, DataError, MissingPackage
 from .row import EXPECTED, Row, Rows, kind_of
 
 NEEDS = "pip install 'dpo-kernels[data]'"
@@ -24,7 +24,7 @@ def parquet_rows(shown: str, file: Any) -> Rows:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise DataError(
+        raise MissingPackage(
             f"{shown} is a Parquet file, which needs pyarrow ({NEEDS}); else expected {EXPECTED}"
         ) from None
     try:
@@ -41,7 +41,7 @@ def arrow_rows(shown: str, file: Any) -> Rows:
     try:
         import pyarrow as pa
     except ImportError:
-        raise DataError(
+        raise MissingPackage(
             f"{shown} is an Arrow file, which needs pyarrow ({NEEDS}); else expected {EXPECTED}"
         ) from None
     try:

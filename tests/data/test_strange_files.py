@@ -9,6 +9,7 @@ import datetime
 import gzip
 import json
 import random
+import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,21 @@ def test_a_file_of_a_folder_costs_itself(tmp_path: Path, capsys: Any) -> None:
     assert "UTF-16" in str(left_out.problems[0])
     assert main(["data", "check", str(tmp_path)]) == 1
     assert "2 damaged file" in capsys.readouterr().out
-    for name in ("a.jsonl", "c.jsonl.gz", "d.jsonl"):
+    (tmp_path / "e.json").write_text('{\n "a": 1}')
+    left_out = LeftOut()
+    assert len(read_pairs(tmp_path, left_out)) == 2
+    assert str(left_out.problems[-1]).startswith(f"{tmp_path / 'e.json'}:1: file: one JSON object")
+    for name in ("a.jsonl", "c.jsonl.gz", "d.jsonl", "e.json"):
         (tmp_path / name).unlink()
     with pytest.raises(DataError, match="UTF-16"):
+        read_pairs(tmp_path, LeftOut())
+
+
+def test_for_want_of_a_package_no_file_is_left_out(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    write(tmp_path / "a.jsonl", [GOOD])
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="needs pyarrow"):
         read_pairs(tmp_path, LeftOut())
 
 

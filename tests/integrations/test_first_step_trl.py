@@ -80,7 +80,7 @@ def test_masked_labels() -> None:
 def test_rows_that_trl_leaves_out() -> None:
     """It drops rows without a scored token; that none is left was torch's `num_samples=0`."""
     rows = [{**r, "prompt": " ".join(["w1"] * 20)} for r in tiny.rows(12)]
-    with pytest.raises((FirstStepError, ValueError), match="no token of train_dataset|all masked"):
+    with pytest.raises((FirstStepError, ValueError), match=r"no token of train_dataset|all masked"):
         run(of_rows=rows, max_length=10, truncation_mode="keep_start")
 
 
