@@ -126,8 +126,8 @@ def _all_rows(files: list[Path], rename: Mapping[str, str]) -> Rows:
             refused.append((str(file), error))
     if len(refused) == len(files):
         raise refused[0][1]
-    for name, error in refused:
-        said = str(error).removesuffix(f", expected {EXPECTED}")
+    for name, why in refused:
+        said = str(why).removesuffix(f", expected {EXPECTED}")
         place = re.match(rf"{re.escape(name)}(:\d+)?:? ?", said)
         if place is not None:
             said = said[place.end() :]

@@ -186,7 +186,8 @@ def _measured(file: DataFile) -> Iterator[tuple[int, int]]:
     if file.table is not None:
         yield from table_size(file.name)
         return
-    quoted, names = False, (b"\n",)
+    quoted = False
+    names: tuple[bytes, ...] = (b"\n",)
     if file.delimiter is None and not file.has_lines():  # a list, perhaps
         names = (b'"rejected"', b'"prompt"')
     while block := file.file.read(_BLOCK):

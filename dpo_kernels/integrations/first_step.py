@@ -108,7 +108,7 @@ def check_rows_left(trainer: Any, given: Any) -> None:
     """`FirstStepError` where a trainer has left out every row that it was given."""
     if not trainer.fused.check_first_step:
         return
-    left = getattr(trainer, "train_dataset", None)
+    left: Any = getattr(trainer, "train_dataset", None)
     if not hasattr(given, "__len__") or not hasattr(left, "__len__") or len(left) or not len(given):
         return
     limit = getattr(trainer.args, "max_length", None)

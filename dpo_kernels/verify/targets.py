@@ -175,7 +175,9 @@ class HfTrainer:
 
         tokens = transformers.AutoTokenizer.from_pretrained(case.model)
         options = {**_TRAINER, **case.options, **_of_hf(case)}
-        loss = {n: options.pop(n) for n in ("beta", "loss_type", "ld_alpha") if n in options}
+        loss: dict[str, Any] = {
+            n: options.pop(n) for n in ("beta", "loss_type", "ld_alpha") if n in options
+        }
         limit = options.pop("max_length", None)
         fused: dict[str, Any] = {"layout": case.layout}
         if options.pop("precompute_ref_log_probs", False):  # what is there in its place
