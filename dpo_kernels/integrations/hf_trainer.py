@@ -29,11 +29,18 @@ def check_head_of(trainer: Any) -> None:
 
 
 def model_dtype(trainer: Any) -> torch.dtype:
-    """The dtype in which the model computes."""
-    precision = trainer.accelerator.mixed_precision
-    if precision in ("fp16", "bf16"):
+    """The dtype in which the model computes; of fp16 too it is bf16 that is said.
+
+    ms-swift asks for fp16 with an fp32 model on a CPU, where accelerate leaves it at fp32.
+    """
+    accelerator = trainer.accelerator
+    mixed = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if not mixed:
+        with accelerator.autocast():
+            mixed = torch.is_autocast_enabled(accelerator.device.type)
+    if mixed and accelerator.mixed_precision in ("fp16", "bf16"):
         return torch.bfloat16
-    return base_model_of(trainer.accelerator.unwrap_model(trainer.model)).dtype
+    return base_model_of(accelerator.unwrap_model(trainer.model)).dtype
 
 
 def loss_state(trainer: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +53,7 @@ def loss_state(trainer: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def note_sizes(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
     """Keep how many pairs each batch of the coming step has."""
-    trainer._pairs_of_step = [len(batch["input_ids"]) // 2 for batch in batches]
+    trainer._pairs_of_step = [len(batch.get("input_ids", ())) // 2 for batch in batches]
 
 
 def share_of_step(trainer: Any) -> dict[str, float]:
