@@ -397,7 +397,11 @@ def refusals(*layers: Mapping[str, Any]) -> list[str]:
 def _translated(layer: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(options of ours, what is refused) of a layer that may hold TRL's names."""
     mine = {ALIASES.get(key, key): v for key, v in layer.items() if _is_ours(key)}
-    refused = []
+    refused = [
+        f"{other} and {name} are one option, got {layer[other]!r} and {layer[name]!r}"
+        for other, name in ALIASES.items()
+        if other in layer and name in layer and layer[other] != layer[name]
+    ]
     for key, value in layer.items():
         if _is_ours(key):
             continue

@@ -34,7 +34,7 @@ def test_killed_at_three_moments(tmp_path: Path) -> None:
     """kill -9 in the reference pass, in a checkpoint, at random; `make check-full` has twenty."""
     script = Path(__file__).with_name("killed_runs.py")
     places = ["in the reference pass", "in a checkpoint"]
-    call = [sys.executable, script, tmp_path, "--cases", "9", "--places", *places]
+    call = [sys.executable, script, tmp_path, "--moments", "1", "--places", *places]
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("3 runs killed")
