@@ -27,9 +27,7 @@ SIZES = ("--prompt", "192", "--completion", "192", "--pairs", "4", "--steps", "4
 def run(layout):
     threads = str(torch.get_num_threads())
     command = [sys.executable, str(SCRIPT), *SIZES, "--threads", threads, "--layout", layout]
-    path = os.pathsep.join(
-        p for p in (str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH")) if p
-    )
+    path = os.pathsep.join(p for p in (str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH")) if p)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -23,16 +23,17 @@ ENDINGS = (*YAML, ".json")
 def nearest(name: str, known: Iterable[str], before: str = "") -> str:
     """`; did you mean ...?` with the nearest of the known names, or nothing.
 
-    Nearest by letters; else one with all of its words (epochs), or of its initials (lr).
+    One of its initials (lr), or the only one that it begins; else nearest by letters; else one with
+    all of its words (epochs).
     """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
+    begun = [k for k in known if k.startswith(name)] if len(name) > 2 else []
+    near = [k for k in known if len(name) > 1 and name == "".join(w[:1] for w in k.split("_"))]
+    near = near or (begun if len(begun) == 1 else difflib.get_close_matches(name, known, n=1))
     if not near:
         words = set(name.split("_"))
         near = [k for k in known if words <= set(k.split("_"))]
-        near = [k for k in near if k.startswith(name)] or near
-    if not near:
-        near = [k for k in known if name == "".join(word[:1] for word in k.split("_"))]
+        near = [k for k in near if k in begun] or near
     return f"; did you mean {before + near[0]!r}?" if near else ""
 
 

@@ -18,13 +18,14 @@ from .config import UserError, refusals
 from .console import Console
 from .dry_run import clock, say_memory
 from .fit import ADVICE, available, device_of, shown, step_memory
+from .job import check_options, foreseen
 from .machine import peak_memory
 from .model import Policy
-from .optim import Stepper, check_schedule
+from .optim import Stepper
 from .order import step_indices, steps_of
 from .sft import nll_gradients
 from .sft_job import SFTJob, resolve_sft
-from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
+from .start import refuse_many_processes
 
 
 def sft_dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
@@ -38,10 +39,8 @@ def sft_dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
             console.say(f"refused: {text}")
         raise UserError(f"{len(refused)} option(s) are refused; the first: {refused[0]}")
     config = resolve_sft(options)
-    check_device(config.device)
-    check_schedule(config)
-    quiet_bars(console)
-    return _SFTDryRun(config, True, RunFolder(config), console).run()
+    check_options(config, True)
+    return foreseen(_SFTDryRun, config, True, console).run()
 
 
 class _SFTDryRun(SFTJob):
@@ -53,6 +52,7 @@ class _SFTDryRun(SFTJob):
         room = available(device_of(config))
         policy = self._users_model()
         rows, held_out = self._rows(policy)
+        self._refuse(policy, rows, held_out)
         steps = steps_of(len(rows), config)
         chosen = [indices for indices, _ in step_indices(len(rows), config, steps)]
         tokens = sum(len(rows[i].ids) for indices in chosen for i in indices)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from killed_runs import arguments, check, prepare
+from killed_runs import arguments, check, outcome, prepare
 from test_train import one_thread  # noqa: F401 (a fixture)
 
 from dpo_kernels.cli import main
@@ -80,6 +80,22 @@ def test_twenty_steps(
     assert four and "lm_head" not in four  # the head is scored in float
     model = peft.PeftModel.from_pretrained(base, saved)
     assert any(bool(p.any()) for n, p in model.named_parameters() if "lora_B" in n)
+    # and on 4 bits it is trained on
+    more = {"use_peft": False, "lora_target_modules": None, "use_dora": False}
+    more = {**options, **more, "max_steps": 2, "model_name_or_path": saved}
+    more = {k: v for k, v in more.items() if v is not None}
+    assert main(arguments(folder, "more", **more)) == 0
+    assert outcome(folder / "more")["weights"] != outcome(folder / "run")["weights"]
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_eight_bits_and_dry_runs(
+    folder: Path, dry: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eight = {"load_in_4bit": False, "load_in_8bit": True} if not dry else {}
+    more = arguments(folder, "run", **{**QLORA, "max_steps": 3, **eight})
+    assert main([*more, *(["--dry_run"] if dry else [])]) == 0
+    assert not dry or "together" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on(folder: Path) -> None:
