@@ -29,7 +29,9 @@ def nearest(name: str, known: Iterable[str], before: str = "") -> str:
     known = list(known)
     begun = [k for k in known if k.startswith(name)] if len(name) > 2 else []
     near = [k for k in known if len(name) > 1 and name == "".join(w[:1] for w in k.split("_"))]
-    near = near or (begun if len(begun) == 1 else difflib.get_close_matches(name, known, n=1))
+    near = sorted(near, key=len, reverse=True) or (
+        begun if len(begun) == 1 else difflib.get_close_matches(name, known, n=1)
+    )
     if not near:
         words = set(name.split("_"))
         near = [k for k in known if words <= set(k.split("_"))]
