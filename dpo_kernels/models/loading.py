@@ -166,6 +166,8 @@ def _check_finite(model: Any, name: str) -> None:
     for key, weight in model.named_parameters():
         if weight.is_meta or not weight.is_floating_point() or not weight.numel():
             continue
+        if hasattr(weight, "quant_state"):  # bitsandbytes' codes in float storage are no numbers
+            continue
         least, most = (float(x) for x in weight.detach().aminmax())
         # A bias of -inf takes a token out of a vocabulary.
         if math.isnan(least) or (weight.dim() > 1 and math.isinf(least - most)):

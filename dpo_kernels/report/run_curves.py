@@ -108,7 +108,7 @@ def _of_the_loss(runs: Sequence[TrainingRun]) -> str:
 def _row_of(run: TrainingRun) -> str:
     names = run.config.get("loss_type")
     kinds = {"kto": "completion", "apo_zero_unpaired": "completion", "plackett_luce": "list"}
-    return kinds.get(names[0] if isinstance(names, list) and names else names, "pair")
+    return kinds.get(str(names[0] if isinstance(names, list) and names else names), "pair")
 
 
 def _panel(panel: Panel, runs: Sequence[TrainingRun]) -> list[str]:
