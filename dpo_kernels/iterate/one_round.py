@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..train.config_files import UserError
 from ..train.console import Console
 from ..train.job import run_job
 from .command_options import IterateConfig
+from .endpoint import Endpoint
 from .guards import broken_limit, kl_of_samples, logps_moved
 from .judged_rows import make_rows
 from .judges import Judge
@@ -33,6 +35,10 @@ from .win_rate import win_rate
 
 if TYPE_CHECKING:
     from .rounds import Iteration
+
+
+class Waiting(Exception):
+    """The round is not over, and cannot go on now: called again, the loop goes on with it."""
 
 
 class Round:
@@ -156,7 +162,22 @@ class Round:
         if endpoint is not None:
             found |= {"requests": dict(endpoint.stats), "cost": endpoint.cost}
             self.say(endpoint.describe())
+            self._heard(endpoint)
         return found
+
+    def _heard(self, endpoint: Endpoint) -> None:
+        """Leave a stage unfinished whose questions a spent budget or a dead server left open."""
+        stats = endpoint.stats
+        if stats["over_budget"]:
+            raise Waiting(
+                f"budget: {stats['over_budget']} questions of round {self.number} were not asked; "
+                "with a larger max_requests or max_cost the loop goes on with them"
+            )
+        if stats["errors"] and not stats["answered"] + stats["cached"]:
+            raise UserError(
+                f"the judge at {endpoint.options.base_url} answered none of {stats['errors']} "
+                f"questions: {endpoint.first_error}; called again, the loop goes on"
+            )
 
     def _pairs(self) -> dict[str, Any]:
         samples = read_samples(self.folder / "samples.jsonl")
@@ -214,6 +235,9 @@ class Round:
                 self.folder / f"wins_{name}.jsonl",
                 self.config.win_length_match,
             )
+        endpoint = getattr(self.judge(), "endpoint", None)
+        if endpoint is not None:
+            self._heard(endpoint)
         return found
 
     def _promote(self) -> dict[str, Any]:

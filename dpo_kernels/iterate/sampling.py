@@ -46,9 +46,10 @@ def generate(
 ) -> SampleCounts:
     """Write `num_samples` samples of each prompt; what an earlier call had drawn is kept."""
     output, console = Path(output), console or Console(quiet=True)
-    who = source.identity if isinstance(source, LocalModel) else source.options.base_url
+    o = source.options if isinstance(source, Endpoint) else None
+    who = source.identity if o is None else [o.base_url, o.model, o.extra_body]
     drawn_how = {f.name: getattr(options, f.name) for f in fields(SamplingOptions)}
-    journal = Journal.of(output, [who, [p.id for p in prompts], drawn_how])
+    journal = Journal.of(output, [who, [[p.id, p.prompt] for p in prompts], drawn_how])
     done = {(row["id"], row["sample"]) for row in journal.rows}
     errors: list[str] = []
     try:
@@ -60,11 +61,13 @@ def generate(
         rows = sorted(journal.rows, key=lambda r: (place[r["id"]], r["sample"]))
         if not rows:
             first = f": {errors[0]}" if errors else ""
+            journal.drop()
             raise UserError(f"no sample was drawn{first}")
         write_table(output, rows)
     finally:
         journal.close()
-    journal.drop()
+    if not errors:  # else a later call asks for what is missing alone
+        journal.drop()
     return SampleCounts(len(prompts), len(rows), len(errors), errors[0] if errors else None)
 
 
