@@ -103,8 +103,9 @@ def _yaml() -> Any:
 
 def _strict_loader() -> Any:
     yaml = _yaml()
+    base: Any = yaml.SafeLoader
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(base):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             names = (k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode))
             _once((name, None) for name in names if name != "<<")
