@@ -1,7 +1,7 @@
 """What the test suite has no time for: the CUDA kernels under the sanitizers at length, kernels
 edited on purpose (tests/proof/mutants.py), every one of which must be noticed, the functions
-against an oracle of their own (tests/proof/fuzz.py) for 30,000 calls, and training killed at twenty
-moments and resumed (tests/train/killed_runs.py): `make check-full`.
+against an oracle of their own (tests/proof/fuzz.py) for 30,000 calls, and training killed at every
+kind of place and at twenty moments, and resumed (tests/train/killed_runs.py): `make check-full`.
 
 Leaves its result in `tests/proof/check_full.json` with the sha256 of every source it depends on;
 the test suite says which of them have changed since. Takes an hour on two cores; what has passed
@@ -145,7 +145,7 @@ def main() -> int:
 
     def kills() -> str:
         with tempfile.TemporaryDirectory() as folder:
-            call = [sys.executable, "tests/train/killed_runs.py", folder, f"--cases={KILLS}"]
+            call = [sys.executable, "tests/train/killed_runs.py", folder, f"--moments={KILLS}"]
             end = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
         return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
 
@@ -159,7 +159,7 @@ def main() -> int:
         return "noticed" if caught else "NOT NOTICED"
 
     check(f"fuzz/{CALLS} calls, torch and cpu, seed {CALL_SEED}", calls)
-    check(f"train/{KILLS} runs killed and resumed", kills)
+    check(f"train/runs killed at {KILLS} moments and every place, and resumed", kills)
     check(f"train/one of two ranks killed {KILLS} times", lost_ranks)
     for sanitizer, count in CASES.items():
         for seed in SEEDS:

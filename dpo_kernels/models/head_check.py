@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,11 @@ def check_head(model: nn.Module, backend: str | None = None) -> None:
     if any(autocast):  # a wrapper may have widened the logits again
         allowed = _HALF_LOGP_TOLERANCE
     if not worst <= allowed:
+        if math.isnan(worst):
+            raise ValueError(
+                f"{name}: the model's own log-probs of {ids.shape[1]} tokens are not finite: its "
+                f"weights are damaged, or overflow in {logits.dtype}"
+            )
         noise = float((again - logits).abs().max())
         why = (
             f"the model draws noise in eval mode too (logits differ by {noise:.3g} from call to "

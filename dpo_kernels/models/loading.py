@@ -6,6 +6,7 @@ What cannot be trained is an error before gigabytes are read, where that can be 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable
@@ -33,6 +34,8 @@ def load_tokenizer(name: str, gguf_file: str | None, chat_template: str | None) 
     adapter = _adapter_config(name)
     if adapter and not any(Path(name).glob("tokenizer*")):
         name = adapter["base_model_name_or_path"]
+    if not source:
+        _check_folder(Path(name))
     tokenizer = _pretrained(AutoTokenizer, name, **source)
     if chat_template:
         file = Path(chat_template)
@@ -40,6 +43,24 @@ def load_tokenizer(name: str, gguf_file: str | None, chat_template: str | None) 
             raise ModelError(f"chat_template: {file} does not exist")
         tokenizer.chat_template = file.read_text(encoding="utf-8")
     return tokenizer
+
+
+_OF_A_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+
+
+def _check_folder(folder: Path) -> None:
+    """`ModelError` for a folder that has no tokenizer; transformers' own error names no file."""
+    if not folder.is_dir() or any(any(folder.glob(name)) for name in _OF_A_TOKENIZER):
+        return
+    if (folder / "config.json").is_file():
+        raise ModelError(
+            f"model_name_or_path: {folder} has no tokenizer (tokenizer.json or the like): save it "
+            "beside the model, with its save_pretrained"
+        )
+    raise ModelError(
+        f"model_name_or_path: {folder} is no model's folder: it has neither config.json nor a "
+        "tokenizer"
+    )
 
 
 def load_model(
@@ -77,6 +98,7 @@ def load_model(
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = _pretrained(AutoModelForCausalLM, name, **told, **options)
     _check_loaded(found, name, say)
+    _check_finite(model, name)
     if "gguf_file" in source:
         model = without_quantization(model)
     if quantisation is None and getattr(model, "hf_quantizer", None) is not None:
@@ -136,6 +158,24 @@ def _check_loaded(found: dict[str, Any], name: str, say: Callable[[str], None]) 
         raise ModelError(f"model_name_or_path: {name}: {'; '.join(found['error_msgs'])}")
     if unused:
         say(f"weights of the checkpoint that the model does not use: {_listed(unused)}")
+
+
+def _check_finite(model: Any, name: str) -> None:
+    """`ModelError` for weights that are no numbers: nothing that is trained on them would be."""
+    bad = []
+    for key, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+            continue
+        if hasattr(weight, "quant_state"):  # bitsandbytes' codes in float storage are no numbers
+            continue
+        least, most = (float(x) for x in weight.detach().aminmax())
+        # A bias of -inf takes a token out of a vocabulary.
+        if math.isnan(least) or (weight.dim() > 1 and math.isinf(least - most)):
+            bad.append(key)
+    if bad:
+        raise ModelError(
+            f"model_name_or_path: {name} has weights that are NaN or infinite: {_listed(bad)}"
+        )
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:

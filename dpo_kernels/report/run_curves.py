@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from .charts import Chart, Series, line_chart
@@ -91,10 +91,24 @@ def kl_points(run: TrainingRun, prefix: str) -> list[tuple[float, float]]:
 def curves(runs: Sequence[TrainingRun]) -> str:
     charts = []
     for panel in PANELS:
+        if panel.title == "loss":
+            panel = replace(panel, y=_of_the_loss(runs))
         charts += _panel(panel, runs)
         if panel.title == "reward accuracy":
             charts += _kl_panel(runs)
     return grid([*charts, *_other_panels(runs)])
+
+
+def _of_the_loss(runs: Sequence[TrainingRun]) -> str:
+    """What the loss of these runs is a mean over."""
+    of = {"a token's" if run.supervised else f"a {_row_of(run)}'s" for run in runs}
+    return f"mean of {' or '.join(sorted(of))} loss (nats)"
+
+
+def _row_of(run: TrainingRun) -> str:
+    names = run.config.get("loss_type")
+    kinds = {"kto": "completion", "apo_zero_unpaired": "completion", "plackett_luce": "list"}
+    return kinds.get(str(names[0] if isinstance(names, list) and names else names), "pair")
 
 
 def _panel(panel: Panel, runs: Sequence[TrainingRun]) -> list[str]:

@@ -92,13 +92,13 @@ def _remarks(run: TrainingRun) -> list[str]:
         found.append(f"{skipped:,} steps were left out: their loss or gradient was not finite.")
     before, after = _before_after(run)
     a, b = before.get("eval_loss"), after.get("eval_loss")
-    if run.finished and is_number(a) and is_number(b) and b > a:
+    if run.finished and is_number(a) and is_number(b) and b > a and number(a) != number(b):
         found.append(f"The held-out loss rose from {number(a)} to {number(b)}.")
     fell = [
         (before.get(f"eval_logps/{k}"), after.get(f"eval_logps/{k}"))
         for k in ("chosen", "rejected")
     ]
-    if all(is_number(x) and is_number(y) and y < x for x, y in fell):
+    if all(is_number(x) and is_number(y) and y < x and number(x) != number(y) for x, y in fell):
         found.append(
             "The log-probs of the chosen and of the rejected completions both fell: "
             f"{number(fell[0][0])} to {number(fell[0][1])} and {number(fell[1][0])} to "

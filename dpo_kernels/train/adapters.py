@@ -22,8 +22,11 @@ def check_adapter(config: DPOTrainConfig, own: bool) -> None:
     asked = [name for name in _QUANTISED if getattr(config, name)]
     if len(asked) == 2:
         raise UserError("load_in_4bit and load_in_8bit: choose one of them")
-    if asked and not config.use_peft:
+    named = (Path(str(config.model_name_or_path)) / "adapter_config.json").is_file()
+    if asked and not (config.use_peft or named):
         raise UserError(f"{asked[0]}: quantised weights are not trained; add use_peft (QLoRA)")
+    if asked:
+        _need("bitsandbytes", asked[0])
     if not config.use_peft:
         given = [n for n in _OPTIONS if getattr(config, n)]
         if given:
@@ -35,15 +38,12 @@ def check_adapter(config: DPOTrainConfig, own: bool) -> None:
             "language; pass model_name_or_path and dataset_name"
         )
     _need("peft", "use_peft")
-    if asked:
-        _need("bitsandbytes", asked[0])
     if config.lora_r < 1:
         raise UserError(f"lora_r must be at least 1, got {config.lora_r}")
-    name = Path(str(config.model_name_or_path))
-    if (name / "adapter_config.json").is_file():
+    if named:
         raise UserError(
-            f"use_peft adds an adapter, and model_name_or_path ({name}) is one already; leave "
-            "use_peft out to train it on"
+            f"use_peft adds an adapter, and model_name_or_path ({config.model_name_or_path}) is "
+            "one already; leave use_peft out to train it on"
         )
 
 
@@ -94,12 +94,14 @@ def quantisation(config: DPOTrainConfig) -> Any:
 
 def with_adapter(model: Any, config: DPOTrainConfig) -> Any:
     """The model with the fresh adapter that the configuration describes, or as it is."""
+    quantised = config.load_in_4bit or config.load_in_8bit
+    if quantised:
+        _keep_differentiable(model)
     if not config.use_peft:
         return model
     import peft
 
-    if config.load_in_4bit or config.load_in_8bit:
-        _keep_differentiable(model)
+    if quantised:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = config.lora_target_modules
     more: dict[str, Any] = {}

@@ -40,6 +40,7 @@ from .ranks import ALONE, Ranks, agreed
 
 FORMAT = 1  # of state.json and of the names of the tensors
 _STATE, _INDEX, _LATEST = "state.json", ".metadata", "latest"
+_PARTS = {"identity", "found", "metrics_rows", "progress", "optimizer", "schedule", "rng"}
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -229,6 +230,8 @@ def read_values(checkpoint: Path, version: str) -> dict[str, Any]:
     try:
         values = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
         theirs, kind = str(values["version"]), int(values["format"])
+        if kind <= FORMAT and (missing := _PARTS - values.keys()):
+            raise KeyError(", ".join(sorted(missing)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{what}: {_STATE} cannot be read: {reason(error)}") from None
     if kind > FORMAT or _release(theirs) > _release(version):
@@ -437,4 +440,4 @@ def check_space(folder: Path, bytes_each: int, kept: int | None, model_bytes: in
 
 
 def _gib(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB"
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"

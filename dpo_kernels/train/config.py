@@ -78,6 +78,8 @@ class DPOTrainConfig(
         resume = str(self.resume_from_checkpoint).lower()
         if resume in ("true", "false", "none"):
             self.resume_from_checkpoint = "true" if resume == "true" else None
+        if isinstance(self.column_mapping, dict):  # as YAML would write it
+            self.column_mapping: Any = [f"{k}={v}" for k, v in self.column_mapping.items()]
         self.lr_scheduler_kwargs = _mapping("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
         check_fields(self)
         self.layout = "shared" if self.layout == "prefix" else self.layout
@@ -162,6 +164,8 @@ class DPOTrainConfig(
         ):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name} must be finite, got {getattr(self, name)}")
+        if not abs(self.seed) < 2**32:
+            raise UserError(f"seed must be below 2**32, got {self.seed}")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -399,7 +403,11 @@ def refusals(*layers: Mapping[str, Any]) -> list[str]:
 def _translated(layer: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(options of ours, what is refused) of a layer that may hold TRL's names."""
     mine = {ALIASES.get(key, key): v for key, v in layer.items() if _is_ours(key)}
-    refused = []
+    refused = [
+        f"{other} and {name} are one option, got {layer[other]!r} and {layer[name]!r}"
+        for other, name in ALIASES.items()
+        if other in layer and name in layer and layer[other] != layer[name]
+    ]
     for key, value in layer.items():
         if _is_ours(key):
             continue

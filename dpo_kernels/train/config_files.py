@@ -21,8 +21,21 @@ ENDINGS = (*YAML, ".json")
 
 
 def nearest(name: str, known: Iterable[str], before: str = "") -> str:
-    """`; did you mean ...?` with the nearest of the known names, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    """`; did you mean ...?` with the nearest of the known names, or nothing.
+
+    One of its initials (lr), or the only one that it begins; else nearest by letters; else one with
+    all of its words (epochs).
+    """
+    known = list(known)
+    begun = [k for k in known if k.startswith(name)] if len(name) > 2 else []
+    near = [k for k in known if len(name) > 1 and name == "".join(w[:1] for w in k.split("_"))]
+    near = sorted(near, key=len, reverse=True) or (
+        begun if len(begun) == 1 else difflib.get_close_matches(name, known, n=1)
+    )
+    if not near:
+        words = set(name.split("_"))
+        near = [k for k in known if words <= set(k.split("_"))]
+        near = [k for k in near if k in begun] or near
     return f"; did you mean {before + near[0]!r}?" if near else ""
 
 
@@ -36,9 +49,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix in YAML:
             # YAML 1.1 reads 1e-6 as a text (it wants 1.0e-6): read such texts as the numbers meant.
-            content = _yaml_numbers(_yaml().safe_load(text))
+            content = _yaml_numbers(_yaml().load(text, _strict_loader()))
         else:
-            content = json.loads(text)
+            content = json.loads(text, object_pairs_hook=_once)
     except UserError:
         raise
     except Exception as error:  # either parser's own error type
@@ -49,7 +62,20 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise UserError(f"--config: {path} must hold a mapping of options")
     if wrong := [key for key in content if not isinstance(key, str)]:
         raise UserError(f"--config: {path}: an option's name must be a text, got {wrong[0]!r}")
-    return {key.replace("-", "_"): value for key, value in content.items()}
+    try:
+        return _once((key.replace("-", "_"), value) for key, value in content.items())
+    except ValueError as error:
+        raise UserError(f"--config: {path}: {error}") from None
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of names that stand there once; either parser would take the last one unseen."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} stands there twice")
+        found[key] = value
+    return found
 
 
 def yaml_text(config: Any, groups: Iterable[Any] = GROUPS) -> str:
@@ -73,6 +99,19 @@ def _yaml() -> Any:
             "as JSON"
         ) from None
     return yaml
+
+
+def _strict_loader() -> Any:
+    yaml = _yaml()
+    base: Any = yaml.SafeLoader
+
+    class Loader(base):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = (k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode))
+            _once((name, None) for name in names if name != "<<")
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _yaml_numbers(content: Any) -> Any:

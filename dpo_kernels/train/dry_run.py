@@ -19,13 +19,14 @@ from ..data.batches import padded_tokens
 from .config import DPOTrainConfig, UserError, refusals
 from .console import Console
 from .fit import ADVICE, available, device_of, shown, step_memory
-from .job import Job, resolve
+from .groups import learned_groups
+from .job import Job, check_options, foreseen, resolve
 from .machine import peak_memory
 from .model import Policy
-from .optim import Stepper, check_schedule
+from .optim import Stepper
 from .order import step_indices, total_steps, window_of
 from .reference import PairData, Referee, Reference
-from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
+from .start import refuse_many_processes
 from .step_batches import batches_of
 from .step_loss import chosen_tokens, loss_of
 
@@ -39,8 +40,8 @@ def dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     """
     refuse_all("--dry_run", options, console)
     config, own = resolve(options)
-    check_config(config, console)
-    return _DryRun(config, own, RunFolder(config), console).run()
+    check_options(config, own)
+    return foreseen(_DryRun, config, own, console).run()
 
 
 def refuse_all(what: str, options: Mapping[str, Any], console: Console) -> None:
@@ -50,12 +51,6 @@ def refuse_all(what: str, options: Mapping[str, Any], console: Console) -> None:
         for text in refused:
             console.say(f"refused: {text}")
         raise UserError(f"{len(refused)} option(s) are refused; the first: {refused[0]}")
-
-
-def check_config(config: DPOTrainConfig, console: Console) -> None:
-    check_device(config.device)
-    check_schedule(config)
-    quiet_bars(console)
 
 
 class _DryRun(Job):
@@ -73,10 +68,24 @@ class _DryRun(Job):
             with embedded.folder() as source:
                 policy = self._small_model(source)
                 pairs, held_out = self.rows.pairs(policy, source)
+        self._refuse(policy, pairs, held_out)
+        learned_groups(config, policy.device, pairs, self.console.say)
+        if config.max_steps == 0:
+            return self._evaluation(held_out)
         counts = self._counts(policy, pairs, held_out)
         longest = max(_micro_batches(pairs, config), key=lambda b: _tokens(pairs, b))
         memory = self._memory(policy, pairs, longest, room)
         return {**counts, **memory, **self._times(policy, pairs, held_out, counts)}
+
+    def _evaluation(self, held_out: Sequence[TokenRow]) -> dict[str, Any]:
+        """Of a run that trains nothing."""
+        tokens = sum(_size(p) for p in held_out)
+        self.console.say(
+            f"\n{len(held_out)} held-out {self.config.noun} to evaluate, {tokens} tokens; "
+            f"{self.left_out.summary()}\n\ndry run: nothing was evaluated, nothing was written"
+        )
+        left_out = self.left_out.counts()
+        return {"held_out_pairs": len(held_out), "steps": 0, "tokens": 0, "left_out": left_out}
 
     def _counts(
         self, policy: Policy, pairs: Sequence[TokenRow], held_out: Sequence[TokenRow]

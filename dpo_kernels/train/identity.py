@@ -46,7 +46,12 @@ FREE = frozenset(
         "early_stopping_patience",
         "reference_cache",
         "check_first_step",
+        "check_layout",
         "on_falling_logps",
+        # what a run that ran out of memory, or met a step that is not finite, goes on with
+        "max_tokens_per_batch",
+        "per_device_eval_batch_size",
+        "skip_nonfinite",
         "dataset_num_proc",
         # how many processes there are, and what each holds, changes rounding alone
         "fsdp",

@@ -92,13 +92,28 @@ def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     with joined(options, console) as ranks:
         with ranks.together():
             config, own = resolve(options)
-            check_device(config.device)
-            check_schedule(config)
-            check_adapter(config, own)
-            check_ranks(config, ranks, own)
-            check_sinks(config.report_to)
+            check_options(config, own, ranks)
         meshes(config, ranks)
         return started(Job, config, own, console, ranks).run()
+
+
+def check_options(config: DPOTrainConfig, own: bool, ranks: Ranks = ALONE) -> None:
+    """`UserError` for what can be told before anything is loaded, of a run and of a dry one."""
+    check_device(config.device)
+    check_schedule(config)
+    check_adapter(config, own)
+    check_ranks(config, ranks, own)
+    check_sinks(config.report_to)
+
+
+def foreseen(kind: type[Job], config: DPOTrainConfig, own: bool, console: Console) -> Job:
+    """The job that a dry run looks at, where it would begin or go on."""
+    quiet_bars(console)
+    resumed = resumed_from(config, dk.__version__, console.say)
+    if resumed is not None:
+        console.say(f"the run goes on at step {resumed.step}: {resumed.path}")
+    run_folder = RunFolder(config, resumed.path if resumed else None)
+    return kind(config, own, run_folder, console, resumed)
 
 
 def started(
@@ -169,7 +184,7 @@ class Job:
         self.policy: Policy | None = None
         self.saved = False
         self.left_out = LeftOut(config.strict, console.say)
-        self.rows = RunRows(config, self.left_out, console, self._note_left_out)
+        self.rows = RunRows(config, self.left_out, console, self._note_left_out, ranks)
 
     def run(self) -> dict[str, Any]:
         """Run; whatever ends it early keeps the weights, or leaves nothing if there are none."""
@@ -224,6 +239,7 @@ class Job:
             with self.ranks.together():
                 policy = self._users_model()
                 train_pairs, eval_pairs = self.rows.pairs(policy)
+                self._check_held_out(eval_pairs)
                 conversations = self.rows.conversations(policy)
                 identity = self._identity(policy, train_pairs, eval_pairs)
             self._open_folder(policy)
@@ -249,11 +265,6 @@ class Job:
         if config.sft_eval_file is not None and held_out is not None:
             kept_out = self.rows.read_conversations(policy, config.sft_eval_file)
             held_out = replace(held_out, conversations=kept_out)
-        if config.max_steps == 0 and held_out is None:
-            raise UserError(
-                "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
-                "eval_fraction"
-            )
         groups = learned_groups(config, policy.device, train_pairs, say)
         some = eval_pairs or train_pairs[:64]
         shown = prompt_text(self.rows.texts, policy.tokenizer.decode)
@@ -332,6 +343,13 @@ class Job:
 
     # --- parts ---
 
+    def _check_held_out(self, held_out: Sequence[Any]) -> None:
+        if self.config.max_steps == 0 and not held_out:
+            raise UserError(
+                "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
+                "eval_fraction"
+            )
+
     def _identity(
         self,
         policy: Policy,
@@ -343,6 +361,15 @@ class Job:
         if self.resumed is not None:
             self.resumed.check(now)
         return now
+
+    def _refuse(self, policy: Policy, pairs: Sequence[Any], held_out: Sequence[Any]) -> None:
+        """What a dry run has left to look at before its numbers: data, checkpoint, disk."""
+        if self.command == "train":
+            self._check_held_out(held_out)
+        if self.resumed is not None:
+            self._identity(policy, pairs, held_out)
+        if self.config.save_steps:
+            check_room(policy, self.config, self.folder, self.console.say)
 
     def _open_folder(self, policy: Policy) -> None:
         self.ranks.first_does(lambda: self._make_folder(policy))

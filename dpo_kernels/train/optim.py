@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,12 +26,14 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over all trainable parameters; norms and biases are not decayed.
 
+    Which those are is told as transformers' Trainer tells it, by layer and by name.
     `groups`: what is trained beside the model, at `group_learning_rate`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    plain = _undecayed(model)
     parts: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p not in plain], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p in plain], "weight_decay": 0.0},
     ]
     if groups is not None:
         rate = config.group_learning_rate
@@ -58,6 +61,20 @@ def make_optimizer(
         fused=len(meshes) == 1,
         foreach=False if len(meshes) > 1 else None,
     )
+
+
+# As transformers has it (`Trainer.get_decay_parameter_names`), where it is a method.
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
+
+
+def _undecayed(model: nn.Module) -> set[Tensor]:
+    """Norms and biases, by what they are or are called.
+
+    A vector may be neither: DoRA's magnitudes are decayed.
+    """
+    named = {p for n, p in model.named_parameters() if _UNDECAYED.search(n.lower())}
+    norms = (m for m in model.modules() if "Norm" in type(m).__name__)
+    return named.union(*(m.parameters(recurse=False) for m in norms))
 
 
 def make_schedule(
@@ -136,7 +153,7 @@ class Stepper:
         groups: nn.Module | None = None,
     ) -> None:
         self.optimizer = make_optimizer(model, config, groups)
-        self.schedule = make_schedule(self.optimizer, config, steps)
+        self.schedule, self.steps = make_schedule(self.optimizer, config, steps), steps
         names = {p: name for name, p in model.named_parameters()}
         if groups is not None:
             names |= {p: f"groups.{name}" for name, p in groups.named_parameters()}
@@ -187,7 +204,8 @@ class Stepper:
         try:
             self._first.after_backward(loss)
             self.optimizer.step()
-            self._first.after_step(self.optimizer)
+            left = self.steps - self.schedule.last_epoch - 1
+            self._first.after_step(self.optimizer, schedule=self.schedule, left=left)
         except FirstStepError as error:
             raise TrainingError(f"{what}: {error}") from None
         self.warning = "\n".join(f"warning: {text}" for text in self._first.warnings)

@@ -7,14 +7,24 @@ reference is read, because the trained weights cannot give it again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..data import Limits, StreamedPairs, TokenRow
 from ..models.references import needs_reference
-from .checkpoints import Checkpoints, check_space, find, newest, read_tensors, read_values, run_of
+from .checkpoints import (
+    Checkpoints,
+    check_space,
+    find,
+    newest,
+    read_tensors,
+    read_values,
+    reason,
+    run_of,
+)
 from .config import DPOTrainConfig, UserError
 from .identity import differences
 from .metrics import MetricsFile, read_metrics
@@ -39,7 +49,8 @@ class Resumed:
 
     def check(self, now: Mapping[str, Any]) -> None:
         """`UserError` with every difference between its run and this one."""
-        found = differences(self.values["identity"], now)
+        with self._read():
+            found = differences(self.values["identity"], now)
         if found:
             raise UserError(
                 f"resume_from_checkpoint: {self.path} is of another run: {'; '.join(found)}"
@@ -47,7 +58,21 @@ class Resumed:
 
     def restore(self, state: TrainingState) -> None:
         what = f"resume_from_checkpoint: {self.path}"
-        state.restore(read_tensors(self.path, state.shards_like), self.values, what)
+        tensors = read_tensors(self.path, state.shards_like)
+        with self._read():
+            state.restore(tensors, self.values, what)
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[None]:
+        """A state.json that somebody changed is his to mend."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UserError(
+                f"resume_from_checkpoint: {self.path}: state.json cannot be read: {reason(error)}"
+            ) from error
 
 
 def resumed_from(
@@ -141,7 +166,17 @@ def metrics_of(folder: Path, resumed: Resumed | None, ranks: Ranks = ALONE) -> M
     if resumed is None:
         return MetricsFile(file, written=ranks.first)
     source = run_of(resumed.path) / "metrics.jsonl"
-    rows = ranks.first_does(lambda: read_metrics(source, resumed.values["metrics_rows"]))
+
+    def before() -> list[dict[str, Any]]:
+        try:
+            return read_metrics(source, resumed.values["metrics_rows"])
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"resume_from_checkpoint: {source} cannot be read: {reason(error)}. It has the "
+                "lines of the steps before; an empty file in its place goes on without them"
+            ) from None
+
+    rows = ranks.first_does(before)
     return MetricsFile(file, rows, ranks.first)
 
 
@@ -201,7 +236,7 @@ def references(
             found = of("held out, mismatched", asked, f"held-out {name}", keys)
             evaluated = replace(evaluated, mismatched=found)
     referee.done()
-    if config.save_steps and scored:
+    if config.save_steps and config.max_steps and scored:
         ranks = referee.policy.ranks
         ranks.first_does(lambda: save_reference(folder / "checkpoints", scored))
     return data, evaluated

@@ -16,15 +16,15 @@ import torch
 from ..data import TokenSequence, make_sequence_batch
 from .config import UserError
 from .console import Console
-from .dry_run import at_rate_0, check_config, clock, refuse_all, say_memory
+from .dry_run import at_rate_0, clock, refuse_all, say_memory
 from .fit import ADVICE, available, device_of, shown, step_memory
+from .job import check_options, foreseen
 from .machine import peak_memory
 from .model import Policy
 from .optim import Stepper
 from .order import step_indices, steps_of
 from .sft import nll_gradients
 from .sft_job import SFTJob, resolve_sft
-from .start import RunFolder
 
 
 def sft_dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
@@ -34,8 +34,8 @@ def sft_dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     """
     refuse_all("sft --dry_run", options, console)
     config = resolve_sft(options)
-    check_config(config, console)
-    return _SFTDryRun(config, True, RunFolder(config), console).run()
+    check_options(config, True)
+    return foreseen(_SFTDryRun, config, True, console).run()
 
 
 class _SFTDryRun(SFTJob):
@@ -47,6 +47,7 @@ class _SFTDryRun(SFTJob):
         room = available(device_of(config))
         policy = self._users_model()
         rows, held_out = self._rows(policy)
+        self._refuse(policy, rows, held_out)
         steps = steps_of(len(rows), config)
         chosen = [indices for indices, _ in step_indices(len(rows), config, steps)]
         tokens = sum(len(rows[i].ids) for indices in chosen for i in indices)

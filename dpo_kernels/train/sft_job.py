@@ -17,21 +17,17 @@ import torch
 import dpo_kernels as dk
 
 from ..data import TokenSequence
-from .adapters import check_adapter
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
 from .ending import draw, files_of, last_fields, say_sample, write_summary
-from .job import Job, started
+from .job import Job, check_options, started
 from .machine import peak_memory
 from .model import Policy, save_policy
-from .optim import check_schedule
-from .ranks_start import check_ranks, joined, meshes
+from .ranks_start import joined, meshes
 from .resume import Keeper, metrics_of
 from .run_options import GROUPS, SFT_DEFAULTS, SFT_GROUPS
 from .sft import evaluate_sft, train_sft
 from .shown import completions, write_report
-from .sinks import check_sinks
-from .start import check_device
 
 # What belongs to pairs alone.
 _OF_PAIRS = {f for g in GROUPS if g not in SFT_GROUPS for f in g.__dataclass_fields__}
@@ -62,11 +58,7 @@ def run_sft(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     with joined(options, console) as ranks:
         with ranks.together():
             config = resolve_sft(options)
-            check_device(config.device)
-            check_schedule(config)
-            check_adapter(config, True)
-            check_ranks(config, ranks, True)
-            check_sinks(config.report_to)
+            check_options(config, True, ranks)
         meshes(config, ranks)
         return started(SFTJob, config, True, console, ranks).run()
 

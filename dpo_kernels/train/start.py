@@ -148,7 +148,11 @@ class RunFolder:
         self.resumed = resumed is not None and run_of(resumed) == self.path.absolute()
         # One that was to go on and has no checkpoint yet begins again in its own folder.
         again = config.resume_from_checkpoint == "true" and (self.path / "config.yaml").is_file()
-        if self.path.exists() and not self.path.is_dir():
+        try:
+            there = self.path.exists()
+        except (OSError, ValueError) as error:  # a name that is too long, or is none
+            raise UserError(f"output_dir: {self.path}: {error}") from None
+        if there and not self.path.is_dir():
             raise UserError(f"output_dir: {self.path} is a file")
         free = config.overwrite_output_dir or self.resumed or again
         if self.path.is_dir() and any(self.path.iterdir()) and not free:

@@ -226,6 +226,18 @@ def test_a_supervised_run(tmp_path: Path) -> None:
     page = page_of(run)
     assert "SFT" in Elements(page).text
     assert [texts(c)[0] for c in charts(page)] == ["loss"]
+    assert "mean of a token's loss (nats)" in Elements(page).text
+    pairs = make_run(tmp_path / "dpo", summary={"steps": 40, "pairs": 9})
+    both = Elements(page_of(run, pairs)).text
+    assert "mean of a pair's or a token's loss (nats)" in both
+
+
+def test_what_does_not_show_is_no_remark(tmp_path: Path) -> None:
+    """The held-out loss rose from 2.226 to 2.226."""
+    for name, after, said in (("same", 2.22601, False), ("worse", 2.3, True)):
+        summary = {"steps": 40, "before": {"eval_loss": 2.226}, "after": {"eval_loss": after}}
+        page = page_of(make_run(tmp_path / name, summary=summary))
+        assert ("The held-out loss rose" in page) == said
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -1,10 +1,10 @@
 """Runs that are killed and taken up again, against one that is not: weights and metrics to the bit.
 
-    python tests/train/killed_runs.py FOLDER [--cases 20] [--seed 0]
+    python tests/train/killed_runs.py FOLDER [--moments 20] [--places NAME ...] [--seed 0]
 
-A kill is SIGKILL, at a place (in the reference pass, in the middle of writing a checkpoint, before
-its name, before `latest`, in a line of metrics, while the model is saved) or at a moment drawn at
-random. The package is imported once, and each run is a fork of that.
+A kill is SIGKILL, at each place (in the reference pass, in the middle of writing a checkpoint,
+before its name, before `latest`, in a line of metrics, while the model is saved; --places: at these
+alone) and at moments drawn at random. The package is imported once, and each run is a fork of that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -209,18 +209,17 @@ def check(folder: Path, cases: list[str | float], **options: Any) -> list[str]:
     return wrong
 
 
-def random_cases(count: int, seed: int) -> list[str | float]:
-    """Every place, then moments at random."""
-    places = list(PLACES)[:count]
+def cases_of(places: Iterable[str], moments: int, seed: int) -> list[str | float]:
+    """Places, then moments at random."""
     generator = random.Random(seed)
-    return [*places, *(generator.random() for _ in range(count - len(places)))]
+    return [*places, *(generator.random() for _ in range(moments))]
 
 
 def cli() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--cases", type=int, default=20)
-    parser.add_argument("--places", nargs="*")
+    parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--places", nargs="*", default=list(PLACES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--options", type=json.loads, default={}, help="JSON, over those here")
     args = parser.parse_args()
@@ -228,9 +227,7 @@ def cli() -> int:
     code = forked(lambda: prepare(args.folder), args.folder / "log")
     if code:
         raise RuntimeError((args.folder / "log").read_text())
-    cases = random_cases(args.cases, args.seed)
-    if args.places:
-        cases = [*args.places, *cases[len(PLACES) :]]
+    cases = cases_of(args.places, args.moments, args.seed)
     wrong = check(args.folder, cases, **args.options)
     print("\n".join(wrong) or f"{len(cases)} runs killed and resumed: equal to the bit")
     return 1 if wrong else 0

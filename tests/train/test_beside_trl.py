@@ -41,7 +41,7 @@ OPTIONS: dict[str, Any] = {
     "max_length": 128,
     "warmup_steps": 3,
     "lr_scheduler_type": "cosine",
-    "weight_decay": 0.01,
+    "weight_decay": 0.1,
     "max_grad_norm": 1.0,
     "train_sampling_strategy": "sequential",
     "seed": 5,
@@ -64,7 +64,7 @@ def same_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trl.trainer.dpo_trainer, "get_peft_model", seeded)
 
 
-def trls(folder: Path, lora: bool) -> list[dict[str, Any]]:
+def trls(folder: Path, lora: dict[str, Any] | None) -> list[dict[str, Any]]:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,14 +84,19 @@ def trls(folder: Path, lora: bool) -> list[dict[str, Any]]:
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if lora else None,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **lora) if lora else None,
     )
     trainer.train()
     return [row for row in trainer.state.log_history if "loss" in row]
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_twenty_steps(tmp_path: Path, lora: bool, same_adapters: None) -> None:
+@pytest.mark.parametrize(
+    "lora",
+    [None, LORA, {**LORA, "use_dora": True, "target_modules": "all-linear"}],
+    ids=["full", "lora", "dora"],
+)
+def test_twenty_steps(tmp_path: Path, lora: dict[str, Any] | None, same_adapters: None) -> None:
+    """DoRA: its magnitudes are vectors, and decayed all the same."""
     prepare(tmp_path)
     # Whole batches alone: of a short last one TRL takes the mean of unequal batches' means.
     write(tmp_path / "pairs.jsonl", chats(18))
@@ -104,8 +109,9 @@ def test_twenty_steps(tmp_path: Path, lora: bool, same_adapters: None) -> None:
         "eval_fraction": 0,
         "device": "cpu",
     }
-    if lora:
-        options |= {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
+    for name, value in (lora or {}).items():
+        ours = {"r": "lora_r", "target_modules": "lora_target_modules"}.get(name, name)
+        options |= {"use_peft": True, ours: value}
     assert main(["train", *(f"--{name}={value}" for name, value in options.items())]) == 0
     ours = read_metrics(tmp_path / "run/metrics.jsonl")
     assert len(ours) == len(theirs) == 20

@@ -176,6 +176,32 @@ def test_a_checkpoint_cut_short(
     assert f"{folder} cannot be " in refused(capsys, *train, "--model_name_or_path", folder)
 
 
+@pytest.mark.parametrize(("weight", "value"), [("lm_head", "nan"), ("model.embed_tokens", "inf")])
+def test_weights_that_are_no_numbers(
+    train: list[Any], tmp_path: Path, weight: str, value: str, capsys: Capture
+) -> None:
+    """As the policy and as the reference, before anything is written; also of a token unseen."""
+    other = tiny_model()
+    with torch.no_grad():
+        other.get_submodule(weight).weight[200, 3] = float(value)
+    other.save_pretrained(tmp_path / "broken")
+    byte_tokenizer().save_pretrained(tmp_path / "broken")
+    for option in ("--model_name_or_path", "--ref_model_name_or_path"):
+        line = refused(capsys, *train, option, tmp_path / "broken")
+        assert f"has weights that are NaN or infinite: {weight}.weight" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_are_no_models(train: list[Any], tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "empty").mkdir()
+    line = refused(capsys, *train, "--model_name_or_path", tmp_path / "empty")
+    assert "is no model's folder: it has neither config.json nor a tokenizer" in line
+    tiny_model().save_pretrained(tmp_path / "mute")
+    line = refused(capsys, *train, "--model_name_or_path", tmp_path / "mute")
+    assert "has no tokenizer (tokenizer.json" in line
+    assert "too long" in refused(capsys, *train, "--output_dir", "a" * 300)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

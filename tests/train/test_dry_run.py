@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from test_data import random_pairs, write
 from test_train import config_of, one_thread, tiny_model, tiny_policy  # noqa: F401
 
 from dpo_kernels.data import make_batch
-from dpo_kernels.train import dry_run, fit
+from dpo_kernels.train import checkpoints, dry_run, fit
 from dpo_kernels.train.config import load_config, refusals
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs transformers")
@@ -67,6 +68,29 @@ def test_what_would_be_refused_is_all_said(train: list[Any], capsys: Capture) ->
     folder.mkdir()
     (folder / "x").write_text("mine")
     assert "is not empty" in refused(capsys, *train, "--dry_run")
+
+
+def test_what_a_run_refuses_a_dry_one_does(
+    train: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Packages, groups, the disk, another run's checkpoint; one that trains nothing is counted."""
+    dry = [*train, "--dry_run"]
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert "use_peft needs peft" in refused(capsys, *dry, "--use_peft")
+    assert "no row has a `group`" in refused(capsys, *dry, "--learn_groups")
+    zero = [*dry, "--max_steps", "0"]
+    assert run(*zero) == 0
+    assert "1 held-out pairs to evaluate" in capsys.readouterr().out
+    assert "no pair is held out" in refused(capsys, *zero, "--eval_fraction", "0")
+    assert run(*train, "--max_steps", "2", "--sample_max_new_tokens", "0") == 0
+    again = [*dry, "--max_steps", "2", "--resume_from_checkpoint", "true"]
+    assert run(*again) == 0
+    assert "the run goes on at step 2" in capsys.readouterr().out
+    assert "beta: 0.1 there, 0.2 here" in refused(capsys, *again, "--beta", "0.2")
+    free = type("Usage", (), {"free": 20_000})()
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: free)
+    assert "two checkpoints of" in refused(capsys, *dry, "--output_dir", tmp_path / "full")
 
 
 def test_a_run_that_cannot_fit(

@@ -34,7 +34,7 @@ def test_killed_at_three_moments(tmp_path: Path) -> None:
     """kill -9 in the reference pass, in a checkpoint, at random; `make check-full` has twenty."""
     script = Path(__file__).with_name("killed_runs.py")
     places = ["in the reference pass", "in a checkpoint"]
-    call = [sys.executable, script, tmp_path, "--cases", "9", "--places", *places]
+    call = [sys.executable, script, tmp_path, "--moments", "1", "--places", *places]
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("3 runs killed")
@@ -166,6 +166,12 @@ def test_another_run_is_refused_by_name(stopped: Path, capsys: Capture) -> None:
     assert main(arguments(stopped, "run", resume_from_checkpoint="true")) == 0
 
 
+def test_what_ended_a_run_may_be_mended(stopped: Path) -> None:
+    """Memory that ran out, a step that was not finite: going on takes other options of those."""
+    more = {"per_device_eval_batch_size": 1, "max_tokens_per_batch": 64, "skip_nonfinite": 2}
+    assert main(arguments(stopped, "run", resume_from_checkpoint="true", **more)) == 0
+
+
 def test_a_newer_release_is_refused(stopped: Path, capsys: Capture) -> None:
     file = stopped / "run/checkpoints/step-5/state.json"
     values = json.loads(file.read_text())
@@ -175,6 +181,22 @@ def test_a_newer_release_is_refused(stopped: Path, capsys: Capture) -> None:
     assert "(format 2), which is newer" in refused(capsys, stopped)
     file.write_text("{")
     assert "state.json cannot be read" in refused(capsys, stopped)
+    file.write_text(json.dumps({k: v for k, v in values.items() if k != "progress"}))
+    assert "state.json cannot be read: KeyError: 'progress'" in refused(capsys, stopped)
+    for part in ({"identity": {}}, {"rng": {"python": [1], "numpy": []}}):
+        file.write_text(json.dumps({**values, **part}))
+        assert "state.json cannot be read" in refused(capsys, stopped)
+
+
+def test_metrics_that_are_gone(stopped: Path, capsys: Capture) -> None:
+    file = stopped / "run/metrics.jsonl"
+    file.write_text("{")
+    assert "metrics.jsonl cannot be read" in refused(capsys, stopped)
+    file.unlink()
+    assert "an empty file in its place" in refused(capsys, stopped)
+    file.touch()
+    assert main(arguments(stopped, "run", resume_from_checkpoint="true")) == 0
+    assert json.loads(file.read_text().splitlines()[0])["step"] > 5
 
 
 class Foreign:

@@ -36,7 +36,7 @@ from dpo_kernels.train.model import (
     complete,
     prepare_policy,
 )
-from dpo_kernels.train.optim import Stepper, TrainingError
+from dpo_kernels.train.optim import Stepper, TrainingError, make_optimizer
 from dpo_kernels.train.order import step_indices
 from dpo_kernels.train.plots import plot_run
 from dpo_kernels.train.reference import PairData, Referee
@@ -355,6 +355,19 @@ def test_learns_and_metrics_have_trls_names(tmp_path: Path) -> None:
     assert (tmp_path / "m.jsonl").read_text().splitlines() == [json.dumps(r) for r in rows]
 
 
+def test_what_is_decayed_is_what_transformers_decays() -> None:
+    """By layer and name: DoRA's magnitudes are vectors that are neither a norm nor a bias."""
+    model: Any = tiny_model()
+    model.lora_magnitude_vector = torch.nn.Parameter(torch.ones(4))
+    model.scaled_bias = torch.nn.Parameter(torch.ones(4))
+    optimizer = make_optimizer(model, config_of(weight_decay=0.3))
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    trainer = transformers.Trainer
+    names = trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    found = {name for name, p in model.named_parameters() if decays[p] == 0.3}
+    assert found == set(names) and "lora_magnitude_vector" in found and len(decays) > len(found)
+
+
 def test_same_seed_same_run(tmp_path: Path) -> None:
     def losses(seed: int) -> list[float]:
         return [r["loss"] for r in run_train(tmp_path, seed=seed)[1]]
@@ -478,6 +491,46 @@ def test_unknown_key_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("lr", "learning_rate"),
+        ("epochs", "num_train_epochs"),
+        ("batch_size", "per_device_train_batch_size"),
+        ("model", "model_name_or_path"),
+        ("out", "output_dir"),
+        ("lora_rank", "lora_r"),
+    ],
+)
+def test_names_of_other_trainers_lead_to_ours(name: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean '{meant}'"):
+        load_config({name: 1})
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("a.yaml", "beta: 0.1\nbeta: 0.5\n"),
+        ("a.yaml", "max-length: 5\nmax_length: 6\n"),
+        ("a.json", '{"beta": 0.1, "beta": 0.5}'),
+    ],
+)
+def test_a_name_that_stands_twice(file: str, text: str, tmp_path: Path) -> None:
+    """Either parser takes the last one and says nothing."""
+    pytest.importorskip("yaml", reason="YAML files need pyyaml")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match="stands there twice"):
+        read_config_file(tmp_path / file)
+    with pytest.raises(UserError, match="dtype are one option, got 'bfloat16' and 'float32'"):
+        load_config({"torch_dtype": "bfloat16", "dtype": "float32"})
+
+
+def test_columns_as_yaml_would_write_them() -> None:
+    assert load_config({"column_mapping": {"prompt": "question"}}).column_mapping == [
+        "prompt=question"
+    ]
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"beta": "high"}, "beta must be float"),
@@ -497,6 +550,7 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"backend": "tpu"}, "backend must be one of"),
         ({"per_device_train_batch_size": 0}, "at least 1"),
         ({"eval_fraction": 1.0}, "eval_fraction"),
+        ({"seed": 10**30}, "seed must be below"),
     ],
 )
 def test_bad_values(options: dict[str, Any], message: str) -> None:
