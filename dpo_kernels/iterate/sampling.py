@@ -104,7 +104,7 @@ def _in_process(
     for start in console.progress(starts, "sampling", len(starts), "batches"):
         group = [(p, n) for p in order[start : start + each] for n in range(k)]
         if all((p.id, n) in done for p, n in group):
-            continue  # a batch is written whole, so none is half done
+            continue
         seed = seed_of(options.seed, start, *(p.id for p, _ in group))
         torch.manual_seed(seed)
         drawn = model.sample([ids[p.id] for p, _ in group], options)
@@ -113,7 +113,8 @@ def _in_process(
             row = _row(prompt, number, one.text, one.finish_reason, seed, options)
             if options.logps:
                 row |= {"logps": [round(x, 6) for x in one.logps], "token_ids": one.ids}
-            rows.append(row)
+            if (prompt.id, number) not in done:  # kill -9 cuts a write too: half a batch is there
+                rows.append(row)
         journal.add(rows)
 
 

@@ -12,6 +12,7 @@ from openai_stand_in import serving
 from tiny_policy import chat, save_tiny
 
 from dpo_kernels.cli import main
+from dpo_kernels.iterate import sampling
 from dpo_kernels.iterate.local_models import LocalModel, prompt_ids, render
 from dpo_kernels.iterate.records import Journal, Prompt, read_samples, read_table, write_table
 from dpo_kernels.iterate.sampling import generate
@@ -95,6 +96,33 @@ def test_a_run_that_was_cut_draws_what_it_would_have(
     generate(PROMPTS, policy, HOW, cut)
     assert drawn == [2]  # of three batches two were there
     assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_half_a_batch_is_completed(policy: LocalModel, tmp_path: Path) -> None:
+    """A write of many rows ends anywhere when its process is killed: each row is there once."""
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    generate(PROMPTS, policy, HOW, whole)
+    for lines in range(1, 10):
+        journal = _stopped(policy, cut)
+        content = journal.read_bytes().splitlines(keepends=True)
+        journal.write_bytes(b"".join(content[:lines]) + content[lines][:9])
+        generate(PROMPTS, policy, HOW, cut)
+        assert cut.read_bytes() == whole.read_bytes(), lines
+        cut.unlink()
+
+
+def _stopped(policy: LocalModel, output: Path) -> Path:
+    """The journal of a run that was stopped as it was about to write its file."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(sampling, "write_table", stop)
+        with pytest.raises(KeyboardInterrupt):
+            generate(PROMPTS, policy, HOW, output)
+    (journal,) = output.parent.glob(f"{output.name}.*.part")
+    return journal
 
 
 def test_stop_texts(policy: LocalModel, tmp_path: Path) -> None:
