@@ -1,6 +1,6 @@
 """`make large-data`: a file of 2,000,000 pairs, checked and trained on, with time and memory.
 
-    python tools/large_data.py [--rows N] [--folder DIR]
+    python tools/large_data.py [--rows N] [--folder DIR] [--packed] [--short]
 
 The model is tiny, so what is measured is the data: seconds from the start of `train` to its first
 step, beyond those of the same run on ten rows, and the peak of the resident memory beyond that run.
@@ -9,6 +9,7 @@ step, beyond those of the same run on ten rows, and the peak of the resident mem
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -21,11 +22,12 @@ from pathlib import Path
 WORDS = ["the", "of", "and", "to", "in", "is", "it", "you", "that", "he", "was", "for", "on", "are"]
 
 
-def write_pairs(path: Path, rows: int) -> None:
-    """`rows` pairs of 30 to 60 words."""
+def write_pairs(path: Path, rows: int, short: bool = False) -> None:
+    """`rows` pairs of 30 to 60 words, or of 3 to 6."""
     draw = random.Random(1)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randrange(8, 24))) for _ in range(5000)]
-    with path.open("w") as file:
+    sizes = (1, 3) if short else (8, 24)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randrange(*sizes))) for _ in range(5000)]
+    with gzip.open(path, "wt", 1) if path.suffix == ".gz" else path.open("w") as file:
         for i in range(rows):
             prompt, chosen, rejected = (texts[draw.randrange(5000)] for _ in range(3))
             row = {"prompt": f"{i}: {prompt}", "chosen": f" {chosen} a", "rejected": f" {rejected}"}
@@ -91,12 +93,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--packed", action="store_true", help="with gzip")
+    parser.add_argument("--short", action="store_true", help="rows of a few words")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         model, large, small = folder / "model", folder / "large.jsonl", folder / "small.jsonl"
+        large = large.with_suffix(".jsonl.gz") if options.packed else large
         write_model(model)
-        write_pairs(large, options.rows)
+        write_pairs(large, options.rows, options.short)
         write_pairs(small, 10)
         size = large.stat().st_size / 2**20
         print(f"{options.rows:,} rows, {size:,.0f} MiB", flush=True)
@@ -111,7 +116,7 @@ def main() -> int:
                 "--per_device_eval_batch_size",
                 "32",
             ]
-            run += ["--dataset_streaming", "true", "--per_device_train_batch_size", "4"]
+            run += ["--per_device_train_batch_size", "4"]
             seconds, peak, text = watched(run, "step 1/2")
             times[file], peaks[file] = seconds, peak
             if "step 1/2" not in text:

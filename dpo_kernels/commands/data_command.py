@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     from ..train.console import Console
 
     load_config({name: getattr(args, name) for name in _OPTIONS})
+    if args.show < 0:
+        raise UserError(f"--show must be a number of pairs of at least 0, got {args.show}")
     if args.show and not args.model_name_or_path:
         raise UserError("--show prints tokens: give the model too (--model_name_or_path MODEL)")
     console = Console(quiet=args.json)

@@ -70,5 +70,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = Console()
     with console.signals():
-        run_iteration(options, console)
-    return 0
+        summary = run_iteration(options, console)
+    return 1 if summary["waits"] else 0

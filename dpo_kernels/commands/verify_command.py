@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,27 @@ def add(commands: Any) -> None:
         metavar="TARGET",
         nargs="*",
         default=["loop"],
-        help="loop (default), trl, trl-patched, or module:function",
+        help="loop (default), trainer (transformers'), trl, trl-patched, or module:function",
     )
     verify.add_argument(
         "--check", default="", metavar="TEXT", help="checks with this in their name"
     )
     verify.add_argument("--json", metavar="FILE", help="write the results there")
     verify.set_defaults(run=run, command=verify)
+
+
+def _width(stream: Any) -> int | None:
+    """The columns of a terminal; None of what is none, where lines stay whole."""
+    return max(shutil.get_terminal_size((80, 24)).columns, 20) if stream.isatty() else None
+
+
+def _print(text: str, stream: Any) -> None:
+    from ..data.show import folded
+
+    width = _width(stream)
+    for line in text.splitlines():
+        for part in folded(line, width) if width and line else (line,):
+            print(part, file=stream, flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
             targets.append(named(name))
         except (NotApplicable, ValueError) as error:
             raise UserError(f"{name}: {error}" if name not in str(error) else str(error)) from None
-    found = verify(targets, checks, lambda line: print(line, file=sys.stderr, flush=True))
-    print(as_text(found))
+    found = verify(targets, checks, lambda line: _print(line, sys.stderr))
+    _print(as_text(found, _width(sys.stdout)), sys.stdout)
     if args.json:
         text = json.dumps(as_json(targets, found), indent=1)
         try:

@@ -27,7 +27,7 @@ from .sequences import (
     TokenSequence,
     sequences_of,
 )
-from .stream import RowFile, StreamedPairs, row_file
+from .stream import RowFile, StreamedPairs, is_large, row_file
 from .tokenize import PairTokenizer, tokenize_pairs
 from .truncation import Truncation
 from .turns import Message
@@ -57,6 +57,7 @@ __all__ = [
     "TokenSequence",
     "Truncation",
     "TrunkCall",
+    "is_large",
     "make_batch",
     "make_sequence_batch",
     "read_conversations",

@@ -8,8 +8,8 @@ import json
 from collections.abc import Callable
 from typing import BinaryIO
 
-from .left_out import BadField, DataError
-from .row import NUMBERS, Row, Rows
+from .left_out import BadField, DataError, listed
+from .row import NUMBERS, UNDECODED, Row, Rows
 
 _JSON = (
     "tools",
@@ -61,7 +61,7 @@ def plain_columns(header: list[str]) -> list[str]:
     missing = {"chosen", "rejected"} - set(header)
     if missing or len(set(header)) < len(header):
         raise ValueError(
-            f"the columns are {', '.join(header)}; expected "
+            f"the columns are {listed(header)}; expected "
             "'chosen', 'rejected' and 'prompt', each once"
         )
     return header
@@ -73,7 +73,7 @@ def _csv_row(header: list[str], meant: list[str], cells: list[str]) -> Row | Bad
             "line", f"{len(cells)} cells", f"{len(header)}, as the header has", "broken CSV"
         )
     row: Row = dict(zip(header, cells, strict=True))
-    if any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
+    if any(UNDECODED.search(cell) for cell in cells if not cell.isascii()):
         return BadField("line", "bytes that are no UTF-8", "text in UTF-8", "broken CSV")
     for column, name, text in zip(header, meant, cells, strict=True):
         start = text.lstrip()[:2]

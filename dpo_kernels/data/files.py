@@ -18,14 +18,14 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from . import forms
 from .csv_rows import csv_rows
 from .json_rows import json_rows
-from .left_out import DAMAGED, BadField, DataError
+from .left_out import DAMAGED, BadField, DataError, MissingPackage
 from .row import EXPECTED, Row, Rows
 from .table_rows import NEEDS, arrow_rows, dataset_rows, parquet_rows
 
@@ -40,6 +40,7 @@ _FOREIGN = {
     b"\x93NUMPY": "a NumPy file",
     b"SQLite": "a database",
 }
+_STEP = 1 << 16  # bytes that are unpacked at a time
 _BOM = b"\xef\xbb\xbf"
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _PACKINGS = (".gz", ".bz2", ".xz", ".zst")
@@ -71,10 +72,13 @@ def read_rows(source: Source, columns: Mapping[str, str] | None = None) -> Rows:
         yield from found
         return
     for where, row in found:
-        yield where, row if isinstance(row, BadField) else _renamed(row, rename)
+        yield where, renamed(row, rename)
 
 
-def _renamed(row: Row, rename: Mapping[str, str]) -> Row | BadField:
+def renamed(row: Row | BadField, rename: Mapping[str, str]) -> Row | BadField:
+    """The row under our names; `rename`: theirs -> ours."""
+    if isinstance(row, BadField) or not rename:
+        return row
     result: Row = {}
     for name, value in row.items():
         ours = rename.get(name, name)
@@ -98,14 +102,37 @@ def _files(name: str, rename: Mapping[str, str]) -> Rows:
                 f"{path} is a folder without data files ({', '.join(_SUFFIXES)}), expected a JSONL "
                 "file (one JSON object a line)"
             )
-        for file in files:
-            yield from _file_rows(str(file), rename)
+        yield from _all_rows(files, rename)
     elif name != "-" and not path.exists() and _hub_name(name):
         from .hub import hub_dataset
 
         yield from dataset_rows(hub_dataset(name))
     else:
         yield from _file_rows(name, rename)
+
+
+def _all_rows(files: list[Path], rename: Mapping[str, str]) -> Rows:
+    """The rows of a folder's files; one that cannot be read costs itself, unless none can.
+
+    For want of a package none is left out: it can be installed.
+    """
+    refused: list[tuple[str, DataError]] = []
+    for file in files:
+        try:
+            yield from _file_rows(str(file), rename)
+        except MissingPackage:
+            raise
+        except DataError as error:
+            refused.append((str(file), error))
+    if len(refused) == len(files):
+        raise refused[0][1]
+    for name, why in refused:
+        said = str(why).removesuffix(f", expected {EXPECTED}")
+        place = re.match(rf"{re.escape(name)}(:\d+)?:? ?", said)
+        if place is not None:
+            said = said[place.end() :]
+        line = (place and place[1]) or ""
+        yield name + line, BadField("file", said, EXPECTED, DAMAGED)
 
 
 def _hub_name(name: str) -> bool:
@@ -132,40 +159,85 @@ def _stem(path: Path) -> Path:
 
 
 def _file_rows(name: str, rename: Mapping[str, str]) -> Rows:
-    """The rows of one file; of a damaged one those that are whole, and where it is damaged."""
-    shown = name_of(name)
-    last = None
-    try:
-        for where, row in _whole_rows(shown, name, rename):
-            last = last if isinstance(row, BadField) else where
-            yield where, row
-    except (*_BROKEN, DataError) as error:
-        said = str(error)
-        if not isinstance(error, DataError):
-            said = f"{shown} cannot be read to its end: {said or type(error).__name__}"
-        if last is None:
-            raise DataError(said) from None
-        said = said.removeprefix(shown).lstrip(": ").removesuffix(f", expected {EXPECTED}")
-        yield last, BadField("file", f"damaged behind this row ({said})", "a whole file", DAMAGED)
-
-
-def _whole_rows(shown: str, name: str, rename: Mapping[str, str]) -> Rows:
     with opened(name) as raw:
-        suffix = _stem(Path(name)).suffix.lower()
-        patient = _Patient(raw)
-        file, head = _unpacked(shown, raw, patient)
-        table = next((read for magic, read in _TABLES.items() if head.startswith(magic)), None)
+        yield from DataFile(name, raw).rows(rename)
+
+
+class DataFile:
+    """One file, open past its packing and its byte order mark."""
+
+    def __init__(self, name: str, raw: io.BufferedReader) -> None:
+        self.name, self.shown, self._raw = name, name_of(name), raw
+        self._suffix = _stem(Path(name)).suffix.lower()
+        self._patient = _Patient(raw)
+        self.file, self._head = _unpacked(self.shown, raw, self._patient)
+
+    @property
+    def packed(self) -> bool:
+        """Whether its bytes cannot be gone back to: it is packed, or a pipe."""
+        return self.file is not self._raw or not Path(self.name).is_file()
+
+    @property
+    def table(self) -> Callable[[str, Any], Rows] | None:
+        """What reads it if it is a table of typed columns."""
+        found = (read for magic, read in _TABLES.items() if self._head.startswith(magic))
+        return next(found, None)
+
+    def has_lines(self) -> bool:
+        """Whether it is JSON, one object a line."""
+        if self.table is not None or self.delimiter is not None:
+            return False
+        head = self.file.peek(1).lstrip()  # what is buffered, and no byte is taken
+        return head.startswith(b"{") and head.split(b"\n", 1)[0].rstrip() != b"{"
+
+    @property
+    def delimiter(self) -> str | None:
+        """Between the cells of a CSV file."""
+        return {".csv": ",", ".tsv": "\t"}.get(self._suffix)
+
+    def damage(self) -> BadField | None:
+        """What was wrong where a packed file that was read as bytes has ended."""
+        error = self._patient.error
+        if error is None:
+            return None
+        said = str(error) if isinstance(error, DataError) else self._unread(error)
+        return self._behind(said)
+
+    def rows(self, rename: Mapping[str, str]) -> Rows:
+        """Its rows; of a damaged file those that are whole, and where it is damaged."""
+        last = None
+        try:
+            for where, row in self._whole(rename):
+                last = last if isinstance(row, BadField) else where
+                yield where, row
+        except MissingPackage:
+            raise
+        except (*_BROKEN, DataError) as error:
+            said = str(error) if isinstance(error, DataError) else self._unread(error)
+            if last is None:
+                raise DataError(said) from None
+            yield last, self._behind(said)
+
+    def _unread(self, error: Exception) -> str:
+        return f"{self.shown} cannot be read to its end: {str(error) or type(error).__name__}"
+
+    def _behind(self, said: str) -> BadField:
+        said = said.removeprefix(self.shown).lstrip(": ").removesuffix(f", expected {EXPECTED}")
+        return BadField("file", f"damaged behind this row ({said})", "a whole file", DAMAGED)
+
+    def _whole(self, rename: Mapping[str, str]) -> Rows:
+        table, delimiter = self.table, self.delimiter
         if table is not None:
-            whole = file is raw and Path(name).is_file()
-            yield from table(shown, name if whole else file)
-        elif suffix in (".csv", ".tsv"):
-            delimiter = "\t" if suffix == ".tsv" else ","
-            rows = csv_rows(shown, file, delimiter, lambda header: forms.named(header, rename))
-            yield from _but_the_last(rows, patient)
+            yield from table(self.shown, self.file if self.packed else self.name)
+        elif delimiter is not None:
+            rows = csv_rows(
+                self.shown, self.file, delimiter, lambda header: forms.named(header, rename)
+            )
+            yield from _but_the_last(rows, self._patient)
         else:
-            yield from json_rows(shown, file)
-        if patient.error is not None:
-            raise patient.error
+            yield from json_rows(self.shown, self.file)
+        if self._patient.error is not None:
+            raise self._patient.error
 
 
 def _but_the_last(rows: Rows, patient: _Patient) -> Rows:
@@ -199,7 +271,10 @@ def opened(name: str) -> io.BufferedReader:
 
 
 class _Patient(io.RawIOBase):
-    """A packed stream that ends where it is damaged; `error` is what was wrong there."""
+    """A packed stream that ends where it is damaged; `error` is what was wrong there.
+
+    It is read in small steps: of the one in which the damage is, pyarrow's zstd gives nothing.
+    """
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -212,14 +287,14 @@ class _Patient(io.RawIOBase):
         data = b""
         if self.error is None:
             try:
-                data = self.file.read1(len(buffer))
+                data = self.file.read1(min(len(buffer), _STEP))
             except (*_BROKEN, DataError) as error:
                 self.error = error
         buffer[: len(data)] = data
         return len(data)
 
 
-def _unpacked(shown: str, raw: io.BufferedReader, patient: _Patient) -> tuple[BinaryIO, bytes]:
+def _unpacked(shown: str, raw: io.BufferedReader, patient: _Patient) -> tuple[Any, bytes]:
     """The stream past its packing and its byte order mark, and its first bytes."""
     file: Any = raw
     head = file.peek(8)
@@ -231,7 +306,7 @@ def _unpacked(shown: str, raw: io.BufferedReader, patient: _Patient) -> tuple[Bi
         file = io.BufferedReader(_Zstd(shown, file))
     if file is not raw:
         patient.file = file
-        file = io.BufferedReader(patient, 1 << 16)
+        file = io.BufferedReader(patient, _STEP)
         head = file.peek(8)
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
@@ -247,7 +322,7 @@ class _Zstd(io.RawIOBase):
     def __init__(self, shown: str, file: Any) -> None:
         self._shown, self._stream = shown, _zstd_reader(file)
         if self._stream is None:
-            raise DataError(
+            raise MissingPackage(
                 f"{shown} is packed with zstd, which needs zstandard ({NEEDS}); else expected "
                 f"{EXPECTED}"
             )

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .csv_rows import plain_columns
-from .left_out import BadField
+from .left_out import BadField, listed
 from .row import Row, kind_of
 
 _LISTS = ("completions", "responses")
@@ -72,7 +72,10 @@ def _alpaca(row: Row) -> Row:
     if not isinstance(asked, str) or not (more is None or isinstance(more, str)):
         raise BadField("instruction", kind_of(asked), "a text", "mis-typed field")
     turns: list[Any] = [{"role": "user", "content": f"{asked}\n{more}" if more else asked}]
-    for past in reversed(row.pop("history", None) or []):
+    history = row.pop("history", None) or []
+    if not isinstance(history, list):
+        raise BadField("history", kind_of(history), "a list of turns", "mis-typed field")
+    for past in reversed(history):
         if not (isinstance(past, list) and len(past) == 2):
             raise BadField("history", kind_of(past), "[question, answer]", "mis-typed field")
         turns = [
@@ -109,7 +112,7 @@ def _speakers(name: str, turns: Any) -> list[Any]:
             found.append(turn)
             continue
         who = turn["from"]
-        if who not in _SPEAKERS:
+        if not isinstance(who, str) or who not in _SPEAKERS:
             raise BadField(
                 f"{name}[{i}].from", repr(who), f"one of {', '.join(_SPEAKERS)}", "unknown role"
             )
@@ -153,7 +156,7 @@ def ranked_texts(row: Row) -> tuple[list[Any], list[float], Row]:
     """(completions, a score of each, the rest of the row); `BadField` where none is the best."""
     name = next((n for n in _LISTS if n in row), None)
     if name is None:
-        columns = ", ".join(row) or "no column"
+        columns = listed(row) or "no column"
         raise BadField(
             _LISTS[0], f"missing (the row has {columns})", "a list of completions", "missing field"
         )
@@ -181,11 +184,18 @@ def ranked_texts(row: Row) -> tuple[list[Any], list[float], Row]:
         raise BadField(column, got, f"{len(texts)}, one a completion", "mis-typed field")
     for value in values:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not number or not _finite(value):
             raise BadField(column, repr(value)[:40], "finite numbers", "mis-typed field")
     if min(values) == max(values):
         raise BadField(column, "all equal", "a best and a worst", "no preference")
     return texts, [-value for value in values] if column == "ranks" else values, row
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _turns(row: Row) -> Row:

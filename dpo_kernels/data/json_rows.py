@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-import io
+import codecs
+import itertools
 import json
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from .left_out import DAMAGED, BadField, DataError
-from .row import EXPECTED, Row, Rows, as_object
+from .row import EXPECTED, UNDECODED, Row, Rows, as_object
+
+BLOCK = 1 << 20  # of a list that is read at a time, in bytes or letters
+_WORD = 16  # letters: as long as a word or escape of JSON is at most
+_utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 def json_rows(shown: str, file: BinaryIO) -> Rows:
-    numbered = enumerate(file, start=1)
-    number, raw = next(((n, raw) for n, raw in numbered if raw.strip()), (0, b""))
+    number, raw = 1, file.readline(BLOCK)  # a list may be one line, larger than memory
+    while raw and not raw.strip():
+        number, raw = number + raw.endswith(b"\n"), file.readline(BLOCK)
     start = raw.strip()
     if not start:
         return
+    lines = _lines(file, number)
     if start.startswith(b"["):
-        rest = file.read()
-        if not rest.strip() or not _is_line(start):
-            yield from _list_rows(shown, b"\n" * (number - 1) + raw + rest)
+        behind = next(lines, None) if raw.endswith(b"\n") and _is_line(start) else None
+        if behind is None:
+            yield from _list_rows(shown, b"\n" * (number - 1) + raw, file)
             return
-        file = io.BytesIO(rest)
+        lines = itertools.chain([behind], lines)
+    elif not raw.endswith(b"\n"):
+        start = (raw + file.readline()).strip()
     yield f"{shown}:{number}", object_of(start)
-    for more in file:
-        number += 1
+    for at, more in lines:
         if start == b"{" and more.strip()[:1] in (b'"', b"}"):
             raise DataError(
-                f"{shown}:{number - 1}: one JSON object over several lines, expected {EXPECTED}"
+                f"{shown}:{number}: one JSON object over several lines, expected {EXPECTED}"
             )
         start = b""
-        if more.strip():
-            yield f"{shown}:{number}", object_of(more)
+        yield f"{shown}:{at}", object_of(more)
+
+
+def _lines(file: BinaryIO, number: int) -> Iterator[tuple[int, bytes]]:
+    """The lines behind line `number` that are not blank, with their numbers."""
+    for raw in file:
+        number += 1
+        if raw.strip():
+            yield number, raw
 
 
 def _is_line(text: bytes) -> bool:
@@ -43,53 +60,116 @@ def _is_line(text: bytes) -> bool:
     return not value or not all(isinstance(row, dict) for row in value)
 
 
-def _list_rows(shown: str, content: bytes) -> Rows:
-    """The elements of one JSON list. Behind a broken one it goes on where a row begins again."""
-    text = content.decode("utf-8", "surrogateescape")  # what is no UTF-8 costs its row
-    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+class _Window:
+    """The text of a file from some place on, decoded as it is asked for.
+
+    What is no UTF-8 is kept apart (`UNDECODED`): it costs its row.
+    """
+
+    def __init__(self, start: bytes, file: BinaryIO) -> None:
+        self._file, self._decoder = file, _utf8("surrogateescape")
+        self.text, self.line = self._decoder.decode(start), 1
+        self._counted = 0
+
+    def more(self) -> bool:
+        """Read on; False at the end of the file."""
+        block = self._file.read(max(BLOCK, len(self.text)))
+        self.text += self._decoder.decode(block, not block)
+        return bool(block)
+
+    def rest(self) -> None:
+        """Read on to the end."""
+        while self.more():
+            pass
+
+    def skipped(self, at: int) -> int:
+        """The next place that is no space."""
+        while True:
+            at = _skipped(self.text, at)
+            if at < len(self.text) or not self.more():
+                return at
+
+    def line_of(self, at: int) -> int:
+        """The line of a place; they are asked for in order."""
+        self.line, self._counted = self.line + self.text.count("\n", self._counted, at), at
+        return self.line
+
+    def passed(self, at: int) -> int:
+        """The same place once what lies before it is let go, which is done now and then."""
+        if at < max(BLOCK, len(self.text) // 2):
+            return at
+        self.line_of(at)
+        self.text, self._counted = self.text[at:], 0
+        return 0
+
+
+def _list_rows(shown: str, start: bytes, file: BinaryIO) -> Rows:
+    """The elements of one JSON list, which is never in memory whole.
+
+    Behind a broken element it goes on where a row begins again; to find that it reads to the end.
+    """
+    window = _Window(start, file)
+    twice: list[BadField] = []
+    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: _noted(pairs, twice))
     names: set[str] = set()
-    at, line, counted = _skipped(text, text.index("[") + 1), 1, 0
+    at = window.skipped(window.text.index("[") + 1)
 
-    def place() -> str:
-        nonlocal line, counted
-        line, counted = line + text.count("\n", counted, at), at
-        return f"{shown}:{line}"
+    def place(at: int) -> str:
+        return f"{shown}:{window.line_of(at)}"
 
-    while text[at : at + 1] != "]":
-        where = place()
+    while window.text[at : at + 1] != "]":
+        at = window.passed(at)
+        where = place(at)
+        twice.clear()
         try:
-            value, end = decoder.raw_decode(text, at)
+            value, end = decoder.raw_decode(window.text, at)
+            if end == len(window.text) and window.more():
+                continue  # a number may go on
             row: Row | BadField = as_object(value)
         except BadField as bad:
-            row, end = bad, json.JSONDecoder().raw_decode(text, at)[1]
+            row = bad
         except (ValueError, RecursionError) as error:
-            got = "the end of the file" if at >= len(text) else f"broken JSON list ({error})"
+            if _goes_on(error, window.text) and window.more():
+                continue
+            got = "the end of the file" if at >= len(window.text) else f"broken JSON list ({error})"
             yield where, BadField("line", got, "one JSON object", DAMAGED)
-            at = _next_row(text, at, names)
+            window.rest()
+            at = _next_row(window.text, at, names)
             if at < 0:
                 return
             continue
+        if twice:
+            row = twice[0]
         if isinstance(row, dict):
             names |= row.keys()
-            if not text.isascii() and _undecodable(text[at:end]):
+            if not window.text.isascii() and UNDECODED.search(window.text, at, end):
                 row = BadField("line", "bytes that are no UTF-8", "text in UTF-8", "broken JSON")
         yield where, row
-        at = _skipped(text, end)
-        comma = text[at : at + 1] == ","
+        at = window.skipped(end)
+        comma = window.text[at : at + 1] == ","
         if comma:
-            at = _skipped(text, at + 1)
-            if text[at : at + 1] not in ("]", ""):
+            at = window.skipped(at + 1)
+            if window.text[at : at + 1] not in ("]", ""):
                 continue
+        text = window.text
         if comma or text[at : at + 1] != "]":
             got = repr(text[at : at + 1]) if at < len(text) else "the end of the file"
             got = "a comma and no more" if comma and at < len(text) else got
-            yield place(), BadField("line", f"{got} in a JSON list", "',' or ']'", DAMAGED)
-            at = at if comma else _next_row(text, at, names)
-            if at < 0 or at >= len(text):
+            yield place(at), BadField("line", f"{got} in a JSON list", "',' or ']'", DAMAGED)
+            window.rest()
+            at = at if comma else _next_row(window.text, at, names)
+            if at < 0 or at >= len(window.text):
                 return
-    at = _skipped(text, at + 1)
-    if at < len(text):
-        yield place(), BadField("line", "more behind a JSON list", "its end", DAMAGED)
+    at = window.skipped(at + 1)
+    if at < len(window.text):
+        yield place(at), BadField("line", "more behind a JSON list", "its end", DAMAGED)
+
+
+def _goes_on(error: Exception, text: str) -> bool:
+    """Whether an element may be broken only because the rest of it is not read yet."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return "Unterminated string" in error.msg or error.pos >= len(text) - _WORD
 
 
 def _skipped(text: str, at: int) -> int:
@@ -98,8 +178,12 @@ def _skipped(text: str, at: int) -> int:
     return at
 
 
-def _undecodable(text: str) -> bool:
-    return any("\udc80" <= c <= "\udcff" for c in text)
+def _before(text: str, at: int) -> str:
+    """The last letter before `at` that is no space."""
+    at -= 1
+    while at >= 0 and text[at].isspace():
+        at -= 1
+    return text[at] if at >= 0 else ""
 
 
 # Names by which a row is known from an object within one, where none was read yet.
@@ -112,13 +196,14 @@ def _next_row(text: str, at: int, names: set[str]) -> int:
     decoder = json.JSONDecoder()
     wanted = {name for name in names if name not in ("role", "content")} or _NAMES
     while (at := text.find("{", at + 1)) >= 0:
-        if text[:at].rstrip()[-1:] == ":":  # a value within a row
+        if _before(text, at) == ":":  # a value within a row
             continue
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
             continue
-        behind = text[_skipped(text, end) :][:1]
+        after = _skipped(text, end)
+        behind = text[after : after + 1]
         if isinstance(value, dict) and wanted & value.keys() and behind in (",", "]", ""):
             return at
     return -1
@@ -142,7 +227,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of a key that comes twice the second would win without a word."""
     row = dict(pairs)
     if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadField("line", f"the key {twice!r} twice", "each key once", "broken JSON")
+        raise _twice(pairs)
     return row
+
+
+def _noted(pairs: list[tuple[str, Any]], twice: list[BadField]) -> dict[str, Any]:
+    """The same within a list, whose element is read to its end first."""
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        twice.append(_twice(pairs))
+    return row
+
+
+def _twice(pairs: list[tuple[str, Any]]) -> BadField:
+    key = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+    return BadField("line", f"the key {key!r} twice", "each key once", "broken JSON")

@@ -21,7 +21,7 @@ from typing import Any
 from .completions import Completion, Ranking, completion_of
 from .files import Source, name_of, read_rows
 from .forms import ranked_texts
-from .left_out import BadField, LeftOut
+from .left_out import BadField, LeftOut, listed
 from .pairs import PairReader
 from .row import Row, kind_of
 from .turns import Turn, check_completion, for_template, number_of, turn_of, with_system
@@ -85,7 +85,7 @@ class JudgedReader:
         """What there is to say of the columns, once the rows are read."""
         if not self.unused:
             return []
-        names = ", ".join(f"{name} ({n} rows)" for name, n in self.unused.most_common())
+        names = listed(f"{name} ({n} rows)" for name, n in self.unused.most_common())
         return [f"{name_of(source)}: columns that are not used: {names}"]
 
     def _labelled(self, row: Row, where: str) -> Completion:

@@ -8,16 +8,36 @@ writes them all to a file, or refuses the first one (`strict`).
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 SHOWN = 20  # lines printed of one kind; the rest is counted
+LONGEST = 300  # letters of what came, in a message
+_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+def one_line(text: str, most: int = LONGEST) -> str:
+    """What the data say, as it may stand in a message: one line of an end, without escapes."""
+    text = _BREAKS.sub(" ", text)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names that the data gave, the first of them."""
+    shown = [one_line(name, 120) for name in names]
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return ", ".join(shown[:SHOWN]) + more
 
 
 class DataError(ValueError):
     """The data cannot be used as asked; the message names file, line and field."""
+
+
+class MissingPackage(DataError):
+    """The data cannot be read here, and could be with a package that is not installed."""
 
 
 DAMAGED = "damaged file"  # the heading of a file that is read in part
@@ -36,6 +56,10 @@ class Problem:
     got: str
     expected: str
     reason: str  # the heading it is counted under
+
+    def __post_init__(self) -> None:
+        for name in ("field", "got"):  # which the data may have filled with anything
+            object.__setattr__(self, name, one_line(getattr(self, name)))
 
     def as_json(self) -> str:
         """One line."""

@@ -26,7 +26,7 @@ from typing import Any
 
 from .files import Source, name_of, read_rows
 from .forms import as_pair
-from .left_out import BadField, LeftOut
+from .left_out import BadField, LeftOut, listed
 from .row import NUMBERS, Row, kind_of
 from .turns import (
     TEXT_ALONE,
@@ -129,7 +129,7 @@ class PairReader:
         """What there is to say of the columns, once the rows are read."""
         said = []
         if self.unused:
-            names = ", ".join(f"{name} ({n} rows)" for name, n in self.unused.most_common())
+            names = listed(f"{name} ({n} rows)" for name, n in self.unused.most_common())
             said.append(f"{name_of(source)}: columns that are not used: {names}")
         if self.forms:
             names = ", ".join(f"{form} ({n} rows)" for form, n in self.forms.most_common())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row | BadField]]
 
 EXPECTED = "JSONL (one JSON object a line), a JSON list of objects, or CSV"
+# What `surrogateescape` makes of bytes that are no UTF-8.
+UNDECODED = re.compile("[\udc80-\udcff]")
 # Columns of one number a pair.
 NUMBERS = ("margin", "weight", "beta", "label_smoothing")
 

@@ -7,12 +7,13 @@ turns. Positions count from the start of the whole sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Ids = tuple[int, ...]
 Spans = tuple[tuple[int, int], ...]
+ENDING = 4  # ids: an end token and a line break, twice
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,17 @@ class Limits:
         return cls(
             getattr(text, "vocab_size", None), None if free else length, length if rotary else None
         )
+
+
+def doubled_end(ids: Sequence[int], known: Container[int]) -> int | None:
+    """The end token that the last `ENDING` ids hold twice; None where they do not.
+
+    Templates end a turn with it and a line break, so one token may stand behind each.
+    """
+    last = list(ids[-ENDING:])
+    at = [i for i, token in enumerate(last) if token in known]
+    if len(at) < 2 or at[-1] < len(last) - 2 or last[at[-1]] != last[at[-2]]:
+        return None
+    between = at[-1] - at[-2] - 1  # the same line break as behind the last
+    ends_alike = last[at[-2] + 1 : at[-1]] == last[at[-1] + 1 :]
+    return last[at[-1]] if not between or ends_alike else None

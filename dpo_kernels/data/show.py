@@ -23,7 +23,7 @@ def shown_pair(
     """Lines of at most `width` columns, of a pair or another row. `whole`: it without limits."""
 
     def text(ids: Sequence[int]) -> list[str]:
-        return [visible(tokenizer.decode([i])) for i in ids]
+        return [token_text(tokenizer, i) for i in ids]
 
     def part(title: str, kind: str, ids: Sequence[int]) -> Iterator[str]:
         if ids:
@@ -70,6 +70,32 @@ def _runs(sequence: TokenSequence) -> Iterator[tuple[bool, list[int]]]:
         last = now
     if last is not None:
         yield last, run
+
+
+def token_text(tokenizer: Any, i: int) -> str:
+    """A token's text; of one that is a part of a letter alone, its bytes."""
+    text = tokenizer.decode([i])
+    if "\ufffd" not in text:
+        return visible(text)
+    raw = str(tokenizer.convert_ids_to_tokens(i))
+    fallback = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", raw)  # of sentencepiece
+    if fallback is not None:
+        return f"<{fallback[1].lower()}>"
+    if not all(c in _BYTES for c in raw):
+        return visible(text)
+    return "".join(
+        visible(chr(_BYTES[c])) if _BYTES[c] < 128 else f"<{_BYTES[c]:02x}>" for c in raw
+    )
+
+
+def _byte_letters() -> dict[str, int]:
+    """Byte-level BPE's letter of each byte (GPT-2's alphabet) -> the byte."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in own]
+    return {chr(b): b for b in own} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+_BYTES = _byte_letters()
 
 
 def visible(text: str) -> str:

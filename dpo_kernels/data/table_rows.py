@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from .left_out import DAMAGED, BadField, DataError
+from .left_out import DAMAGED, BadField, DataError, MissingPackage
 from .row import EXPECTED, Row, Rows, kind_of
 
 NEEDS = "pip install 'dpo-kernels[data]'"
@@ -23,7 +24,7 @@ def parquet_rows(shown: str, file: Any) -> Rows:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise DataError(
+        raise MissingPackage(
             f"{shown} is a Parquet file, which needs pyarrow ({NEEDS}); else expected {EXPECTED}"
         ) from None
     try:
@@ -40,7 +41,7 @@ def arrow_rows(shown: str, file: Any) -> Rows:
     try:
         import pyarrow as pa
     except ImportError:
-        raise DataError(
+        raise MissingPackage(
             f"{shown} is an Arrow file, which needs pyarrow ({NEEDS}); else expected {EXPECTED}"
         ) from None
     try:
@@ -58,6 +59,27 @@ def arrow_rows(shown: str, file: Any) -> Rows:
         raise
     except Exception as error:
         raise _broken(shown, "an Arrow file", error) from None
+
+
+def table_size(path: str) -> Iterator[tuple[int, int]]:
+    """(bytes, rows) of the parts of a Parquet or Arrow file; nothing where they are not told."""
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        with open(path, "rb") as file:
+            is_parquet = file.read(4) == b"PAR1"
+        if is_parquet:
+            told = parquet.ParquetFile(path).metadata
+            groups = [told.row_group(i) for i in range(told.num_row_groups)]
+            yield sum(group.total_byte_size for group in groups), told.num_rows
+            return
+        batches = pa.ipc.open_file(pa.memory_map(path))
+        for i in range(batches.num_record_batches):
+            batch = batches.get_batch(i)
+            yield batch.nbytes, batch.num_rows
+    except Exception:  # what cannot be read is said when it is read
+        return
 
 
 def dataset_rows(dataset: Iterable[Any]) -> Rows:
@@ -80,6 +102,8 @@ def _row_groups(shown: str, source: Any) -> Iterator[tuple[str, Row | BadField]]
             for where, row in _rows(shown, batches, number):
                 number += 1
                 yield where, row
+        except DataError:
+            raise
         except Exception as error:  # pyarrow's errors have no common base but this
             if number == 0 and source.num_row_groups == 1:
                 raise
@@ -104,6 +128,10 @@ def _rows(
     shown: str, batches: Iterable[Any], number: int = 0
 ) -> Iterator[tuple[str, Row | BadField]]:
     for batch in batches:
+        names = batch.schema.names
+        if len(set(names)) < len(names):  # of which the last would win without a word
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{shown}: two columns are called {twice!r}, expected each name once")
         for start in range(0, batch.num_rows, BATCH):
             part = batch.slice(start, BATCH)
             try:
@@ -129,16 +157,22 @@ def _one(part: Any, i: int) -> Any:
         return BadField("row", f"undecodable values ({said})", "text in UTF-8", "broken row")
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON would have given it. Typed columns hold keys that a row has not, as nulls."""
+def _plain(value: Any, within: bool = False) -> Any:
+    """A value as JSON would have given it. Typed columns hold keys that a row has not, as nulls.
+
+    `within`: of a message, say, in which dates and the like are texts; as a column of its own such
+    a kind is kept, to be told by its name where a text was expected.
+    """
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if v is not None}
+        return {k: _plain(v, True) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_plain(v, True) for v in value]
     if isinstance(value, str | bool | int | float) or value is None:
         return value
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return _plain(value.tolist(), within)
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
-    return value
+    if isinstance(value, Decimal):
+        return float(value)
+    return str(value) if within else value

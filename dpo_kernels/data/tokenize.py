@@ -18,7 +18,7 @@ from typing import Any
 
 from .left_out import DataError, LeftOut, Problem, Refused
 from .pairs import PreferencePair
-from .sequences import Ids, Limits, Spans, TokenPair, TokenSequence
+from .sequences import Ids, Limits, Spans, TokenPair, TokenSequence, doubled_end
 from .template import names_in, turn_marks
 from .truncation import Truncation, shortened
 from .turns import Message
@@ -395,8 +395,7 @@ class PairTokenizer:
                     "completion too short",
                 )
             self._check_limits(name, ids)
-            end = self.eos_id
-            if end is not None and ids[-2:] == (end, end) and len(ids) - start > 1:
+            if doubled_end(ids[start:], {self.eos_id}) is not None:
                 notes[DOUBLED_END] += 1
         if kept[0] == kept[1]:
             if not cut:

@@ -112,6 +112,8 @@ def _encodable(name: str, value: Any) -> None:
         text = json.dumps(value, ensure_ascii=False)
     except RecursionError:
         raise BadField(name, "lists within lists without end", "less", "mis-typed field") from None
+    except (TypeError, ValueError) as error:  # a typed column's own kind
+        raise BadField(name, str(error), "what JSON can hold", "mis-typed field") from None
     encodable_text(name, text)
 
 

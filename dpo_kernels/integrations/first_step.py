@@ -12,7 +12,7 @@ from ..models.falling import FallingLogps, fallen, falling_text
 from ..models.nonfinite import LossWatch, NonFiniteLoss
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
-from ..models.step1 import FirstStep, check_connected, check_rows, eos_ids_of
+from ..models.step1 import FirstStep, FirstStepError, check_connected, check_rows, eos_ids_of
 from .announce import opt_out
 
 _CHECK = "check_first_step"
@@ -45,7 +45,8 @@ class FirstStepCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.watch is None:
             return
-        self.watch.after_step(kwargs["optimizer"])
+        left = state.max_steps - state.global_step - 1 if state.max_steps > 0 else None
+        self.watch.after_step(kwargs["optimizer"], schedule=kwargs.get("lr_scheduler"), left=left)
         for text in self.watch.warnings:
             warnings.warn(text, stacklevel=2)
         self.watch.warnings.clear()
@@ -105,6 +106,21 @@ def watch_first_step(trainer: Any) -> None:
 def note_loss(trainer: Any, loss: Tensor, ids: Tensor | None = None) -> None:
     """The loss of a training batch, and the token ids of its rows."""
     trainer._first_step.losses.add(loss, trainer.state.global_step + 1, ids)
+
+
+def check_rows_left(trainer: Any, given: Any) -> None:
+    """`FirstStepError` where a trainer has left out every row that it was given."""
+    if not trainer.fused.check_first_step:
+        return
+    left: Any = getattr(trainer, "train_dataset", None)
+    if not hasattr(given, "__len__") or not hasattr(left, "__len__") or len(left) or not len(given):
+        return
+    limit = getattr(trainer.args, "max_length", None)
+    raise FirstStepError(
+        f"no token of train_dataset is scored: the labels of all its {len(given)} rows would be "
+        f"masked (-100), so {type(trainer).__name__} has left them out. Completions are empty, or "
+        f"the prompts alone fill max_length={limit}"
+    )
 
 
 def check_first_rows(trainer: Any, labels: Tensor) -> None:

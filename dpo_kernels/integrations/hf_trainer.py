@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,17 @@ def loss_state(trainer: Any, options: dict[str, Any]) -> dict[str, Any]:
         return options
     state = trainer._beta_dpo_state = trainer._beta_dpo_state.to(trainer.accelerator.device)
     return {**options, "beta_dpo_state": state if trainer.model.training else state.clone()}
+
+
+def note_sizes(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
+    """Keep how many pairs each batch of the coming step has."""
+    trainer._pairs_of_step = [len(batch.get("input_ids", ())) // 2 for batch in batches]
+
+
+def share_of_step(trainer: Any) -> dict[str, float]:
+    """Where the batches of a step differ in size, the mean of their means is not the mean."""
+    sizes = getattr(trainer, "_pairs_of_step", [])
+    return {"num_pairs": sum(sizes) / len(sizes)} if len(set(sizes)) > 1 else {}
 
 
 def _file(trainer: Any, folder: str) -> Path:

@@ -130,7 +130,8 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         super().optimizer_step(epoch, batch_idx, optimizer, *args)
         if self._first_step is None:
             return
-        self._first_step.after_step(optimizer)
+        schedules = [c.scheduler for c in self.trainer.lr_scheduler_configs]
+        self._first_step.after_step(optimizer, schedule=schedules[0] if schedules else None)
         for text in self._first_step.warnings:
             warnings.warn(text, stacklevel=2)
         self._first_step.warnings.clear()

@@ -29,7 +29,14 @@ from ..models.step0 import WrongReference
 from .cached_reference import cache_of
 from .first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
 from .frameworks import check_version
-from .hf_trainer import check_head_of, load_state, loss_state, save_state
+from .hf_trainer import (
+    check_head_of,
+    load_state,
+    loss_state,
+    note_sizes,
+    save_state,
+    share_of_step,
+)
 from .plain import PreferenceCollator, check_reference, find_reference, step_of
 from .trainer_metrics import (
     ONE_BY_ONE,
@@ -107,11 +114,19 @@ class FusedDPOMixin:
                 "loss_options={'label_smoothing': ...}"
             )
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's batches of a step, whose sizes the loss must know."""
+        found = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        note_sizes(self, found[0])
+        return found
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Any:
         mode = "train" if self.model.training else "eval"
         options = dict(self.loss_options)
+        if mode == "train":
+            options |= share_of_step(self)
         attach_head(self.accelerator.unwrap_model(self.model))  # model_init makes a new one
         if mode == "eval":
             options |= ONE_BY_ONE

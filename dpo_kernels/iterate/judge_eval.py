@@ -69,7 +69,8 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     p = successes / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Around the share itself: of all or of none, rounding would leave it outside.
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))
 
 
 def quality(

@@ -142,6 +142,7 @@ class Iteration:
             "rounds": len(done),
             "promoted_round": best,
             "ended": ended or f"rounds: {self.config.rounds} done",
+            "waits": not (done[-1]["promoted"] or done[-1]["ended"]),  # to be called again
             "model": str(model),
             "weights": weights_digest(source),
             "round0": zero["stages"]["evaluate"]["measures"],

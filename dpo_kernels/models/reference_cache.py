@@ -257,12 +257,15 @@ class ReferenceCache:
     def refresh(self) -> None:
         """Take in what has been written since, by this run or others."""
         known = {part.path for part in self._files}
+        new = len(self._files)
         for path in sorted(self.path.glob("*.part")):
             if path not in known:
                 with contextlib.suppress(OSError):  # gone again
                     self._files.append(_Part(path, path.open("rb")))
         for number in range(len(self._files)):
             self._scan(number)
+        for part in self._files[new:]:
+            self._look_at_end(part)
 
     def get(self, keys: Sequence[bytes]) -> list[Tensor] | None:
         """The values of these sequences, [scored tokens] each; None if one is absent or damaged."""
@@ -337,6 +340,16 @@ class ReferenceCache:
             if step is None:
                 return
             part.read += step
+
+    def _look_at_end(self, part: _Part) -> None:
+        """Say so where a file ends within a record and nobody is writing it any more."""
+        if part.foreign or part.read == 0 or part.read == os.fstat(part.handle.fileno()).st_size:
+            return
+        with contextlib.suppress(OSError):  # its writer is at work
+            fcntl.flock(part.handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(part.handle, fcntl.LOCK_UN)
+            self.counts.damaged += 1
+            self._tell(f"{part.path} ends within a record; its rows are scored again")
 
     def _record(self, number: int, part: _Part, size: int) -> int | None:
         """Index the record at `part.read`; its length, or None where it is not whole yet."""

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.sequences import ENDING, doubled_end
 from .structure import base_model_of
 
 # Below this share of the weights with a gradient that a step has moved, it is called vain.
 MOVED = 0.5
 _SAMPLE = 4096  # weights looked at in each parameter
+_AHEAD = 10_000  # steps of a schedule that are looked at
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -34,7 +36,7 @@ def check_rows(
     """
     rows = [row[row != -100].tolist() for row in labels.cpu()]
     check_scored([len(row) for row in rows], opt_out)
-    check_ends([row[-2:] for row in rows], eos_ids, names, opt_out)
+    check_ends([row[-ENDING:] for row in rows], eos_ids, names, opt_out)
 
 
 def check_scored(counts: Sequence[int], opt_out: str = "") -> None:
@@ -55,27 +57,31 @@ def check_ends(
 ) -> None:
     """`FirstStepError` where half of the rows end with the end token twice.
 
-    `ends`: the last two scored ids of each row, chosen then rejected; `names` of the pairs, or of
-    the rows.
+    `ends`: the last `ENDING` scored ids of each row, chosen then rejected; `names` of the pairs, or
+    of the rows.
     """
     known = {i for i in eos_ids if i is not None}
-    twice = [r for r, e in enumerate(ends) if len(e) == 2 and e[0] == e[1] and e[0] in known]
+    found = [doubled_end(ids, known) for ids in ends]
+    twice = [r for r, token in enumerate(found) if token is not None]
     if twice and 2 * len(twice) >= len(ends):
         where = f" ({names[twice[0] % len(names)]})" if names else ""
         raise FirstStepError(
             f"{len(twice)} of {len(ends)} completions of the first batch end with the end token "
-            f"(EOS, id {ends[twice[0]][1]}) twice{where}: it is in the text and added once more; "
+            f"(EOS, id {found[twice[0]]}) twice{where}: it is in the text and added once more; "
             "the model would learn to go on after its end. Take it out of the text, or of the chat "
             "template" + _unless(opt_out)
         )
 
 
 def eos_ids_of(model: nn.Module, tokenizer: Any = None) -> list[int | None]:
-    """The ids that end a sequence, by the tokenizer or else the model's configuration."""
-    known = getattr(getattr(tokenizer, "tokenizer", tokenizer), "eos_token_id", None)
-    if known is None:
-        known = getattr(base_model_of(model).config, "eos_token_id", None)
-    return list(known) if isinstance(known, list | tuple) else [known]
+    """The ids that end a sequence, by the tokenizer and by the model's configurations."""
+    base = base_model_of(model)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    found: list[int | None] = []
+    for source in (tokenizer, base.config, getattr(base, "generation_config", None)):
+        known = getattr(source, "eos_token_id", None)
+        found += known if isinstance(known, list | tuple) else [known]
+    return found
 
 
 def check_connected(model: nn.Module, loss: Tensor) -> None:
@@ -136,6 +142,7 @@ class FirstStep:
         self.warnings: list[str] = []
         self._gradients_seen = False
         self._finite = True
+        self._vain = 0  # steps at a learning rate of 0
         self._before: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
     @torch.no_grad()
@@ -206,21 +213,39 @@ class FirstStep:
         return any(part in name for part in quiet)
 
     @torch.no_grad()
-    def after_step(self, optimizer: Any, held: Container[int] | None = None) -> None:
+    def after_step(
+        self,
+        optimizer: Any,
+        held: Container[int] | None = None,
+        schedule: Any = None,
+        left: int | None = None,
+    ) -> None:
         """`FirstStepError` where no weight has moved; a warning where few have.
 
         `held`: ids of the weights that this optimizer is to move, where there are others.
+        `schedule` of its learning rate, with so many steps `left` (None: it is not known).
         """
         if self.done or self._before is None:
             return
         before, self._before = self._before, None
         if held is not None:
             before = [entry for entry in before if id(entry[0]) in held]
-        rates = [group["lr"] for group in optimizer.param_groups]
+        mine = {id(p) for p, _, _ in before}
+        groups = [g for g in optimizer.param_groups if mine & {id(p) for p in g["params"]}]
+        groups = groups or optimizer.param_groups
+        rates = [group["lr"] for group in groups]
         if not any(rates):
-            if not any(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups):
+            if not any(group.get("initial_lr", group["lr"]) for group in groups):
                 raise FirstStepError(
                     "the learning rate is 0: no step moves a weight. Set learning_rate above 0"
+                    + _unless(self.opt_out)
+                )
+            self._vain += 1
+            later = _later_rate(schedule, left)
+            if later is False or (later is None and self._vain > 1):
+                raise FirstStepError(
+                    "the learning rate is 0 by its schedule, now and later: no step moves a "
+                    "weight. Shorten the warm-up, train for more steps, or mend the schedule"
                     + _unless(self.opt_out)
                 )
             return  # the warm-up begins at 0: the next step will tell
@@ -253,6 +278,24 @@ class FirstStep:
         if share == 0:
             raise FirstStepError(text + _unless(self.opt_out))
         self.warnings.append(text)
+
+
+def _later_rate(schedule: Any, left: int | None) -> bool | None:
+    """Whether a later step has a learning rate, by the schedule's functions; None: unknown."""
+    if left is not None and left <= 0:
+        return False
+    inner = getattr(schedule, "scheduler", None)  # accelerate's is around it, with steps of its own
+    if inner is not None:
+        schedule, left = inner, None
+    if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        return None
+    ahead = min(_AHEAD, left or _AHEAD)
+    pairs = list(zip(schedule.lr_lambdas, schedule.base_lrs, strict=True))
+    places = range(schedule.last_epoch + 1, schedule.last_epoch + 1 + ahead)
+    try:
+        return any(base * function(k) != 0 for k in places for function, base in pairs)
+    except Exception:  # a function of the user's, asked beyond what it knows
+        return None
 
 
 def _unless(opt_out: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,15 @@ from ..data import (
     StreamedPairs,
     TokenPair,
     Truncation,
+    is_large,
     row_file,
 )
 from ..data.left_out import BadField
 from .config import DPOTrainConfig
 from .model import Policy
+from .ranks import ALONE, Ranks
 
 HELD_OUT = 512  # pairs of a stream; a share of millions would be evaluated for hours
-LARGE = 256 << 20  # bytes of a file from which on it is streamed
 _LOOKED_AT = 64  # rows that tell what columns there are
 
 
@@ -48,12 +48,11 @@ def columns(config: Any) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in config.column_mapping or [])
 
 
-def is_streamed(config: DPOTrainConfig, file: str) -> bool:
+def is_streamed(config: DPOTrainConfig, file: str, ranks: Ranks = ALONE) -> bool:
     """Whether the data is read as it is asked for: if it is large, or by the user's word."""
     if config.dataset_streaming is not None:
         return config.dataset_streaming
-    path = Path(file)
-    return path.is_file() and path.stat().st_size > LARGE
+    return not ranks.many and is_large(file)
 
 
 def streamed_pairs(
@@ -78,8 +77,7 @@ def streamed_pairs(
     apart = np.sort(draw.choice(len(rows), held, replace=False))
     rest = np.setdiff1d(np.arange(len(rows)), apart, assume_unique=True)
     say(f"{file}: {len(rows):,} rows, read as they are asked for; {held:,} of them held out")
-    names = None if rows.spooled else columns(config)
-    reader = PairReader(left_out, names, config.soft_labels)
+    reader = PairReader(left_out, soft_labels=config.soft_labels)
     limits = Limits.of(policy.model.config)
     maker = PairTokenizer(policy.tokenizer, truncation(config), left_out, say, limits)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..data import TokenRow, sequences_of
+from ..data.sequences import ENDING
 from ..models.attached import HeadOutput
 from ..models.forward import run_pairs
 from ..models.step0 import WrongReference
 from ..models.step0 import check_step0 as check_same
-from ..models.step1 import FirstStepError, check_ends, check_scored
+from ..models.step1 import FirstStepError, check_ends, check_scored, eos_ids_of
 from ..models.structure import deterministic
 from .config import DPOTrainConfig
 from .console import Console
@@ -80,12 +81,17 @@ def evaluate(
 
 @torch.no_grad()
 def check_step0(
-    policy: Policy, data: PairData, config: DPOTrainConfig, indices: Sequence[int]
+    policy: Policy,
+    data: PairData,
+    config: DPOTrainConfig,
+    indices: Sequence[int],
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[float, float]:
     """(loss, loss at zero log-ratios) of one batch before the first step; they must be equal.
 
     The policy is the reference and its noise is off, so every log-ratio is zero: for `sigmoid` the
-    loss is log 2. Anything else means another reference, or kernels that disagree.
+    loss is log 2. Anything else means another reference, or kernels that disagree. Of a reference
+    that was named it may be meant, and is said.
     """
     loss = loss_of(policy, config)
     loss.function.eval()
@@ -98,7 +104,7 @@ def check_step0(
     assert out.loss is not None and out.zero_loss is not None
     logps = out.logps if out.pair_logps is None else out.pair_logps
     assert out.rewards is not None and logps is not None
-    if data.reference and not config.reference_name:
+    if data.reference:
         options = config.loss_options()
         try:
             check_same(
@@ -110,15 +116,21 @@ def check_step0(
                 zero_loss=out.zero_loss,
             )
         except WrongReference as error:
-            raise TrainingError(str(error)) from None
+            if not config.reference_name:
+                raise TrainingError(str(error)) from None
+            say(
+                f"warning: step 0: the policy is another than its reference "
+                f"({config.reference_name}): loss {float(out.loss):.6f}, {float(out.zero_loss):.6f}"
+                " at zero log-ratios. A wrong reference, unless the policy was trained from it"
+            )
     return float(out.loss), float(out.zero_loss)
 
 
 def check_first_rows(policy: Policy, pairs: Sequence[TokenRow]) -> None:
     """The first batch has tokens that are scored, and its completions end once."""
     sequences = sequences_of(pairs)
-    ends = [[s.ids[t] for t in list(s.scored)[-2:]] for s in sequences]
-    eos = [policy.tokenizer.eos_token_id]
+    ends = [[s.ids[t] for t in list(s.scored)[-ENDING:]] for s in sequences]
+    eos = eos_ids_of(policy.model, policy.tokenizer)
     try:
         check_scored([s.num_scored for s in sequences])
         check_ends(ends, eos, [s.source for s in sequences], "--check_first_step false")

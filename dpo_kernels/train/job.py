@@ -184,7 +184,7 @@ class Job:
         self.policy: Policy | None = None
         self.saved = False
         self.left_out = LeftOut(config.strict, console.say)
-        self.rows = RunRows(config, self.left_out, console, self._note_left_out)
+        self.rows = RunRows(config, self.left_out, console, self._note_left_out, ranks)
 
     def run(self) -> dict[str, Any]:
         """Run; whatever ends it early keeps the weights, or leaves nothing if there are none."""

@@ -231,7 +231,7 @@ class _Loop:
             first = first[: config.per_device_train_batch_size]
             if config.check_first_step:
                 check_first_rows(self.policy, [pairs[i] for i in first])
-            progress.step0 = check_step0(self.policy, self.data, config, first)
+            progress.step0 = check_step0(self.policy, self.data, config, first, self.console.say)
             step0, expected = progress.step0
             if config.check_first_step:
                 check_collectives(self.policy, [self.data.pairs[i] for i in first[:2]])

@@ -153,7 +153,7 @@ class Stepper:
         groups: nn.Module | None = None,
     ) -> None:
         self.optimizer = make_optimizer(model, config, groups)
-        self.schedule = make_schedule(self.optimizer, config, steps)
+        self.schedule, self.steps = make_schedule(self.optimizer, config, steps), steps
         names = {p: name for name, p in model.named_parameters()}
         if groups is not None:
             names |= {p: f"groups.{name}" for name, p in groups.named_parameters()}
@@ -204,7 +204,8 @@ class Stepper:
         try:
             self._first.after_backward(loss)
             self.optimizer.step()
-            self._first.after_step(self.optimizer)
+            left = self.steps - self.schedule.last_epoch - 1
+            self._first.after_step(self.optimizer, schedule=self.schedule, left=left)
         except FirstStepError as error:
             raise TrainingError(f"{what}: {error}") from None
         self.warning = "\n".join(f"warning: {text}" for text in self._first.warnings)

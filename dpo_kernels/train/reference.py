@@ -184,7 +184,7 @@ class Referee:
             over_ranks(self.other, config, policy.ranks)
             console.say(
                 f"reference: {config.reference_name}, another checkpoint than the policy "
-                "(step 0 is not checked)"
+                "(step 0 tells whether they differ)"
             )
         self.whole = needs_states(config.loss_options())
         if self.stays and policy.sharded.in_parts:

@@ -128,7 +128,7 @@ class DataOptions:
     dataset_streaming: bool | None = option(
         None,
         "read rows as they are asked for, with a copy of the policy as the reference; None: where "
-        "the data is larger than 256 MB",
+        "the data is larger than 256 MB, unpacked, or 200,000 rows",
     )
     dataset_num_proc: int | None = option(None, "processes that tokenise; None: one")
     strict: bool = option(False, "refuse the first bad row instead of leaving it out")

@@ -32,6 +32,7 @@ from .data_options import columns, is_streamed, streamed_pairs, truncation
 from .ending import no_pair_left
 from .model import Policy
 from .order import epoch_order
+from .ranks import ALONE, Ranks
 
 
 class RunRows:
@@ -44,8 +45,10 @@ class RunRows:
         left_out: LeftOut,
         console: Console,
         late: Callable[[Problem], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.left_out, self.console, self._late = config, left_out, console, late
+        self.ranks = ranks
         self.texts: dict[str, Any] = {}  # rows by their places
 
     def pairs(
@@ -55,7 +58,7 @@ class RunRows:
         config = self.config
         train_file = config.dataset_name or str(source and source / "train.jsonl")
         eval_file = config.eval_file or (str(source / "eval.jsonl") if source else None)
-        if config.rows == "pairs" and is_streamed(config, train_file):
+        if config.rows == "pairs" and is_streamed(config, train_file, self.ranks):
             self.left_out.sink = self._late
             stream, apart, self.texts = streamed_pairs(
                 train_file, policy, config, self.left_out, self.console.say, not eval_file

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.left_out import one_line
 from . import plain_trainer
 from .contract import EOS, Case, NotApplicable, Target, make_rows, save_model
 from .processes import sharded_gradients
@@ -43,10 +44,10 @@ class Check:
             try:
                 return self.run(target, Path(folder))
             except NotApplicable as reason:
-                return Outcome("n/a", str(reason))
-            except Exception as error:
+                return Outcome("n/a", one_line(str(reason), 400))
+            except (Exception, SystemExit) as error:  # a script of the user's may leave
                 lines = traceback.format_exception_only(error)
-                return Outcome("fail", f"it raised {lines[-1].strip()}"[:400])
+                return Outcome("fail", one_line(f"it raised {lines[-1].strip()}", 400))
 
 
 def case_of(folder: Path, rows: Any, dropout: float = 0.0, **options: Any) -> Case:

@@ -36,14 +36,24 @@ def as_json(targets: Sequence[Target], found: Results) -> dict[str, Any]:
     }
 
 
-def as_text(found: Results) -> str:
-    """A line a check, a column a trainer; then what failed and why."""
+def as_text(found: Results, width: int | None = None) -> str:
+    """A line a check, a column a trainer; then what failed and why.
+
+    `width` of the table: names that do not fit in are numbered.
+    """
     names = list(found)
     checks = list(next(iter(found.values()))) if names else []
     wide = max(map(len, checks), default=0)
-    rows = ["  ".join([" " * wide, *names])]
+    head, heads, rows = " " * wide, names, []
+    if width is not None and len("  ".join([head, *names])) > width:
+        heads = [f"({i})" for i in range(1, len(names) + 1)]
+        rows += [f"{short} {name}" for short, name in zip(heads, names, strict=True)]
+    rows.append("  ".join([head, *(name.ljust(4) for name in heads)]).rstrip())
     for check in checks:
-        cells = [found[name][check].status.ljust(len(name)) for name in names]
+        cells = [
+            found[name][check].status.ljust(max(len(short), 4))
+            for name, short in zip(names, heads, strict=True)
+        ]
         rows.append("  ".join([check.ljust(wide), *cells]).rstrip())
     for name in names:
         for check, outcome in found[name].items():

@@ -1,6 +1,7 @@
 """The trainers that `verify` knows: our loop, TRL as it is and patched, and a user's function.
 
 loop                our own training loop
+trainer             transformers' Trainer with `FusedDPOMixin`
 trl                 TRL's DPOTrainer as it is installed
 trl-patched         the same under `patch_trl()`
 package.module:name   a function or class of the user's (`docs/verify.md`)
@@ -145,6 +146,119 @@ class Loop:
         return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
+class HfTrainer:
+    """transformers' Trainer, with the package's loss (`FusedDPOTrainer`)."""
+
+    name = "trainer"
+
+    def __init__(self) -> None:
+        try:
+            importlib.import_module("accelerate")
+        except ImportError:
+            raise NotApplicable("pip install accelerate") from None
+        self.versions = versions_of("transformers", "accelerate", "torch")
+
+    def train(self, case: Case) -> Trained:
+        return train_on_two(self, case) if case.processes > 1 else self.train_here(case)
+
+    def train_here(self, case: Case) -> Trained:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer = self._trainer(case)
+            trainer.train(resume_from_checkpoint=case.resume_from)
+            evaluation = trainer.evaluate() if case.eval_rows else {}
+        return Trained(_weights_of(trainer), evaluation, _checkpoints(case))
+
+    def _trainer(self, case: Case) -> Any:
+        import transformers
+
+        from ..integrations.transformers import FusedDPOTrainer, PreferenceCollator
+
+        tokens = transformers.AutoTokenizer.from_pretrained(case.model)
+        options = {**_TRAINER, **case.options, **_of_hf(case)}
+        loss: dict[str, Any] = {
+            n: options.pop(n) for n in ("beta", "loss_type", "ld_alpha") if n in options
+        }
+        limit = options.pop("max_length", None)
+        fused: dict[str, Any] = {"layout": case.layout}
+        if options.pop("precompute_ref_log_probs", False):  # what is there in its place
+            fused["reference_cache"] = str(Path(case.model).parent / "reference")
+        options.pop("disable_dropout", None)  # it trains with what the model has
+        policy, reference = (
+            transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
+            for _ in range(2)
+        )
+        return FusedDPOTrainer(
+            model=policy,
+            ref_model=reference,
+            args=transformers.TrainingArguments(case.folder, **options),
+            train_dataset=_examples(case.rows, tokens),
+            eval_dataset=_examples(case.eval_rows, tokens) if case.eval_rows else None,
+            data_collator=PreferenceCollator(tokens.pad_token_id, limit),
+            loss_options=loss,
+            fused=fused,
+        )
+
+    def gradients(self, case: Case, sharding: str) -> dict[str, Tensor]:
+        return _sharded(self._trainer(_share_of(case)), sharding)
+
+
+_TRAINER = {
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "per_device_eval_batch_size": 1,
+    "logging_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
+
+
+def _of_hf(case: Case) -> dict[str, Any]:
+    return {
+        "save_strategy": "steps" if "save_steps" in case.options else "no",
+        "ddp_backend": "gloo" if case.processes > 1 else None,
+    }
+
+
+def _checkpoints(case: Case) -> dict[int, str]:
+    found = Path(case.folder).glob("checkpoint-*")
+    return {int(p.name.removeprefix("checkpoint-")): str(p) for p in found}
+
+
+def _weights_of(trainer: Any) -> dict[str, Tensor]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: full(x) for name, x in model.state_dict().items()}
+
+
+def _examples(rows: tuple[Row, ...], tokenizer: Any) -> list[dict[str, list[int]]]:
+    """Token ids by the package's own rule."""
+    from ..data import LeftOut, PreferencePair, tokenize_pairs
+
+    pairs = [PreferencePair(r["prompt"], r["chosen"], r["rejected"], "row") for r in rows]
+    found = tokenize_pairs(pairs, tokenizer, None, LeftOut(strict=True), warn=lambda text: None)
+    return [
+        {f"{side}_ids": list(getattr(p, side)) for side in ("prompt", "chosen", "rejected")}
+        for p in found
+    ]
+
+
+def _share_of(case: Case) -> Case:
+    """The rows of this rank, of two."""
+    import torch.distributed as dist
+
+    half = len(case.rows) // 2
+    return Case(case.model, case.rows[dist.get_rank() * half :][:half], case.folder, case.options)
+
+
+def _sharded(trainer: Any, sharding: str) -> dict[str, Tensor]:
+    """Gradients of a trainer's own loss on its model, which FSDP2 has cut up."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = shard(trainer.accelerator.unwrap_model(trainer.model), sharding).train()
+    trainer.compute_loss(model, batch).backward()
+    return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
 class Trl:
     """TRL's DPOTrainer, as it is or under `patch_trl()`."""
 
@@ -177,29 +291,13 @@ class Trl:
             trainer = self._trainer(case)
             trainer.train(resume_from_checkpoint=case.resume_from)
             evaluation = trainer.evaluate() if case.eval_rows else {}
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        found = Path(case.folder).glob("checkpoint-*")
-        checkpoints = {int(p.name.removeprefix("checkpoint-")): str(p) for p in found}
-        weights = {name: full(x) for name, x in model.state_dict().items()}
-        return Trained(weights, evaluation, checkpoints)
+        return Trained(_weights_of(trainer), evaluation, _checkpoints(case))
 
     def _trainer(self, case: Case) -> Any:
         import transformers
         from trl import DPOConfig, DPOTrainer
 
-        options: dict[str, Any] = {
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "per_device_eval_batch_size": 1,
-            "logging_steps": 1,
-            "report_to": [],
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
-            "save_strategy": "steps" if "save_steps" in case.options else "no",
-            "ddp_backend": "gloo" if case.processes > 1 else None,
-            **case.options,
-        }
+        options: dict[str, Any] = {**_TRAINER, **_of_hf(case), **case.options}
         model = transformers.AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32)
         return DPOTrainer(
             model=model,
@@ -211,17 +309,8 @@ class Trl:
 
     def gradients(self, case: Case, sharding: str) -> dict[str, Tensor]:
         """Of the trainer's own loss on a model that FSDP2 has cut up."""
-        import torch.distributed as dist
-
-        half = len(case.rows) // 2
-        rows = case.rows[dist.get_rank() * half :][:half]
-        mine = Case(case.model, rows, case.folder, case.options)
         with self._active("padded"), contextlib.redirect_stdout(io.StringIO()):
-            trainer = self._trainer(mine)
-            batch = next(iter(trainer.get_train_dataloader()))
-            model = shard(trainer.accelerator.unwrap_model(trainer.model), sharding).train()
-            trainer.compute_loss(model, batch).backward()
-        return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+            return _sharded(self._trainer(_share_of(case)), sharding)
 
 
 def _dataset(case: Case, split: str, rows: tuple[Row, ...]) -> Any:
@@ -261,18 +350,21 @@ class Callable_:
         return self.made.gradients(case, sharding)
 
 
-NAMES = ("loop", "trl", "trl-patched")
+NAMES = ("loop", "trl", "trl-patched", "trainer")
 
 
 def named(name: str) -> Target:
     """The target of a name, or of `module:function`; `ValueError` for another."""
     if name == "loop":
         return Loop()
+    if name == "trainer":
+        return HfTrainer()
     if name in ("trl", "trl-patched"):
         return Trl(patched=name == "trl-patched")
     if ":" in name:
         try:
             return Callable_(name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"target {name!r}: {error}") from None
+        except Exception as error:  # whatever the user's module raises
+            said = " ".join(str(error).split()) or "no message"
+            raise ValueError(f"target {name!r}: {type(error).__name__}: {said}") from None
     raise ValueError(f"target must be one of {', '.join(NAMES)} or module:function, got {name!r}")

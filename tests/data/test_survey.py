@@ -12,7 +12,7 @@ from test_data import bot, byte_tokenizer, user, write
 
 from dpo_kernels.cli import main
 from dpo_kernels.data import LeftOut, PreferencePair, Truncation, tokenize_pairs
-from dpo_kernels.data.show import columns, folded, shown_pair, visible
+from dpo_kernels.data.show import columns, folded, shown_pair, token_text, visible
 from dpo_kernels.data.survey import Lengths, Marks, repeats
 
 LONG = " ".join(f"word{i}" for i in range(60)) + " "
@@ -145,6 +145,23 @@ def test_show_on_the_command_line(tmp_path: Path, model: str, capsys: Any) -> No
     text = check(capsys, file, "--model_name_or_path", model, "--show", 1, "--color", "always")[1]
     assert "\x1b[32mg\x1b[0m" in text
     assert main(["data", "check", file, "--show", "2"]) == 2
+    assert main(["data", "check", file, "--model_name_or_path", model, "--show", "-1"]) == 2
+
+
+def test_show_tells_the_bytes_of_parts_of_letters() -> None:
+    """They were question marks, as a question mark is."""
+    tokenizer = byte_tokenizer()
+    told = [token_text(tokenizer, i) for i in tokenizer("é? ")["input_ids"]]
+    assert told == ["<c3>", "<a9>", "?", "·"]
+
+    class Pieces:
+        def decode(self, ids: list[int]) -> str:
+            return "\ufffd"
+
+        def convert_ids_to_tokens(self, i: int) -> str:
+            return ["<0xE4>", "一"][i]
+
+    assert [token_text(Pieces(), i) for i in (0, 1)] == ["<e4>", "?"]
 
 
 def test_no_line_is_wider_than_the_terminal(

@@ -33,8 +33,11 @@ def run(model: Any = None, **options: Any) -> Any:
         model=model,
         args=args,
         train_dataset=Dataset.from_list(rows or tiny.rows(12)),
-        processing_class=tiny.tokenizer(),
-        **{"ref_model": copy.deepcopy(model), **mine},
+        **{
+            "ref_model": copy.deepcopy(model),
+            "processing_class": tiny.tokenizer(),
+            **mine,
+        },
     )
     made.train()
     return made
@@ -71,6 +74,41 @@ def test_masked_labels() -> None:
     made.data_collator = masked
     with pytest.raises(FirstStepError, match="labels are all masked"):
         made.train()
+
+
+@needs_v1
+def test_rows_that_trl_leaves_out() -> None:
+    """It drops rows without a scored token; that none is left was torch's `num_samples=0`."""
+    rows = [{**r, "prompt": " ".join(["w1"] * 20)} for r in tiny.rows(12)]
+    with pytest.raises((FirstStepError, ValueError), match=r"no token of train_dataset|all masked"):
+        run(of_rows=rows, max_length=10, truncation_mode="keep_start")
+
+
+@pytest.mark.parametrize("end", ["<eos> <eos> ", "<eos> w9 <eos> w9 ", "<eos> <eos> w9 "])
+def test_end_tokens_that_the_chat_template_doubles(end: str) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}w1 {{ m.content }} "
+        + end
+        + "{% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
+    )
+    sides = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    rows = [
+        {k: [{"role": role, "content": r[k].strip()}] for k, role in sides.items()}
+        for r in tiny.rows(12)
+    ]
+    with pytest.raises(FirstStepError, match=r"end token \(EOS, id 1\) twice"):
+        run(of_rows=rows, of_processing_class=tokenizer)
+
+
+def test_a_schedule_that_never_begins() -> None:
+    for options in ({"max_steps": 1, "warmup_steps": 5}, {}):
+        model = tiny.model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        never = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+        mine = {} if options else {"of_optimizers": (optimizer, never)}
+        with pytest.raises(FirstStepError, match="the learning rate is 0 by its schedule"):
+            run(model, **options, **mine)
 
 
 def test_doubled_end_token() -> None:

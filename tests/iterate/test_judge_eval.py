@@ -46,6 +46,21 @@ def test_rates_by_hand() -> None:
     assert quality("all", PAIRS, [verdicts[3]] * 4).agreement is None
 
 
+@pytest.mark.parametrize("right", [0, 1])
+def test_a_judge_that_is_always_right_is_drawn(tmp_path: Path, right: int) -> None:
+    """Of all or of none the share is the end of its interval, which rounding had beside it."""
+    from dpo_kernels.iterate.judge_eval import plot_eval
+
+    pytest.importorskip("matplotlib", reason="the chart")
+    for n in (4, 46, 92, 419):
+        low, high = wilson(n * right, n)
+        assert low <= right <= high
+        pairs = [PAIRS[0]] * n
+        table = [quality("all", pairs, [Verdict(float(right), False, None, "")] * n)]
+        plot_eval(table, tmp_path / "chart.png", "oracle")
+        assert (tmp_path / "chart.png").stat().st_size > 1000
+
+
 def test_wilson() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
     low, high = wilson(8, 10)  # the textbook's

@@ -206,6 +206,41 @@ def test_foreign_and_half_written_files(tmp_path: Path, scored: list[int]) -> No
     assert same(run(tmp_path, pairs, policy), expected) and sum(scored) == 16
 
 
+@pytest.mark.parametrize("what", ["empty", "title cut", "noise", "folder", "identity"])
+def test_strange_entries_of_the_folder(tmp_path: Path, scored: list[int], what: str) -> None:
+    """What holds no values costs those that it held; nothing else is touched."""
+    pairs = random_pairs(8)
+    first = run(tmp_path, pairs)
+    (part,) = tmp_path.glob("*/*.part")
+    lost = {"empty": b"", "title cut": part.read_bytes()[:9], "noise": os.urandom(4000)}
+    if what in lost:
+        part.write_bytes(lost[what])
+    elif what == "folder":
+        (part.parent / "a.part").mkdir()
+    else:
+        (part.parent / "identity.json").write_text("{")
+    scored.clear()
+    assert same(run(tmp_path, pairs), first) and sum(scored) == 8 * (what in lost)
+    scored.clear()
+    assert same(run(tmp_path, pairs), first) and not scored
+
+
+def test_a_file_that_ends_within_a_record_is_told(tmp_path: Path) -> None:
+    """Unless its writer is at work on it."""
+    policy = tiny_policy()
+    identity = reference_identity(policy.model, policy.dtype)
+    key = sequence_key(TokenSequence((1, 2, 3), 1, "f"))
+    said: list[str] = []
+    with ReferenceCache(tmp_path, identity) as writer:
+        writer.put([key], [torch.tensor([0.5, -2.0])])
+        writer._own.write(b"\xd0dk")
+        with ReferenceCache(tmp_path, identity, said.append) as other:
+            assert key in other and not said
+    with ReferenceCache(tmp_path, identity, said.append) as other:
+        assert key in other and other.counts.damaged == 1
+    assert len(said) == 1 and "ends within a record" in said[0] and ".part" in said[0]
+
+
 def test_runs_side_by_side_share(tmp_path: Path, scored: list[int]) -> None:
     """What one has written the other takes, though both were open before; and of two at work at
     once one goes from the back."""

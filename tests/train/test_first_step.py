@@ -11,9 +11,10 @@ from test_data import random_pairs
 from test_train import QUIET, config_of, tiny_model, tiny_policy
 
 from dpo_kernels.data import TokenPair
+from dpo_kernels.data.sequences import doubled_end
 from dpo_kernels.models.falling import FallingWatch
 from dpo_kernels.models.reference_cache import sequence_key
-from dpo_kernels.models.step1 import FirstStep, FirstStepError, check_rows
+from dpo_kernels.models.step1 import FirstStep, FirstStepError, check_rows, eos_ids_of
 from dpo_kernels.train.console import Console
 from dpo_kernels.train.loop import train
 from dpo_kernels.train.metrics import MetricsFile
@@ -39,6 +40,20 @@ def test_wrong_reference(tmp_path: Path) -> None:
     data = with_reference(tiny_policy(other), pairs, config_of(), QUIET, "pairs")
     with pytest.raises(TrainingError, match="another reference model"):
         start(tmp_path, data=data)
+
+
+def test_a_named_reference_that_differs_is_told(tmp_path: Path, capsys: Any) -> None:
+    """It may be meant, so the run goes on."""
+    for scale, told in ((1.3, True), (1.0, False)):
+        other = tiny_model()
+        with torch.no_grad():
+            other.get_output_embeddings().weight.mul_(scale)
+        pairs, policy = random_pairs(8), tiny_policy()
+        config = config_of(max_steps=1, ref_model_name_or_path="other")
+        data = with_reference(tiny_policy(other), pairs, config_of(), QUIET, "pairs")
+        train(policy, data, None, config, MetricsFile(tmp_path / "m"), Console())
+        said = "warning: step 0: the policy is another than its reference (other): loss"
+        assert (said in capsys.readouterr().out) == told
 
 
 def test_stale_cache(tmp_path: Path) -> None:
@@ -75,6 +90,57 @@ def test_learning_rate_of_zero(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="step 1: the learning rate is 0"):
         start(tmp_path, learning_rate=0.0)
     assert start(tmp_path, learning_rate=1e-4, warmup_steps=2).steps == 3
+
+
+def stepped(schedule: Any, left: int | None = None, steps: int = 1) -> FirstStep:
+    """A watch over steps under a schedule of one's own."""
+    model = tiny_model()
+    watch = FirstStep(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = schedule(optimizer) if schedule is not None else None
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=torch.tensor([[5, 6, 7]])).logits.logsumexp(-1).sum().backward()
+        watch.after_backward()
+        optimizer.step()
+        watch.after_step(optimizer, schedule=made, left=None if left is None else left - step)
+        if made is not None:
+            made.step()
+    return watch
+
+
+def test_a_schedule_that_never_begins(tmp_path: Path) -> None:
+    """A rate of 0 by the schedule is told at the first step, and a warm-up is not."""
+    schedules = torch.optim.lr_scheduler
+    never = "the learning rate is 0 by its schedule, now and later"
+    with pytest.raises(FirstStepError, match=never):
+        stepped(lambda o: schedules.LambdaLR(o, lambda step: 0.0))
+    with pytest.raises(FirstStepError, match=never):  # the run ends before its warm-up begins
+        stepped(lambda o: schedules.LambdaLR(o, lambda step: min(step / 9, 1)), left=0)
+    late = stepped(lambda o: schedules.LambdaLR(o, lambda step: float(step > 4)), left=9, steps=4)
+    assert not late.done
+    assert stepped(lambda o: schedules.LambdaLR(o, lambda step: min(step / 9, 1)), steps=2).done
+    # Of one that cannot be asked ahead, at the second.
+    assert not stepped(lambda o: schedules.ConstantLR(o, 0.0, 9)).done
+    with pytest.raises(FirstStepError, match=never):
+        stepped(lambda o: schedules.ConstantLR(o, 0.0, 9), steps=2)
+    with pytest.raises(TrainingError, match=f"step 1: {never}"):
+        config = config_of(max_steps=1, warmup_steps=4)
+        data = with_reference(tiny_policy(), random_pairs(4), config, QUIET, "pairs")
+        train(tiny_policy(), data, None, config, MetricsFile(tmp_path / "m"), QUIET)
+
+
+def test_the_rate_of_the_models_own_weights() -> None:
+    """Another group of the optimizer has a rate."""
+    model, other = tiny_model(), torch.nn.Parameter(torch.ones(2))
+    groups = [{"params": [*model.parameters()], "lr": 0.0}, {"params": [other], "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    watch = FirstStep(model)
+    model(input_ids=torch.tensor([[5, 6, 7]])).logits.logsumexp(-1).sum().backward()
+    watch.after_backward()
+    optimizer.step()
+    with pytest.raises(FirstStepError, match="the learning rate is 0: no step"):
+        watch.after_step(optimizer)
 
 
 def merged_adapter() -> Any:
@@ -145,6 +211,33 @@ def test_rows_of_a_padded_batch() -> None:
         check_rows(labels, [1])
     labels[1:, 4] = -100
     check_rows(labels, [1])
+
+
+@pytest.mark.parametrize(
+    ("ids", "doubled"),
+    [
+        ([7, 1, 1], True),
+        ([7, 1, 1, 5], True),  # and the template's line break
+        ([1, 5, 1, 5], True),
+        ([1, 1], True),
+        ([7, 1, 5], False),
+        ([1, 7, 1], False),  # an answer of one token
+        ([1, 7, 1, 5], False),
+        ([1, 1, 7], True),
+        ([1, 1, 7, 5], False),
+        ([1, 2], False),  # two tokens behind one another, as Phi's
+        ([], False),
+    ],
+)
+def test_end_tokens_that_templates_double(ids: list[int], doubled: bool) -> None:
+    assert (doubled_end(ids, {1, 2}) == 1) == doubled
+
+
+def test_end_tokens_of_every_configuration() -> None:
+    model = tiny_model()
+    model.config.eos_token_id, model.generation_config.eos_token_id = 4, [5, 6]
+    assert {4, 5, 6} <= set(eos_ids_of(model))
+    assert {2, 4, 5, 6} <= set(eos_ids_of(model, tiny_policy().tokenizer))
 
 
 def test_falling_log_probs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

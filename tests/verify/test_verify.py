@@ -20,6 +20,7 @@ from dpo_kernels.verify import (
 )
 from dpo_kernels.verify.contract import EOS
 
+TWO = {"two processes", "evaluation rows", "FSDP2", "FSDP2, head apart"}  # processes
 BY_NAME = {check.name: check for check in CHECKS}
 
 
@@ -148,6 +149,43 @@ def test_the_table_and_the_file():
     assert as_json([Right()], found)["checks"]["stub"]["update"][0] == "pass"
 
 
+def test_the_table_fits_its_terminal():
+    class Long(Right):
+        name = "a_package.with.a_module:and_an_object.with_a_name"
+
+    class Other(Right):
+        name = "another"
+
+    found = verify([Long(), Other()], [BY_NAME["update"]])
+    assert as_text(found, 60).splitlines()[:4] == [
+        f"(1) {Long.name}",
+        "(2) another",
+        "        (1)   (2)",
+        "update  pass  pass",
+    ]
+    assert Long.name in as_text(found, 100).splitlines()[0]
+
+
+def test_what_a_trainer_raises_is_one_line():
+    class Leaves(Right):
+        def train(self, case):
+            raise SystemExit("see\nbelow")
+
+    class Declines(Right):
+        def train(self, case):
+            raise NotApplicable("not\nhere")
+
+    assert BY_NAME["update"](Leaves()).status == "fail"
+    assert BY_NAME["update"](Declines()).detail == "not here"
+
+
+def test_transformers_trainer_passes():
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    checks = [check for check in CHECKS if check.name not in TWO]
+    found = verify([named("trainer")], checks)["trainer"]
+    assert {o.status for o in found.values()} == {"pass"}, found
+
+
 def test_our_loop_passes_what_one_process_can_show():
     checks = [check for check in CHECKS if "FSDP2" not in check.name]
     found = verify([named("loop")], checks)["loop"]
@@ -160,7 +198,7 @@ def test_the_head_on_two_processes():
     assert outcome.status == "pass", outcome
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(tmp_path, capsys, monkeypatch):
     file = tmp_path / "found.json"
     assert main(["verify", "loop", "--check", "truncation", "--json", str(file)]) == 0
     assert "truncation  pass" in capsys.readouterr().out
@@ -169,3 +207,7 @@ def test_command_line(tmp_path, capsys):
     assert "loop, trl" in capsys.readouterr().err
     assert main(["verify", "loop", "--check", "nothing"]) == 2
     assert main(["verify", "no_such_module:train"]) == 2
+    (tmp_path / "raises_at_once.py").write_text("raise RuntimeError('two\\nlines')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["verify", "raises_at_once:train"]) == 2
+    assert "RuntimeError: two lines" in capsys.readouterr().err

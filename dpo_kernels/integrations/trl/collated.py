@@ -34,7 +34,13 @@ from ...models.structure import deterministic
 from .. import hf_trainer, shapes
 from ..announce import announce, opt_out
 from ..cached_reference import OF_STATES, cache_of
-from ..first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
+from ..first_step import (
+    check_first_loss,
+    check_first_rows,
+    check_rows_left,
+    note_loss,
+    watch_first_step,
+)
 from ..rows import WithRowColumns, check_row_columns, take_row_options
 from ..trainer_metrics import (
     ONE_BY_ONE,
@@ -121,6 +127,7 @@ def _init(original: Callable, module: Any) -> Callable:
         with _adapter_on_head(module), _no_reference(module, named) if free else nullcontext():
             original(self, *args, **kwargs)
         shapes.check_has(self, _OF_THE_TRAINER, shapes.TRL)
+        check_rows_left(self, given.get("train_dataset"))
         attach_head(self.model)  # now: below what accelerate will wrap it in
         self.data_collator = WithRowColumns(self.data_collator)
         watch_first_step(self)
@@ -191,16 +198,10 @@ def _get_batch_samples(original: Callable) -> Callable:
     @functools.wraps(original)
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = original(self, *args, **kwargs)
-        self._pairs_of_step = [len(batch.get("input_ids", ())) // 2 for batch in found[0]]
+        hf_trainer.note_sizes(self, found[0])
         return found
 
     return get_batch_samples
-
-
-def _share_of_step(trainer: Any) -> dict[str, float]:
-    """Where the batches of a step differ in size, the mean of their means is not the mean."""
-    sizes = getattr(trainer, "_pairs_of_step", [])
-    return {"num_pairs": sum(sizes) / len(sizes)} if len(set(sizes)) > 1 else {}
 
 
 def _rows(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -281,7 +282,7 @@ def _compute_loss(original: Callable) -> Callable:
         if not training:
             options |= ONE_BY_ONE
         else:
-            options |= _share_of_step(self)
+            options |= hf_trainer.share_of_step(self)
         options = hf_trainer.loss_state(self, options)
         reference = None
         if needs_reference(options):
