@@ -46,8 +46,11 @@ def generate(
 ) -> SampleCounts:
     """Write `num_samples` samples of each prompt; what an earlier call had drawn is kept."""
     output, console = Path(output), console or Console(quiet=True)
-    o = source.options if isinstance(source, Endpoint) else None
-    who = source.identity if o is None else [o.base_url, o.model, o.extra_body]
+    if isinstance(source, Endpoint):
+        o = source.options
+        who: Any = [o.base_url, o.model, o.extra_body]
+    else:
+        who = source.identity
     drawn_how = {f.name: getattr(options, f.name) for f in fields(SamplingOptions)}
     journal = Journal.of(output, [who, [[p.id, p.prompt] for p in prompts], drawn_how])
     done = {(row["id"], row["sample"]) for row in journal.rows}
