@@ -16,6 +16,7 @@ from typing import Any
 from ..train.config_files import UserError
 from ..train.console import Console
 from ..train.job import run_job
+from ..train.ranks_start import check_same, joined
 from .records import read_table, write_table
 
 _SHOWN = (
@@ -50,26 +51,42 @@ def run_sweep(
 ) -> list[dict[str, Any]]:
     """Train at each point; rows {point, after, before, steps} in `sweep.jsonl`, and a chart."""
     folder, console = Path(folder), console or Console(quiet=True)
-    rows = []
-    points = grid.points()
-    if grid.num_pairs and not options.get("dataset_name"):
-        raise UserError("pair_counts needs dataset_name, the file of pairs they are drawn from")
-    for i, point in enumerate(points, start=1):
-        name = "_".join(f"{k}-{v:g}" for k, v in point.items())
-        run = folder / name
-        summary = run / "summary.json"
-        if not summary.exists():
-            console.say(f"run {i} of {len(points)}: {name}")
-            settings = {**options, **_settings(point, options, folder)}
-            run_job({**settings, "output_dir": str(run), "overwrite_output_dir": True}, console)
-        found = json.loads(summary.read_text(encoding="utf-8"))
-        rows.append({"point": point, **{k: found.get(k) for k in ("before", "after", "steps")}})
-        write_table(folder / "sweep.jsonl", rows)
+    with joined(options, console) as ranks:
+        with ranks.together():
+            points = grid.points()
+            if grid.num_pairs and not options.get("dataset_name"):
+                raise UserError(
+                    "pair_counts needs dataset_name, the file of pairs they are drawn from"
+                )
+        if ranks.many:
+            check_same(ranks, {"option betas, sft_weights, pair_counts": repr(points)})
+        rows: list[dict[str, Any]] = []
+        for i, point in enumerate(points, start=1):
+            name = "_".join(f"{k}-{v:g}" for k, v in point.items())
+            run = folder / name
+            summary = run / "summary.json"
+            ranks.within(f"run {i}")
+            if not ranks.first_does(summary.exists):
+                console.say(f"run {i} of {len(points)}: {name}")
+                more = ranks.first_does(lambda point=point: _settings(point, options, folder))
+                own = {"output_dir": str(run), "overwrite_output_dir": True}
+                run_job({**options, **more, **own}, console, ranks)
+            rows.append(ranks.first_does(lambda point=point, file=summary: _row(point, file)))
+            ranks.first_does(lambda: write_table(folder / "sweep.jsonl", rows))
+        ranks.first_does(lambda: _chart(rows, folder, console))
+    return rows
+
+
+def _row(point: dict[str, Any], summary: Path) -> dict[str, Any]:
+    found = json.loads(summary.read_text(encoding="utf-8"))
+    return {"point": point, **{k: found.get(k) for k in ("before", "after", "steps")}}
+
+
+def _chart(rows: Sequence[dict[str, Any]], folder: Path, console: Console) -> None:
     try:
         plot_sweep(rows, folder / "sweep.png")
     except ImportError as error:
         console.say(f"warning: sweep.png was not drawn: {error}")
-    return rows
 
 
 def _settings(point: dict[str, Any], options: Mapping[str, Any], folder: Path) -> dict[str, Any]:

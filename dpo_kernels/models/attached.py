@@ -30,6 +30,7 @@ from .experts import adds_router_loss, router_loss, router_loss_of_calls
 from .layout_check import check_first_batch
 from .layouts import LaidOut, known, lay_out, pairs_of, run_call, trunk_states
 from .lm_head import call_head, check_head_kind, gathered_head, head_parts, head_scaling
+from .mesh_axes import check_trunk
 from .structure import base_model_of, text_config, trunk_of
 
 
@@ -78,6 +79,7 @@ def attach_head(model: nn.Module) -> Any:
     base = base_model_of(model)
     if not _takes_head(base):
         trunk_of(base)
+        check_trunk(model)
         check_head_kind(base.get_output_embeddings())
         plain = vars(base).pop("forward", None)
         if plain is not None:

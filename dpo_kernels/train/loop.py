@@ -78,7 +78,7 @@ def evaluate(
         for part in of_one_length(range(start, min(start + size, n)), data.pairs)
     ]
     parts = Parts.whole_batches(policy.ranks, batches, lambda i: tokens_of(data.pairs[i]))
-    table = Table(policy.ranks, policy.device, 4, n) if policy.ranks.many else None
+    table = loss.table(n) if policy.ranks.many else None
     began = time.perf_counter()
 
     def note(out: HeadOutput) -> None:
@@ -197,7 +197,8 @@ def _begin(loss: StepLoss, data: PairData, indices: Sequence[int], config: DPOTr
     """What a step needs to know of all its rows before the first backward: kto's z."""
     asked: Any = data.mismatched and data.mismatched.pairs
     if asked is not None:
-        loss.begin(data, batches_of(asked.keys(indices), asked, config, loss.policy))
+        keys = asked.keys(indices)
+        loss.begin(data, keys, batches_of(keys, asked, config, loss.policy))
 
 
 @dataclass
@@ -257,7 +258,7 @@ def _gradients(
     else:
         step = {i: at for at, i in enumerate(indices)}
         if policy.ranks.many:
-            table = Table(policy.ranks, policy.device, 4, len(indices))
+            table = loss.table(len(indices))
         for k, part in enumerate(parts):
             with policy.sharded.micro_batch(k == parts.rounds - 1 and not more):
                 if part is None:
