@@ -249,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=PAIRS)
     parser.add_argument("--model", help="a folder; default: SmolLM2-135M as it is found")
-    parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
+    parser.add_argument("--pairs", type=int, default=8, help="a step; 8 is the default of TRL")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--max_length", type=int, default=1024, help="of a sequence, as TRL's")
     parser.add_argument("--rounds", type=int, default=1, help="runs of TRL's script")

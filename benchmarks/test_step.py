@@ -138,6 +138,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there")
     given = parser.parse_args()
     results: dict[str, Any] = {}
+    about = describe() | {"format": "dpo-kernels step 1", "threads": given.threads}
+
+    def keep() -> None:
+        """After each part: the whole takes an hour."""
+        if given.json:
+            given.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+
     for shape in given.shape or SHAPES:
         for name in given.prompt or PROMPTS:
             rows = compare(
@@ -157,13 +164,12 @@ def main() -> None:
                     f"{row['CPU of TRL']:.2f}x | {row['training_mb']:.0f} |",
                     flush=True,
                 )
+            keep()
         if given.limit_mb:
             found = {n: longest(w, shape, given.limit_mb, given.threads) for n, w in WAYS.items()}
             results[f"{shape}, longest pair within {given.limit_mb} MB"] = found
             print(f"\nlongest pair within {given.limit_mb} MB: {found}")
-    if given.json:
-        about = describe() | {"format": "dpo-kernels step 1", "threads": given.threads}
-        given.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+            keep()
 
 
 if __name__ == "__main__":
