@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ def run_sweep(
             ranks.within(f"run {i}")
             if not ranks.first_does(summary.exists):
                 console.say(f"run {i} of {len(points)}: {name}")
-                more = ranks.first_does(lambda point=point: _settings(point, options, folder))
+                more = ranks.first_does(partial(_settings, point, options, folder))
                 own = {"output_dir": str(run), "overwrite_output_dir": True}
                 run_job({**options, **more, **own}, console, ranks)
-            rows.append(ranks.first_does(lambda point=point, file=summary: _row(point, file)))
+            rows.append(ranks.first_does(partial(_row, point, summary)))
             ranks.first_does(lambda: write_table(folder / "sweep.jsonl", rows))
         ranks.first_does(lambda: _chart(rows, folder, console))
     return rows
