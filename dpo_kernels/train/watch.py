@@ -55,9 +55,11 @@ class Watch:
 
     def at(self, part: str, step: int | None = None) -> None:
         """Where this rank is from here on."""
+        told = part != self.part or step is not None
         self.part, self._moved = part, time.monotonic()
         if step is not None:
             self.step = step
+        if told:
             self._wake.set()
 
     def within(self, stage: str) -> None:

@@ -121,7 +121,7 @@ def kept_gradients(run: Path) -> Iterator[None]:
         yield
     finally:
         Stepper.step, Stepper.__init__ = plain, begin  # type: ignore[method-assign]
-    if os.environ["RANK"] == "0":
+    if os.environ.get("RANK", "0") == "0":
         torch.save(found, run.with_name(f"{run.name}.gradients"))
 
 
@@ -359,10 +359,22 @@ CASES: dict[int, list[str]] = {
 }
 
 
+def no_charts() -> None:
+    """Charts are most of what a run of three steps does, and each looks like the first."""
+    from dpo_kernels.train import job
+
+    def draw(metrics: Any, run: Path, *_: Any) -> None:
+        (run / "training.png").touch()
+
+    job.draw = draw
+
+
 def run_cases(folder: Path, world: int, names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
         try:
+            if name != names[0]:
+                no_charts()
             if name in SAME:
                 found[name] = case_same(folder, world, name)
             else:

@@ -237,6 +237,18 @@ def test_a_rank_that_is_lost_ends_the_run_which_goes_on(tmp_path: Path) -> None:
     assert time.monotonic() - began < 300
 
 
+def test_a_loop_that_loses_a_rank_goes_on(tmp_path: Path) -> None:
+    """kill -9 in three stages of `iterate`: no text is judged twice, the weights are the same to
+    the bit. Without names the script kills in every stage."""
+    stages = ["judging", "training", "held-out"]
+    call = [sys.executable, HERE.with_name("faulty_ranks.py"), tmp_path, *stages, "--loop"]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.stdout.splitlines()[-1] == "3 kills: equal to the bit"
+    said = re.findall(r"training stopped: rank \d, round 1.*: died or was stopped", done.stderr)
+    assert len(said) >= 2, done.stderr[-4000:]
+
+
 def told(text: str) -> list[tuple[str, str, str]]:
     """(fault, its rank, what was written until the next one)."""
     found: dict[str, tuple[str, str, str]] = {}
