@@ -9,14 +9,14 @@ Iterative: the same number of samples and steps in three rounds, each from the c
 Every `POINT` steps: mean reward and exact KL to the starting model (summed over the vocabulary at
 each position, nats a sequence) on fresh samples of held-out beginnings.
 
-What is done is kept in the folder and not done again. The design of the first part is the DPO
+What is done is kept in the folder and not done again. The first pairs of a seed are the same on
+each of its lines, and are made once. The design of the first part is the DPO
 paper's sentiment task (arXiv 2305.18290, section 6) at the size of a laptop.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import time
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from frontier_chart import conclusions, draw
 from torch import Tensor
 
 import dpo_kernels as dk
@@ -181,7 +182,11 @@ def make_pairs(model: Any, reward: Reward, prompts: list[list[int]], seed: int) 
 
 def batch_of(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """(ids, labels), each [2B, T]."""
-    rows = [(p, c) for p, c, _ in pairs] + [(p, r) for p, _, r in pairs]
+    return scored([(p, c) for p, c, _ in pairs] + [(p, r) for p, _, r in pairs])
+
+
+def scored(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """(ids, labels), each [rows, T], of prompts with their continuations."""
     ids = padded([p + c for p, c in rows])
     return ids, padded([[-100] * len(p) + c for p, c in rows], -100)
 
@@ -207,12 +212,15 @@ def plain_logps(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reference_logps(model: Any, pairs: Sequence[Pair]) -> Tensor:
-    """[pairs, 2]"""
-    found = []
-    for start in range(0, len(pairs), 128):
-        logps = plain_logps(model, *batch_of(pairs[start : start + 128]))
-        found.append(logps.view(2, -1).T)
-    return torch.cat(found)
+    """[pairs, 2]; each text is scored once, however many pairs it is in."""
+    sides = [[(tuple(p), tuple(text)) for text in (c, r)] for p, c, r in pairs]
+    texts = sorted({text for pair in sides for text in pair}, key=lambda t: (len(t[1]), t))
+    known: dict[Any, float] = {}
+    for start in range(0, len(texts), 256):
+        group = texts[start : start + 256]
+        logps = plain_logps(model, *scored([(list(p), list(c)) for p, c in group]))
+        known.update(zip(group, logps.tolist(), strict=True))
+    return torch.tensor([[known[text] for text in pair] for pair in sides])
 
 
 # --- a line of the front ---
@@ -225,9 +233,8 @@ def measure(
     drawn = sample(policy, prompts, seed)
     kl = 0.0
     for i in range(0, len(prompts), 50):
-        group = list(zip(prompts[i : i + 50], drawn[i : i + 50], strict=True))
-        ids = padded([p + c for p, c in group])
-        keep = padded([[-100] * len(p) + c for p, c in group], -100)[:, 1:] != -100
+        ids, labels = scored(list(zip(prompts[i : i + 50], drawn[i : i + 50], strict=True)))
+        keep = labels[:, 1:] != -100
         log_p, log_q = (m(ids).logits[:, :-1][keep].log_softmax(-1) for m in (policy, start))
         kl += float((log_p.exp() * (log_p - log_q)).sum())
     rewards = [reward(p + c) for p, c in zip(prompts, drawn, strict=True)]
@@ -244,8 +251,11 @@ def train(run: Run, work: Work) -> list[dict[str, Any]]:
     step = 0
     for r in range(rounds):
         prompts = work.prompts[r * share : (r + 1) * share]
-        pairs = make_pairs(policy, work.reward, prompts, run.seed * 1000 + r)
-        ref = reference_logps(work.start, pairs)
+        if r == 0:
+            pairs, ref = work.first_pairs(prompts, run.seed * 1000)
+        else:
+            pairs = make_pairs(policy, work.reward, prompts, run.seed * 1000 + r)
+            ref = reference_logps(work.start, pairs)
         order = random.Random(run.seed * 77 + r).sample(range(len(pairs)), len(pairs))
         policy.train()
         for i in range(STEPS // rounds):
@@ -293,6 +303,15 @@ class Work:
         self.held = [list(b) for b in beginnings[:HELD]]
         self.prompts = [list(b) for b in beginnings[HELD : HELD + BEGINNINGS]]
         self.results = folder / "frontier.jsonl"
+        self._first: dict[tuple[int, int], tuple[list[Pair], Tensor]] = {}
+
+    def first_pairs(self, prompts: list[list[int]], seed: int) -> tuple[list[Pair], Tensor]:
+        """The pairs of the starting model's samples, and their log-probs under it."""
+        key = (len(prompts), seed)
+        if key not in self._first:
+            pairs = make_pairs(self.start, self.reward, prompts, seed)
+            self._first[key] = pairs, reference_logps(self.start, pairs)
+        return self._first[key]
 
     def fresh_model(self, saved: bool = True) -> Any:
         model = make_model(len(self.vocabulary.words))
@@ -338,100 +357,6 @@ class Work:
     def _add(self, row: dict[str, Any]) -> None:
         with self.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-# --- what it says ---
-
-
-def at_kl(points: list[dict[str, Any]], kl: float) -> float | None:
-    """Reward at a KL, between the two points around it; None outside of them."""
-    ordered = sorted(points, key=lambda p: p["kl"])
-    for a, b in itertools.pairwise(ordered):
-        if a["kl"] <= kl <= b["kl"]:
-            t = (kl - a["kl"]) / max(b["kl"] - a["kl"], 1e-12)
-            return a["reward"] + t * (b["reward"] - a["reward"])
-    return None
-
-
-def conclusions(rows: list[dict[str, Any]]) -> list[str]:
-    """Is the front ordered by beta; is iterative above offline at equal KL: whichever way."""
-    start = next(row for row in rows if row["mode"] == "start")["points"]
-    lines = []
-    for mode in ("offline", "iterative"):
-        mine = [r for r in rows if r["mode"] == mode]
-        means = {}
-        for beta in sorted({r["beta"] for r in mine}):
-            last = [r["points"][-1] for r in mine if r["beta"] == beta]
-            means[beta] = [sum(p[k] for p in last) / len(last) for k in ("kl", "reward")]
-        for k, what in enumerate(("KL", "reward")):
-            values = [means[b][k] for b in means]
-            falls = all(a > b for a, b in itertools.pairwise(values))
-            shown = ", ".join(f"{b:g}: {means[b][k]:.3f}" for b in means)
-            lines.append(
-                f"{mode}: {what} {'falls' if falls else 'does NOT fall'} with beta ({shown})"
-            )
-    fronts = {
-        mode: start + [p for r in rows if r["mode"] == mode for p in r["points"]]
-        for mode in ("offline", "iterative")
-    }
-    most = min(max(p["kl"] for p in points) for points in fronts.values())
-    gaps = []
-    for i in range(1, 9):
-        both = [at_kl(fronts[mode], most * i / 9) for mode in ("offline", "iterative")]
-        if None not in both:
-            gaps.append(both[1] - both[0])  # type: ignore[operator]
-    if gaps:
-        mean = sum(gaps) / len(gaps)
-        better = sum(g > 0 for g in gaps)
-        lines.append(
-            f"at equal KL (up to {most:.1f}) iterative is "
-            f"{'above' if mean > 0 else 'below'} offline "
-            f"by {abs(mean):.3f} in reward on average, above at {better} of {len(gaps)} places"
-        )
-    paths = {r["path"] for r in rows if r["mode"] != "start"}
-    if len(paths) == 2:
-        by = {
-            (r["mode"], r["beta"], r["seed"], r["path"]): r["points"] for r in rows if "beta" in r
-        }
-        twins = [(k, by.get((*k[:3], "plain"))) for k in by if k[3] == "fused"]
-        worst = max(
-            abs(a[m] - b[m])
-            for k, other in twins
-            if other
-            for a, b in zip(by[k], other, strict=True)
-            for m in ("reward", "kl")
-        )
-        lines.append(f"fused and plain torch: the points differ by at most {worst:.4f}")
-    return lines
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    betas = sorted({r["beta"] for r in rows if "beta" in r})
-    for row in rows:
-        if row["mode"] == "start" or row["path"] != "fused":
-            continue
-        points = [{"kl": 0.0, "reward": rows[0]["points"][0]["reward"]}, *row["points"]]
-        axis.plot(
-            [p["kl"] for p in points],
-            [p["reward"] for p in points],
-            color=f"C{betas.index(row['beta'])}",
-            ls="-" if row["mode"] == "iterative" else "--",
-            marker="o" if row["mode"] == "iterative" else "s",
-            ms=4,
-            alpha=0.8,
-            label=f"{row['mode']}, beta {row['beta']:g}" if row["seed"] == 0 else None,
-        )
-    axis.set_xlabel("KL to the starting model, exact, nats a sequence")
-    axis.set_ylabel("reward (VADER compound)")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:

@@ -23,12 +23,13 @@ from dpo_kernels.data import TokenPair
 from dpo_kernels.models.falling import FallingWatch
 from dpo_kernels.train.config import load_config
 from dpo_kernels.train.console import Console
-from dpo_kernels.train.loop import PairLoss, _gradients
+from dpo_kernels.train.loop import _gradients
 from dpo_kernels.train.metrics import PairMeter
 from dpo_kernels.train.model import prepare_policy
 from dpo_kernels.train.optim import Stepper
 from dpo_kernels.train.order import step_indices
 from dpo_kernels.train.reference import with_reference
+from dpo_kernels.train.step_loss import PairLoss
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--prompt", type=int, default=128)

@@ -43,11 +43,12 @@ from dpo_kernels.models.layouts import choose_sharing  # noqa: E402
 from dpo_kernels.models.loading import load_model, load_tokenizer  # noqa: E402
 from dpo_kernels.models.structure import base_model_of  # noqa: E402
 from dpo_kernels.train.config import load_config  # noqa: E402
-from dpo_kernels.train.loop import PairLoss, _gradients  # noqa: E402
+from dpo_kernels.train.loop import _gradients  # noqa: E402
 from dpo_kernels.train.metrics import PairMeter  # noqa: E402
 from dpo_kernels.train.model import Policy, prepare_policy  # noqa: E402
 from dpo_kernels.train.optim import Stepper  # noqa: E402
 from dpo_kernels.train.reference import PairData, Reference  # noqa: E402
+from dpo_kernels.train.step_loss import PairLoss  # noqa: E402
 
 FILE = "shared/data/preferences_en.jsonl"
 PAIRS = next((p / FILE for p in HERE.parents if (p / FILE).exists()), Path(FILE))

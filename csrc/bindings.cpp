@@ -137,8 +137,11 @@ struct OrdinaryLoss {
 
 SequenceSum place_of(const int64_t* targets, uintptr_t starts, int64_t S, int64_t ignore_index,
                      double tail_weight) {
-  return {targets, at<const int64_t>(starts), S,       ignore_index, tail_weight, nullptr,
-          nullptr, nullptr,                   nullptr, nullptr};
+  return {targets,     at<const int64_t>(starts),
+          S,           ignore_index,
+          tail_weight, nullptr,
+          nullptr,     nullptr,
+          nullptr,     nullptr};
 }
 
 void bind_ordinary(py::module_& m) {
@@ -172,12 +175,24 @@ void bind_ordinary(py::module_& m) {
       release());
   m.def(
       "ordinary_streamed",
-      [](const OrdinaryLoss& loss, const TokenLogps& rows, uintptr_t starts, double tail_weight,
+      [](const OrdinaryLoss& loss, uintptr_t logits, int64_t stride, int64_t N, int64_t V,
+         uintptr_t boundaries, int64_t ignore_index, double tail_weight, Numbers t,
          uintptr_t reference, uintptr_t betas, double beta, uintptr_t offset, int64_t B,
          double divisor, bool wide, uintptr_t out, uintptr_t fields) {
+        const int64_t* targets = at<const int64_t>(boundaries) + 2 * B + 1;
+        TokenLogps rows{};
+        rows.logits = at<const void>(logits);
+        rows.stride_t = stride;
+        rows.targets = targets;
+        rows.R = 1;
+        rows.T = N;
+        rows.V = V;
+        rows.ignore_index = ignore_index;
+        rows.dtype = DType::f32;
+        rows.transform = {t[0], t[1], t[2]};
         ordinary_streamed(loss.of(reference, betas, beta, offset, B, 0), rows,
-                          place_of(rows.targets, starts, 2 * B, rows.ignore_index, tail_weight),
-                          divisor, wide, at<void>(out), at<void>(fields));
+                          place_of(targets, boundaries, 2 * B, ignore_index, tail_weight), divisor,
+                          wide, at<void>(out), at<void>(fields));
       },
       release());
   m.def(
@@ -185,6 +200,36 @@ void bind_ordinary(py::module_& m) {
       [](uintptr_t found, int64_t B, double divisor, bool wide, uintptr_t loss, uintptr_t fields) {
         ordinary_fields(at<const double>(found), B, divisor, wide, at<void>(loss),
                         at<void>(fields));
+      },
+      release());
+}
+
+void bind_places(py::module_& m) {
+  m.def("targets_of",
+        [](uintptr_t labels, int64_t S, int64_t T, int64_t V, int64_t ignore_index, bool shift,
+           uintptr_t targets) -> py::object {
+          std::vector<int64_t> lengths(S);
+          if (!targets_of(at<const int64_t>(labels), S, T, V, ignore_index, shift,
+                          at<int64_t>(targets), lengths.data()))
+            return py::none();
+          py::tuple found(S);
+          for (int64_t s = 0; s < S; ++s) found[s] = lengths[s];
+          return found;
+        });
+  m.def(
+      "packed",
+      [](uintptr_t targets, uintptr_t starts, int64_t S, int64_t ignore_index, int64_t N,
+         int64_t whole, uintptr_t places, uintptr_t hidden, int64_t size, uintptr_t rows) {
+        packed(place_of(at<const int64_t>(targets), starts, S, ignore_index, 1), N, whole,
+               at<int64_t>(places));
+        if (rows)
+          rows_at(at<const int64_t>(places), whole, at<const char>(hidden), size, at<char>(rows));
+      },
+      release());
+  m.def(
+      "rows_back",
+      [](uintptr_t places, int64_t n, uintptr_t rows, int64_t size, int64_t all, uintptr_t out) {
+        rows_back(at<const int64_t>(places), n, at<const char>(rows), size, all, at<char>(out));
       },
       release());
 }
@@ -260,14 +305,7 @@ void bind_cpu(py::module_& m) {
         pair_loss(pair_of(u, v, beta, offset, phis, terms, B, loss, slopes));
       },
       release());
-  m.def(
-      "packed",
-      [](uintptr_t targets, uintptr_t starts, int64_t S, int64_t ignore_index, int64_t N,
-         int64_t whole, uintptr_t places, uintptr_t boundaries, uintptr_t of_places) {
-        packed(place_of(at<const int64_t>(targets), starts, S, ignore_index, 1), N, whole,
-               at<int64_t>(places), at<int64_t>(boundaries), at<int64_t>(of_places));
-      },
-      release());
+  bind_places(m);
   bind_ordinary(m);
   m.def(
       "instruction_sets", [] { return std::string(instruction_sets()); },

@@ -18,10 +18,10 @@ from torch import Tensor
 from . import listwise
 from .inputs import checks
 from .inputs.call import of_logits, of_pairs, of_scored_logits
-from .listwise import is_listwise
 from .loss import from_tokens
 from .loss.at_once import from_sums
 from .loss.from_pairs import DPOOutput, Pairs, loss_of
+from .losses import is_listwise
 
 
 def fused_dpo_loss(
@@ -88,22 +88,22 @@ def fused_dpo_loss(
     """
     if is_listwise(loss_options):
         listwise.refuse_prefix(drop_common_prefix)
-        how: dict[str, Any] = {
-            "cu_seqlens": cu_seqlens,
-            "shift": shift,
-            "ignore_index": ignore_index,
-            "temperature": temperature,
-            "logit_softcap": logit_softcap,
-            "logit_scale": logit_scale,
-            "backend": backend,
-        }
-        reference = listwise.reference_sums(ref_logps, ref_logits is not None, "ref_logits")
-        found = sequence_logps(logits, labels, inplace=inplace, stats=stats, **how)
-        if ref_logits is not None:
-            checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
-            with torch.no_grad():
-                reference = sequence_logps(ref_logits, labels, **how)
-        return listwise.from_scored(found, stats, reference, loss_options)
+        scored = both_scored(
+            logits,
+            labels,
+            ref_logits,
+            ref_logps,
+            stats=stats,
+            inplace=inplace,
+            cu_seqlens=cu_seqlens,
+            shift=shift,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            logit_softcap=logit_softcap,
+            logit_scale=logit_scale,
+            backend=backend,
+        )
+        return listwise.from_scored(*scored, stats, loss_options)
     given = {
         "shift": shift,
         "ignore_index": ignore_index,
@@ -118,6 +118,27 @@ def fused_dpo_loss(
     }
     call, x = of_logits(given, loss_options, logits, labels, ref_logits, ref_logps, cu_seqlens)
     return from_tokens.of_logits(call, x)
+
+
+def both_scored(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logits: Tensor | None,
+    ref_logps: Tensor | None,
+    *,
+    stats: tuple[str, ...] = (),
+    inplace: bool = False,
+    **how: Any,
+) -> tuple[Any, Tensor | None]:
+    """For losses of no pairs: `sequence_logps` of the policy, and sums [sequences] of the reference
+    as it is given."""
+    reference = listwise.reference_sums(ref_logps, ref_logits is not None, "ref_logits")
+    found = sequence_logps(logits, labels, inplace=inplace, stats=stats, **how)
+    if ref_logits is not None:
+        checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
+        with torch.no_grad():
+            reference = sequence_logps(ref_logits, labels, **how)
+    return found, reference
 
 
 def sequence_logps(

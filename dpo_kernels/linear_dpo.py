@@ -29,10 +29,10 @@ from torch import Tensor
 from . import listwise, ops
 from .inputs.linear_call import LinearCall, of_hidden, of_scored_hidden
 from .inputs.shards import GivenHead
-from .listwise import is_listwise
 from .loss.from_pairs import DPOOutput
 from .loss.from_tokens import finish, reduce
 from .loss.stream_pairs import stream
+from .losses import is_listwise
 from .ops import LinearInputs, TokenLogps
 
 if TYPE_CHECKING:
@@ -124,30 +124,25 @@ def fused_linear_dpo_loss(
         listwise.refuse_prefix(drop_common_prefix)
         if strategy is not None:
             raise ValueError(f"strategy={strategy!r} has no meaning for {listwise.NAME!r}")
-        how: dict[str, Any] = {
-            "cu_seqlens": cu_seqlens,
-            "scored_lengths": scored_lengths,
-            "shift": shift,
-            "ignore_index": ignore_index,
-            "memory_budget": memory_budget,
-            "batch_invariant": batch_invariant,
-            "temperature": temperature,
-            "logit_softcap": logit_softcap,
-            "logit_scale": logit_scale,
-            "backend": backend,
-            "vocab_group": vocab_group,
-        }
-        sums = listwise.reference_sums(ref_logps, ref_hidden is not None, "ref_hidden")
-        found = linear_sequence_logps(
-            hidden, weight, labels, bias=bias, lora=lora, stats=stats, **how
+        scored = both_scored(
+            GivenHead(hidden, weight, bias, lora),
+            GivenHead(ref_hidden, ref_weight, ref_bias),
+            labels,
+            ref_logps,
+            stats=stats,
+            cu_seqlens=cu_seqlens,
+            scored_lengths=scored_lengths,
+            shift=shift,
+            ignore_index=ignore_index,
+            memory_budget=memory_budget,
+            batch_invariant=batch_invariant,
+            temperature=temperature,
+            logit_softcap=logit_softcap,
+            logit_scale=logit_scale,
+            backend=backend,
+            vocab_group=vocab_group,
         )
-        if ref_hidden is not None:
-            other = (ref_weight, ref_bias, None) if ref_weight is not None else (weight, bias, lora)
-            with torch.no_grad():
-                sums = linear_sequence_logps(
-                    ref_hidden, other[0], labels, bias=other[1], lora=other[2], **how
-                )
-        return listwise.from_scored(found, stats, sums, loss_options)
+        return listwise.from_scored(*scored, stats, loss_options)
     given = {
         "shift": shift,
         "ignore_index": ignore_index,
@@ -182,6 +177,29 @@ def fused_linear_dpo_loss(
             call.layout.sequences,
         )
     return out.told(call.strategy, out.stats)
+
+
+def both_scored(
+    policy: GivenHead,
+    reference: GivenHead,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    *,
+    stats: tuple[str, ...] = (),
+    **how: Any,
+) -> tuple[Any, Tensor | None]:
+    """As `dpo.both_scored`; a reference without a head of its own takes the policy's, without an
+    adapter."""
+    sums = listwise.reference_sums(ref_logps, reference.hidden is not None, "ref_hidden")
+    hidden, weight, bias, lora = policy
+    score: Any = linear_sequence_logps
+    found = score(hidden, weight, labels, bias=bias, lora=lora, stats=stats, **how)
+    if reference.hidden is not None:
+        if reference.weight is not None:
+            weight, bias = reference.weight, reference.bias
+        with torch.no_grad():
+            sums = score(reference.hidden, weight, labels, bias=bias, **how)
+    return found, sums
 
 
 def linear_sequence_logps(

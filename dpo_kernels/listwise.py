@@ -20,20 +20,6 @@ from .loss.from_pairs import DPOOutput
 from .losses import LISTWISE as NAME
 
 
-def is_listwise(options: dict[str, Any]) -> bool:
-    """Whether these loss options ask for it."""
-    name = options.get("loss_type")
-    listed = [name] if isinstance(name, str) else name
-    if isinstance(listed, (list, tuple)) and NAME in listed and len(listed) > 1:
-        raise ValueError(f"{NAME!r} cannot be mixed with other losses, got {list(listed)}")
-    if "num_completions" in options and listed != [NAME] and options["num_completions"] != 2:
-        raise ValueError(f"num_completions={options['num_completions']} is of {NAME!r} alone")
-    if isinstance(listed, (list, tuple)) and list(listed) == [NAME]:
-        return True
-    options.pop("num_completions", None)  # 2: what pairs are
-    return False
-
-
 def plackett_luce_loss(
     logps: Tensor,
     ref_logps: Tensor | None,
@@ -104,7 +90,7 @@ def reference_sums(ref_logps: Tensor | None, other: bool, name: str) -> Tensor |
 
 
 def from_scored(
-    found: Any, stats: tuple[str, ...], reference: Tensor | None, options: dict[str, Any]
+    found: Any, reference: Tensor | None, stats: tuple[str, ...], options: dict[str, Any]
 ) -> DPOOutput:
     """The loss from what `sequence_logps` gave: log-probs, with statistics a pair."""
     logps, told = found if stats else (found, {})

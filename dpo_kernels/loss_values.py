@@ -1,12 +1,15 @@
-"""The checks of the values of loss options (`loss_options.py`)."""
+"""The checks of loss options: their values, and whether a loss that was chosen takes them."""
 
 from __future__ import annotations
+
+from collections.abc import Container
 
 import torch
 from torch import Tensor
 
 from .inputs import checks
 from .loss_options import F_DIVERGENCES, OWN, PER_PAIR, LossOptions
+from .loss_row import Loss
 
 _TINY = 2.2250738585072014e-308  # the smallest fp64 with a finite inverse
 
@@ -71,3 +74,48 @@ def _check_tensors(o: LossOptions) -> None:
     if o.beta_dpo_state is not None:
         checks.floating("beta_dpo_state", o.beta_dpo_state)
         checks.shape("beta_dpo_state", o.beta_dpo_state, (2,), "mean and deviation")
+
+
+def check_applies(o: LossOptions, losses: list[Loss], given: Container[str]) -> None:
+    """An option that no chosen loss can use is an error, not silence.
+
+    `given`: names of the options that were; a loss's own counts by that, whatever its value.
+    """
+    names = ", ".join(row.name for row in losses)
+    e = o.label_smoothing
+    smoothed = [row for row in losses if row.smoothing is not None]
+    if isinstance(e, Tensor):
+        hard = [row.name for row in smoothed if row.soft is None]
+        if hard or not smoothed:
+            what = hard[0] if hard else names
+            raise ValueError(f"label_smoothing of each pair ([B]) has no meaning for {what}")
+        smoothed = []
+    elif e and not smoothed:
+        raise ValueError(f"label_smoothing={e} has no meaning for loss_type {names}")
+    for row in smoothed:
+        if not 0 <= e < 0.5 or (row.smoothing is False and e == 0):
+            bracket = "[" if row.smoothing else "("
+            raise ValueError(
+                f"label_smoothing must be in {bracket}0, 0.5) for {row.name!r}, got {e!r}"
+            )
+    if o.f_divergence_type != "reverse_kl":
+        for row in losses:
+            if not row.f_divergence:
+                raise ValueError(
+                    f"f_divergence_type={o.f_divergence_type!r} has no meaning for {row.name!r}"
+                )
+    if o.use_weighting:
+        for row in losses:
+            if row.score in ("sort", "sort_margin"):
+                raise ValueError(f"use_weighting (WPO) cannot be combined with {row.name!r}")
+    for row in losses:
+        if row.needs_kl and o.reference_free:
+            raise ValueError(
+                f"{row.name!r} compares with a reference; reference_free=True has none"
+            )
+        if row.needs_kl and o.ld_alpha is not None:
+            raise ValueError(f"ld_alpha weighs log-probs; it has no meaning for {row.name!r}")
+    for option in OWN:
+        used = any(option in row.options for row in losses)
+        if not used and option in given:
+            raise ValueError(f"{option}={getattr(o, option)!r} has no meaning for {names}")

@@ -1,13 +1,7 @@
 """The table of losses: every preference loss is a row, not a kernel.
 
-With `u`, `v` the chosen and rejected scores (log-ratios log pi/pi_ref after a score map) and
-`beta` the usual temperature, each loss of this package is
-
-    loss(u, v) = sum_k w_k phi_k(z_k),     z_k = s_k (a_k u + b_k v) + c_k,     K <= 3,
-
-where `s_k` is beta or 1. The heavy kernels never see the loss: they give log-probs forward and take
-dloss/dlogp per sequence backward. A variant is added by one entry of `TABLE`; the scalar functions
-phi stand once per language (`backends/torch.py`, `csrc/phi.h`, `backends/triton/pair_loss.py`).
+The heavy kernels never see the loss: they give log-probs forward and take dloss/dlogp per sequence
+backward. A loss is a sum of terms (`loss_row.py`), and a variant one entry of `TABLE`.
 
 Letters: `B` pairs, `e` label smoothing, `D = u - v`, `n_w`, `n_l` scored tokens of the completions.
 """
@@ -15,8 +9,7 @@ Letters: `B` pairs, `e` label smoothing, `D = u - v`, `n_w`, `n_l` scored tokens
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,136 +20,19 @@ from .loss_options import OPTIONS as OPTIONS
 from .loss_options import OWN as OWN
 from .loss_options import PER_PAIR as PER_PAIR
 from .loss_options import LossOptions
-from .loss_values import check_values
-
-# The scalar functions phi; the numbers are shared with csrc/phi.h.
-SOFTPLUS, SIGMOID, SQUARE, RELU, EXO, DISCOPOP, IDENTITY = range(7)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One w * phi(z), z = s (a u + b v) + c, with s = beta if `scaled` else 1.
-
-    c = c + c_beta beta + c_inv_beta / beta + c_offset offset (offset / beta if not `scaled`);
-    w is multiplied by beta if `w_beta`; `p` is phi's own parameter (EXO's e, DISCOPOP's tau).
-    """
-
-    phi: int
-    w: float
-    a: float
-    b: float
-    scaled: bool = True
-    c: float = 0.0
-    c_beta: float = 0.0
-    c_inv_beta: float = 0.0
-    c_offset: float = 0.0
-    w_beta: bool = False
-    p: float = 0.0
-
-
-Terms = tuple[Term, ...]
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A row of the table.
-
-    `score` names the map from (log-ratio, length) to u and v:
-    `ratio` the log-ratio; `mean` the log-ratio per scored token; `sort_margin` and `sort` sorted
-    over the batch (AOT); `penalised` DPOP's u - lambda relu(-u); `odds` ORPO's log-odds; `power`
-    AlphaPO's; `kl` the log-ratio plus `kl_weight` times K, the sum over the completion's scored
-    tokens of KL(reference || policy) (TDPO): both models' distributions are needed, log-probs are
-    not enough.
-    `smoothing`: None if `label_smoothing` has no meaning, else whether 0 is allowed.
-    `soft`: how the row takes `label_smoothing` of each pair [B]: `mix` the loss with its mirror
-    image, `offset` through its own offset; None: not.
-    `kl_weight`: name of the option (or a number) that weighs K; `kl_stops_chosen`: the chosen K
-    is taken without its gradient.
-    `sft`: name of the option (or a number) that weighs the NLL of the chosen, added to the row.
-    `offset`: the offset of each pair [B], where it is more than the option `offset`: of the options
-    and the scored tokens of chosen and rejected.
-    `reference`: whether the loss is of log-ratios; `shows_reference`: whether its rewards are, all
-    the same, where a reference is given.
-    `adapts`: beta [B] and weights [B] of the pairs, from their margins u - v and the options.
-    `state`: name of the option that holds what the loss keeps from batch to batch (`fresh_state`).
-    `options`: the loss's own options; `requires`: options that must be given.
-    """
-
-    name: str
-    terms: Callable[[LossOptions], Terms]
-    formula: str
-    paper: str
-    score: str = "ratio"
-    reference: bool = True
-    smoothing: bool | None = None
-    soft: str | None = None
-    f_divergence: bool = False
-    sft: str | float | None = None
-    kl_weight: str | float = 1.0
-    kl_stops_chosen: bool = False
-    shows_reference: bool = False
-    offset: Callable[[LossOptions, Tensor | None, Tensor | None], Tensor | None] | None = None
-    adapts: Callable[[Tensor, LossOptions], tuple[Tensor, Tensor]] | None = None
-    state: str | None = None
-    options: tuple[str, ...] = ()
-    requires: tuple[str, ...] = ()
-
-    def own(self, o: LossOptions) -> LossOptions:
-        """The options as this loss alone takes them: in a list the others' mean nothing to it.
-
-        An f-divergence or an offset is refused for a list in which one loss does not take it, and
-        the other options are read by the loss alone whose they are.
-        """
-        if isinstance(o.label_smoothing, Tensor):  # mixed in where the loss is made
-            return o if self.soft == "offset" else o.but(label_smoothing=0.0)
-        foreign = self.smoothing is None and o.label_smoothing != 0
-        return o.but(label_smoothing=0.0) if foreign else o
-
-    @property
-    def needs_kl(self) -> bool:
-        """Whether u and v need the KL of reference and policy over the whole vocabulary."""
-        return self.score == "kl"
-
-    @property
-    def by_length(self) -> bool:
-        """Whether u, v or the terms depend on how many tokens were scored."""
-        own = self.offset is not None and self.soft != "offset"
-        return self.score in ("mean", "odds", "power") or own
-
-    @property
-    def per_token(self) -> bool:
-        """Whether u and v are log-ratios over the number of scored tokens."""
-        return self.score == "mean"
-
-    @property
-    def closed(self) -> bool:
-        """Whether u and v are the log-ratios, or those per token, of the pair alone."""
-        plain = self.score in ("ratio", "mean") and self.sft is None
-        return plain and not self.batch_coupled
-
-    @property
-    def batch_coupled(self) -> bool:
-        """Whether a pair's loss depends on the other pairs of the batch."""
-        return self.score in ("sort", "sort_margin") or self.adapts is not None
-
-    @property
-    def takes_reference(self) -> bool:
-        """Whether a reference, where one is given, changes anything."""
-        return self.reference or self.shows_reference
-
-    def cancels_common_tokens(self, terms: Terms, o: LossOptions) -> bool:
-        """Whether tokens that both completions share, in the same context, leave loss and
-        gradient unchanged: a function of sums over tokens, u - v, alone."""
-        sft = getattr(o, self.sft) if isinstance(self.sft, str) else self.sft
-        margin_only = bool(terms) and all(t.a == -t.b for t in terms)
-        # A KL cancels like a log-ratio, unless the gradient goes through one side alone.
-        cancels = self.score in ("ratio", "sort_margin", "kl") and not self.kl_stops_chosen
-        return margin_only and cancels and not sft
-
-    def takes_offset(self, terms: Terms) -> bool:
-        """Whether every term is a function of the margin D alone."""
-        margin_only = bool(terms) and all(t.a == -t.b for t in terms)
-        return margin_only and self.score in ("ratio", "mean") and self.soft != "offset"
+from .loss_row import (
+    DISCOPOP,
+    EXO,
+    IDENTITY,
+    RELU,
+    SIGMOID,
+    SOFTPLUS,
+    SQUARE,
+    Loss,
+    Term,
+    Terms,
+)
+from .loss_values import check_applies, check_values
 
 
 def _logistic(e: float, scaled: bool = True, c: float = 0.0, w_beta: bool = False) -> Terms:
@@ -516,8 +392,9 @@ ALIASES = {
 }
 
 
-# Losses that are of no pairs, and who has them.
-UNPAIRED = ("kto", "apo_zero_unpaired")
+# Losses that are of no pairs, and who has them. Of single completions: whether the loss has a z.
+_BASELINE = {"kto": True, "apo_zero_unpaired": False}
+UNPAIRED = tuple(_BASELINE)
 LISTWISE = "plackett_luce"
 ELSEWHERE = {
     **dict.fromkeys(UNPAIRED, "is of single completions: use unpaired_loss or fused_unpaired_loss"),
@@ -533,13 +410,36 @@ def available() -> list[str]:
 
 def rows_for(loss_type: object) -> str:
     """What a loss is of: "pairs", "unpaired" (single completions) or "ranked" (lists of K)."""
-    names = names_of(loss_type)
-    apart = [name for name in names if name in ELSEWHERE]
+    names, apart = names_of(loss_type), of_no_pairs(loss_type)
     if not apart:
         return "pairs"
     if len(names) > 1:
         raise ValueError(f"{apart[0]!r} cannot be mixed with other losses, got {names}")
     return "unpaired" if apart[0] in UNPAIRED else "ranked"
+
+
+def of_no_pairs(loss_type: object) -> list[str]:
+    """The names in `loss_type` of losses that are not of pairs."""
+    return [name for name in names_of(loss_type) if name in [*ELSEWHERE]]
+
+
+def has_baseline(loss_type: object) -> bool:
+    """Whether `loss_type` compares single completions with a z of the whole step."""
+    return any(_BASELINE.get(name, False) for name in names_of(loss_type))
+
+
+def is_listwise(options: dict) -> bool:
+    """Whether these loss options ask for lists of K; `num_completions=2` of pairs is taken out."""
+    name = options.get("loss_type")
+    listed = [name] if isinstance(name, str) else name
+    listed = list(listed) if isinstance(listed, (list, tuple)) else []
+    if LISTWISE in listed and len(listed) > 1:
+        raise ValueError(f"{LISTWISE!r} cannot be mixed with other losses, got {listed}")
+    if listed == [LISTWISE]:
+        return True
+    if (K := options.pop("num_completions", 2)) != 2:
+        raise ValueError(f"num_completions={K} is of {LISTWISE!r} alone")
+    return False
 
 
 def get(name: str) -> Loss:
@@ -611,7 +511,7 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
             f"got {len(weights)}"
         )
     check_values(o)
-    _check_applies(o, losses, options)
+    check_applies(o, losses, options)
     resolved = [
         (row, float(w), row.terms(row.own(o))) for row, w in zip(losses, weights, strict=True)
     ]
@@ -622,62 +522,3 @@ def resolve(options: dict) -> tuple[LossOptions, list[tuple[Loss, float, Terms]]
             if getattr(o, name) is None:
                 raise ValueError(f"{row.name} needs {name}= of shape [B], got None")
     return o, resolved
-
-
-def _check_applies(o: LossOptions, losses: list[Loss], given: Container[str]) -> None:
-    """An option that no chosen loss can use is an error, not silence.
-
-    `given`: names of the options that were; a loss's own counts by that, whatever its value.
-    """
-    names = ", ".join(row.name for row in losses)
-    e = o.label_smoothing
-    smoothed = [row for row in losses if row.smoothing is not None]
-    if isinstance(e, Tensor):
-        hard = [row.name for row in smoothed if row.soft is None]
-        if hard or not smoothed:
-            what = hard[0] if hard else names
-            raise ValueError(f"label_smoothing of each pair ([B]) has no meaning for {what}")
-        smoothed = []
-    elif e and not smoothed:
-        raise ValueError(f"label_smoothing={e} has no meaning for loss_type {names}")
-    for row in smoothed:
-        if not 0 <= e < 0.5 or (row.smoothing is False and e == 0):
-            bracket = "[" if row.smoothing else "("
-            raise ValueError(
-                f"label_smoothing must be in {bracket}0, 0.5) for {row.name!r}, got {e!r}"
-            )
-    if o.f_divergence_type != "reverse_kl":
-        for row in losses:
-            if not row.f_divergence:
-                raise ValueError(
-                    f"f_divergence_type={o.f_divergence_type!r} has no meaning for {row.name!r}"
-                )
-    if o.use_weighting:
-        for row in losses:
-            if row.score in ("sort", "sort_margin"):
-                raise ValueError(f"use_weighting (WPO) cannot be combined with {row.name!r}")
-    for row in losses:
-        if row.needs_kl and o.reference_free:
-            raise ValueError(
-                f"{row.name!r} compares with a reference; reference_free=True has none"
-            )
-        if row.needs_kl and o.ld_alpha is not None:
-            raise ValueError(f"ld_alpha weighs log-probs; it has no meaning for {row.name!r}")
-    for option in OWN:
-        used = any(option in row.options for row in losses)
-        if not used and option in given:
-            raise ValueError(f"{option}={getattr(o, option)!r} has no meaning for {names}")
-
-
-def table_markdown() -> str:
-    """The losses as a Markdown table: docs/losses.md, by tools/readme_tables.py."""
-    names = {v: [k for k, t in ALIASES.items() if t == v] for v in TABLE}
-    lines = ["| `loss_type` | loss | own options (default) | paper |", "|---|---|---|---|"]
-    for row in TABLE.values():
-        alias = "".join(f", `{a}`" for a in names[row.name])
-        own = ", ".join(f"`{n}={_DEFAULTS[n]}`" for n in row.options) or "-"
-        if row.requires:
-            own = ", ".join(f"`{n}` `[B]`, required" for n in row.requires)
-        paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})"
-        lines.append(f"| `{row.name}`{alias} | {row.formula} | {own} | {paper} |")
-    return "\n".join(lines)

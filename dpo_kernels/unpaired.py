@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dpo import sequence_logps
+from . import dpo, linear_dpo
 from .inputs import checks
-from .linear_dpo import linear_sequence_logps
-from .losses import UNPAIRED
+from .inputs.shards import GivenHead
+from .losses import UNPAIRED, has_baseline
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -150,21 +150,20 @@ def fused_unpaired_loss(
 
     `desirable` [N] bool, `z` and `**loss_options` as `unpaired_loss` takes them.
     """
-    how: dict[str, Any] = {
-        "cu_seqlens": cu_seqlens,
-        "shift": shift,
-        "ignore_index": ignore_index,
-        "temperature": temperature,
-        "logit_softcap": logit_softcap,
-        "logit_scale": logit_scale,
-        "backend": backend,
-    }
-    reference = _sums(ref_logps, ref_logits is not None, "ref_logits")
-    logps = sequence_logps(logits, labels, inplace=inplace, **how)
-    if ref_logits is not None:
-        checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
-        with torch.no_grad():
-            reference = sequence_logps(ref_logits, labels, **how)
+    logps, reference = dpo.both_scored(
+        logits,
+        labels,
+        ref_logits,
+        ref_logps,
+        inplace=inplace,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        backend=backend,
+    )
     return unpaired_loss(logps, reference, desirable, z=z, **loss_options)
 
 
@@ -192,47 +191,35 @@ def fused_linear_unpaired_loss(
     **loss_options: Any,
 ) -> UnpairedOutput:
     """As `fused_linear_dpo_loss`, of N single completions: hidden [N, T, H] or packed [rows, H]."""
-    how: dict[str, Any] = {
-        "cu_seqlens": cu_seqlens,
-        "shift": shift,
-        "ignore_index": ignore_index,
-        "memory_budget": memory_budget,
-        "temperature": temperature,
-        "logit_softcap": logit_softcap,
-        "logit_scale": logit_scale,
-        "backend": backend,
-        "vocab_group": vocab_group,
-    }
-    reference = _sums(ref_logps, ref_hidden is not None, "ref_hidden")
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias belong to ref_hidden, which was not given")
-    logps = linear_sequence_logps(hidden, weight, labels, bias=bias, **how)
-    if ref_hidden is not None:
-        other, other_bias = ref_weight, ref_bias
-        if other is None:
-            other, other_bias = weight.detach(), None if bias is None else bias.detach()
-        with torch.no_grad():
-            reference = linear_sequence_logps(ref_hidden, other, labels, bias=other_bias, **how)
+    logps, reference = linear_dpo.both_scored(
+        GivenHead(hidden, weight, bias),
+        GivenHead(ref_hidden, ref_weight, ref_bias),
+        labels,
+        ref_logps,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        memory_budget=memory_budget,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        backend=backend,
+        vocab_group=vocab_group,
+    )
     return unpaired_loss(logps, reference, desirable, z=z, **loss_options)
 
 
-def _sums(ref_logps: Tensor | None, other: bool, name: str) -> Tensor | None:
-    """`ref_logps` as sums [N]; not beside the reference's own inputs."""
-    if ref_logps is None:
-        return None
-    if other:
-        raise ValueError(f"give one of ref_logps and {name}, got both")
-    checks.floating("ref_logps", ref_logps)
-    return ref_logps.sum(-1) if ref_logps.dim() == 2 else ref_logps
-
-
 def _baseline(z: float | Tensor | None, loss_type: str, like: Tensor) -> Tensor:
-    if loss_type != "kto":
+    if not has_baseline(loss_type):
         if z is not None:
             raise ValueError(f"z has no meaning for {loss_type!r}")
         return torch.zeros((), dtype=torch.float64, device=like.device)
     if z is None:
-        raise ValueError("kto needs z: the mean log-ratio of mismatched completions (kl_baseline)")
+        raise ValueError(
+            f"{loss_type} needs z: the mean log-ratio of mismatched completions (kl_baseline)"
+        )
     if not isinstance(z, Tensor):
         checks.number("z", z)
         if z < 0:

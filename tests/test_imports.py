@@ -13,6 +13,7 @@ ROOT = Path(dpo_kernels.__file__).parent
 FLOORS = [
     ["version", "requirements", "inputs.checks", "inputs.transfer"],
     ["loss_options", "inputs.transform"],
+    ["loss_row"],
     ["loss_values"],
     ["losses"],
     ["backends"],

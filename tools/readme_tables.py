@@ -19,7 +19,8 @@ import gpu_tables  # noqa: E402
 
 from dpo_kernels.bench.report import bf16_head, readme_tables  # noqa: E402
 from dpo_kernels.commands.options_of import options_markdown  # noqa: E402
-from dpo_kernels.losses import table_markdown  # noqa: E402
+from dpo_kernels.loss_options import DEFAULTS  # noqa: E402
+from dpo_kernels.losses import ALIASES, TABLE  # noqa: E402
 from dpo_kernels.train.run_options import GROUPS, SCORE_GROUPS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
@@ -29,7 +30,7 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "results"): lambda: gpu_tables.headline(RESULTS),
     ("README.md", "verify"): lambda: conformance_line(),
     ("docs/verify.md", "verify"): lambda: conformance(),
-    ("docs/losses.md", "losses"): table_markdown,
+    ("docs/losses.md", "losses"): lambda: losses_table(),
     ("docs/options.md", "train"): lambda: options_markdown(GROUPS),
     ("docs/options.md", "score"): lambda: options_markdown(SCORE_GROUPS[-1:]),
     ("docs/benchmarks.md", "gpu"): lambda: gpu_tables.page(RESULTS),
@@ -39,6 +40,19 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/clusters.md", "compatibility"): compat.table,
     ("benchmarks/README.md", "bf16"): lambda: bf16_head(RESULTS),
 }
+
+
+def losses_table() -> str:
+    names = {v: [k for k, t in ALIASES.items() if t == v] for v in TABLE}
+    lines = ["| `loss_type` | loss | own options (default) | paper |", "|---|---|---|---|"]
+    for row in TABLE.values():
+        alias = "".join(f", `{a}`" for a in names[row.name])
+        own = ", ".join(f"`{n}={DEFAULTS[n]}`" for n in row.options) or "-"
+        if row.requires:
+            own = ", ".join(f"`{n}` `[B]`, required" for n in row.requires)
+        paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})"
+        lines.append(f"| `{row.name}`{alias} | {row.formula} | {own} | {paper} |")
+    return "\n".join(lines)
 
 
 def _verified() -> dict[str, dict[str, list[str]]]:

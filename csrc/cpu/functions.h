@@ -39,9 +39,16 @@ void ordinary_streamed(Ordinary, const TokenLogps& rows, const SequenceSum& plac
 void ordinary_fields(const double* found, int64_t B, double divisor, bool wide, void* loss,
                      void* fields);
 
-// Flat places [whole] of the N scored rows, after the last the first again; the boundaries [S + 1]
-// of the sequences among them; their targets [N].
-void packed(const SequenceSum& place, int64_t N, int64_t whole, int64_t* places,
-            int64_t* boundaries, int64_t* targets);
+// Of labels [S, T] the scored targets of each sequence [S], and with `shift` the targets [S, T],
+// each the next label; false where a label is neither `ignore_index` nor in [0, V).
+bool targets_of(const int64_t* labels, int64_t S, int64_t T, int64_t V, int64_t ignore_index,
+                bool shift, int64_t* targets, int64_t* lengths);
+// Flat places [whole] of the N scored rows, after the last the first again; behind them the
+// boundaries [S + 1] of the sequences among them, and their targets [N].
+void packed(const SequenceSum& place, int64_t N, int64_t whole, int64_t* places);
+// Rows of `size` bytes: the n at these places; and back among zeros, `all` rows. `places` rise.
+void rows_at(const int64_t* places, int64_t n, const char* from, int64_t size, char* rows);
+void rows_back(const int64_t* places, int64_t n, const char* rows, int64_t size, int64_t all,
+               char* out);
 
 }  // namespace dpo

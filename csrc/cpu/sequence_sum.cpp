@@ -49,19 +49,4 @@ void sequence_sum_backward(const SequenceSum& p) {
   }
 }
 
-void packed(const SequenceSum& p, int64_t N, int64_t whole, int64_t* places, int64_t* boundaries,
-            int64_t* targets) {
-  int64_t n = 0;
-  for (int64_t s = 0; s < p.S; ++s) {
-    boundaries[s] = n;
-    for (int64_t i = p.starts[s]; i < p.starts[s + 1] && n < N; ++i)
-      if (p.targets[i] != p.ignore_index) {
-        places[n] = i;
-        targets[n++] = p.targets[i];
-      }
-  }
-  boundaries[p.S] = n;
-  std::fill(places + n, places + whole, n ? places[0] : 0);
-}
-
 }  // namespace dpo

@@ -150,18 +150,49 @@ def _starts(targets: Tensor, cu_seqlens: Tensor | None, trusted: bool = False) -
     return (starts if trusted else starts.clamp(0, T)).contiguous()
 
 
+def targets_of(
+    labels: Tensor,  # [S, T] contiguous
+    V: int,
+    ignore_index: int,
+    shift: bool,
+) -> tuple[Tensor, tuple[int, ...]] | None:
+    """Targets [S, T] and how many of each sequence are scored; None where a label is none of V."""
+    (S, T), targets = labels.shape, torch.empty_like(labels) if shift else labels
+    given = (labels.data_ptr(), S, T, V, ignore_index, shift)
+    lengths = _C.targets_of(*given, targets.data_ptr())
+    return None if lengths is None else (targets, lengths)
+
+
 def packed(
-    targets: Tensor, cu_seqlens: Tensor | None, ignore_index: int, count: int, whole: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the `count` scored rows: their flat places, the first again up to `whole`; the boundaries
-    of sequences among them; their targets [1, count]."""
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    count: int,
+    whole: int,
+    hidden: Tensor | None = None,  # [R, T, H] contiguous
+) -> tuple[Tensor, Tensor | None]:
+    """Of the `count` scored rows, in one tensor: their flat places, the first again up to `whole`;
+    the boundaries of sequences among them; their targets. And the rows of `hidden` [whole, H]."""
     targets = targets.contiguous()
     starts = _starts(targets, cu_seqlens, trusted=True)
     S = starts.shape[0] - 1
-    found = (targets.new_empty(whole), targets.new_empty(S + 1), targets.new_empty((1, count)))
+    places, rows = targets.new_empty(whole + S + 1 + count), None
+    given = (0, 0, 0)
+    if hidden is not None:
+        H = hidden.shape[2]
+        rows = torch.empty((whole, H), dtype=hidden.dtype, device="cpu")
+        given = (hidden.data_ptr(), H * hidden.element_size(), rows.data_ptr())
     place = (targets.data_ptr(), starts.data_ptr(), S, ignore_index)
-    _C.packed(*place, count, whole, *(x.data_ptr() for x in found))
-    return found
+    _C.packed(*place, count, whole, places.data_ptr(), *given)
+    return places, rows
+
+
+def rows_back(rows: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """Rows [n, H] at the places that `packed` gave, in zeros of `shape` [R, T, H]."""
+    out, (n, H) = torch.empty(shape, dtype=rows.dtype, device="cpu"), rows.shape
+    size = H * rows.element_size()
+    _C.rows_back(places.data_ptr(), n, rows.data_ptr(), size, shape[0] * shape[1], out.data_ptr())
+    return out
 
 
 def sequence_sum(
@@ -222,9 +253,6 @@ def pair_loss_forward(
         slopes.data_ptr(),
     )
     return loss, slopes
-
-
-_NO_RESULTS = (0,) * 6  # of `TokenLogps`: what the compiled module keeps for itself
 
 
 @functools.lru_cache(maxsize=256)
@@ -304,26 +332,23 @@ def ordinary_rows_backward(
 
 def ordinary_streamed(
     logits: Tensor,  # [N, V] fp32
-    targets: Tensor,  # [1, N] contiguous
-    cu_seqlens: Tensor,  # [2B + 1] int64
+    places: Tensor,  # as `packed` gives them
     ignore_index: int,
     tail_weight: float,
     transform: LogitTransform,
     pairs: OrdinaryPairs,
+    B: int,
     divisor: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`ordinary_rows`, `ordinary_fields`, and `ordinary_rows_backward` over the logits."""
-    (N, V), B = logits.shape, cu_seqlens.shape[0] // 2
-    place = (0, logits.stride(0), targets.data_ptr(), 1, N, V, ignore_index)
-    kind, numbers = native.DTYPES[logits.dtype], native.numbers(transform)
-    rows = _C.TokenLogps(logits.data_ptr(), *place, kind, numbers, *_NO_RESULTS)
+    N, V = logits.shape
     loss, fields = logits.new_empty((), dtype=dtype), logits.new_empty((6, B), dtype=dtype)
     given, _kept = _given(pairs, B)
+    boundaries = places.data_ptr() + 8 * (places.shape[0] - N - 2 * B - 1)
+    rows = (logits.data_ptr(), logits.stride(0), N, V, boundaries, ignore_index, tail_weight)
     rest = (B, divisor, dtype == torch.float64, loss.data_ptr(), fields.data_ptr())
-    _C.ordinary_streamed(
-        _loss(pairs.terms), rows, cu_seqlens.data_ptr(), tail_weight, *given, *rest
-    )
+    _C.ordinary_streamed(_loss(pairs.terms), *rows, native.numbers(transform), *given, *rest)
     return loss, fields.unbind(0)
 
 

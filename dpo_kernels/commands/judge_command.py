@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +66,18 @@ def _judge(config: Any, console: Any) -> int:
     from ..iterate.verdicts import judge_samples
     from ..train.ranks_start import joined
 
+    # Verdicts are written by the batch; what a run that is cut has paid for is kept here till then.
+    kept = Path(f"{config.output}.replies")
+    given = replace(config, cache_dir=config.cache_dir or str(kept))
     with joined({}, console) as ranks:
         with ranks.together():
             samples = read_samples(config.samples)
-            judge = make_judge(config, ranks=ranks)
+            judge = make_judge(given, ranks=ranks)
         counts = judge_samples(samples, judge, config.output, config.compare, console, ranks)
+        ranks.first_does(lambda: shutil.rmtree(kept, ignore_errors=True))
         _say_requests(judge, console)
     console.say(f"{counts.describe()}; in {config.output}")
-    return 0
+    return 1 if counts.verdicts and counts.errors == counts.verdicts else 0
 
 
 def _evaluate(config: Any, file: str, folder: str | None, console: Any) -> int:
@@ -93,7 +99,7 @@ def _evaluate(config: Any, file: str, folder: str | None, console: Any) -> int:
         except ImportError as error:
             console.say(f"warning: judge_eval.png was not drawn: {error}")
         console.say(f"written to {place}")
-    return 0
+    return 1 if table[0].errors == 1.0 else 0
 
 
 def _say_requests(judge: Any, console: Any) -> None:

@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..iterate.command_options import PairsConfig
     from ..iterate.judged_rows import make_rows
-    from ..iterate.records import read_samples, read_table, write_table
+    from ..iterate.records import read_samples, read_verdicts, write_table
     from ..iterate.settings import load_options
     from ..train.start import refuse_many_processes
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_options(PairsConfig, given(args))
     if printed(args, config):
         return 0
-    samples, verdicts = read_samples(config.samples), read_table(config.verdicts)
+    samples, verdicts = read_samples(config.samples), read_verdicts(config.verdicts)
     rows, counts = make_rows(config.format, samples, verdicts, config, config.seed)
     write_table(config.output, rows)
     print(f"{counts.describe()}; in {config.output}")

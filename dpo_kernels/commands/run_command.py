@@ -17,7 +17,7 @@ from typing import Any
 from ..integrations import at_start
 from ..train.config import UserError
 
-NOT_FOUND = 127  # as a shell has it
+NOT_STARTED, NOT_FOUND = 126, 127  # as a shell has them
 
 
 def add(commands: Any) -> None:
@@ -45,6 +45,11 @@ def add(commands: Any) -> None:
         help="do not look whether policy and reference are equal before the first step",
     )
     run_parser.add_argument(
+        "--no_check_first_step",
+        action="store_true",
+        help="do not look at rows, gradients and weights around the first step",
+    )
+    run_parser.add_argument(
         "--on_bypass",
         choices=("raise", "warn"),
         default="raise",
@@ -61,6 +66,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "share_prefix": args.share_prefix,
         "head_stats": not args.no_head_stats,
         "check_reference": not args.no_check_reference,
+        "check_first_step": not args.no_check_first_step,
         "memory_budget": args.memory_budget,
         "backend": args.backend,
         "on_bypass": args.on_bypass,
@@ -90,9 +96,13 @@ def run(args: argparse.Namespace) -> int:
         return NOT_FOUND
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
-        code = _wait(
-            subprocess.Popen([program, *command[1:]], env=environment(options(args), str(report)))
-        )
+        env = environment(options(args), str(report))
+        try:
+            child = subprocess.Popen([program, *command[1:]], env=env)
+        except OSError as error:  # a script without its #! line
+            print(f"dpo-kernels: error: {program} does not start: {error}", file=sys.stderr)
+            return NOT_STARTED
+        code = _wait(child)
         lines = report.read_text().splitlines() if report.exists() else []
     _tell(lines)
     return code

@@ -17,7 +17,7 @@ from .completions import (
 )
 from .judged import JudgedReader, read_judged
 from .left_out import DataError, LeftOut, NoUsableRow, Problem
-from .pairs import Message, PairReader, PreferencePair, read_pairs
+from .pairs import PairReader, PreferencePair, read_pairs
 from .sequences import (
     Limits,
     TokenCompletion,
@@ -30,6 +30,7 @@ from .sequences import (
 from .stream import RowFile, StreamedPairs, row_file
 from .tokenize import PairTokenizer, tokenize_pairs
 from .truncation import Truncation
+from .turns import Message
 
 __all__ = [
     "Completion",

@@ -18,10 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import pairs as pair_rows
 from .files import Source, name_of, read_rows
 from .left_out import BadField, LeftOut, Problem, Refused
-from .pairs import PairReader, PreferencePair, Turn
+from .pairs import MEDIA, PairReader, PreferencePair
 from .row import kind_of
 from .sequences import Ids, Limits, Spans, TokenCompletion, TokenRanking, TokenRow, TokenSequence
 from .tokenize import (
@@ -34,6 +33,15 @@ from .tokenize import (
     _require_template,
 )
 from .truncation import Truncation, shortened
+from .turns import (
+    Message,
+    Turn,
+    check_completion,
+    encodable_text,
+    for_template,
+    turn_of,
+    with_system,
+)
 
 _KNOWN = {"messages", "prompt", "completion", "text", "system", "tools", "chat_template_kwargs"}
 
@@ -127,34 +135,34 @@ def _read(
 
 def completion_of(row: dict[str, Any], where: str) -> Completion:
     """The completion of one row; `BadField` where it makes none."""
-    for name in pair_rows._MEDIA:
+    for name in MEDIA:
         if row.get(name) not in (None, "", []):
             raise BadField(name, kind_of(row[name]), "text alone", "not supported")
     prompt: Turn
     completion: Turn
     if row.get("messages") is not None:
-        name, turns = "messages", pair_rows._turn(row, "messages")
+        name, turns = "messages", turn_of(row, "messages")
         if isinstance(turns, str):
             raise BadField(name, "a text", "a message list", "mis-typed field")
         said = (i for i, m in enumerate(turns) if m["role"] == "assistant" and i > 0)
         first = next(said, len(turns) - 1)  # an opening turn answers nothing: it is context
-        pair_rows._check_completion("messages", turns)
+        check_completion("messages", turns)
         prompt, completion = turns[:first], turns[first:]
     elif row.get("completion") is not None:
-        name, completion = "completion", pair_rows._turn(row, "completion")
-        prompt = pair_rows._turn(row, "prompt")
+        name, completion = "completion", turn_of(row, "completion")
+        prompt = turn_of(row, "prompt")
         if isinstance(prompt, str) != isinstance(completion, str):
             wanted = f"{kind_of(prompt)} as the prompt is"
             raise BadField(name, kind_of(completion), wanted, "mis-typed field")
     elif isinstance(row.get("text"), str):
-        name, prompt, completion = "text", "", pair_rows._text("text", row["text"])
+        name, prompt, completion = "text", "", encodable_text("text", row["text"])
     else:
         missing = "messages, or prompt and completion, or text"
         columns = ", ".join(row) or "no column"
         raise BadField("messages", f"missing (the row has {columns})", missing, "missing field")
-    pair_rows._check_completion(name, completion)
-    prompt = pair_rows._with_system(row, prompt)
-    return Completion(prompt, completion, where, *pair_rows._for_template(row, prompt))
+    check_completion(name, completion)
+    prompt = with_system(row, prompt)
+    return Completion(prompt, completion, where, *for_template(row, prompt))
 
 
 class RowTokenizer(PairTokenizer):
@@ -243,7 +251,7 @@ class RowTokenizer(PairTokenizer):
             for turns in (row.prompt, row.completion)
         )
 
-        def render(messages: list[pair_rows.Message], generation_prompt: bool) -> Ids:
+        def render(messages: list[Message], generation_prompt: bool) -> Ids:
             return self._render(messages, generation_prompt, pair)
 
         ids = render(prompt + completion, False)

@@ -18,15 +18,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from . import pairs as pair_rows
 from .completions import Completion, Ranking, completion_of
 from .files import Source, name_of, read_rows
 from .forms import ranked_texts
 from .left_out import BadField, LeftOut
-from .pairs import PairReader, Turn
+from .pairs import PairReader
 from .row import Row, kind_of
+from .turns import Turn, check_completion, for_template, number_of, turn_of, with_system
 
-KINDS = ("pairs", "unpaired", "ranked")
 Judged = Completion | Ranking
 
 _SHARED = {"prompt", "system", "tools", "chat_template_kwargs", "weight"}
@@ -109,7 +108,7 @@ class JudgedReader:
         if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), str):
             row = {**row, "completion": [{"role": "assistant", "content": row["completion"]}]}
         found = completion_of(row, where)
-        weight = pair_rows._number(row, "weight")
+        weight = number_of(row, "weight")
         prompt, completion = found.prompt, found.completion
         return Completion(
             prompt, completion, where, found.tools, found.template_kwargs, label, weight
@@ -123,7 +122,7 @@ class JudgedReader:
                 "a list `completions` with `scores` or `ranks`, or a pair",
                 "unpaired data",
             )
-        weight = pair_rows._number(row, "weight")
+        weight = number_of(row, "weight")
         if "chosen" in row or "rejected" in row or "output_1" in row or "output_A" in row:
             pair = self._pairs._parse(row, where)
             both = (pair.chosen, pair.rejected)
@@ -134,20 +133,20 @@ class JudgedReader:
         if len(best) < len(order):
             what = "completions with the score of another (the first of them is ranked)"
             self.left_out.notes[what] += len(order) - len(best)
-        prompt = pair_rows._turn(row, "prompt")
+        prompt = turn_of(row, "prompt")
         completions: list[Turn] = []
         for i in best:
             said = texts[i]
             if isinstance(prompt, list) and isinstance(said, str):
                 said = [{"role": "assistant", "content": said}]
-            turn = pair_rows._turn({"completions": said}, "completions")
-            pair_rows._check_completion("completions", turn)
+            turn = turn_of({"completions": said}, "completions")
+            check_completion("completions", turn)
             if isinstance(turn, str) != isinstance(prompt, str):
                 wanted = f"{kind_of(prompt)} as the prompt is"
                 raise BadField("completions", kind_of(turn), wanted, "mis-typed field")
             completions.append(turn)
-        prompt = pair_rows._with_system(row, prompt)
-        given = pair_rows._for_template(row, prompt)
+        prompt = with_system(row, prompt)
+        given = for_template(row, prompt)
         return Ranking(prompt, tuple(completions), where, *given, weight)
 
 

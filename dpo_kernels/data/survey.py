@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from .completions import Completion, Ranking
-from .pairs import PreferencePair, Turn
+from .pairs import PreferencePair
 from .sequences import TokenCompletion, TokenPair, TokenRanking
+from .turns import Turn
 
 BANDS, DEPTH = 8, 8
 _PRIME = (1 << 61) - 1

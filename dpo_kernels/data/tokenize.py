@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from .left_out import DataError, LeftOut, Problem, Refused
-from .pairs import Message, PreferencePair
+from .pairs import PreferencePair
 from .sequences import Ids, Limits, Spans, TokenPair, TokenSequence
 from .template import names_in, turn_marks
 from .truncation import Truncation, shortened
+from .turns import Message
 
 LONG = 2000  # pairs; fewer are tokenised before a bar would be of use
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from .left_out import Refused
 from .sequences import Ids, Spans
 
-MODES = ("keep_start", "keep_end", "drop")
-
 
 @dataclass(frozen=True)
 class Truncation:

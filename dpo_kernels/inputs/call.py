@@ -29,7 +29,7 @@ from . import arguments, checks
 from .layout import Layout, Scored
 from .transform import LogitTransform
 
-_SIMPLE = (bool, int, float, str, type(None))
+_SIMPLE = {bool, int, float, str, type(None)}
 _LARGEST = 256
 _TRANSFORM = {"temperature": 1.0, "logit_softcap": None, "logit_scale": 1.0}
 
@@ -153,7 +153,7 @@ def of_logits(
     layout = _layout(given, labels, cu_seqlens, logits)
     device, ref = logits.device, None
     backend = choose(given["backend"], device, logits.dtype, settled.op)
-    x = layout.rows("logits", logits, "V")
+    x = layout.of_rows("logits", logits)
     if ref_logits is not None:
         ref = layout.rows("ref_logits", ref_logits, "V").detach()
         checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
@@ -200,7 +200,7 @@ def of_scored_logits(
     """The call of `sequence_logps`, and its logits as rows [R, T, V]."""
     settled = settle(given, {})
     layout = _layout(given, labels, cu_seqlens, logits)
-    x = layout.rows("logits", logits, "V")
+    x = layout.of_rows("logits", logits)
     backend = choose(given["backend"], x.device, x.dtype)
     inplace = check_rows(x, backend, given["inplace"])
     return TokenCall(settled, backend, wide_dtype(x), layout=layout, inplace=inplace), x

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-_FEW = 256
 LARGEST = 2**63 - 1  # what the schema of an op takes as an integer
 # Numbers reach the kernels as fp32: neither these nor their inverses may leave its range.
 FP32 = torch.finfo(torch.float32)
@@ -135,9 +135,8 @@ def plain(*values: Tensor | None) -> bool:
     """Whether these are tensors with values: not traced, no subclass, no transform around them."""
     if torch.compiler.is_compiling():
         return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for x in values:  # noqa: SIM110  (a generator takes longer)
-        if x is not None and (type(x) not in _PLAIN or wrapped(x)):
+        if x is not None and (type(x) not in _PLAIN or _is_wrapped(x)):
             return False
     return True
 
@@ -147,26 +146,8 @@ def readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and plain(value)
 
 
-def few(labels: Tensor) -> list[list[int]] | None:
-    """Readable labels as numbers, rows of them, where that is faster than calling an op."""
-    if labels.numel() > _FEW:
-        return None
-    rows = labels.tolist()
-    return rows if labels.dim() == 2 else [rows]
-
-
-def labels_in_range(labels: Tensor, V: int, ignore_index: int) -> list[list[int]] | None:
-    """A label is `ignore_index` or in [0, V). On GPUs the kernels refuse instead (NaN).
-
-    The labels as numbers, where they had to be read one by one (`few`).
-    """
-    if not readable(labels) or labels.numel() == 0:
-        return None
-    if (rows := few(labels)) is not None:
-        found = set().union(*rows)
-        found.discard(ignore_index)
-        if not found or (min(found) >= 0 and max(found) < V):
-            return rows
+def labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:
+    """A label is `ignore_index` or in [0, V). Where they cannot be read the kernels give NaN."""
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= V))
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
@@ -174,7 +155,6 @@ def labels_in_range(labels: Tensor, V: int, ignore_index: int) -> list[list[int]
             f"labels must be in [0, {V}) or ignore_index={ignore_index}, "
             f"got {int(labels[tuple(where)])} at {where}"
         )
-    return None
 
 
 def lengths_of(name: str, value: object, S: int) -> tuple[int, ...] | None:
@@ -187,9 +167,9 @@ def lengths_of(name: str, value: object, S: int) -> tuple[int, ...] | None:
         if not plain(value):
             return None
         value = value.tolist()
-    if not isinstance(value, (list, tuple)) or not all(type(n) is int for n in value):
+    if not isinstance(value, (list, tuple)) or not {int}.issuperset(map(type, value)):
         raise TypeError(f"{name} must be integers, a CPU tensor or a list, got {shown(value)}")
-    if len(value) != S or any(not 0 <= n <= LARGEST for n in value):
+    if len(value) != S or not (min(value, default=0) >= 0 and max(value, default=0) <= LARGEST):
         raise ValueError(f"{name} must be {S} counts of scored tokens, got {shown(value)}")
     return tuple(value)
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import load, usable
+from ..ops.direct import eager
 from . import checks
 from .transfer import to_device
 
@@ -66,17 +68,21 @@ class Layout:
         # Shapes before values: labels of other logits are often out of their range too.
         if scored is not None:
             _check_rows(scored.name, scored.rows, labels.shape, scored.last)
-        numbers = checks.labels_in_range(labels, V, ignore_index)
+        S = labels.shape[0]
+        if checks.readable(labels) and eager(labels):
+            if not packed and labels.is_contiguous() and usable("cpu"):
+                # One call, where a small batch costs what its calls cost.
+                made = load("cpu").targets_of(labels, V, ignore_index, shift)
+                if made is not None:
+                    return Layout(made[0], None, S, ignore_index, shift, made[1])
+            checks.labels_in_range(labels, V, ignore_index)
         if not packed:
-            targets, lengths = labels, None
-            if numbers is not None:
-                kept = [row[1:] for row in numbers] if shift else numbers
-                lengths = tuple(len(row) - row.count(ignore_index) for row in kept)
+            targets = labels
             if shift and labels.shape[1]:
                 # One op: the first label cut off, one that is not scored appended.
                 targets = torch.constant_pad_nd(labels, (-1, 1), ignore_index)
-            return Layout(targets, None, labels.shape[0], ignore_index, shift, lengths)
-        N = labels.shape[0]
+            return Layout(targets, None, S, ignore_index, shift)
+        N = S
         cu = checks.cu_seqlens_of(cu_seqlens, N, labels)
         targets = labels
         if shift and N:
@@ -98,6 +104,10 @@ class Layout:
         _check_rows(
             name, tensor, self.targets.shape[1:] if self.packed else self.targets.shape, last
         )
+        return self.of_rows(name, tensor)
+
+    def of_rows(self, name: str, tensor: Tensor) -> Tensor:
+        """Likewise of what labels are of (`Scored`), whose shape is checked."""
         checks.same_device(name, tensor, "labels", self.targets)
         return tensor.unsqueeze(0) if self.packed else tensor
 
@@ -110,7 +120,7 @@ class Layout:
         lengths = self.lengths
         if lengths is not None and scored_lengths is None and device == self.targets.device:
             return self
-        readable = checks.readable(self.targets)
+        readable = lengths is not None or checks.readable(self.targets)
         if readable and lengths is None:
             lengths = tuple(self.scored_counts().tolist())
         if scored_lengths is not None:

@@ -62,8 +62,8 @@ def of_hidden(
 ) -> tuple[LinearCall, LinearInputs]:
     """The call of `fused_linear_dpo_loss`, and the policy's inputs."""
     batch = {"labels": labels, "ref_logps": ref_logps, "cu_seqlens": cu_seqlens}
-    both = {**given, **loss_options}
-    shards, policy, reference = own_rows(vocab_group, policy, reference, both, batch)
+    options = (given, loss_options)
+    shards, policy, reference = own_rows(vocab_group, policy, reference, options, batch)
     settled = settle(given, loss_options)
     layout, hidden = _layout(given, labels, cu_seqlens, scored_lengths, policy, shards)
     if reference.hidden is None and (reference.weight is not None or reference.bias is not None):
@@ -75,9 +75,9 @@ def of_hidden(
     has_states = reference.hidden is not None
     check_reference(settled, layout, has_states, "ref_hidden", ref_logps, per_token)
     if given["drop_common_prefix"]:
-        states = layout.rows("hidden", hidden, "H")
+        states = layout.of_rows("hidden", hidden)
         layout = without_common_prefix(settled, layout, ref_logps, per_token, states)
-    inputs = _inputs(_POLICY, layout, policy)
+    inputs = _inputs(_POLICY, layout.of_rows("hidden", hidden), policy)
     ref = _reference(layout, policy, reference) if has_states else None
     if not settled.uses_reference:
         ref = ref_logps = None
@@ -106,11 +106,11 @@ def of_scored_hidden(
 ) -> tuple[LinearCall, LinearInputs]:
     """The call of `linear_sequence_logps`, and the policy's inputs."""
     batch = {"labels": labels, "cu_seqlens": cu_seqlens}
-    both, reference = {**given, "strategy": wish}, GivenHead(None, None)
-    shards, policy, _ = own_rows(vocab_group, policy, reference, both, batch)
+    options = (given, {"strategy": wish})
+    shards, policy, _ = own_rows(vocab_group, policy, GivenHead(None, None), options, batch)
     settled = settle(given, {})
     layout, hidden = _layout(given, labels, cu_seqlens, scored_lengths, policy, shards)
-    inputs = _inputs(_POLICY, layout, policy)
+    inputs = _inputs(_POLICY, layout.of_rows("hidden", hidden), policy)
     backend = choose(given["backend"], hidden.device, inputs.hidden.dtype)
     strategy = "plain"
     if backend != "torch":
@@ -159,18 +159,12 @@ def _layout(
 _POLICY, _REFERENCE = ("hidden", "weight", "bias"), ("ref_hidden", "ref_weight", "ref_bias")
 
 
-def _inputs(names: tuple[str, str, str], layout: Layout, head: GivenHead) -> LinearInputs:
-    """The head's tensors, checked and as the ops take them: cast under autocast, the adapter's A
-    scaled."""
-    hidden, weight, bias, lora = head
+def _inputs(names: tuple[str, str, str], rows: Tensor, head: GivenHead) -> LinearInputs:
+    """Hidden states [R, T, H] and the head's tensors as the ops take them, cast under autocast, the
+    adapter's A scaled; the shapes of states and weight are checked."""
+    _, weight, bias, lora = head
     name, weight_name, bias_name = names
-    rows = layout.rows(name, hidden, "H")
-    weight = checks.floating(weight_name, weight)
-    if weight.dim() != 2 or weight.shape[1] != rows.shape[2]:
-        raise ValueError(
-            f"{weight_name} must have shape [V, H={rows.shape[2]}] (H as {name} has), got "
-            f"{list(weight.shape)}"
-        )
+    assert weight is not None
     checks.same_device(weight_name, weight, name, rows)
     if bias is not None:
         checks.floating(bias_name, bias)
@@ -218,7 +212,13 @@ def _reference(layout: Layout, policy: GivenHead, given: GivenHead) -> LinearInp
             f"ref_weight must have shape [V={V}, H'] (the policy's vocabulary), got "
             f"{list(weight.shape)}"
         )
-    return _inputs(_REFERENCE, layout, head).detached()
+    rows = layout.rows("ref_hidden", head.hidden, "H")
+    if weight.dim() != 2 or weight.shape[1] != rows.shape[2]:
+        raise ValueError(
+            f"ref_weight must have shape [V, H={rows.shape[2]}] (H as ref_hidden has), got "
+            f"{list(weight.shape)}"
+        )
+    return _inputs(_REFERENCE, rows, head).detached()
 
 
 def planned(

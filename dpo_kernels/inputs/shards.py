@@ -28,16 +28,17 @@ def own_rows(
     vocab_group: Any,
     policy: GivenHead,
     reference: GivenHead,
-    given: dict[str, Any],
+    options: tuple[dict[str, Any], dict[str, Any]],
     batch: dict[str, Any],
 ) -> tuple[VocabShards | None, GivenHead, GivenHead]:
     """The shards, None where the heads are whole, and the heads as this rank has them.
 
-    `given` are the options, `batch` the other tensors: the ranks must have been given the same.
+    The ranks must have been given the same `options` and, beside the heads, the same `batch`.
     """
     group = _group_of(vocab_group, policy.weight)
     if group is None:
         return None, policy, reference
+    given = {**options[0], **options[1]}
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "vocab_group: the collectives of a sharded head do not trace; call this outside "

@@ -14,7 +14,7 @@ from transformers.utils import logging as of_transformers
 from .. import backends
 from ..models.layouts import layout_report
 from ..version import __version__
-from .at_start import REPORT
+from .at_start import OPTIONS, REPORT
 
 logger = logging.getLogger("dpo_kernels.trl")
 # top module of a trainer's class -> its package
@@ -60,6 +60,18 @@ def say(trainer: Any, level: int, text: str) -> None:
         logger.handle(record)
     else:
         logging.StreamHandler().handle(record)
+
+
+def opt_out(trainer: Any, check: str) -> str:
+    """What to write to leave out a check of `FusedOptions`, wherever this trainer comes from."""
+    home = getattr(trainer, "_dpo_home", None)
+    own = f"fused={{'{check}': False}}"
+    if home is None:
+        return own
+    if OPTIONS in os.environ:
+        return f"dpo-kernels run --no_{check} -- ..."
+    patch = f"{home.patch.removesuffix(')')}{check}=False)"
+    return f"{own} or {patch}" if home.patch == "patch_trl()" else patch
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

@@ -14,15 +14,18 @@ from ..models.nonfinite import LossWatch, NonFiniteLoss
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
 from ..models.step1 import FirstStep, check_connected, check_rows, eos_ids_of
+from .announce import opt_out
 
-OPT_OUT = "fused={'check_first_step': False}, or patch_trl(check_first_step=False)"
+_CHECK = "check_first_step"
 
 
 class FirstStepCallback(TrainerCallback):
     """Watches the first optimizer step of a trainer, and what is logged later."""
 
-    def __init__(self, fused: FusedOptions, falling: bool = True, beta: float = 0.1) -> None:
-        self.fused, self.beta = fused, beta
+    def __init__(
+        self, fused: FusedOptions, falling: bool = True, beta: float = 0.1, opt_out: str = ""
+    ) -> None:
+        self.fused, self.beta, self.opt_out = fused, beta, opt_out
         self.on_falling = fused.on_falling_logps if falling else "ignore"
         self.watch: FirstStep | None = None
         self.loss: Tensor | None = None  # the first
@@ -34,7 +37,7 @@ class FirstStepCallback(TrainerCallback):
         tokenizer = kwargs.get("processing_class")
         self.decode = getattr(tokenizer, "decode", None)
         if model is not None and not state.global_step and self.fused.check_first_step:
-            self.watch = FirstStep(model, OPT_OUT)
+            self.watch = FirstStep(model, self.opt_out)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.watch is not None:
@@ -96,7 +99,8 @@ def watch_first_step(trainer: Any) -> None:
     beta = options["beta"]
     beta = beta[0] if isinstance(beta, list) else beta  # of OnlineDPO's epochs
     mean = float(beta.float().mean()) if isinstance(beta, Tensor) else float(beta or 0.1)
-    trainer._first_step = FirstStepCallback(trainer.fused, _has_reference(options), mean)
+    falling, unless = _has_reference(options), opt_out(trainer, _CHECK)
+    trainer._first_step = FirstStepCallback(trainer.fused, falling, mean, unless)
     trainer.add_callback(trainer._first_step)
 
 
@@ -109,7 +113,8 @@ def check_first_rows(trainer: Any, labels: Tensor) -> None:
     """The rows of the first batch [2B, T]: scored, and ended once."""
     if trainer.fused.check_first_step:
         tokenizer = getattr(trainer, "processing_class", None)
-        check_rows(labels, eos_ids_of(trainer.model, tokenizer), opt_out=OPT_OUT)
+        eos_ids = eos_ids_of(trainer.model, tokenizer)
+        check_rows(labels, eos_ids, opt_out=opt_out(trainer, _CHECK))
 
 
 def check_first_loss(trainer: Any, loss: Tensor) -> None:

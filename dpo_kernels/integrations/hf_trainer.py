@@ -29,11 +29,18 @@ def check_head_of(trainer: Any) -> None:
 
 
 def model_dtype(trainer: Any) -> torch.dtype:
-    """The dtype in which the model computes."""
-    precision = trainer.accelerator.mixed_precision
-    if precision in ("fp16", "bf16"):
+    """The dtype in which the model computes; of fp16 too it is bf16 that is said.
+
+    ms-swift asks for fp16 with an fp32 model on a CPU, where accelerate leaves it at fp32.
+    """
+    accelerator = trainer.accelerator
+    mixed = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if not mixed:
+        with accelerator.autocast():
+            mixed = torch.is_autocast_enabled(accelerator.device.type)
+    if mixed and accelerator.mixed_precision in ("fp16", "bf16"):
         return torch.bfloat16
-    return base_model_of(trainer.accelerator.unwrap_model(trainer.model)).dtype
+    return base_model_of(accelerator.unwrap_model(trainer.model)).dtype
 
 
 def loss_state(trainer: Any, options: dict[str, Any]) -> dict[str, Any]:

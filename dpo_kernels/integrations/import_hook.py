@@ -11,7 +11,7 @@ from .announce import report
 from .patching import Patched, options_of
 
 # module of a trainer -> its class, and the maker of its patch
-_TRAINERS: dict[str, tuple[str, Callable[[type], Patched]]] = {
+_TRAINERS: dict[str, tuple[str, Callable[[type], Patched | None]]] = {
     "trl.trainer.dpo_trainer": ("DPOTrainer", trl.target_of),
     "trl.trainer.online_dpo_trainer": ("OnlineDPOTrainer", trl.online_target),
     "trl.experimental.online_dpo.online_dpo_trainer": ("OnlineDPOTrainer", trl.online_target),
@@ -28,5 +28,8 @@ def patch_module(module: ModuleType, options: dict[str, Any]) -> None:
         return  # a name that is kept for old imports
     options = dict(options)
     on_bypass = options.pop("on_bypass", "raise")
-    target(kind).apply(options_of(None, on_bypass, options), on_bypass)
+    found = target(kind)
+    if found is None:
+        return  # which was said
+    found.apply(options_of(None, on_bypass, options), on_bypass)
     report(f"patched {module.__name__}.{name}")

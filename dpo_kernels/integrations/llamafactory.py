@@ -23,11 +23,10 @@ from torch import Tensor
 
 from ..models.options import FusedOptions
 from . import frameworks, own_loss, shapes
-from .patching import Overrides, Patched, Undo, options_of, undo_all
+from .patching import Overrides, Patched, Undo, apply_all, options_of, undo_all
 
 __all__ = ["patch_llamafactory", "unpatch_llamafactory"]
 
-OPT_OUT = "patch_llamafactory(check_reference=False)"
 # Its names of the losses of mean log-probs.
 _OF_MEANS = {"ipo", "orpo", "simpo"}
 _known: dict[type, Patched] = {}
@@ -56,8 +55,7 @@ def patch_llamafactory(
     """
     chosen = own_loss.fused_options(options_of(fused, on_bypass, options))
     frameworks.check_version("llamafactory", allow_untested=allow_untested)
-    target_of(shapes.class_of(shapes.OF_LLAMAFACTORY)).apply(chosen, on_bypass)
-    return Undo(unpatch_llamafactory)
+    return apply_all([target_of(shapes.class_of(shapes.OF_LLAMAFACTORY))], chosen, on_bypass)
 
 
 def unpatch_llamafactory() -> None:
@@ -70,7 +68,7 @@ def overrides() -> Overrides:
         "__init__": functools.partial(own_loss.init, refuse=_refuse),
         "concatenated_forward": _concatenated_forward,
         "get_batch_loss_metrics": functools.partial(
-            own_loss.first_step, reference_logps=_reference_logps, opt_out=OPT_OUT
+            own_loss.first_step, reference_logps=_reference_logps
         ),
     }
 

@@ -21,7 +21,7 @@ from ..models.options import FusedOptions
 from ..models.step0 import check_step0
 from ..models.structure import deterministic
 from . import hf_trainer
-from .announce import announce
+from .announce import announce, opt_out
 from .first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
 
 
@@ -85,7 +85,6 @@ def weighted_sums(rows: RowScores, position: Tensor, ld_alpha: float | None) -> 
 def first_step(
     original: Callable,
     reference_logps: Callable[[Any, Any, dict[str, Any]], tuple[Tensor, Tensor] | None],
-    opt_out: str,
 ) -> Callable:
     """Their `get_batch_loss_metrics`; before the first step both models are looked at."""
 
@@ -97,7 +96,7 @@ def first_step(
         if first:
             hf_trainer.check_head_of(self)
             if self.fused.check_reference and not self.state.global_step:
-                _check_reference(self, model, batch, reference_logps, opt_out)
+                _check_reference(self, model, batch, reference_logps)
         result = original(self, model, batch, train_eval, **kwargs)
         if first and isinstance(result[0], Tensor):
             check_first_loss(self, result[0])
@@ -112,7 +111,7 @@ def first_step(
 
 
 def _check_reference(
-    trainer: Any, model: Any, batch: dict[str, Any], reference_logps: Callable, opt_out: str
+    trainer: Any, model: Any, batch: dict[str, Any], reference_logps: Callable
 ) -> None:
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own forward belongs to the step
@@ -124,7 +123,8 @@ def _check_reference(
         ours = trainer.concatenated_forward(model, dict(batch), is_ref_model=True)
     policy = torch.stack([ours["chosen_logps"], ours["rejected_logps"]])
     rewards = policy - torch.stack(list(theirs)).to(policy)
-    check_step0(rewards, policy, {"beta": 1.0}, hf_trainer.model_dtype(trainer), opt_out)
+    unless = opt_out(trainer, "check_reference")
+    check_step0(rewards, policy, {"beta": 1.0}, hf_trainer.model_dtype(trainer), unless)
 
 
 def refuse(trainer: Any, given: dict[str, bool]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,6 +20,8 @@ import transformers
 from ..models.attached import head_calls
 from ..models.options import FusedOptions
 from .announce import say
+from .at_start import OPTIONS
+from .frameworks import UnsupportedShape
 
 # name of a method -> maker of its replacement from the original
 Overrides = dict[str, Callable[[Any], Any]]
@@ -50,8 +53,28 @@ class Patched:
     def active(self) -> bool:
         return bool(self._installed)
 
+    @property
+    def options(self) -> tuple[FusedOptions, str] | None:
+        """What it is patched with; None where it is not."""
+        return (self.target.fused_default, self.on_bypass) if self.active else None  # type: ignore[attr-defined]
+
+    @property
+    def acts(self) -> bool:
+        """Whether trainers built now get our methods, and those built before have them still."""
+        return self._acts
+
+    def check(self) -> None:
+        """`UnsupportedShape` where the target lacks a method that is exchanged."""
+        missing = [name for name in self.overrides if not hasattr(self.target, name)]
+        if missing:
+            raise UnsupportedShape(
+                f"{self.target.__module__}.{self.target.__name__} has no {', '.join(missing)}, "
+                f"which {self.patch} exchanges. Nothing was patched"
+            )
+
     def subclass(self, fused: FusedOptions, on_bypass: str = "raise", **body: Any) -> type:
         """A class below the target, which stays as it is, with our methods."""
+        self.check()
         home = Patched(self.target, self.overrides, patch=self.patch, advice=self._advice)
         home.on_bypass, home._acts = on_bypass, True
         made = {name: home._made(name, self._original(name)) for name in self.overrides}
@@ -60,6 +83,7 @@ class Patched:
 
     def apply(self, fused: FusedOptions, on_bypass: str = "raise") -> None:
         """Put our methods in; a second time exchanges the options alone."""
+        self.check()
         for name in self.overrides:
             if vars(self.target).get(name, _ABSENT) is self._installed.get(name):
                 continue
@@ -220,7 +244,7 @@ class _Watch:
     def name_overridden(self, trainer: Any) -> None:
         """Say which methods of ours this trainer does not get, unless that was said."""
         home, names = self._home, self._home.overridden(trainer)
-        if not names or names == self._named:
+        if not home.acts or not names or names == self._named:
             return
         self._named = names
         say(
@@ -244,18 +268,23 @@ class _Watch:
             return
         kind, home = type(trainer), self._home
         names = home.overridden(trainer)
-        why = (
-            f"it has methods of its own where {home.patch} exchanged {home.target.__name__}'s "
-            f"({', '.join(names)})"
-            if names
-            else "what it calls is not what was exchanged"
-        )
+        if not home.acts:
+            why = "the patch was undone after it was built. Build and train it under the patch."
+        elif names:
+            why = (
+                f"it has methods of its own where {home.patch} exchanged {home.target.__name__}'s "
+                f"({', '.join(names)}). {home.advice(kind)}"
+            )
+        else:
+            why = f"what it calls is not what was exchanged. {home.advice(kind)}"
         text = (
             f"{kind.__name__} is below a {home.target.__name__} that {home.patch} has patched, but "
-            f"its first step made no fused call: {why}. {home.advice(kind)}"
+            f"its first step made no fused call: {why}"
         )
         if home.on_bypass == "raise":
-            raise BypassedError(f"{text} To train without the fused head: on_bypass='warn'")
+            below_run = OPTIONS in os.environ
+            warn = "dpo-kernels run --on_bypass warn -- ..." if below_run else "on_bypass='warn'"
+            raise BypassedError(f"{text} To train without the fused head: {warn}")
         say(trainer, logging.WARNING, text)
 
     on_substep_end = on_step_end
@@ -279,16 +308,34 @@ def options_of(
 
 
 class Undo:
-    """What a `patch_...()` returns: nothing to do with it, or a context that undoes the patch."""
+    """What a `patch_...()` returns: nothing to do with it, or a context that undoes the patch.
 
-    def __init__(self, undo: Callable[[], None]) -> None:
-        self._undo = undo
+    A patch within a patch leaves the outer one as it was, its options too.
+    """
+
+    def __init__(self, before: list[tuple[Patched, tuple[FusedOptions, str] | None]]) -> None:
+        self._before = before
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *_: object) -> None:
-        self._undo()
+        for target, options in self._before:
+            if options is None:
+                target.undo()
+            elif target.active:  # not undone by name since
+                target.apply(*options)
+
+
+def apply_all(targets: Iterable[Patched], fused: FusedOptions, on_bypass: str) -> Undo:
+    """Put the methods of all in, or of none."""
+    targets = list(targets)
+    for target in targets:
+        target.check()
+    before = [(target, target.options) for target in targets]
+    for target in targets:
+        target.apply(fused, on_bypass)
+    return Undo(before)
 
 
 def undo_all(targets: Iterable[Patched]) -> None:

@@ -69,6 +69,14 @@ COLLATED = Shape(
         "log": ("logs", "start_time"),
     },
 )
+ONLINE = Shape(
+    "online",
+    "trl 0.18 to 1.x",
+    {
+        "__init__": ("model", "ref_model", "args"),
+        "_forward": ("model", "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"),
+    },
+)
 LLAMAFACTORY = Shape(
     "llamafactory",
     "llamafactory 0.9.5",
@@ -105,6 +113,13 @@ class Trainer:
 
 
 TRL = Trainer("trl", "trl.trainer.dpo_trainer", "DPOTrainer", "patch_trl()", (JOINED, COLLATED))
+TRL_ONLINE = Trainer(
+    "trl",
+    "trl.experimental.online_dpo.online_dpo_trainer",
+    "OnlineDPOTrainer",
+    "patch_trl()",
+    (ONLINE,),
+)
 OF_LLAMAFACTORY = Trainer(
     "llamafactory",
     "llamafactory.train.dpo.trainer",
@@ -141,17 +156,22 @@ def shape_of(trainer: Trainer, found: Methods, version: str | None) -> Shape:
 
 def class_of(trainer: Trainer) -> Any:
     """The class itself, imported; `UnsupportedShape` where its package has none of that name."""
-    require(trainer.module.split(".")[0], trainer.package)
+    return part_of(trainer, trainer.module, trainer.kind)
+
+
+def part_of(trainer: Trainer, module: str, name: str) -> Any:
+    """What a module of the trainer's package has by this name; else `UnsupportedShape`."""
+    require(module.split(".")[0], trainer.package)
     try:
-        found = getattr(importlib.import_module(trainer.module), trainer.kind, None)
+        found = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
-        if not f"{trainer.module}.".startswith(f"{error.name}."):
+        if not f"{module}.".startswith(f"{error.name}."):
             raise  # it is there, but something that it needs is not: its own message is better
         found = None
     if found is None:
         version = version_of(trainer.package) or "(unknown version)"
         raise UnsupportedShape(
-            f"{trainer.package} {version} has no {trainer.module}.{trainer.kind}, which is where "
+            f"{trainer.package} {version} has no {module}.{name}, which is where "
             f"{trainer.patch} looks for it. Nothing was patched"
         )
     return found
@@ -161,18 +181,28 @@ def check_has(owner: Any, names: Iterable[str], trainer: Trainer) -> None:
     """`UnsupportedShape` with those of `names` that this trainer, or its config, lacks."""
     missing = [name for name in names if not hasattr(owner, name)]
     if missing:
-        version = version_of(trainer.package) or "(unknown version)"
-        raise UnsupportedShape(
-            f"{trainer.package} {version}: its {type(owner).__name__} has no {', '.join(missing)}; "
-            f"{trainer.patch} knows none of that shape"
-        )
+        _lacks(f"its {type(owner).__name__} has no {', '.join(missing)}", trainer)
+
+
+def check_batch(batch: Mapping[str, Any], names: Iterable[str], trainer: Trainer) -> None:
+    """`UnsupportedShape` with those of `names` that a batch of this trainer lacks."""
+    missing = [name for name in names if name not in batch]
+    if missing:
+        _lacks(f"a batch has no {', '.join(missing)}, but {', '.join(batch)}", trainer)
+
+
+def _lacks(what: str, trainer: Trainer) -> None:
+    version = version_of(trainer.package) or "(unknown version)"
+    raise UnsupportedShape(
+        f"{trainer.package} {version}: {what}; {trainer.patch} knows none of that shape"
+    )
 
 
 def methods_of(kind: type) -> Methods:
     """The methods of a class; `__init__` counts where it is its own."""
     found: dict[str, tuple[str, ...] | None] = {}
     for name in dir(kind):
-        value = inspect.getattr_static(kind, name)
+        value = inspect.getattr_static(kind, name, None)
         value = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
         if not callable(value) or (name == "__init__" and "__init__" not in vars(kind)):
             continue

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from ..models.options import FusedOptions
 from . import frameworks, own_loss, shapes
-from .patching import Overrides, Patched, Undo, options_of, undo_all
+from .patching import Overrides, Patched, Undo, apply_all, options_of, undo_all
 
 __all__ = ["patch_swift", "unpatch_swift"]
 
-OPT_OUT = "patch_swift(check_reference=False)"
 # What its batches hold that is no input of the model.
 _NOT_FOR_THE_MODEL = {"labels", "text_position_ids", "ref_chosen_logps", "ref_rejected_logps"}
 _known: dict[type, Patched] = {}
@@ -55,8 +54,7 @@ def patch_swift(
     """
     chosen = own_loss.fused_options(options_of(fused, on_bypass, options))
     frameworks.check_version("ms-swift", allow_untested=allow_untested)
-    target_of(shapes.class_of(shapes.OF_SWIFT)).apply(chosen, on_bypass)
-    return Undo(unpatch_swift)
+    return apply_all([target_of(shapes.class_of(shapes.OF_SWIFT))], chosen, on_bypass)
 
 
 def unpatch_swift() -> None:
@@ -69,7 +67,7 @@ def overrides() -> Overrides:
         "__init__": functools.partial(own_loss.init, refuse=_refuse),
         "concatenated_forward": _concatenated_forward,
         "get_batch_loss_metrics": functools.partial(
-            own_loss.first_step, reference_logps=_reference_logps, opt_out=OPT_OUT
+            own_loss.first_step, reference_logps=_reference_logps
         ),
     }
 
@@ -77,6 +75,7 @@ def overrides() -> Overrides:
 def _refuse(trainer: Any) -> None:
     template = trainer.template
     multimodal = getattr(trainer.model_meta, "is_multimodal", False)
+    losses = trainer.loss_type if isinstance(trainer.loss_type, list) else [trainer.loss_type]
     own_loss.refuse(
         trainer,
         {
@@ -89,6 +88,9 @@ def _refuse(trainer: Any) -> None:
                 bool(multimodal)
             ),
             "an encoder-decoder model": trainer.is_encoder_decoder,
+            "loss_type=ipo (before 4.5.3 ms-swift takes its means in the forward)": (
+                "ipo" in losses and not hasattr(trainer, "_get_ipo_sequence_logps")
+            ),
         },
     )
 

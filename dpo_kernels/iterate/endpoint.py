@@ -6,7 +6,8 @@ and jitter; a mistake of ours (400) is not. Each request sent is counted once, w
 it: `stats["requests"] = stats["answered"] + stats["faults"]`. Budgets are taken before sending.
 
 The key comes from the environment, goes into the client's header and nowhere else: it is cut out of
-whatever the server sends back.
+whatever the server sends back, also where it comes escaped. Redirects are not followed: they would
+carry the texts to an address that nobody gave, uncounted.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import math
 import os
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from ..train.config_files import UserError
 from ..train.ranks import ALONE, Ranks
@@ -31,6 +34,7 @@ from .settings import EndpointOptions
 from .spending import Purse
 
 MAX_BODY = 8 * 2**20  # bytes of a reply
+SECRET = 8  # characters from which a key is one
 RETRIED = (408, 409, 425, 429)
 FATAL = (401, 403, 404)  # no other request will fare better
 
@@ -118,12 +122,13 @@ class Endpoint:
                 f"{ranks.world} processes that ask"
             )
         self.options, self.ranks = options, ranks
-        self._key = os.environ.get(options.api_key_env, "")
+        self._key = _key_of(options.api_key_env)
+        self._shapes = _shapes_of(self._key)
         self.cache = ReplyCache(options.cache_dir, ranks)
         self.stats: Counter[str] = Counter()
         self.purse = Purse(ledger, ranks)
         self._jitter = random.Random()
-        self._fatal = ""
+        self._fatal = self.first_error = ""
 
     # --- the public part ---
 
@@ -144,6 +149,7 @@ class Endpoint:
             self.ranks.at("requests to the server")
             replies[i] = reply
             self.stats["errors" if reply.error else "replies"] += 1
+            self.first_error = self.first_error or reply.error or ""
             if done is not None:
                 done(i, reply)
 
@@ -229,6 +235,7 @@ class Endpoint:
             api_key=self._key or "none",
             max_retries=0,
             timeout=self.options.request_timeout,
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
         ) as client:
 
             async def work() -> None:
@@ -362,10 +369,16 @@ class Endpoint:
 
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
-            said = self._clean(" ".join(str(error).split())[:200])
+            said = self._clean(" ".join(str(error).split()))[:200]
             if status in FATAL:
                 hint = f" (is {self.options.api_key_env} set?)" if status != 404 else ""
                 self._fatal = f"{self.options.base_url} refuses: {said}{hint}"
+            if 300 <= status < 400:
+                where = self._clean(error.response.headers.get("location", "nowhere"))[:200]
+                self._fatal = (
+                    f"base_url: {self.options.base_url} redirects to {where}; give the address "
+                    "that answers"
+                )
             again = status in RETRIED or status >= 500
             return _Fault(str(status), said, again, _seconds(error.response.headers))
         if isinstance(error, openai.APITimeoutError):
@@ -375,7 +388,7 @@ class Endpoint:
     def _read(self, body: bytes) -> tuple[Reply, tuple[int, int] | None]:
         """The reply in a body, and its (tokens in, tokens out) if it has such."""
         try:
-            content = json.loads(self._clean(body.decode("utf-8")))
+            content = _strings(json.loads(body.decode("utf-8")), self._clean)
             choice = content["choices"][0]
             message = choice.get("message")
             text = message.get("content") if isinstance(message, dict) else choice.get("text")
@@ -394,15 +407,51 @@ class Endpoint:
         return Reply(text, None, reason, _logprobs(choice.get("logprobs"))), usage
 
     def _clean(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+        for shape in self._shapes:
+            text = text.replace(shape, "[key]")
+        return text
+
+
+def _key_of(variable: str) -> str:
+    """The key in an environment variable, without the line end that a file leaves around it."""
+    key = os.environ.get(variable, "").strip()
+    if not all("!" <= c <= "~" for c in key):  # the client's error would quote it
+        raise UserError(f"{variable} holds what no key has: a space, a line end or other signs")
+    return key
+
+
+def _shapes_of(key: str) -> list[str]:
+    """The key as it is and as JSON, Python and an address write it, the longest first.
+
+    What servers of one's own take for a key ("EMPTY", "none") is no secret, but a word of texts.
+    """
+    if len(key) < SECRET:
+        return []
+    shapes = {key, json.dumps(key)[1:-1], repr(key)[1:-1], quote(key, safe="")}
+    return sorted({*shapes, key.replace("/", "\\/")}, key=len, reverse=True)
+
+
+def _strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with each of its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_strings(v, change) for v in value]
+    if isinstance(value, dict):
+        return {change(k): _strings(v, change) for k, v in value.items()}
+    return value
 
 
 def _seconds(headers: Any) -> float:
-    """Retry-After, if it is a number of seconds."""
+    """Retry-After: seconds, or the date until which to wait."""
+    text = str(headers.get("retry-after", ""))
     try:
-        value = float(headers.get("retry-after", 0))
-    except (TypeError, ValueError):
-        return 0.0
+        value = float(text)
+    except ValueError:
+        try:
+            value = parsedate_to_datetime(text).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
+            return 0.0
     return value if 0 < value < math.inf else 0.0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..data.left_out import DataError
 from .judges import Judge
-from .records import PairItem, Verdict, completion_text, read_table, write_table
+from .records import PairItem, Verdict, completion_text, is_turn, read_table, write_table
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def read_labelled(path: str | Path) -> list[LabelledPair]:
     for n, row in enumerate(read_table(path), start=1):
         where = f"{path}: row {n}"
         for name in ("prompt", "output_1", "output_2"):
-            if not isinstance(row.get(name), str | list):
+            if not is_turn(row.get(name)):
                 raise DataError(f"{where}: {name}: missing or no text")
         if row.get("label") not in (1, 2) or isinstance(row["label"], bool):
             raise DataError(f"{where}: label: {row.get('label')!r}, expected 1 or 2")

@@ -23,7 +23,7 @@ _WORD = re.compile(r"[\s\W_]*([ABC])[\s\W_]*")
 _BRACKETS = re.compile(r"\[\[\s*([^\[\]]*?)\s*\]\]")
 _MARKS = r"[\s*_`'\"\[\]().:]*"
 _SCORE = re.compile(
-    rf"{_MARKS}(?:score)?{_MARKS}(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?{_MARKS}", re.IGNORECASE
+    rf"{_MARKS}(?:score)?{_MARKS}(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?{_MARKS}", re.IGNORECASE
 )
 
 
@@ -98,8 +98,8 @@ def read_pairwise(reply: Reply, explained: bool) -> Read:
     """The verdict in a reply. One that was cut off, quotes two verdicts, or says more is unread."""
     if reply.text is None:
         return Read(None, reply.error or "no reply")
-    if reply.finish_reason == "length":
-        return Read(None, f"unreadable: cut off at its length: {_shown(reply.text)}")
+    if why := _cut_off(reply):
+        return Read(None, why)
     text = reply.text.strip()
     if explained:
         found = set(_BRACKETS.findall(text))
@@ -145,16 +145,27 @@ def read_score(reply: Reply, lowest: float, highest: float) -> tuple[float | Non
     """(score, None) or (None, why not)."""
     if reply.text is None:
         return None, reply.error or "no reply"
-    if reply.finish_reason == "length":
-        return None, f"unreadable: cut off at its length: {_shown(reply.text)}"
+    if why := _cut_off(reply):
+        return None, why
     match = _SCORE.fullmatch(reply.text.strip()) if len(reply.text) < 64 else None
     value = float(match.group(1)) if match else math.nan
-    if not lowest <= value <= highest:
+    of = match.group(2) if match else None
+    # "4/5" is no 4 of 10.
+    if not lowest <= value <= highest or (of is not None and float(of) != highest):
         return None, (
             f"unreadable: expected a number from {lowest:g} to {highest:g}, got "
             f"{_shown(reply.text)}"
         )
     return value, None
+
+
+def _cut_off(reply: Reply) -> str | None:
+    """Why the reply is not whole, if it says so."""
+    if reply.finish_reason == "length":
+        return f"unreadable: cut off at its length: {_shown(reply.text or '')}"
+    if reply.finish_reason == "content_filter":
+        return f"unreadable: cut off by the server's filter: {_shown(reply.text or '')}"
+    return None
 
 
 def _shown(text: str) -> str:

@@ -8,6 +8,8 @@ its verdict, and never a label.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -79,21 +81,22 @@ class PairwiseJudge:
             self.options |= {"logprobs": True, "top_logprobs": 20}
         self.name = f"{name}:{endpoint.options.model}"
         self.batch = max(64, 4 * endpoint.options.concurrency)
-        o = endpoint.options
-        self.identity = digest(
-            [o.base_url, o.model, template.system, template.user, principles, self.options]
-        )
+        self.identity = endpoint.key_of(self._question("prompt", "first", "second"))
 
     def compare(self, items: Sequence[PairItem]) -> list[Verdict]:
         requests = []
         for item in items:
-            for a, b in ((item.first, item.second), (item.second, item.first)):
-                messages = self.template.messages(
-                    prompt=prompt_text(item.prompt), first=a, second=b, principles=self.principles
-                )
-                requests.append(Request(messages, self.options, self.max_tokens))
+            prompt = prompt_text(item.prompt)
+            requests.append(self._question(prompt, item.first, item.second))
+            requests.append(self._question(prompt, item.second, item.first))
         replies = self.endpoint.ask(requests)
         return [self._verdict(*replies[i : i + 2]) for i in range(0, len(replies), 2)]
+
+    def _question(self, prompt: str, first: str, second: str) -> Request:
+        messages = self.template.messages(
+            prompt=prompt, first=first, second=second, principles=self.principles
+        )
+        return Request(messages, self.options, self.max_tokens)
 
     def _verdict(self, forward: Reply, backward: Reply) -> Verdict:
         explained = self.template.explains
@@ -217,12 +220,23 @@ def load_callable(where: str) -> Callable[[Turn, str], float]:
         raise UserError(f"judge_callable: {where} cannot be loaded: {error}") from None
 
 
-def _source_of(function: Any) -> str:
-    """Hash of the file that a function is in: an edited rule is another judge."""
-    try:
-        return file_digest(Path(inspect.getfile(function)))
-    except (TypeError, OSError):
-        return ""
+def _source_of(where: str, function: Any) -> list[str]:
+    """Hashes of the files that a rule is in: an edited rule is another judge."""
+    source = where.rpartition(":")[0]
+    found = []
+    if source.endswith(".py"):  # run anew for each judge
+        found.append(file_digest(Path(source)))
+    with contextlib.suppress(TypeError, OSError):
+        file = inspect.getfile(function)
+        if not found or Path(file).resolve() != Path(source).resolve():
+            found.append(_as_imported(file))
+    return found
+
+
+@functools.cache
+def _as_imported(file: str) -> str:
+    """Hash of a module's file when it was first asked for: it is not loaded again."""
+    return file_digest(Path(file))
 
 
 def rubric_judge(endpoint: Endpoint, template: Template, options: JudgeOptions) -> ScoreJudge:
@@ -231,19 +245,15 @@ def rubric_judge(endpoint: Endpoint, template: Template, options: JudgeOptions) 
     fields = {"temperature": options.judge_temperature, "seed": options.judge_seed}
     limits = {"lowest": f"{lowest:g}", "highest": f"{highest:g}"}
 
+    def question(prompt: str, text: str) -> Request:
+        messages = template.messages(prompt=prompt, completion=text, **limits)
+        return Request(messages, fields, options.judge_max_tokens or 16)
+
     def scores(texts: list[tuple[Turn, str]]) -> list[tuple[float | None, str | None, str]]:
-        requests = [
-            Request(
-                template.messages(prompt=prompt_text(prompt), completion=text, **limits),
-                fields,
-                options.judge_max_tokens or 16,
-            )
-            for prompt, text in texts
-        ]
-        replies = endpoint.ask(requests)
+        replies = endpoint.ask([question(prompt_text(p), text) for p, text in texts])
         return [(*read_score(r, lowest, highest), r.text or "") for r in replies]
 
-    identity = [options.base_url, options.model, template.system, template.user, limits, fields]
+    identity = [endpoint.key_of(question("prompt", "completion")), limits]
     batch = max(64, 4 * options.concurrency)
     return ScoreJudge(f"rubric:{options.model}", identity, scores, batch=batch)
 
@@ -302,7 +312,7 @@ def _one(name: str, options: JudgeOptions, endpoint: Endpoint | None) -> Any:
     if name == "callable":
         where = str(options.judge_callable)
         function = load_callable(where)
-        return rule_judge(f"callable:{where}", [where, _source_of(function)], function)
+        return rule_judge(f"callable:{where}", [where, *_source_of(where, function)], function)
     if name == "rubric":
         assert endpoint is not None
         return rubric_judge(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ import torch
 from ..train.config_files import UserError
 from .judge_replies import SIDES, Read, Template, load_template
 from .judges import ScoreJudge, combine_orders
-from .local_models import LocalModel, render
+from .local_models import LocalModel, render, weights_digest
 from .records import PairItem, Turn, Verdict, digest, prompt_text
 from .settings import JudgeOptions
 
 Scores = list[tuple[float | None, str | None, str]]
+NO_REFERENCE = "none"
 
 
 def make(name: str, options: JudgeOptions) -> Any:
@@ -26,10 +28,16 @@ def make(name: str, options: JudgeOptions) -> Any:
         return PolicyJudge(LocalModel.load(path), template, options.judge_batch_size)
     if name == "reward_model":
         return reward_model_judge(path, options.judge_batch_size)
-    ref = str(options.judge_ref_path)
-    return implicit_judge(
-        LocalModel.load(path), LocalModel.load(ref), options.judge_beta, options.judge_batch_size
-    )
+    policy, ref = LocalModel.load(path), None
+    if options.judge_ref_path != NO_REFERENCE:
+        ref = LocalModel.load(str(options.judge_ref_path))
+        if ref.identity == policy.identity:
+            raise UserError(
+                f"judge implicit: judge_model_path and judge_ref_path are one model ({path}), so "
+                "every reward is 0; give a model that DPO has trained, or "
+                f"--judge_ref_path {NO_REFERENCE} (the mean log-prob, as SimPO's reward)"
+            )
+    return implicit_judge(policy, ref, options.judge_beta, options.judge_batch_size)
 
 
 class PolicyJudge:
@@ -129,7 +137,8 @@ def reward_model_judge(path: str, batch: int = 16) -> ScoreJudge:
         return found
 
     name = f"reward_model:{path}"
-    return ScoreJudge(name, ["reward_model", path], scores, scale=1.0, batch=max(batch, 64))
+    identity = ["reward_model", weights_digest(Path(path)) or path]
+    return ScoreJudge(name, identity, scores, scale=1.0, batch=max(batch, 64))
 
 
 def _score(value: float) -> tuple[float | None, str | None, str]:
@@ -139,17 +148,25 @@ def _score(value: float) -> tuple[float | None, str | None, str]:
 
 
 def implicit_judge(
-    policy: LocalModel, reference: LocalModel, beta: float, batch: int = 16
+    policy: LocalModel, reference: LocalModel | None, beta: float, batch: int = 16
 ) -> ScoreJudge:
-    """The reward that a DPO model has learnt: beta (log pi - log ref) of a completion."""
+    """The reward that a DPO model has learnt: beta (log pi - log ref) of a completion.
+
+    Without a reference it is SimPO's (2405.14734): beta times the mean log-prob of its tokens.
+    """
 
     def scores(texts: list[tuple[Turn, str]]) -> Scores:
         found: Scores = []
         for start in range(0, len(texts), batch):
             rows = [render(policy.tokenizer, p, c) for p, c in texts[start : start + batch]]
-            logps = [model.completion_logps(rows) for model in (policy, reference)]
-            found += [_score(v) for v in (beta * (logps[0] - logps[1])).tolist()]
+            logps = policy.completion_logps(rows)
+            if reference is not None:
+                logps = logps - reference.completion_logps(rows)
+            else:
+                logps = logps / torch.tensor([max(len(answer), 1) for _, answer in rows])
+            found += [_score(v) for v in (beta * logps).tolist()]
         return found
 
-    identity = ["implicit", policy.identity, reference.identity, beta]
-    return ScoreJudge("implicit", identity, scores, scale=1.0, batch=max(batch, 64))
+    identity = ["implicit", policy.identity, reference and reference.identity, beta]
+    name = "implicit" if reference is not None else "implicit (no reference)"
+    return ScoreJudge(name, identity, scores, scale=1.0, batch=max(batch, 64))

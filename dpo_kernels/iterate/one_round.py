@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..train.config_files import UserError
 from ..train.console import Console
 from ..train.job import run_job
+from ..train.ranks import agreed
 from .command_options import IterateConfig
+from .endpoint import Endpoint
 from .guards import broken_limit, kl_of_samples, logps_moved
 from .judged_rows import make_rows
 from .judges import Judge
@@ -33,6 +36,10 @@ from .win_rate import win_rate
 
 if TYPE_CHECKING:
     from .rounds import Iteration
+
+
+class Waiting(Exception):
+    """The round is not over, and cannot go on now: called again, the loop goes on with it."""
 
 
 class Round:
@@ -164,7 +171,24 @@ class Round:
             stats, cost = endpoint.counted()
             found |= {"requests": dict(stats), "cost": cost}
             self.say(endpoint.describe(stats, cost))
+            self._heard(endpoint)
         return found
+
+    def _heard(self, endpoint: Endpoint) -> None:
+        """Leave a stage unfinished whose questions a spent budget or a dead server left open."""
+        stats, _ = endpoint.counted()
+        first = next(filter(None, self.ranks.objects(endpoint.first_error)), "")
+        if stats["over_budget"]:
+            raise Waiting(
+                f"budget: {stats['over_budget']} questions of round {self.number} were not asked; "
+                "with a larger max_requests or max_cost the loop goes on with them"
+            )
+        if stats["errors"] and not stats["answered"] + stats["cached"]:
+            none = UserError(
+                f"the judge at {endpoint.options.base_url} answered none of {stats['errors']} "
+                f"questions: {first}; called again, the loop goes on"
+            )
+            raise agreed(none)
 
     def _pairs(self) -> dict[str, Any]:
         return self.ranks.first_does(self._make_pairs)
@@ -241,6 +265,9 @@ class Round:
                 self.config.win_length_match,
                 self.ranks,
             )
+        endpoint = getattr(judge, "endpoint", None)
+        if endpoint is not None:
+            self._heard(endpoint)
         return found
 
     def _promote(self) -> dict[str, Any]:

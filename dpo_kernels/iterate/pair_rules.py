@@ -21,6 +21,7 @@ from .records import (
     as_completion,
     by_prompt,
     completion_text,
+    is_number,
     prompt_id,
     read_table,
 )
@@ -233,11 +234,15 @@ def _static(path: str, groups: dict[str, list[Sample]]) -> list[dict[str, Any]]:
     for n, row in enumerate(read_table(path), start=1):
         if row.get("prompt") is None or not row.get("chosen") or not row.get("rejected"):
             raise DataError(f"{path}: row {n}: expected prompt, chosen and rejected")
+        numbers = {"margin": row.get("margin"), "p_chosen": row.get("p_chosen")}
+        for name, value in numbers.items():
+            if value is not None and not is_number(value):
+                raise DataError(f"{path}: row {n}: {name}: expected a number, got {value!r}")
         rows.append(
             {
                 **{k: row[k] for k in ("prompt", "chosen", "rejected")},
-                "margin": float(row.get("margin") or 0.0),
-                "p_chosen": float(row.get("p_chosen", 1.0)),
+                "margin": float(numbers["margin"] or 0.0),
+                "p_chosen": 1.0 if numbers["p_chosen"] is None else float(numbers["p_chosen"]),
             }
         )
     return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -162,7 +163,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     found: dict[str, Prompt] = {}
     for number, row in enumerate(read_table(path), start=1):
         value: Any = row.get("prompt")
-        if not _is_turn(value):
+        if not is_turn(value):
             raise DataError(f"{path}: row {number}: prompt: expected a text or a list of messages")
         key = prompt_id(value)
         found.setdefault(key, Prompt(value, str(row.get("id") or key)))
@@ -173,13 +174,18 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return list(found.values())
 
 
-def _is_turn(value: object) -> bool:
+def is_turn(value: object) -> bool:
     if isinstance(value, str):
         return True
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
+        and all(
+            isinstance(m, dict)
+            and isinstance(m.get("content"), str)
+            and isinstance(m.get("role"), str)
+            for m in value
+        )
     )
 
 
@@ -188,13 +194,19 @@ def read_samples(path: str | Path) -> list[Sample]:
     samples, seen = [], set()
     for number, row in enumerate(read_table(path), start=1):
         where = f"{path}: row {number}"
-        if not _is_turn(row.get("prompt")) or not isinstance(row.get("completion"), str):
+        if not is_turn(row.get("prompt")) or not isinstance(row.get("completion"), str):
             raise DataError(f"{where}: expected prompt and completion (a text)")
         key = str(row.get("id") or prompt_id(row["prompt"]))
         n = row.get("sample", number)
-        if not isinstance(n, int) or (key, n) in seen:
+        if not is_whole(n) or (key, n) in seen:
             raise DataError(f"{where}: sample: expected a number that no other has, got {n!r}")
         seen.add((key, n))
+        for name in ("seed", "temperature"):
+            if not is_number(row.get(name) or 0):
+                raise DataError(f"{where}: {name}: expected a number, got {row[name]!r}")
+        for name in ("logps", "token_ids"):
+            if not isinstance(row.get(name), list | None):
+                raise DataError(f"{where}: {name}: expected a list, got {row[name]!r}")
         samples.append(
             Sample(
                 row["prompt"],
@@ -211,6 +223,35 @@ def read_samples(path: str | Path) -> list[Sample]:
     if not samples:
         raise DataError(f"{path}: no sample")
     return samples
+
+
+def read_verdicts(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a file of verdicts, whoever wrote them: each has what pairs are made of."""
+    rows = read_table(path)
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}: row {number}"
+        if row.get("id") is None and not is_turn(row.get("prompt")):
+            raise DataError(f"{where}: prompt: expected a text or a list of messages")
+        sides = [row.get(name) for name in ("first", "second")]
+        if not all(map(is_whole, sides)) or sides[0] == sides[1]:
+            raise DataError(f"{where}: expected first and second, the numbers of two samples")
+        for name in ("p_first", "score_first", "score_second"):
+            if row.get(name) is not None and not is_number(row[name]):
+                raise DataError(f"{where}: {name}: expected a number or null, got {row[name]!r}")
+        if not isinstance(row.get("tie"), bool | None):
+            raise DataError(f"{where}: tie: expected true or false, got {row['tie']!r}")
+    return rows
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
 
 
 def by_prompt(samples: Sequence[Sample]) -> dict[str, list[Sample]]:

@@ -26,9 +26,10 @@ from .iteration_report import write_report
 from .judges import make_judge
 from .local_models import LocalModel, weights_digest
 from .manifest import LOCK, Manifest, locked, read_json, write_json
-from .one_round import Round, sampling_of
+from .model_judges import NO_REFERENCE
+from .one_round import Round, Waiting, sampling_of
 from .one_round import average_models as average_models
-from .records import Prompt, read_prompts, read_samples, write_table
+from .records import Prompt, prompt_id, read_prompts, read_samples, write_table
 from .sampling import generate, seed_of
 from .settings import load_options
 from .start_model import embedded_start
@@ -142,7 +143,11 @@ class Iteration:
         ended = None
         for number in range(1, self.config.rounds + 1):
             one = Round(self, number, state, zero)
-            ended = one.run()
+            try:
+                ended = one.run()
+            except Waiting as why:
+                ended = str(why)
+                self.console.say(f"round {number} waits: {why}")
             done.append(one.manifest.content)
             if one.manifest["promoted"]:
                 state = {k: str(self.folder / one.manifest[k]) for k in ("policy", "reference")}
@@ -209,8 +214,8 @@ class Iteration:
                 n = max(1, round(c.eval_fraction * len(train)))
                 out = {p.id for p in sorted(train, key=lambda p: seed_of(c.seed, p.id))[:n]}
                 held = [p for p in train if p.id in out]
-        ids = {p.id for p in held}
-        kept = [p for p in train if p.id not in ids]
+        apart = {prompt_id(p.prompt) for p in held}  # an id may mean another prompt there
+        kept = [p for p in train if prompt_id(p.prompt) not in apart]
         if not kept or not held:
             raise UserError("prompts: there must be prompts to train on and held-out ones")
         return kept, held
@@ -270,8 +275,25 @@ class Iteration:
         c = replace(self.config, judge=names or self.config.judge)
         c.cache_dir = c.cache_dir or str(self.folder / "judge_cache")
         c.judge_model_path = c.judge_model_path or policy
+        if (
+            "implicit" in c.judge
+            and c.judge_ref_path is None
+            and _one(c.judge_model_path, self.start)
+        ):
+            c.judge_ref_path = NO_REFERENCE
+            self.console.say(
+                "judge implicit: the policy is still the starting model, so its reward over it is "
+                "0 for every text; asked without a reference (the mean log-prob)"
+            )
         c.judge_ref_path = c.judge_ref_path or str(self.start)
         return make_judge(c, self.folder / "requests.jsonl", self.ranks)
+
+
+def _one(model: str, other: Path) -> bool:
+    """Whether two folders hold the same weights."""
+    if Path(model) == other:
+        return True
+    return weights_digest(Path(model)) == weights_digest(other) != ""
 
 
 def _same_settings(old: dict[str, Any], new: dict[str, Any], file: Path) -> None:

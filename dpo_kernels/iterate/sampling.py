@@ -51,10 +51,14 @@ def generate(
     Of many `ranks` each draws a part, the same samples as one process would; the first one writes.
     """
     output, console = Path(output), console or Console(quiet=True)
-    who = source.identity if isinstance(source, LocalModel) else source.options.base_url
+    if isinstance(source, LocalModel):
+        who: Any = source.identity
+    else:
+        who = [source.options.base_url, source.options.model, source.options.extra_body]
     drawn_how = {f.name: getattr(options, f.name) for f in fields(SamplingOptions)}
     with ranks.together():
-        journal = Journal.of(output, [who, [p.id for p in prompts], drawn_how], ranks)
+        asked = [[p.id, p.prompt] for p in prompts]
+        journal = Journal.of(output, [who, asked, drawn_how], ranks)
     done = {(row["id"], row["sample"]) for row in journal.rows}
     errors: list[str] = []
     try:
@@ -75,9 +79,11 @@ def generate(
         rows = sorted(journal.every_row(), key=lambda r: (place[r["id"]], r["sample"]))
         if not rows:
             first = f": {missing[0]}" if missing else ""
+            journal.drop()
             raise UserError(f"no sample was drawn{first}")
         write_table(output, rows)
-        journal.drop()
+        if not missing:  # else a later call asks for what is missing alone
+            journal.drop()
         return len(rows)
 
     drawn = ranks.first_does(finish)

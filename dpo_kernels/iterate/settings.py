@@ -133,7 +133,9 @@ class JudgeOptions(EndpointOptions):
     judge_template: str | None = option(None, "file of the judge's prompt; None: the shipped one")
     judge_principles: str | None = option(None, "constitution: file of principles, one a line")
     judge_model_path: str | None = option(None, "policy, reward_model, implicit: a model's folder")
-    judge_ref_path: str | None = option(None, "implicit: the reference model's folder")
+    judge_ref_path: str | None = option(
+        None, "implicit: the reference model's folder; none: the mean log-prob (SimPO's reward)"
+    )
     judge_beta: float = option(0.1, "implicit: beta of the reward")
     judge_batch_size: int = option(16, "models here: texts of one forward")
     judge_max_tokens: int | None = option(None, "length of a reply; None: by the kind of judge")

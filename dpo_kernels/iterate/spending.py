@@ -26,8 +26,8 @@ class Purse:
         """`ledger`: a file in which what was spent is kept, so that a budget outlives a process."""
         self._ledger = Journal(ledger, ranks) if ledger else None
         rows = self._ledger.rows if self._ledger else []
-        self._sent, self._committed = len(rows), sum(row["cost"] for row in rows)
-        self.before = self._committed
+        self._sent = sum(row.get("sent", 1) for row in rows)
+        self.before = self._committed = sum(row["cost"] for row in rows)
         self.spent = 0.0  # by this process
         self._store = ranks.watch.store if ranks.many else None
         self._key = f"purse/{next(_numbers)}"
@@ -42,7 +42,10 @@ class Purse:
             if options.max_cost is not None and committed + reserve > options.max_cost:
                 return f"budget: max_cost={options.max_cost:g} is spent"
             if self._put(seen, sent + 1, committed + reserve):
-                return ""
+                break
+        if self._ledger:  # before it is sent: a process that is killed has spent it
+            self._ledger.add([{"sent": 1, "cost": reserve}])
+        return ""
 
     def settle(self, reserve: float, cost: float) -> None:
         """A request that `reserve` was set aside for has cost `cost`."""
@@ -51,8 +54,8 @@ class Purse:
             seen, sent, committed = self._now()
             if self._put(seen, sent, committed + (cost - reserve)):
                 break
-        if self._ledger:
-            self._ledger.add([{"cost": cost}])
+        if self._ledger and cost != reserve:
+            self._ledger.add([{"sent": 0, "cost": cost - reserve}])
 
     def _now(self) -> tuple[str, int, float]:
         """(what the store holds, requests sent, cost paid and set aside)"""

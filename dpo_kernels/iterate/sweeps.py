@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..train.config import load_config
 from ..train.config_files import UserError
 from ..train.console import Console
 from ..train.job import run_job
 from ..train.ranks_start import check_same, joined
-from .records import read_table, write_table
+from .manifest import read_json, write_json
+from .records import file_digest, read_table, write_table
 
 _SHOWN = (
     ("eval_rewards/accuracies", "reward accuracy"),
@@ -59,8 +61,10 @@ def run_sweep(
                 raise UserError(
                     "pair_counts needs dataset_name, the file of pairs they are drawn from"
                 )
+            held = _held_out(grid, options)
         if ranks.many:
             check_same(ranks, {"option betas, sft_weights, pair_counts": repr(points)})
+        ranks.first_does(lambda: _same_sweep({**options, "held-out pairs": held}, folder))
         rows: list[dict[str, Any]] = []
         for i, point in enumerate(points, start=1):
             name = "_".join(f"{k}-{v:g}" for k, v in point.items())
@@ -69,7 +73,7 @@ def run_sweep(
             ranks.within(f"run {i}")
             if not ranks.first_does(summary.exists):
                 console.say(f"run {i} of {len(points)}: {name}")
-                more = ranks.first_does(partial(_settings, point, options, folder))
+                more = ranks.first_does(partial(_settings, point, held, options, folder))
                 own = {"output_dir": str(run), "overwrite_output_dir": True}
                 run_job({**options, **more, **own}, console, ranks)
             rows.append(ranks.first_does(partial(_row, point, summary)))
@@ -90,17 +94,50 @@ def _chart(rows: Sequence[dict[str, Any]], folder: Path, console: Console) -> No
         console.say(f"warning: sweep.png was not drawn: {error}")
 
 
-def _settings(point: dict[str, Any], options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _same_sweep(options: Mapping[str, Any], folder: Path) -> None:
+    """Runs that are done stand for these options alone; the grid may grow."""
+    file = folder / "sweep_options.json"
+    known: dict[str, Any] = json.loads(json.dumps(dict(options), default=str))
+    for name in ("dataset_name", "eval_file"):
+        path = Path(str(options.get(name)))
+        if path.is_file():
+            known[f"{name} (its content)"] = file_digest(path)
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, known)
+    old = read_json(file)
+    for name in sorted({*old, *known}):
+        if old.get(name) != known.get(name):
+            raise UserError(
+                f"{name} is {known.get(name)!r}, but the runs in {folder} had {old.get(name)!r}; "
+                "take the old value or another output_dir"
+            )
+
+
+def _held_out(grid: Grid, options: Mapping[str, Any]) -> int:
+    """Pairs held out of every set, where the sets differ in size and no file is held out."""
+    share = load_config(options).eval_fraction
+    if not grid.num_pairs or options.get("eval_file") or share == 0:
+        return 0
+    return max(1, min(round(share * max(grid.num_pairs)), min(grid.num_pairs) // 2))
+
+
+def _settings(
+    point: dict[str, Any], held: int, options: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
     settings = dict(point)
     count = settings.pop("num_pairs", None)
     if count is not None:
         rows = read_table(str(options["dataset_name"]))
         if count > len(rows):
             raise UserError(f"pair_counts: {count} of {len(rows)} pairs")
-        # The smaller sets are parts of the larger ones.
+        # The smaller sets are parts of the larger ones, and all have the same held-out pairs.
         order = random.Random(options.get("seed", 42)).sample(range(len(rows)), len(rows))
+        if held:
+            settings["eval_file"] = str(folder / "held-out.jsonl")
+            write_table(settings["eval_file"], [rows[i] for i in sorted(order[:held])])
         file = folder / f"pairs-{count}.jsonl"
-        write_table(file, [rows[i] for i in sorted(order[:count])])
+        write_table(file, [rows[i] for i in sorted(order[held:count])])
         settings["dataset_name"] = str(file)
     return settings
 

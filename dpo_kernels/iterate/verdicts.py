@@ -44,13 +44,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class JudgeCounts:
-    """Counts over verdicts; `same` are comparisons of equal texts, which nobody is asked about."""
+    """Counts over verdicts; `same` are comparisons of equal texts, which nobody is asked about.
+
+    `by_position`: ties because one position was preferred in both orders.
+    """
 
     verdicts: int
     ties: int
     errors: int
     same: int
     first_error: str | None = None
+    by_position: int = 0
 
     def describe(self) -> str:
         n = max(self.verdicts, 1)
@@ -58,12 +62,16 @@ class JudgeCounts:
             f"{self.verdicts} verdicts: {self.ties} ties ({self.ties / n:.1%}), {self.errors} "
             f"errors ({self.errors / n:.1%})"
         )
+        if self.by_position:
+            text += f"; {self.by_position} of the ties name one position in both orders"
         if self.same:
             text += f"; {self.same} pairs of equal texts were not judged"
         if self.first_error:
             text += f"; the first error: {self.first_error}"
         if self.verdicts and self.ties == self.verdicts:
             text += "; the judge finds every pair a tie"
+        elif self.verdicts and self.ties + self.errors == self.verdicts:
+            text += "; the judge decides no pair"
         return text
 
 
@@ -160,4 +168,6 @@ def _same(samples: Sequence[Sample], how: str) -> int:
 def count_verdicts(rows: Sequence[dict[str, Any]], same: int = 0) -> JudgeCounts:
     errors = [row["error"] for row in rows if row["error"]]
     ties = sum(bool(row["tie"]) for row in rows)
-    return JudgeCounts(len(rows), ties, len(errors), same, errors[0] if errors else None)
+    position = sum(bool(row.get("position")) for row in rows)
+    first = errors[0] if errors else None
+    return JudgeCounts(len(rows), ties, len(errors), same, first, position)

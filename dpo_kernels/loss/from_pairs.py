@@ -92,7 +92,6 @@ def loss_of(
     """Loss, rewards and metrics of the pairs; floating results in `dtype`."""
     B = p.chosen.shape[0]
     options = _in_fp64(options)
-    beta = options.beta
     per_pair = torch.zeros_like(p.chosen)
     nll_weight: float | Tensor = options.sft_weight
     live = p if options.weights is None else _without(p, _dropped(p, options, losses))
@@ -107,25 +106,7 @@ def loss_of(
             continue
         scored = p if row.batch_coupled else live
         u, v = _scores(row, scored if weight else _without(scored, nothing), options)
-        beta_row, keep = beta, None
-        if row.adapts is not None:
-            beta_row, keep = row.adapts(u - v, options)
-        loss = ops.pair_loss(
-            u, v, terms, beta=beta_row, offset=_offset(row, p, options), backend=backend
-        )
-        if isinstance(options.label_smoothing, Tensor) and row.soft == "mix":
-            e, shift = options.label_smoothing, _offset(row, p, options)
-            mirror = ops.pair_loss(
-                v,
-                u,
-                terms,
-                beta=beta_row,
-                offset=None if shift is None else -shift,
-                backend=backend,
-            )
-            loss = _weighted(1 - e, loss) + _weighted(e, mirror)
-        for factor in (keep, p.wpo):
-            loss = loss if factor is None else _weighted(factor, loss)
+        loss = _of_scores(row, terms, u, v, p, options, backend)
         per_pair = per_pair + (loss if weight == 1.0 else _weighted(weight, loss))
     if options.weights is not None:
         per_pair = _weighted(options.weights, per_pair)
@@ -156,6 +137,23 @@ def loss_of(
         if nll is not None and options.reduction == "none" and not torch.compiler.is_compiling():
             made.sft = out(p.chosen_nll * nll_weight)
         return made
+
+
+def _of_scores(
+    row: Loss, terms: Terms, u: Tensor, v: Tensor, p: Pairs, o: LossOptions, backend: str
+) -> Tensor:
+    """[B] the loss of one row, weighed by what it adapts and by WPO."""
+    beta, keep, shift = o.beta, None, _offset(row, p, o)
+    if row.adapts is not None:
+        beta, keep = row.adapts(u - v, o)
+    loss = ops.pair_loss(u, v, terms, beta=beta, offset=shift, backend=backend)
+    if isinstance(o.label_smoothing, Tensor) and row.soft == "mix":
+        e, shift = o.label_smoothing, None if shift is None else -shift
+        mirror = ops.pair_loss(v, u, terms, beta=beta, offset=shift, backend=backend)
+        loss = _weighted(1 - e, loss) + _weighted(e, mirror)
+    for factor in (keep, p.wpo):
+        loss = loss if factor is None else _weighted(factor, loss)
+    return loss
 
 
 def _without(p: Pairs, dropped: Tensor) -> Pairs:

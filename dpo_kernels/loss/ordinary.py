@@ -112,15 +112,15 @@ class Ordinary:
         self,
         impl: Any,
         logits: Tensor,  # [N, V], of a whole batch
-        place: tuple[Tensor, Tensor, int, float],
+        place: tuple[Tensor, int, float],  # `packed`, ignore_index, tail
         transform: LogitTransform,
         reference: Tensor | None,
+        B: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """`finish` of `of_rows`, and over the logits `rows_backward`."""
         pairs = self._given(None, reference, None)
-        divisor = self.divisor(place[1].shape[0] // 2)
-        return impl.ordinary_streamed(logits, *place, transform, pairs, divisor, dtype)
+        return impl.ordinary_streamed(logits, *place, transform, pairs, B, self.divisor(B), dtype)
 
     def divisor(self, B: int) -> float | Tensor:
         """What the sum of the losses of B pairs is divided by."""

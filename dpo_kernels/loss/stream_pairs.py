@@ -41,7 +41,6 @@ from ..ops.linear_head import (
     buffer,
     first,
     placed,
-    rows_of,
     scored_rows,
 )
 from ..ops.plan import chunks_of_pairs
@@ -72,7 +71,7 @@ class Streamed(NamedTuple):
     fields: Sequence[Tensor]  # of `DPOOutput`, after the loss
     stats: Sequence[Tensor]  # [R, T] each, those asked for
     grads: dict[str, Tensor | None]
-    places: Tensor  # the rows that the gradient of hidden is of
+    back: Callable[[Tensor, torch.Size], Tensor]  # rows of the gradient of hidden in their places
 
 
 class _Stream(torch.autograd.Function):
@@ -81,7 +80,7 @@ class _Stream(torch.autograd.Function):
         wanted = {n for n, want in zip(names, ctx.needs_input_grad[4:], strict=True) if want}
         with no_autocast(policy.hidden.device):
             found = _run(call, policy, wanted)
-        ctx.grads, ctx.places = [found.grads.get(name) for name in names], found.places
+        ctx.grads, ctx.back = [found.grads.get(name) for name in names], found.back
         ctx.like = [(x.shape, x.dtype) for x in inputs]
         found.grads.clear()
         kept.append(found)
@@ -108,8 +107,8 @@ class _Stream(torch.autograd.Function):
                         d = _scaled(d, g, like[1])
                     elif d.dtype != like[1]:
                         d = d.to(like[1])
-                    if not out:  # hidden: rows back in their places
-                        d = placed(d, ctx.places, like[0])
+                    if not out:  # hidden
+                        d = ctx.back(d, like[0])
                 out.append(d)
         if torch.is_grad_enabled():
             out = [refuse(d, loss) for d in out]
@@ -145,27 +144,29 @@ def _chunks(call: LinearCall, impl: Any) -> list[_Chunk]:
     whole = plan.chunk >= N
     packed = getattr(impl, "packed", None)
     if whole and packed is not None:
-        padded, cu, y = packed(layout.targets, layout.cu_seqlens, ignore, N, ceil(N, plan.block))
-        return [_Chunk(0, B, N, first(padded, N), y, cu, padded)]
+        C = ceil(N, plan.block)
+        found, _ = packed(layout.targets, layout.cu_seqlens, ignore, N, C)
+        padded, cu, y = found.split([C, 2 * B + 1, N])
+        return [_Chunk(0, B, N, first(padded, N), y.unsqueeze(0), cu, padded)]
     labels, starts = layout.targets.reshape(-1), [0, *itertools.accumulate(lengths)]
     scored = scored_rows(layout.targets, ignore, N)
     pairs = [(0, B)] if whole else chunks_of_pairs(lengths, plan.chunk, plan.least)
-    found = []
+    chunks = []
     for (i, j), cu in zip(pairs, _boundaries(lengths, pairs, labels.device), strict=True):
         index = scored  # of all pairs in one chunk: those that are scored, in order
         if not whole:
             index = torch.cat([scored[starts[k + i] : starts[k + j]] for k in (0, B)])
         n = starts[j] - starts[i] + starts[B + j] - starts[B + i]
         y = labels.index_select(0, index).unsqueeze(0)
-        found.append(_Chunk(i, j, n, index, y, cu, index))
-    return found
+        chunks.append(_Chunk(i, j, n, index, y, cu, index))
+    return chunks
 
 
 def _run(call: LinearCall, policy: LinearInputs, wanted: set[str]) -> Streamed:
     impl = backends.load(call.rows_backend)
+    if _is_plain(call, policy, impl):
+        return _at_once(call, policy, impl, wanted)
     chunks = _chunks(call, impl)
-    if len(chunks) == 1 and _is_plain(call, policy, impl):
-        return _at_once(call, policy, impl, chunks[0], wanted)
     pass_ = _Pass(call, policy, impl, chunks)
     head, rows = pass_.head, sum(chunk.rows for chunk in chunks)
     total = HeadGradient(head, *(name in wanted for name in LinearInputs._fields[1:]))
@@ -201,13 +202,15 @@ def _run(call: LinearCall, policy: LinearInputs, wanted: set[str]) -> Streamed:
         stats = [placed(c[0, :, None], index, shape)[..., 0] for c in columns]
     loss, *fields = pairs.finish()
     grads = {name: getattr(total, name) for name in LinearInputs._fields[1:]}
-    return Streamed(loss, fields, stats, {"hidden": packed, **grads, **pairs.d_options}, index)
+    grads |= {"hidden": packed, **pairs.d_options}
+    return Streamed(loss, fields, stats, grads, lambda x, shape: placed(x, index, shape))
 
 
 def _is_plain(call: LinearCall, policy: LinearInputs, impl: Any) -> bool:
-    """Whether the pass is of a few calls: an ordinary loss that the backend gives in one, of a head
-    that is one matrix in fp32."""
-    s, reference = call.settled, call.reference
+    """Whether the pass is one chunk and of a few calls: an ordinary loss that the backend gives in
+    one, of a head that is one matrix in fp32."""
+    s, reference, lengths = call.settled, call.reference, call.lengths
+    assert call.plan is not None and lengths is not None
     return (
         s.ordinary is not None
         and s.ordinary.streams(impl)
@@ -218,28 +221,29 @@ def _is_plain(call: LinearCall, policy: LinearInputs, impl: Any) -> bool:
         and policy.bias is None
         and policy.down is None
         and not call.invariant
-        and sum(call.lengths or ()) > 0
+        and policy.hidden.is_contiguous()
+        and not policy.hidden.is_neg()
+        and 0 < sum(lengths) <= call.plan.chunk
     )
 
 
-def _at_once(
-    call: LinearCall, policy: LinearInputs, impl: Any, chunk: _Chunk, wanted: set[str]
-) -> Streamed:
+def _at_once(call: LinearCall, policy: LinearInputs, impl: Any, wanted: set[str]) -> Streamed:
     """`_run` of one chunk, where it `_is_plain`: the same products."""
-    s, n, weight = call.settled, chunk.rows, policy.weight
-    assert call.plan is not None and s.ordinary is not None
-    h = rows_of(policy.hidden, chunk.padded)
-    z = buffer(call.plan, weight, h.shape[0], torch.float32)
+    s, layout, plan, weight = call.settled, call.layout, call.plan, policy.weight
+    assert plan is not None and s.ordinary is not None and call.lengths is not None
+    n, ignore = sum(call.lengths), layout.ignore_index
+    given = (layout.targets, layout.cu_seqlens, ignore, n, ceil(n, plan.block))
+    places, h = impl.packed(*given, policy.hidden)
+    z = buffer(plan, weight, h.shape[0], torch.float32)
     d = first(torch.mm(h, weight.T, out=z), n)
-    place = (chunk.targets, chunk.cu_seqlens, call.layout.ignore_index, s.tail)
-    given = (place, s.transform, call.reference, call.dtype)
-    loss, fields = s.ordinary.streamed(impl, d, *given)
+    place, B = (places, ignore, s.tail), layout.sequences // 2
+    loss, fields = s.ordinary.streamed(impl, d, place, s.transform, call.reference, B, call.dtype)
     grads: dict[str, Tensor | None] = {}
     if "hidden" in wanted:
         grads["hidden"] = torch.mm(d, weight)
     if "weight" in wanted:
         grads["weight"] = torch.mm(d.T, first(h, n))
-    return Streamed(loss, fields, (), grads, chunk.places)
+    return Streamed(loss, fields, (), grads, lambda x, shape: impl.rows_back(x, places, shape))
 
 
 class _Projected(NamedTuple):

@@ -29,7 +29,16 @@ from ..data import ScoredBatch
 from .experts import adds_router_loss, router_loss, router_loss_of_calls
 from .layout_check import check_first_batch
 from .layouts import LaidOut, known, lay_out, pairs_of, run_call, trunk_states
-from .lm_head import call_head, check_head_kind, gathered_head, head_parts, head_scaling
+from .lm_head import (
+    Form,
+    call_head,
+    check_head_kind,
+    gathered_head,
+    has_hooks,
+    head_parts,
+    head_scaling,
+    taken_apart,
+)
 from .mesh_axes import check_trunk
 from .structure import base_model_of, text_config, trunk_of
 
@@ -242,7 +251,9 @@ def _states(
 @torch.compiler.disable
 def _check_layout(model: Any, ids: Tensor, laid: LaidOut, asked: str) -> None:
     pairs = pairs_of(ids, laid, ids.numel() // 2)
+    calls = head_calls(model)
     check_first_batch(model, pairs, laid.mode, functools.partial(score_states, model), asked)
+    vars(model)[_CALLS] = calls  # the check is no step
 
 
 def score_states(model: Any, hidden: Tensor, batch: ScoredBatch) -> Tensor:
@@ -276,6 +287,7 @@ def _end_in_head(model: Any, hidden: Tensor, function: Callable[..., HeadOutput]
     head, scaling = model.get_output_embeddings(), head_scaling(model.config)
     rest: dict[str, Any] = {}
     names: list[str] = []
+    forms: list[Form] = []
 
     def forward(hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
         with gathered_head(head_parts(head)) as parts:
@@ -286,10 +298,17 @@ def _end_in_head(model: Any, hidden: Tensor, function: Callable[..., HeadOutput]
             out = function(hidden, {**parts._asdict(), **scaling})
         rest.update((k, v) for k, v in out.items() if not isinstance(v, Tensor))
         names[:] = [k for k in out if k not in rest]
-        # A tensor, or a tuple: what hooks on a head's output know.
+        # One tensor, where hooks on the head's output look: they cast it, move it, ...
         tensors = tuple(out[k] for k in names)
-        return tensors if len(tensors) > 1 else tensors[0]
+        if len(tensors) == 1:
+            return tensors[0]
+        if not has_hooks(head):
+            return tensors
+        forms[:] = [(t.shape, t.dtype, t.requires_grad) for t in tensors]
+        return torch.cat([t.reshape(-1) for t in tensors])
 
     values = call_head(head, hidden, forward)
+    if forms:
+        values = taken_apart(values, forms)
     values = values if isinstance(values, tuple) else (values,)
     return HeadOutput(**dict(zip(names, values, strict=True)), **rest)

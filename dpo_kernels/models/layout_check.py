@@ -151,7 +151,7 @@ def _run(
     def keep(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         leaf = output.detach().requires_grad_()
         leaves.append((args[0], leaf))
-        return leaf
+        return leaf.clone()  # CTRL scales its embeddings in place
 
     _wait(batch.rows)
     began = time.perf_counter()

@@ -256,6 +256,8 @@ def lay_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> La
         if layout == "auto" and model.get_input_embeddings().weight.dtype == torch.float64:
             # Norms and softmax go through float32 there, and show in which order sums are taken.
             raise _Stays("float64 is for comparing with other programs to the last digits")
+        if _has_neftune(model):
+            raise _Stays("NEFTune scales its noise by the length of the row that it is given")
         reason = unusable(model)
         if reason:
             raise _Stays(reason)
@@ -269,6 +271,12 @@ def lay_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> La
             ) from None
         known(model).tell(f"layout: padded rows, because {error}")
         return None
+
+
+def _has_neftune(model: Any) -> bool:
+    """Whether transformers' hook, or one of its kind, puts noise on the embeddings."""
+    embedding = model.get_input_embeddings()
+    return embedding.training and bool(getattr(embedding, "neftune_noise_alpha", None))
 
 
 def _look_at(kwargs: dict[str, Any]) -> None:

@@ -183,3 +183,21 @@ def call_head(head: Any, hidden: Tensor, function: Callable[[Tensor], Any]) -> A
             del vars(inner)[name]
         else:
             vars(inner)[name] = own
+
+
+Form = tuple[torch.Size, torch.dtype, bool]  # shape, dtype, requires_grad
+
+
+def has_hooks(head: Any) -> bool:
+    """Whether something looks at what the head gives (LLaMA-Factory's `upcast_lmhead_output`)."""
+    return bool(getattr(head, "_fsdp_wrapped_module", head)._forward_hooks)
+
+
+def taken_apart(flat: Tensor, forms: list[Form]) -> tuple[Tensor, ...]:
+    """The tensors that were laid end to end, as they were; a hook may have cast them since."""
+    parts = flat.split([shape.numel() for shape, *_ in forms])
+    tensors = []
+    for part, (shape, dtype, differentiable) in zip(parts, forms, strict=True):
+        part = part.view(shape).to(dtype)
+        tensors.append(part if differentiable else part.detach())
+    return tuple(tensors)

@@ -97,5 +97,5 @@ def check_step0(
             "before the first step the policy must equal the reference, but log-probs of a "
             f"completion differ by up to {float(ratios.max()):.4g} nats{got}: another reference "
             "model, stale reference log-probs (a cache), an adapter that is not a no-op when "
-            f"training starts (merged, or trained before){instead}"
+            f"training starts (merged, trained before, or of virtual tokens){instead}"
         )

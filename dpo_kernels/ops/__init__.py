@@ -1,6 +1,5 @@
 """The ops: schema, checks, fake implementation and backward of each, in one file an op."""
 
-from ..inputs import checks
 from .autocast import autocast_dtype, no_autocast
 from .linear_head import LinearInputs
 from .linear_logps import budget_of, choose_strategy, rows_scored
@@ -26,7 +25,6 @@ __all__ = [
     "budget_of",
     "check_rows",
     "check_stats",
-    "checks",
     "choose_strategy",
     "chunks_of_pairs",
     "joint_dtype",

@@ -251,22 +251,23 @@ def _judge(run: IterationRun, several: bool) -> str:
             continue
         dropped = pairs.get("dropped")
         dropped = dropped if isinstance(dropped, dict) else {}
-        total = judged.get("verdicts") or 0
+        first = judged.get("first_judge")  # another was asked in its place
+        if isinstance(first, dict):
+            replaced = [NONE, "too few pairs: the next was asked in its place", NONE]
+            rows.append([number(r["round"]), *_verdicts(first), *replaced, _cost(first)])
         rows.append(
             [
                 number(r["round"]),
-                text(judged.get("judge", NONE)),
-                number(total),
-                _share(judged.get("ties"), total),
-                _share(judged.get("errors"), total),
+                *_verdicts(judged),
                 number(pairs.get("pairs")),
                 text(", ".join(f"{n} {why}" for why, n in dropped.items()) or "nothing"),
                 number(pairs.get("log_length_ratio"), 3),
-                number(judged.get("cost"), 3),
+                _cost(judged),
             ]
         )
-        if judged.get("first_error"):
-            said.append(f"<p>Round {r['round']}, first error: {text(judged['first_error'])}</p>")
+        for one in (first, judged):
+            if isinstance(one, dict) and one.get("first_error"):
+                said.append(f"<p>Round {r['round']}, first error: {text(one['first_error'])}</p>")
     head = (
         "round",
         "judge",
@@ -279,6 +280,21 @@ def _judge(run: IterationRun, several: bool) -> str:
         "cost",
     )
     return _name(run, several) + table(head, rows, words=(0, 1, 6)) + "".join(said) if rows else ""
+
+
+def _verdicts(judged: Row) -> list[str]:
+    """Cells: the judge, its verdicts, ties, errors."""
+    total = judged.get("verdicts") or 0
+    return [
+        text(judged.get("judge", NONE)),
+        number(total),
+        _share(judged.get("ties"), total),
+        _share(judged.get("errors"), total),
+    ]
+
+
+def _cost(judged: Row) -> str:
+    return number(judged.get("cost"), 3)
 
 
 def _share(count: Any, total: Any) -> str:

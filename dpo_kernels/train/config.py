@@ -265,7 +265,9 @@ class DPOTrainConfig(
     @property
     def compares_completions(self) -> bool:
         """Whether the loss has a z, from completions under prompts that are not theirs."""
-        return self.loss_type == ["kto"] and not self.reference_free
+        import dpo_kernels as dk
+
+        return dk.losses.has_baseline(self.loss_type) and not self.reference_free
 
     def _check_applies(self, rows: list[Any]) -> None:
         """An option of a loss that was not chosen is an error, even where it is the default."""

@@ -20,13 +20,13 @@ from .config import DPOTrainConfig, UserError, refusals
 from .console import Console
 from .fit import ADVICE, available, device_of, shown, step_memory
 from .job import Job, resolve
-from .loop import batches_of
 from .machine import peak_memory
 from .model import Policy
 from .optim import Stepper, check_schedule
 from .order import step_indices, total_steps, window_of
 from .reference import PairData, Referee, Reference
 from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
+from .step_batches import batches_of
 from .step_loss import chosen_tokens, loss_of
 
 _SAMPLED = 64  # batches whose layout is counted
@@ -37,16 +37,25 @@ def dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
 
     Raises `UserError` where it would be refused or cannot fit, `DataError` for its data.
     """
-    refuse_many_processes("--dry_run")
+    refuse_all("--dry_run", options, console)
+    config, own = resolve(options)
+    check_config(config, console)
+    return _DryRun(config, own, RunFolder(config), console).run()
+
+
+def refuse_all(what: str, options: Mapping[str, Any], console: Console) -> None:
+    """`UserError` for options that are refused, behind a line for each of them."""
+    refuse_many_processes(what)
     if refused := refusals(options):
         for text in refused:
             console.say(f"refused: {text}")
         raise UserError(f"{len(refused)} option(s) are refused; the first: {refused[0]}")
-    config, own = resolve(options)
+
+
+def check_config(config: DPOTrainConfig, console: Console) -> None:
     check_device(config.device)
     check_schedule(config)
     quiet_bars(console)
-    return _DryRun(config, own, RunFolder(config), console).run()
 
 
 class _DryRun(Job):
@@ -58,12 +67,12 @@ class _DryRun(Job):
         room = available(device_of(config))
         if self.own:
             policy = self._users_model()
-            pairs, held_out = self._pairs(policy)
-            self._conversations(policy)
+            pairs, held_out = self.rows.pairs(policy)
+            self.rows.conversations(policy)
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
-                pairs, held_out = self._pairs(policy, source)
+                pairs, held_out = self.rows.pairs(policy, source)
         counts = self._counts(policy, pairs, held_out)
         longest = max(_micro_batches(pairs, config), key=lambda b: _tokens(pairs, b))
         memory = self._memory(policy, pairs, longest, room)
@@ -193,10 +202,7 @@ def say_memory(
 
 def _step(policy: Policy, data: PairData, indices: list[int], config: DPOTrainConfig) -> float:
     """Seconds of one optimizer step that changes no weight."""
-    config = replace(config, learning_rate=0.0, weight_decay=0.0, warmup_steps=0)
-    config = replace(config, lr_scheduler_type="constant", lr_scheduler_kwargs=None)
-    config = replace(config, check_first_step=False)  # which asks for weights that move
-    stepper, loss = Stepper(policy.model, config, 1), loss_of(policy, config)
+    stepper, loss = Stepper(policy.model, at_rate_0(config), 1), loss_of(policy, config)
     chosen = chosen_tokens([data.pairs[i] for i in indices])
     total = torch.zeros((), device=policy.device)
     began = time.perf_counter()
@@ -209,6 +215,19 @@ def _step(policy: Policy, data: PairData, indices: list[int], config: DPOTrainCo
     if policy.device.type == "cuda":
         torch.cuda.synchronize(policy.device)
     return time.perf_counter() - began
+
+
+def at_rate_0(config: DPOTrainConfig) -> DPOTrainConfig:
+    """The configuration of a step that changes no weight."""
+    return replace(
+        config,
+        learning_rate=0.0,
+        weight_decay=0.0,
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        lr_scheduler_kwargs=None,
+        check_first_step=False,  # which asks for weights that move
+    )
 
 
 def _micro_batches(pairs: Sequence[TokenRow], config: DPOTrainConfig) -> list[list[int]]:

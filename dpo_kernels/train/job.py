@@ -24,21 +24,13 @@ import dpo_kernels as dk
 from ..data import (
     DataError,
     LeftOut,
-    Limits,
     Message,
-    PreferencePair,
-    TokenCompletion,
     TokenRow,
     TokenSequence,
     embedded,
     read_conversations,
-    read_judged,
-    read_pairs,
     tokenize_conversations,
-    tokenize_judged,
-    tokenize_many,
 )
-from ..data.bulk import cache_root
 from ..data.left_out import Problem
 from ..models.versions import dtype_option
 from .adapters import check_adapter, check_named, name_base
@@ -47,30 +39,30 @@ from .card import write_card
 from .checkpoints import newest, of_the_disk, reason
 from .config import DPOTrainConfig, UserError, load_config
 from .console import Console
-from .data_options import columns, is_streamed, streamed_pairs, truncation
 from .ending import (
     draw,
     last_fields,
-    no_pair_left,
+    loss_title,
     plain_torch_times,
     report,
     write_summary,
 )
-from .ending import loss_title as loss_title
+from .evaluation import evaluate
 from .fit import check_fits
 from .groups import group_summary, learned_groups
 from .identity import identity
-from .loop import TrainResult, evaluate, train
+from .loop import TrainResult, train
 from .machine import peak_memory
 from .metrics import MetricsFile
 from .model import Policy, load_policy, over_ranks, prepare_policy, save_policy
 from .optim import TrainingError, check_schedule
-from .order import epoch_order, steps_of
+from .order import steps_of
 from .ranks import ALONE, Ranks, agreed
 from .ranks_start import agree, check_ranks, go_on, joined, meshes
 from .reference import Referee
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .run_options import GROUPS
+from .run_rows import RunRows
 from .sft import SupervisedRows, fine_tune, train_sft
 from .shown import (
     completions,
@@ -141,12 +133,12 @@ def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
     own = any(options.get(k) for k in ("model_name_or_path", "dataset_name", "train_file"))
     recipe = {} if own else embedded_layers()[0]
     wanted = options.get("loss_type")
-    for name in () if own else wanted if isinstance(wanted, list) else [wanted]:
-        if name in [*dk.losses.ELSEWHERE]:
-            raise UserError(
-                f"loss_type {name!r} is not a loss of pairs, and the embedded data are pairs: pass "
-                "a model and data of your own (--model_name_or_path, --dataset_name)"
-            )
+    apart = dk.losses.of_no_pairs(wanted) if isinstance(wanted, str | list) else []
+    if apart and not own:
+        raise UserError(
+            f"loss_type {apart[0]!r} is not a loss of pairs, and the embedded data are pairs: pass "
+            "a model and data of your own (--model_name_or_path, --dataset_name)"
+        )
     if options.get("num_train_epochs") is not None:
         recipe.pop("max_steps", None)  # else the recipe's steps would win over the user's epochs
     config = load_config(recipe, options)
@@ -187,7 +179,7 @@ class Job:
         self.policy: Policy | None = None
         self.saved = False
         self.left_out = LeftOut(config.strict, console.say)
-        self.texts: dict[str, Any] = {}  # rows by their places
+        self.rows = RunRows(config, self.left_out, console, self._note_left_out)
 
     def run(self) -> dict[str, Any]:
         """Run; whatever ends it early keeps the weights, or leaves nothing if there are none."""
@@ -241,8 +233,8 @@ class Job:
         if self.own:
             with self.ranks.together():
                 policy = self._users_model()
-                train_pairs, eval_pairs = self._pairs(policy)
-                conversations = self._conversations(policy)
+                train_pairs, eval_pairs = self.rows.pairs(policy)
+                conversations = self.rows.conversations(policy)
                 identity = self._identity(policy, train_pairs, eval_pairs)
             self._open_folder(policy)
             self._over_ranks(policy, train_pairs, identity)
@@ -252,7 +244,7 @@ class Job:
         else:
             with embedded.folder() as source:
                 policy = self._small_model(source)
-                train_pairs, eval_pairs = self._pairs(policy, source)
+                train_pairs, eval_pairs = self.rows.pairs(policy, source)
                 identity = self._identity(policy, train_pairs, eval_pairs)
                 self._open_folder(policy)
                 self.policy = policy
@@ -265,7 +257,7 @@ class Job:
         referee = Referee(policy, config, self.console, self.own)
         data, held_out = references(referee, train_pairs, eval_pairs, self.folder, self.resumed)
         if config.sft_eval_file is not None and held_out is not None:
-            kept_out = self._read_conversations(policy, config.sft_eval_file)
+            kept_out = self.rows.read_conversations(policy, config.sft_eval_file)
             held_out = replace(held_out, conversations=kept_out)
         if config.max_steps == 0 and held_out is None:
             raise UserError(
@@ -274,7 +266,7 @@ class Job:
             )
         groups = learned_groups(config, policy.device, train_pairs, say)
         some = eval_pairs or train_pairs[:64]
-        shown = prompt_text(self.texts, policy.tokenizer.decode)
+        shown = prompt_text(self.rows.texts, policy.tokenizer.decode)
         prompts = more_prompts(self._sample_prompt(policy, some, shown), some, shown)
         most = config.sample_max_new_tokens
         metrics = metrics_of(self.folder, self.resumed, self.ranks)
@@ -314,7 +306,7 @@ class Job:
         sampled = samples(prompts, texts_before, texts_after)
         if self.ranks.first:
             decode = policy.tokenizer.decode
-            write_surprising(self.folder, margins, eval_pairs, self.texts, decode)
+            write_surprising(self.folder, margins, eval_pairs, self.rows.texts, decode)
             draw(metrics, self.folder, loss_title(config), say)
         peak = peak_memory(policy.device)
         timing = plain_torch_times(policy, data, config, self.own)
@@ -461,128 +453,6 @@ class Job:
         metrics = MetricsFile(self.folder / "sft_metrics.jsonl")
         loss = train_sft(policy, sequences, config, metrics, self.console)
         self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
-
-    def _conversations(self, policy: Policy) -> list[TokenSequence]:
-        """The rows of `sft_file`, tokenised; none without it."""
-        file = self.config.sft_file
-        return self._read_conversations(policy, file) if file is not None else []
-
-    def _read_conversations(self, policy: Policy, file: str) -> list[TokenSequence]:
-        since = len(self.left_out.problems)
-        rows = read_conversations(file, self.left_out, columns(self.config))
-        sequences = tokenize_conversations(
-            rows,
-            policy.tokenizer,
-            truncation(self.config),
-            self.left_out,
-            Limits.of(policy.model.config),
-            self.console.progress,
-        )
-        if not sequences:
-            raise no_pair_left(file, self.left_out, since, "conversation")
-        return sequences
-
-    def _pairs(
-        self, policy: Policy, source: Path | None = None
-    ) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Training and held-out pairs (or other rows), tokenised."""
-        config = self.config
-        train_file = config.dataset_name or str(source and source / "train.jsonl")
-        eval_file = config.eval_file or (str(source / "eval.jsonl") if source else None)
-        if config.rows == "pairs" and is_streamed(config, train_file):
-            self.left_out.sink = self._note_left_out
-            stream, apart, self.texts = streamed_pairs(
-                train_file, policy, config, self.left_out, self.console.say, not eval_file
-            )
-            self._check_row_options(train_file, list(self.texts.values()))
-            return stream, self._read(policy, eval_file) if eval_file else apart
-        pairs = self._read(policy, train_file)
-        if eval_file:
-            return pairs, self._read(policy, eval_file)
-        held = self._held_out(len(pairs))
-        return (
-            [p for i, p in enumerate(pairs) if i not in held],
-            [p for i, p in enumerate(pairs) if i in held],
-        )
-
-    def _held_out(self, rows: int) -> set[int]:
-        """The rows that are held out where there is no file of such."""
-        fraction = self.config.eval_fraction
-        n = round(fraction * rows)
-        if fraction > 0 and rows > 1:
-            n = max(n, 1)
-        # epoch -1: an order that no training epoch has
-        return set(epoch_order(rows, self.config.seed, -1, True)[:n])
-
-    def _read(self, policy: Policy, file: str) -> list[Any]:
-        since, rows = len(self.left_out.problems), self.config.rows
-        if rows != "pairs":
-            return self._read_judged(policy, file)
-        soft = self.config.soft_labels
-        texts = read_pairs(file, self.left_out, columns(self.config), soft)
-        if self.config.uses_offset and any(t.offset is None for t in texts):
-            where = next(t.source for t in texts if t.offset is None)
-            raise DataError(f"{where}: margin: missing, but odpo needs a margin in every row")
-        self._check_row_options(file, texts)
-        self.texts.update({t.source: t for t in texts})
-        limits = Limits.of(policy.model.config)
-        pairs = tokenize_many(
-            texts,
-            policy.tokenizer,
-            truncation(self.config),
-            self.left_out,
-            self.console.say,
-            limits,
-            self.console.progress,
-            self.config.dataset_num_proc,
-            cache_root() / "tokens",
-        )
-        if not pairs:
-            raise no_pair_left(file, self.left_out, since)
-        return pairs
-
-    def _read_judged(self, policy: Policy, file: str) -> list[Any]:
-        """Completions with a label, or ranked lists."""
-        since, rows = len(self.left_out.problems), self.config.rows
-        judged = read_judged(file, rows, self.left_out, columns(self.config))
-        self.texts.update({t.source: t for t in judged})
-        found = tokenize_judged(
-            judged,
-            policy.tokenizer,
-            truncation(self.config),
-            self.left_out,
-            Limits.of(policy.model.config),
-            self.console.progress,
-        )
-        if not found:
-            raise no_pair_left(file, self.left_out, since, self.config.noun[:-1])
-        if rows == "unpaired":
-            good = sum(isinstance(row, TokenCompletion) and row.desirable for row in found)
-            self.console.say(f"{file}: {good} good completions, {len(found) - good} bad ones")
-        return found
-
-    def _check_row_options(self, file: str, texts: list[PreferencePair]) -> None:
-        """The loss takes the columns that the rows bring, or it is said that it does not."""
-        if not self.config.uses_offset and any(t.offset is not None for t in texts):
-            self.left_out.once(f"{file}: the column margin is not used: odpo alone reads it")
-        if not self.config.learn_groups and any(t.group is not None for t in texts):
-            self.left_out.once(f"{file}: the column group is not used: learn_groups reads it")
-        options = self.config.loss_options()
-        for column, option in (
-            ("weight", "weights"),
-            ("beta", "beta"),
-            ("label_smoothing", "label_smoothing"),
-        ):
-            if any(getattr(t, column) is not None for t in texts):
-                options[option] = torch.full((1,), 0.1)
-        if self.config.uses_offset:
-            options["offset"] = torch.zeros(1)
-        try:
-            dk.losses.resolve(options)
-        except (ValueError, TypeError) as error:
-            raise DataError(
-                f"{file}: the column weight, beta or label_smoothing does not fit the loss: {error}"
-            ) from None
 
     def _sample_prompt(
         self, policy: Policy, pairs: Sequence[TokenRow], shown: Callable[[TokenRow], str]

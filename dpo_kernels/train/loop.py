@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import TokenRow, sequences_of
-from ..data.batches import laid_out_tokens, padded_tokens, within_budget
+from ..data.batches import padded_tokens
 from ..models.attached import HeadOutput
 from ..models.falling import FallingWatch
-from ..models.forward import run_pairs
-from ..models.step0 import WrongReference
-from ..models.step0 import check_step0 as check_same
-from ..models.step1 import FirstStepError, check_ends, check_scored
-from ..models.structure import deterministic
 from .averages import Average
 from .collectives import check_collectives
 from .config import DPOTrainConfig
 from .console import Console
+from .evaluation import check_first_rows, check_step0, evaluate
 from .groups import Groups
 from .machine import compiled, peak_memory
 from .metrics import EVAL_ONLY, MetricsFile
@@ -38,10 +33,10 @@ from .order import step_indices, steps_of, window_of
 from .ranks import agreed
 from .reference import LiveReference, PairData
 from .resume import Keeper, fine_tuned_first
-from .sft import SupervisedRows, evaluate_sft
+from .sft import SupervisedRows
 from .state import Progress, TrainingState
-from .step_loss import PairLoss as PairLoss
-from .step_loss import StepLoss, chosen_tokens, loss_of
+from .step_batches import batches_of, begin, groups_of
+from .step_loss import PairLoss, StepLoss, chosen_tokens, loss_of
 from .step_parts import Parts, Table, add_signal, idle_pair, signal_of, tokens_of
 from .whole_step import coupled, coupled_gradients
 
@@ -55,150 +50,6 @@ class TrainResult:
     step0_loss: float
     step0_expected: float
     skipped_steps: int = 0
-
-
-@torch.no_grad()
-def evaluate(
-    policy: Policy,
-    data: PairData,
-    config: DPOTrainConfig,
-    console: Console,
-    what: str,
-    groups: Groups | None = None,
-    margins: list[float] | None = None,
-) -> dict[str, float]:
-    """Loss and metrics of held-out pairs, names prefixed `eval_`; `margins` takes the pairs'."""
-    loss = loss_of(policy, config, groups)
-    loss.function.eval()
-    meter, n, size = loss.meter(), len(data.pairs), config.per_device_eval_batch_size
-    tokens, beta = chosen_tokens(data.pairs), config.beta if data.reference else None
-    batches = [
-        part
-        for start in range(0, n, size)
-        for part in of_one_length(range(start, min(start + size, n)), data.pairs)
-    ]
-    parts = Parts.whole_batches(policy.ranks, batches, lambda i: tokens_of(data.pairs[i]))
-    table = loss.table(n) if policy.ranks.many else None
-    began = time.perf_counter()
-
-    def note(out: HeadOutput) -> None:
-        if margins is not None and out.rewards is not None and out.pair_logps is not None:
-            margins.extend((out.rewards[0] - out.rewards[1]).tolist())
-        meter.add(out, beta)
-
-    with deterministic(policy.model):
-        _begin(loss, data, range(n), config)
-        for part in console.progress(parts, f"evaluation {what}", parts.rounds, "batches"):
-            policy.ranks.at(f"evaluation {what}")
-            if part is None:
-                idle_pair(policy, data.pairs[0])
-                continue
-            out, _ = loss(data, part, n, tokens)
-            if table is None:
-                note(out)
-            else:
-                table.put_out(part, out)
-    policy.sharded.rest()
-    if table is not None:
-        table.reduce()
-        note(table.out())
-    result = meter.result()
-    if data.conversations:
-        result["sft_loss"] = evaluate_sft(policy, data.conversations, size)["eval_loss"]
-    result["runtime"] = time.perf_counter() - began
-    return {f"eval_{name}": value for name, value in result.items()}
-
-
-@torch.no_grad()
-def check_step0(
-    policy: Policy, data: PairData, config: DPOTrainConfig, indices: Sequence[int]
-) -> tuple[float, float]:
-    """(loss, loss at zero log-ratios) of one batch before the first step; they must be equal.
-
-    The policy is the reference and its noise is off, so every log-ratio is zero: for `sigmoid` the
-    loss is log 2. Anything else means another reference, or kernels that disagree.
-    """
-    loss = loss_of(policy, config)
-    loss.function.eval()
-    indices = of_one_length(indices, data.pairs)[0]
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    # Of the random numbers that the steps draw (beta-DPO's) it takes none.
-    with torch.random.fork_rng(devices), deterministic(policy.model), policy.autocast():
-        out = run_pairs(policy.model, {}, loss.task(data, indices), 0.0, first=True)
-    policy.sharded.rest()
-    assert out.loss is not None and out.zero_loss is not None
-    logps = out.logps if out.pair_logps is None else out.pair_logps
-    assert out.rewards is not None and logps is not None
-    if data.reference and not config.reference_name:
-        options = config.loss_options()
-        try:
-            check_same(
-                out.rewards,
-                logps,
-                options,
-                policy.dtype,
-                loss=out.loss,
-                zero_loss=out.zero_loss,
-            )
-        except WrongReference as error:
-            raise TrainingError(str(error)) from None
-    return float(out.loss), float(out.zero_loss)
-
-
-def check_first_rows(policy: Policy, pairs: Sequence[TokenRow]) -> None:
-    """The first batch has tokens that are scored, and its completions end once."""
-    sequences = sequences_of(pairs)
-    ends = [[s.ids[t] for t in list(s.scored)[-2:]] for s in sequences]
-    eos = [policy.tokenizer.eos_token_id]
-    try:
-        check_scored([s.num_scored for s in sequences])
-        check_ends(ends, eos, [s.source for s in sequences], "--check_first_step false")
-    except FirstStepError as error:
-        raise TrainingError(str(error)) from None
-
-
-# On a CPU a batch is run in parts of about this many tokens: as fast (the matrix products are large
-# enough), and only one part's activations are alive at a time. Results differ by rounding alone.
-CPU_PART_TOKENS = 1024
-
-
-def parts_of(
-    indices: list[int], pairs: Sequence[TokenRow], config: DPOTrainConfig, policy: Policy
-) -> list[list[int]]:
-    """One batch cut into the parts that run forward and backward on their own.
-
-    Losses that couple the pairs of a batch (AOT sorts over it) need it whole, as a router's loss
-    does; so does a GPU, and so does who gave a budget of tokens.
-    """
-    budget = config.max_tokens_per_batch is not None
-    if budget or policy.router_weight or coupled(config) or policy.device.type != "cpu":
-        return [indices]
-    parts: list[list[int]] = []
-    tokens = CPU_PART_TOKENS
-    for i in indices:
-        size = pairs[i].size
-        if tokens + size > CPU_PART_TOKENS:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(i)
-        tokens += size
-    return parts
-
-
-def of_one_length(indices: Sequence[int], rows: Sequence[TokenRow]) -> list[list[int]]:
-    """A batch cut into those of rows with the same number of sequences: lists of K each."""
-    apart: dict[int, list[int]] = {}
-    for i in indices:
-        apart.setdefault(len(rows[i].sequences), []).append(i)
-    return list(apart.values())
-
-
-def _begin(loss: StepLoss, data: PairData, indices: Sequence[int], config: DPOTrainConfig) -> None:
-    """What a step needs to know of all its rows before the first backward: kto's z."""
-    asked: Any = data.mismatched and data.mismatched.pairs
-    if asked is not None:
-        keys = asked.keys(indices)
-        loss.begin(data, keys, batches_of(keys, asked, config, loss.policy))
 
 
 @dataclass
@@ -235,7 +86,7 @@ def _gradients(
         lambda i: tokens_of(pairs[i]),
         lambda mine: batches_of(mine, pairs, config, policy),
     )
-    _begin(loss, data, indices, config)
+    begin(loss, data, indices, config)
     groups = groups_of(parts.items, pairs, config, policy)
     work = Work(padded=sum(padded_tokens([pairs[i] for i in group]) for group in groups))
 
@@ -305,31 +156,6 @@ def _over_ranks(
     note(table.out())
     work.blame = table.blame
     return table.loss
-
-
-def batches_of(
-    indices: list[int], pairs: Sequence[TokenRow], config: DPOTrainConfig, policy: Policy
-) -> list[list[int]]:
-    """One optimizer step's pairs in the batches that run forward and backward on their own."""
-    groups = groups_of(indices, pairs, config, policy)
-    return [
-        same
-        for group in groups
-        for part in parts_of(group, pairs, config, policy)
-        for same in of_one_length(part, pairs)
-    ]
-
-
-def groups_of(
-    indices: list[int], pairs: Sequence[TokenRow], config: DPOTrainConfig, policy: Policy
-) -> list[list[int]]:
-    """One optimizer step's pairs by number, or up to a budget of tokens; the loss is the same."""
-    budget = config.max_tokens_per_batch
-    if budget is not None:
-        sharing = policy.sharing
-        return within_budget(indices, lambda i: laid_out_tokens(pairs[i], sharing), budget)
-    micro = config.per_device_train_batch_size
-    return [indices[start : start + micro] for start in range(0, len(indices), micro)]
 
 
 def train(

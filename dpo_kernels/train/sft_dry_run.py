@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from ..data import TokenSequence, make_sequence_batch
-from .config import UserError, refusals
+from .config import UserError
 from .console import Console
-from .dry_run import clock, say_memory
+from .dry_run import at_rate_0, check_config, clock, refuse_all, say_memory
 from .fit import ADVICE, available, device_of, shown, step_memory
 from .machine import peak_memory
 from .model import Policy
-from .optim import Stepper, check_schedule
+from .optim import Stepper
 from .order import step_indices, steps_of
 from .sft import nll_gradients
 from .sft_job import SFTJob, resolve_sft
-from .start import RunFolder, check_device, quiet_bars, refuse_many_processes
+from .start import RunFolder
 
 
 def sft_dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
@@ -32,15 +32,9 @@ def sft_dry_run(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
 
     Raises `UserError` where it would be refused or cannot fit, `DataError` for its data.
     """
-    refuse_many_processes("sft --dry_run")
-    if refused := refusals(options):
-        for text in refused:
-            console.say(f"refused: {text}")
-        raise UserError(f"{len(refused)} option(s) are refused; the first: {refused[0]}")
+    refuse_all("sft --dry_run", options, console)
     config = resolve_sft(options)
-    check_device(config.device)
-    check_schedule(config)
-    quiet_bars(console)
+    check_config(config, console)
     return _SFTDryRun(config, True, RunFolder(config), console).run()
 
 
@@ -112,9 +106,7 @@ class _SFTDryRun(SFTJob):
         """Seconds of the run, from two steps over the rows `indices`."""
         config, say = self.config, self.console.say
         group = [rows[i] for i in indices]
-        probe = replace(config, learning_rate=0.0, weight_decay=0.0, warmup_steps=0)
-        probe = replace(probe, check_first_step=False, lr_scheduler_type="constant")
-        stepper = Stepper(policy.model, replace(probe, lr_scheduler_kwargs=None), 1)
+        stepper = Stepper(policy.model, at_rate_0(config), 1)
         took = []
         try:
             for _ in range(2):

@@ -153,12 +153,10 @@ class SFTJob(Job):
     def _rows(self, policy: Policy) -> tuple[list[TokenSequence], list[TokenSequence]]:
         """Training and held-out rows, tokenised."""
         config = self.config
-        rows = self._read_conversations(policy, str(config.dataset_name))
+        rows = self.rows.read_conversations(policy, str(config.dataset_name))
         if config.eval_file:
-            return rows, self._read_conversations(policy, config.eval_file)
-        held = self._held_out(len(rows))
-        train_rows = [r for i, r in enumerate(rows) if i not in held]
-        return train_rows, [r for i, r in enumerate(rows) if i in held]
+            return rows, self.rows.read_conversations(policy, config.eval_file)
+        return self.rows.split(rows)
 
     def _sft_prompt(self, policy: Policy, rows: list[TokenSequence]) -> tuple[str, list[int]]:
         """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""

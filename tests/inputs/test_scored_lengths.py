@@ -26,7 +26,7 @@ def test_nothing_is_counted_where_the_host_knows(monkeypatch):
         return results
 
     expected = run()
-    monkeypatch.setattr("dpo_kernels.ops.checks.readable", lambda value: False)
+    monkeypatch.setattr("dpo_kernels.inputs.checks.readable", lambda value: False)
     monkeypatch.setattr("dpo_kernels.ops.linear_logps.count_scored", refuse)
     monkeypatch.setattr(Layout, "scored_counts", refuse)
     for form in (lengths, lengths.to(torch.int32), lengths.tolist()):

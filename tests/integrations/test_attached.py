@@ -18,6 +18,7 @@ pytest.importorskip("accelerate", reason="pip install accelerate")
 from test_transformers import examples
 
 from dpo_kernels.integrations.plain import PreferenceCollator, attach, dpo_step
+from dpo_kernels.models.attached import head_calls
 
 BATCH = PreferenceCollator(0)(examples(4))
 IDS = torch.tensor([[5, 6, 7]])
@@ -25,6 +26,35 @@ IDS = torch.tensor([[5, 6, 7]])
 
 def loss_of(model):
     return dpo_step(model, BATCH, reference_free=True).loss.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hook_on_the_head_gets_a_tensor(dtype):
+    """LLaMA-Factory's upcast_lmhead_output casts what the head gives; the loss has statistics."""
+    results = []
+    for hooked in (False, True):
+        model = tiny.model(dtype=dtype)
+        attach(model)
+        if hooked:
+            model.lm_head.register_forward_hook(lambda module, args, out: out.to(torch.float32))
+        out = dpo_step(model, BATCH, reference_free=True)
+        out.loss.backward()
+        results.append((out, model))
+    (a, plain), (b, upcast) = results
+    assert a.keys() == b.keys() and len(a) > 3
+    for name, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, b[name]) and value.dtype == b[name].dtype, name
+            assert value.requires_grad is b[name].requires_grad, name
+    for p, q in zip(plain.parameters(), upcast.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_the_check_of_the_layout_is_no_fused_call():
+    model = tiny.model()
+    attach(model)
+    dpo_step(model, BATCH, reference_free=True, fused={"layout": "shared"}).loss.backward()
+    assert head_calls(model) == 1
 
 
 def gpt2():

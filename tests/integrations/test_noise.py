@@ -94,6 +94,18 @@ def test_neftune_is_no_wrong_reference(tmp_path):
     assert abs(made.state.log_history[0]["rewards/margins"]) < 1e-5
 
 
+def test_neftunes_noise_is_as_strong_as_without_us(tmp_path):
+    """It is divided by the root of a row's length: in a packed row of all it would be weaker."""
+    losses = []
+    for layout in ("padded", "auto"):
+        made = trainer(tmp_path, neftune_noise_alpha=5.0, max_steps=3, fused={"layout": layout})
+        made.train()
+        losses.append([row["loss"] for row in made.state.log_history if "loss" in row])
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"layout=shared.*NEFTune scales its noise"):
+        trainer(tmp_path, neftune_noise_alpha=5.0, max_steps=1, fused={"layout": "shared"}).train()
+
+
 def test_a_plain_loop_with_noise():
     model = noisy("GPT2")
     reference = copy.deepcopy(model)

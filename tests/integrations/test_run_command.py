@@ -51,9 +51,11 @@ def test_the_options_reach_the_processes_below(capfd):
     inner = "import os; print(os.environ['DPO_KERNELS_RUN'])"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}], check=True)"
     options = ["--share_prefix", "--on_bypass", "warn", "--memory_budget", "9", "--no_head_stats"]
+    options += ["--no_check_first_step"]
     assert main(["run", *options, "--", sys.executable, "-c", code]) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["share_prefix"] and not told["head_stats"] and told["check_reference"]
+    assert not told["check_first_step"]
     assert told["on_bypass"] == "warn" and told["memory_budget"] == 9 and told["backend"] is None
 
 
@@ -69,6 +71,15 @@ def test_mistakes_are_one_line(argv, said, expected, capsys):
     assert main(argv) == expected
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_a_script_that_does_not_start_is_one_line(tmp_path, capsys):
+    script = tmp_path / "train.sh"
+    script.write_text("echo there is no line that names its shell\n")
+    script.chmod(0o755)
+    assert main(["run", "--", str(script)]) == 126
+    error = capsys.readouterr().err
+    assert f"{script} does not start" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])

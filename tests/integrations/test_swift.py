@@ -33,6 +33,7 @@ def stub(model, **options):
         "args": SimpleNamespace(use_logits_to_keep=False, ld_alpha=None, **options),
         "aux_loss_enabled": False,
         "is_encoder_decoder": False,
+        "loss_type": ["sigmoid"],
         "label_pad_token_id": -100,
         "fused": FusedOptions(),
     }
@@ -91,6 +92,17 @@ def test_what_is_not_done_is_refused_by_name(changes, said):
         **{"packing": False, "padding_free": False, "sequence_parallel_size": 1, **changes}
     )
     with pytest.raises(ValueError, match=f"does not take {said}"):
+        swift._refuse(made)
+
+
+def test_ipo_of_a_release_that_divides_in_its_forward_is_refused(monkeypatch):
+    """Before 4.5.3: there ours would be the loss of sums."""
+    made = stub(tiny.model())
+    made.model_meta = SimpleNamespace(is_multimodal=False)
+    made.template.packing, made.loss_type = False, ["sigmoid", "ipo"]
+    swift._refuse(made)
+    monkeypatch.delattr(DPOTrainer, "_get_ipo_sequence_logps")
+    with pytest.raises(ValueError, match="does not take loss_type=ipo"):
         swift._refuse(made)
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("accelerate", reason="pip install accelerate")
 
 from transformers import Trainer, TrainingArguments
 
-from dpo_kernels.integrations import plain
+from dpo_kernels.integrations import hf_trainer, plain
 from dpo_kernels.integrations.transformers import (
     FusedDPOMixin,
     FusedDPOTrainer,
@@ -277,3 +277,11 @@ def test_loss_callables(loss):
     assert torch.allclose(got, direct.loss, atol=1e-5)
     got.backward()
     assert pred.grad is not None and not pred.grad[:, :2].any()
+
+
+@pytest.mark.parametrize(("autocast", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_precision_is_the_one_in_force(tmp_path, monkeypatch, autocast, wanted):
+    """fp16 that accelerate leaves off on a CPU loosened the check of the reference 200 times."""
+    made = trainer(tmp_path, bf16=autocast)
+    monkeypatch.setattr(type(made.accelerator), "mixed_precision", "bf16" if autocast else "fp16")
+    assert hf_trainer.model_dtype(made) is wanted

@@ -18,7 +18,14 @@ from trl_runs import V1, assert_same, make, run
 
 from dpo_kernels.integrations import announce, frameworks
 from dpo_kernels.integrations import trl as integration
-from dpo_kernels.integrations.trl import BypassedError, DPOTrainer, collated, patch_trl, unpatch_trl
+from dpo_kernels.integrations.trl import (
+    BypassedError,
+    DPOTrainer,
+    collated,
+    online,
+    patch_trl,
+    unpatch_trl,
+)
 
 TRLS_OWN = trl.DPOTrainer
 INIT = TRLS_OWN.__init__
@@ -245,6 +252,23 @@ def test_a_trainer_from_before_the_patch_stays_trls():
     assert made.state.global_step == 1
 
 
+def test_a_trainer_that_is_trained_behind_its_patch_is_told(caplog):
+    """Built within the context, trained after it: TRL's methods are back."""
+    with patch_trl():
+        made = make(TRLS_OWN, max_steps=1)
+    with pytest.raises(BypassedError, match="the patch was undone after it was built"):
+        made.train()
+    assert not said(caplog)
+
+
+def test_a_patch_within_a_patch_leaves_the_outer_one():
+    patch_trl(head_stats=False)
+    with patch_trl(layout="padded"):
+        assert make(TRLS_OWN).fused.layout == "padded"
+    made = run(TRLS_OWN, max_steps=1).trainer
+    assert not made.fused.head_stats and made.fused.layout == "auto"
+
+
 def test_how_a_bypass_is_met_is_one_of_two():
     with pytest.raises(ValueError, match="on_bypass must be one of raise, warn, got 'ignore'"):
         patch_trl(on_bypass="ignore")
@@ -308,4 +332,48 @@ def test_a_shape_that_is_not_known_is_a_message(monkeypatch):
         with pytest.raises(frameworks.UnsupportedShape, match=r"trl 1\.99\.0: its DPOTrainer") as e:
             patch_trl(**options)
         assert f"{FORWARD}(model, batch) takes no" in str(e.value)
+    assert TRLS_OWN.__init__ is INIT
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "_compute_loss_liger"])
+def test_a_release_without_one_of_the_methods_is_a_message(name, monkeypatch):
+    """Whichever; and nothing of the others is exchanged."""
+    for base in TRLS_OWN.__mro__[: 1 if name == "__init__" else None]:
+        if name in vars(base):
+            monkeypatch.delattr(base, name)
+    with pytest.raises(frameworks.UnsupportedShape, match=f"no .*{name}.*Nothing was patched"):
+        patch_trl()
+    assert not any(getattr(TRLS_OWN, n, None) is not m for n, m in METHODS.items() if n != name)
+
+
+def test_an_online_trainer_of_another_shape_is_left_alone(monkeypatch):
+    """It is experimental there; DPOTrainer is patched all the same."""
+    kind = type("OnlineDPOTrainer", (), {"__init__": lambda self, model, ref_model, args: None})
+    monkeypatch.setattr(online, "trainer_class", lambda: kind)
+    with pytest.warns(UserWarning, match=r"no _forward.*it trains without the fused head"):
+        patch_trl()
+    assert TRLS_OWN.__init__ is not INIT and not hasattr(kind, "fused_default")
+
+
+@pytest.mark.skipif(not V1, reason="0.18 to 0.28 will not change any more")
+def test_a_batch_of_another_shape_is_a_message():
+    with patch_trl():
+        made = make(TRLS_OWN, max_steps=1)
+        collate = made.data_collator
+
+        def renamed(examples):
+            batch = collate(examples)
+            return {k.replace("completion_mask", "mask_1_99"): v for k, v in batch.items()}
+
+        made.data_collator = renamed
+        with pytest.raises(frameworks.UnsupportedShape, match="a batch has no completion_mask"):
+            made.train()
+
+
+@pytest.mark.skipif(not V1, reason="0.18 to 0.28 will not change any more")
+def test_a_release_without_what_is_called_is_a_message(monkeypatch):
+    monkeypatch.delattr("trl.models.utils.disable_gradient_checkpointing")
+    monkeypatch.delitem(integration._known, TRLS_OWN)
+    with pytest.raises(frameworks.UnsupportedShape, match=r"no trl\.models\.utils\.disable_"):
+        patch_trl()
     assert TRLS_OWN.__init__ is INIT

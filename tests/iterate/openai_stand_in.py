@@ -1,8 +1,8 @@
 """A server that answers as OpenAI's API does, and misbehaves on request.
 
 `answer(body)` makes the text of a reply; `fault(n, body)` names what goes wrong with the n-th
-request, or nothing: "429", "500", "cut", "malformed", "slow", "truncated", "hostile", "401".
-Every request is kept.
+request, or nothing: "429", "500", "cut", "malformed", "slow", "truncated", "hostile", "401";
+`sends(n, body)` may give a whole answer: status, headers, bytes. Every request is kept.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class StandIn:
     def __init__(self) -> None:
         self.answer: Callable[[dict[str, Any]], Any] = lambda body: "A"
         self.fault: Callable[[int, dict[str, Any]], str] = lambda n, body: ""
+        self.sends: Callable[[int, dict[str, Any]], Any] = lambda n, body: None
         self.seconds = 0.0
         self.logprobs: Callable[[dict[str, Any], str], Any] = lambda body, text: None
         self.bodies: list[dict[str, Any]] = []
@@ -51,7 +52,10 @@ def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
             try:
                 time.sleep(stand_in.seconds)
                 with contextlib.suppress(OSError):
-                    self._reply(body, stand_in.fault(n, body))
+                    if (given := stand_in.sends(n, body)) is not None:
+                        self._send(given[2], given[0], given[1])
+                    else:
+                        self._reply(body, stand_in.fault(n, body))
             finally:
                 with stand_in.lock:
                     stand_in.under_way -= 1
@@ -62,6 +66,13 @@ def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
                 error = {"error": {"message": f"no, {key}", "type": "fault"}}
                 headers = {"Retry-After": "0.01"} if fault == "429" else {}
                 self._send(json.dumps(error).encode(), int(fault), headers)
+                return
+            if fault == "chunk":  # the first of several, and then nothing
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b'1f\r\n{"choices": [{"message": {"con\r\n')
+                self.close_connection = True
                 return
             if fault == "slow":
                 time.sleep(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,35 @@ def load(policy: str) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
 
 
-@pytest.mark.parametrize("conversational", [True, False])
-def test_pairs_train_in_trl(policy: str, tmp_path: Path, conversational: bool) -> None:
+QUIET: dict[str, Any] = {"report_to": "none", "use_cpu": True, "bf16": False}
+
+
+def train_on(rows: list[dict[str, Any]], kind: str, policy: str, folder: Path, *more: str) -> float:
+    """The loss of TRL's trainer of a `kind` on the file that `pairs` makes of samples."""
     from datasets import load_dataset
 
+    write_table(folder / "s.jsonl", rows)
+    files = ["--samples", str(folder / "s.jsonl")]
+    assert main(["judge", *files, "--output", str(folder / "v.jsonl")]) == 0
+    files += ["--verdicts", str(folder / "v.jsonl"), *more]
+    out = folder / "rows.jsonl"
+    assert main(["pairs", *files, "--output", str(out), "--select", "all"]) == 0
+    data = load_dataset("json", data_files=str(out), split="train", cache_dir=str(folder / "c"))
+    model, tokenizer = load(policy)
+    config = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder / "out"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        **QUIET,
+    )
+    trainer = getattr(trl, f"{kind}Trainer")
+    trainer = trainer(model, args=config, train_dataset=data, processing_class=tokenizer)
+    return trainer.train().training_loss
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+def test_pairs_train_in_trl(policy: str, tmp_path: Path, conversational: bool) -> None:
     rows = [
         {
             "prompt": chat(f"place {i}") if conversational else f"place {i}: ",
@@ -42,25 +68,7 @@ def test_pairs_train_in_trl(policy: str, tmp_path: Path, conversational: bool) -
         for i in range(4)
         for n in range(3)
     ]
-    write_table(tmp_path / "s.jsonl", rows)
-    files = ["--samples", str(tmp_path / "s.jsonl")]
-    assert main(["judge", *files, "--output", str(tmp_path / "v.jsonl")]) == 0
-    files += ["--verdicts", str(tmp_path / "v.jsonl")]
-    out = tmp_path / "pairs.jsonl"
-    assert main(["pairs", *files, "--output", str(out), "--select", "all"]) == 0
-    data = load_dataset("json", data_files=str(out), split="train", cache_dir=str(tmp_path / "c"))
-    model, tokenizer = load(policy)
-    config = trl.DPOConfig(
-        output_dir=str(tmp_path / "out"),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-    )
-    trainer = trl.DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
-    assert torch.isfinite(torch.tensor(trainer.train().training_loss))
+    assert math.isfinite(train_on(rows, "DPO", policy, tmp_path))
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
@@ -84,10 +92,8 @@ def test_kto_as_trl_computes_it(policy: str, tmp_path: Path, loss_type: str) -> 
         desirable_weight=1.3,
         undesirable_weight=0.7,
         beta=0.5,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
         precompute_ref_log_probs=False,
+        **QUIET,
     )
     trainer = trl.KTOTrainer(
         model,
@@ -162,11 +168,9 @@ def test_our_unpaired_training_is_trls(
     model, tokenizer = load(policy)
     config = trl.KTOConfig(
         output_dir=str(tmp_path / "theirs"),
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
         save_strategy="no",
         gradient_checkpointing=False,
+        **QUIET,
         **shared,
     )
     trainer = trl.KTOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
@@ -187,29 +191,9 @@ def test_our_unpaired_training_is_trls(
 
 
 def test_labelled_files_of_pairs_train_in_trl(policy: str, tmp_path: Path) -> None:
-    from datasets import load_dataset
-
     rows = [
         {"prompt": chat(f"place {i}"), "completion": "nice " * (n + 1), "sample": n}
         for i in range(4)
         for n in range(3)
     ]
-    write_table(tmp_path / "s.jsonl", rows)
-    files = ["--samples", str(tmp_path / "s.jsonl")]
-    assert main(["judge", *files, "--output", str(tmp_path / "v.jsonl")]) == 0
-    files += ["--verdicts", str(tmp_path / "v.jsonl"), "--format", "unpaired"]
-    out = tmp_path / "rows.jsonl"
-    assert main(["pairs", *files, "--output", str(out), "--select", "all"]) == 0
-    data = load_dataset("json", data_files=str(out), split="train", cache_dir=str(tmp_path / "c"))
-    model, tokenizer = load(policy)
-    config = trl.KTOConfig(
-        output_dir=str(tmp_path / "out"),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-    )
-    trainer = trl.KTOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
-    assert torch.isfinite(torch.tensor(trainer.train().training_loss))
+    assert math.isfinite(train_on(rows, "KTO", policy, tmp_path, "--format", "unpaired"))

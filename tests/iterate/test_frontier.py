@@ -31,6 +31,7 @@ def frontier(monkeypatch: pytest.MonkeyPatch) -> Any:
     vader.SentimentIntensityAnalyzer = Analyzer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vaderSentiment", types.ModuleType("vaderSentiment"))
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", vader)
+    monkeypatch.syspath_prepend(str(FILE.parent))
     spec = importlib.util.spec_from_file_location("frontier", FILE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -200,3 +200,29 @@ def test_the_embedded_rule() -> None:
     )
     assert tone_score(prompt, "What a sunny place the mill is on Sundays!") < 0.1
     assert tone_score("Hello", "anything") == 0.0
+
+
+def test_the_implicit_reward_without_a_reference(folder: Path) -> None:
+    """SimPO's reward: beta times the mean log-prob of a completion's tokens."""
+    path = str(folder / "policy")
+    judge = make_judge(
+        options("implicit", judge_model_path=path, judge_ref_path="none", judge_beta=2.0)
+    )
+    model = LocalModel.load(path, "cpu")
+    for item, verdict in zip(ITEMS, judge.compare(ITEMS), strict=True):
+        row = [render(model.tokenizer, item.prompt, item.first)]
+        mean = float(model.completion_logps(row)) / len(row[0][1])
+        assert verdict.score_first == pytest.approx(2.0 * mean, abs=1e-5)
+        assert verdict.score_first != verdict.score_second
+    assert judge.name == "implicit (no reference)"
+    with pytest.raises(UserError, match=r"are one model .* so every reward is 0; .*none"):
+        make_judge(options("implicit", judge_model_path=path, judge_ref_path=path))
+
+
+def test_other_weights_are_another_judge(tmp_path: Path) -> None:
+    """A reward model that was trained on, in its old folder, has none of the old scores."""
+    names = []
+    for seed in (1, 1, 2):
+        save_tiny(tmp_path / "reward", seed, labels=1)
+        names.append(make_judge(options("reward_model", judge_model_path=str(tmp_path / "reward"))))
+    assert names[0].identity == names[1].identity != names[2].identity

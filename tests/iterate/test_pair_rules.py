@@ -157,3 +157,46 @@ def test_command_writes_what_the_trainer_reads(
     write_table(tmp_path / "v.jsonl", [verdict(0, 9, 1.0) | {"prompt": prompt, "id": None}])
     assert main(["pairs", *files, "--output", str(out)]) == 2
     assert "sample 9" in capsys.readouterr().err
+
+
+ROWS = [{"prompt": "p", "completion": t, "sample": n} for n, t in enumerate(("one", "two"))]
+VERDICT = {"prompt": "p", "first": 0, "second": 1, "p_first": 0.9, "tie": False, "error": None}
+WRONG: list[tuple[str, dict[str, object], str]] = [
+    ("verdicts", {"p_first": "high"}, "row 1: p_first: expected a number or null, got 'high'"),
+    ("verdicts", {"p_first": 1.5}, "p_first must be in [0, 1], got 1.5"),
+    ("verdicts", {"first": "0"}, "row 1: expected first and second"),
+    ("verdicts", {"second": None}, "row 1: expected first and second"),
+    ("verdicts", {"second": 0}, "row 1: expected first and second"),
+    ("verdicts", {"second": 7}, "a verdict is about sample 7, which is not there"),
+    ("verdicts", {"tie": "false"}, "row 1: tie: expected true or false, got 'false'"),
+    ("verdicts", {"score_first": []}, "row 1: score_first: expected a number or null"),
+    ("verdicts", {"prompt": None}, "row 1: prompt: expected a text or a list of messages"),
+    ("verdicts", {"prompt": "other"}, "of which there is no sample"),
+    ("samples", {"seed": "x"}, "row 1: seed: expected a number, got 'x'"),
+    ("samples", {"temperature": [1]}, "row 1: temperature: expected a number"),
+    ("samples", {"logps": 0.5}, "row 1: logps: expected a list, got 0.5"),
+    ("samples", {"sample": True}, "row 1: sample: expected a number"),
+    ("samples", {"prompt": [{"content": "no role"}]}, "row 1: expected prompt and completion"),
+    ("mix", {"margin": "wide"}, "row 1: margin: expected a number, got 'wide'"),
+]
+
+
+@pytest.mark.parametrize("file, change, message", WRONG)
+def test_files_of_others_are_checked(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    change: dict[str, object],
+    message: str,
+) -> None:
+    """One line that names the row and the field, whoever wrote the file."""
+    static = {"prompt": "p", "chosen": "a", "rejected": "b", "p_chosen": None}
+    rows = {"samples": ROWS, "verdicts": [VERDICT], "mix": [static]}
+    rows[file] = [{**rows[file][0], **change}, *rows[file][1:]]
+    command = ["pairs", "--output", str(tmp_path / "pairs.jsonl")]
+    for name, content in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        write_table(path, content)
+        command += [f"--{name}", f"{path}=1" if name == "mix" else str(path)]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err

@@ -155,6 +155,26 @@ def test_from_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert samples[0].logps == [-0.5]
 
 
+def test_what_a_server_left_out_is_asked_for_alone(tmp_path: Path) -> None:
+    pytest.importorskip("openai", reason="the endpoints' client: pip install dpo-kernels[judge]")
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    write_table(prompts, [{"prompt": f"p{i}"} for i in range(4)])
+    with serving() as server:
+        server.answer = lambda body: f"{body['model']} {body['prompt']}"
+        server.fault = lambda n, body: "400" if n in (1, 4) else ""
+        command = ["generate", "--prompts", str(prompts), "--output", str(out)]
+        command += ["--base_url", server.url, "--num_samples", "2", "--concurrency", "1"]
+        assert main([*command, "--model", "m"]) == 1 and len(read_samples(out)) == 6
+        assert main([*command, "--model", "m"]) == 0 and len(read_samples(out)) == 8
+        assert len(server.bodies) == 8 + 2
+        assert not list(tmp_path.glob("*.part"))
+        # Another model on that server has samples of its own.
+        server.fault = lambda n, body: "400" if n == 10 else ""
+        assert main([*command, "--model", "m"]) == 1
+        assert main([*command, "--model", "other"]) == 0
+        assert {s.completion.split()[0] for s in read_samples(out)} == {"other"}
+
+
 def test_bad_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "p.jsonl"
     for text, message in (("", "no prompt"), ('{"prompt": 1}\n', "row 1: prompt"), ("{", "JSON")):

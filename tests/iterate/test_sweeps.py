@@ -60,8 +60,21 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = {f: f.stat().st_mtime_ns for f in out.glob("*/summary.json")}
     assert len(times) == 4 and main(command) == 0
     assert times == {f: f.stat().st_mtime_ns for f in out.glob("*/summary.json")}
-    for change, message in ((["--pair_counts", "99"], "99 of 12"), (["--pair_counts", "1"], "2")):
+    # Every set has the same pairs held out.
+    held = (out / "held-out.jsonl").read_text().splitlines()
+    small, large = ((out / f"pairs-{n}.jsonl").read_text().splitlines() for n in (6, 12))
+    assert len(held) == 1 and set(small) < set(large) and not set(held) & set(large)
+    assert (len(small), len(large)) == (5, 11)
+    changes = (
+        (["--pair_counts", "99", "--output_dir", str(tmp_path / "new")], "99 of 12"),
+        (["--pair_counts", "1"], "2"),
+        (["--learning_rate", "0.5"], "learning_rate is 0.5, but the runs in"),
+    )
+    for change, message in changes:
         assert main([*command, *change]) == 2
         assert message in capsys.readouterr().err
     assert main(["sweep", "--output_dir", str(out)]) == 2
     assert "--betas" in capsys.readouterr().err
+    (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text() + "\n")
+    assert main(command) == 2
+    assert "dataset_name (its content)" in capsys.readouterr().err

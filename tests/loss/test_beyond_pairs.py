@@ -220,6 +220,17 @@ def test_plackett_luce_of_two_is_sigmoid() -> None:
     assert torch.equal(same.loss, pair.loss)
 
 
+def test_plackett_luce_takes_the_head_of_the_reference_without_the_adapter() -> None:
+    """As pairs do: a reference without a head of its own has the policy's weight alone."""
+    b = batch(dtype=torch.float32)
+    r = 2
+    lora = (torch.randn(r, H), torch.randn(V, r), 0.5)
+    call = (b["hidden"], b["weight"], b["labels"])
+    given = {"lora": lora, "ref_hidden": b["hidden"] + 0.1}
+    ranked = dk.fused_linear_dpo_loss(*call, loss_type="plackett_luce", num_completions=2, **given)
+    torch.testing.assert_close(ranked.loss, dk.fused_linear_dpo_loss(*call, **given).loss)
+
+
 def test_plackett_luce_stats_and_reduction() -> None:
     b = batch()
     options = {"loss_type": ["plackett_luce"], "num_completions": 3, "stats": ("entropy",)}

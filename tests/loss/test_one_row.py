@@ -10,16 +10,19 @@ import dpo_kernels as dk
 from dpo_kernels import losses
 
 ROOT = Path(dk.__file__).parent
-NAMES = set(losses.available())
+NAMES = {*losses.available(), *losses.ELSEWHERE}
 HOME = "losses.py"
 # Names that are no losses there: a recipe's parts, a command.
 OTHERS = {"cli.py", "data/embedded.py"}
+# What holds names of losses: a decision by it is one by a name.
+HOLDERS = {"LISTWISE", "UNPAIRED", "ELSEWHERE"}
 
 
 def names_in(node: ast.AST) -> set[str]:
-    """Names of losses among the constants of an expression."""
-    found = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
-    return {value for value in found if isinstance(value, str) and value in NAMES}
+    """Names of losses among the constants of an expression, or what holds them."""
+    found = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+    holders = {getattr(n, "attr", getattr(n, "id", None)) for n in ast.walk(node)} & HOLDERS
+    return {value for value in found if isinstance(value, str) and value in NAMES} | holders
 
 
 def decided_by_name(path: Path) -> set[str]:
@@ -45,7 +48,15 @@ def test_no_loss_is_known_by_its_name_elsewhere():
 
 
 @pytest.mark.parametrize(
-    "code", ('row.name == "sft"', '"ipo" in names', 'x in ("a", "odpo")', '{"dpop": f}[name]')
+    "code",
+    (
+        'row.name == "sft"',
+        '"ipo" in names',
+        'x in ("a", "odpo")',
+        '{"dpop": f}[name]',
+        'loss_type != "kto"',
+        "name in losses.UNPAIRED",
+    ),
 )
 def test_the_test_notices(code, tmp_path):
     (tmp_path / "x.py").write_text(code)

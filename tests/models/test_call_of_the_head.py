@@ -15,9 +15,9 @@ from dpo_kernels.integrations import plain
 from dpo_kernels.models.forward import pair_step
 from dpo_kernels.models.options import FusedOptions
 from dpo_kernels.train.config import load_config
-from dpo_kernels.train.loop import PairLoss
 from dpo_kernels.train.model import prepare_policy
 from dpo_kernels.train.reference import PairData
+from dpo_kernels.train.step_loss import PairLoss
 
 IDS = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10], "rejected_ids": [8, 11]}
 BATCH = plain.PreferenceCollator(0)([IDS, {**IDS, "chosen_ids": [12, 13]}])

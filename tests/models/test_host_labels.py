@@ -10,9 +10,9 @@ pytest.importorskip("transformers", reason="pip install transformers")
 from dpo_kernels.data import TokenPair
 from dpo_kernels.models import forward
 from dpo_kernels.train.config import load_config
-from dpo_kernels.train.loop import PairLoss
 from dpo_kernels.train.model import prepare_policy
 from dpo_kernels.train.reference import PairData
+from dpo_kernels.train.step_loss import PairLoss
 
 PAIRS = [TokenPair((5, 6, 7), (8, 9, 10), (8, 11), "a"), TokenPair((5,), (9,), (8, 11, 12), "b")]
 

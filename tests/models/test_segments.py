@@ -337,6 +337,13 @@ BY_MASK = {
 }
 
 
+def test_embeddings_that_are_scaled_in_place_are_checked() -> None:
+    model = tiny("CTRL", n_embd=32, n_layer=2, n_head=4, dff=48, n_positions=64, **NO_DROPOUT)
+    attach_head(model)
+    step(model, padded_batch(SHAPES), "packed")
+    assert known(model).checked
+
+
 @pytest.mark.parametrize("name", BY_MASK)
 def test_what_a_mask_alone_says_is_refused(name: str) -> None:
     """Chunks of Llama 4, windows of Qwen2-MoE, PhiMoE and Doge never reach attention."""

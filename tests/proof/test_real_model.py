@@ -18,9 +18,9 @@ from dpo_kernels.models.layouts import choose_sharing
 from dpo_kernels.models.loading import load_model, load_tokenizer
 from dpo_kernels.models.versions import transformers_before
 from dpo_kernels.train.config import load_config
-from dpo_kernels.train.loop import PairLoss
 from dpo_kernels.train.model import Policy, prepare_policy
 from dpo_kernels.train.reference import PairData, Reference
+from dpo_kernels.train.step_loss import PairLoss
 
 FILE = "shared/data/preferences_en.jsonl"
 PAIRS = next((p / FILE for p in Path(__file__).resolve().parents if (p / FILE).exists()), None)

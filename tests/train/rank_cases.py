@@ -315,11 +315,19 @@ def case_server(folder: Path, world: int) -> Any:
             summary = run_iteration({**options, "min_pairs": 1, "concurrency": 4})
             if world > 1:
                 dist.barrier()
+            run = Path(options["output_dir"])
+            spent = [
+                json.loads(line)["sent"]
+                for file in run.glob("requests.jsonl*")
+                for line in file.read_text().splitlines()
+            ]
             judged = summary["each"][0]["judge"]
             found[name] = {
                 "sent": len(server.bodies) - before if os.environ["RANK"] == "0" else None,
-                "requests": judged["requests"]["requests"],
-                "said": judged["said"],
+                "spent": sum(spent),
+                "requests": judged.get("requests", {}).get("requests"),
+                "said": judged.get("said"),
+                "ended": summary["ended"],
             }
         return found
 

@@ -26,7 +26,7 @@ from dpo_kernels.data import embedded
 from dpo_kernels.train import loop, start, trl_options
 from dpo_kernels.train.config import DPOTrainConfig, UserError, load_config
 from dpo_kernels.train.console import Console
-from dpo_kernels.train.job import loss_title
+from dpo_kernels.train.ending import loss_title
 from dpo_kernels.train.metrics import read_metrics
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs transformers")

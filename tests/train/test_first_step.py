@@ -244,7 +244,7 @@ def test_another_checkpoint_is_the_reference(tmp_path: Path) -> None:
 def test_label_smoothing_of_each_row_reaches_the_loss() -> None:
     from dataclasses import replace
 
-    from dpo_kernels.train.loop import PairLoss
+    from dpo_kernels.train.step_loss import PairLoss
 
     plain, policy = random_pairs(4), tiny_policy()
     pairs = [replace(p, label_smoothing=e) for p, e in zip(plain, (0.1, None, 0.3, 0.0))]  # noqa: B905

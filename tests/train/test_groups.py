@@ -19,8 +19,8 @@ from dpo_kernels.data import TokenPair
 from dpo_kernels.train.calibration import calibration, fit_temperature, nll
 from dpo_kernels.train.config import UserError, load_config
 from dpo_kernels.train.groups import Groups, one_sided
-from dpo_kernels.train.loop import PairLoss
 from dpo_kernels.train.metrics import read_metrics
+from dpo_kernels.train.step_loss import PairLoss
 
 # annotator -> (how sharp its judgement is, what being shown first is worth to it)
 PLANTED = {"ann": (1.5, 0.9), "bob": (0.7, -0.6), "eve": (1.0, 0.5)}

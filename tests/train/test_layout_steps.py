@@ -13,9 +13,10 @@ from dpo_kernels.models import layout_check
 from dpo_kernels.models.versions import transformers_before
 from dpo_kernels.train.config import UserError, load_config
 from dpo_kernels.train.console import Console
-from dpo_kernels.train.loop import batches_of, train
+from dpo_kernels.train.loop import train
 from dpo_kernels.train.metrics import MetricsFile
 from dpo_kernels.train.reference import with_reference
+from dpo_kernels.train.step_batches import batches_of
 
 SEGMENTS = pytest.mark.skipif(
     transformers_before(4, 55), reason="transformers before 4.55 takes padded rows"

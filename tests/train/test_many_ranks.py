@@ -170,8 +170,9 @@ def test_budgets_of_a_judges_server_are_of_all_processes(found: Found) -> None:
         pytest.skip("needs openai")
     mine, alone = found[2][0]["server"], found[1][0]["server"]
     assert mine["asked"] == alone["asked"]
-    assert mine["limited"]["sent"] == mine["limited"]["requests"] == 9
-    assert alone["limited"]["requests"] == 9
+    assert mine["limited"]["sent"] == mine["limited"]["spent"] == 9
+    assert mine["limited"] == alone["limited"]
+    assert "max_requests" in mine["limited"]["ended"]
 
 
 def test_a_disk_that_one_rank_can_only_read(folder: Path, found: Found) -> None:

@@ -14,15 +14,22 @@ import torch
 from test_data import byte_tokenizer, random_pairs
 
 import dpo_kernels as dk
-from dpo_kernels.data import PreferencePair, Sharing, TokenSequence, make_batch, tokenize_pairs
-from dpo_kernels.data.pairs import LeftOut
+from dpo_kernels.data import (
+    LeftOut,
+    PreferencePair,
+    Sharing,
+    TokenSequence,
+    make_batch,
+    tokenize_pairs,
+)
 from dpo_kernels.models.attached import HeadOutput
 from dpo_kernels.models.loading import without_quantization
 from dpo_kernels.models.versions import dtype_option, transformers_before
 from dpo_kernels.train.compare import plain_logps, step_times
 from dpo_kernels.train.config import DPOTrainConfig, UserError, load_config, read_config_file
 from dpo_kernels.train.console import Console
-from dpo_kernels.train.loop import PairLoss, check_step0, evaluate, step_indices, train
+from dpo_kernels.train.evaluation import check_step0, evaluate
+from dpo_kernels.train.loop import train
 from dpo_kernels.train.metrics import MetricsFile, PairMeter
 from dpo_kernels.train.model import (
     Policy,
@@ -30,9 +37,11 @@ from dpo_kernels.train.model import (
     prepare_policy,
 )
 from dpo_kernels.train.optim import Stepper, TrainingError
+from dpo_kernels.train.order import step_indices
 from dpo_kernels.train.plots import plot_run
 from dpo_kernels.train.reference import PairData, Referee
 from dpo_kernels.train.sft import train_sft
+from dpo_kernels.train.step_loss import PairLoss
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs transformers")
 
@@ -277,18 +286,18 @@ def test_accumulation_does_not_change_the_step(tmp_path: Path, loss: dict[str, A
 
 def test_parts_change_nothing_but_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU a batch runs in parts of bounded tokens; losses that couple pairs stay whole."""
-    from dpo_kernels.train import loop
+    from dpo_kernels.train import step_batches
 
     whole = run_train(tmp_path, sft_weight=0.5)[1]
-    monkeypatch.setattr(loop, "CPU_PART_TOKENS", 30)
+    monkeypatch.setattr(step_batches, "CPU_PART_TOKENS", 30)
     parts = run_train(tmp_path, sft_weight=0.5)[1]
     for a, b in zip(whole, parts, strict=True):
         for key in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
     pairs, policy = random_pairs(4), tiny_policy()
-    cut = loop.parts_of([2, 0, 1, 3], pairs, config_of(), policy)
+    cut = step_batches.parts_of([2, 0, 1, 3], pairs, config_of(), policy)
     assert len(cut) > 1 and [i for part in cut for i in part] == [2, 0, 1, 3]
-    assert loop.parts_of([2, 0], pairs, config_of(loss_type="aot"), policy) == [[2, 0]]
+    assert step_batches.parts_of([2, 0], pairs, config_of(loss_type="aot"), policy) == [[2, 0]]
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ trainer of another shape is an error.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 from ...models.options import FusedOptions
 from ...models.step0 import WrongReference
 from .. import frameworks, shapes
-from ..patching import BypassedError, Patched, Undo, options_of, undo_all
+from ..patching import BypassedError, Patched, Undo, apply_all, options_of, undo_all
 
 __all__ = ["BypassedError", "FusedOptions", "WrongReference", "patch_trl", "unpatch_trl"]
 
@@ -45,7 +46,8 @@ def _targets(allow_untested: bool = False) -> list[Patched]:
     from . import online
 
     kind = online.trainer_class()
-    return targets if kind is None else [*targets, online_target(kind)]
+    second = None if kind is None else online_target(kind)
+    return targets if second is None else [*targets, second]
 
 
 _known: dict[type, Patched] = {}  # class of TRL -> its patch
@@ -64,11 +66,18 @@ def target_of(kind: type) -> Patched:
     return _known[kind]
 
 
-def online_target(kind: type) -> Patched:
-    """The patch of this OnlineDPOTrainer."""
+def online_target(kind: type) -> Patched | None:
+    """The patch of this OnlineDPOTrainer; None, and a warning, where its shape is not known."""
     from . import online
 
     if kind not in _known:
+        try:
+            shapes.shape_of(
+                shapes.TRL_ONLINE, shapes.methods_of(kind), frameworks.version_of("trl")
+            )
+        except frameworks.UnsupportedShape as error:
+            warnings.warn(f"{error} of it: it trains without the fused head", stacklevel=3)
+            return None
         _known[kind] = Patched(kind, online.overrides(), patch=shapes.TRL.patch, advice=_advice)
     return _known[kind]
 
@@ -95,9 +104,7 @@ def patch_trl(
         ImportError: no TRL.
     """
     chosen = options_of(fused, on_bypass, options)
-    for target in _targets(allow_untested):
-        target.apply(chosen, on_bypass)
-    return Undo(unpatch_trl)
+    return apply_all(_targets(allow_untested), chosen, on_bypass)
 
 
 def unpatch_trl() -> None:
@@ -133,5 +140,5 @@ def __getattr__(name: str) -> Any:
         return trainer
     if name == "DPOConfig":
         frameworks.check_version("trl")
-        return frameworks.require("trl").DPOConfig
+        return shapes.part_of(shapes.TRL, "trl", "DPOConfig")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,7 @@ from ...models.references import needs_reference, needs_states, reference_adapte
 from ...models.step0 import check_first_step
 from ...models.structure import deterministic
 from .. import hf_trainer, shapes
-from ..announce import announce
+from ..announce import announce, opt_out
 from ..cached_reference import OF_STATES, cache_of
 from ..first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
 from ..rows import WithRowColumns, check_row_columns, take_row_options
@@ -59,11 +59,12 @@ _OF_THE_CONFIG = (
     "max_length",
 )
 _OF_THE_TRAINER = ("ref_model", "precompute_ref_logps", "_metrics", "_total_train_tokens")
-OPT_OUT = "DPOTrainer(..., fused={'check_reference': False}) or patch_trl(check_reference=False)"
+_OF_THE_BATCH = ("input_ids", "attention_mask", "completion_mask")
 
 
 def overrides(trainer: type) -> dict[str, Callable[[Any], Any]]:
     module = sys.modules[trainer.__module__]
+    shapes.part_of(shapes.TRL, "trl.models.utils", "disable_gradient_checkpointing")
     names: dict[str, Callable[[Any], Any]] = {
         "__init__": functools.partial(_init, module=module),
         "_compute_loss": _compute_loss,
@@ -190,7 +191,7 @@ def _get_batch_samples(original: Callable) -> Callable:
     @functools.wraps(original)
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = original(self, *args, **kwargs)
-        self._pairs_of_step = [len(batch["input_ids"]) // 2 for batch in found[0]]
+        self._pairs_of_step = [len(batch.get("input_ids", ())) // 2 for batch in found[0]]
         return found
 
     return get_batch_samples
@@ -204,11 +205,12 @@ def _share_of_step(trainer: Any) -> dict[str, float]:
 
 def _rows(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The batch, cut to `max_length` where the trainer and not its collator does that (0.29)."""
+    shapes.check_batch(inputs, _OF_THE_BATCH, shapes.TRL)
     cut = getattr(trainer, "_truncate_inputs", None)
     if cut is None:
         return inputs
-    names = ("input_ids", "attention_mask", "completion_mask")
-    return {**inputs, **dict(zip(names, cut(*(inputs[n] for n in names)), strict=True))}
+    kept = cut(*(inputs[n] for n in _OF_THE_BATCH))
+    return {**inputs, **dict(zip(_OF_THE_BATCH, kept, strict=True))}
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -271,8 +273,9 @@ def _compute_loss(original: Callable) -> Callable:
     @functools.wraps(original)
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         training = self.model.training
-        tokens = inputs["attention_mask"].sum()  # TRL 0.29 counts those that it cuts off too
+        given = inputs
         inputs, row_options = take_row_options(_rows(self, inputs))
+        tokens = given["attention_mask"].sum()  # TRL 0.29 counts those that it cuts off too
         labels = labels_of(inputs["input_ids"], inputs["completion_mask"])
         options = {**loss_options(self), **row_options}
         if not training:
@@ -363,9 +366,9 @@ def _check_reference(
 ) -> None:
     if not trainer.fused.check_reference or trainer.state.global_step:
         return
-    dtype = hf_trainer.model_dtype(trainer)
+    dtype, unless = hf_trainer.model_dtype(trainer), opt_out(trainer, "check_reference")
     seen = check_first_step(
-        model, model_inputs, labels, out, reference, options, trainer.fused, dtype, OPT_OUT
+        model, model_inputs, labels, out, reference, options, trainer.fused, dtype, unless
     )
     # What is logged of the first step is the policy as it was checked: rewards of 0.
     out.rewards, out.pair_logps = seen.rewards, seen.pair_logps

@@ -28,11 +28,10 @@ from ...models.references import adapters_in_force, reference_adapter
 from ...models.step0 import check_step0
 from ...models.structure import deterministic
 from .. import hf_trainer
-from ..announce import announce
+from ..announce import announce, opt_out
 from ..cached_reference import cache_of
 from ..first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
 from ..rows import WithRowColumns, check_row_columns, take_row_options
-from .collated import OPT_OUT
 
 _VISION = ("pixel_values", "pixel_attention_mask", "image_sizes")
 # TRL's names. Its losses that all these versions have, and that came with the later ones; that are
@@ -335,4 +334,5 @@ def _check_reference(trainer: Any, logps: list[Tensor], ref: list[Tensor], name:
     policy = torch.stack([x.detach() for x in trainer._noiseless or logps])
     dtype = policy.dtype if policy.dtype == torch.float64 else hf_trainer.model_dtype(trainer)
     rewards = policy - torch.stack(ref)
-    check_step0(rewards, policy, {"beta": 1.0}, dtype, OPT_OUT)
+    unless = opt_out(trainer, "check_reference")
+    check_step0(rewards, policy, {"beta": 1.0}, dtype, unless)

@@ -36,7 +36,7 @@ def trainer_class() -> type | None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it is experimental: no one asked for it yet
                 return importlib.import_module(module).OnlineDPOTrainer
-        except (ImportError, RuntimeError):
+        except (ImportError, RuntimeError, AttributeError):  # moved, or without its requirements
             continue
     return None
 
