@@ -28,6 +28,8 @@ __all__ = ["patch_swift", "unpatch_swift"]
 
 # What its batches hold that is no input of the model.
 _NOT_FOR_THE_MODEL = {"labels", "text_position_ids", "ref_chosen_logps", "ref_rejected_logps"}
+# Losses of its own that take means over tokens, not sums.
+_OF_MEANS = {"ipo"}
 _known: dict[type, Patched] = {}
 
 
@@ -89,7 +91,7 @@ def _refuse(trainer: Any) -> None:
             ),
             "an encoder-decoder model": trainer.is_encoder_decoder,
             "loss_type=ipo (before 4.5.3 ms-swift takes its means in the forward)": (
-                "ipo" in losses and not hasattr(trainer, "_get_ipo_sequence_logps")
+                not _OF_MEANS.isdisjoint(losses) and not hasattr(trainer, "_get_ipo_sequence_logps")
             ),
         },
     )
