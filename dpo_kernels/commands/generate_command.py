@@ -34,21 +34,25 @@ def run(args: argparse.Namespace) -> int:
     from ..iterate.sampling import generate
     from ..iterate.settings import load_options
     from ..train.console import Console
+    from ..train.ranks_start import joined
 
     config = load_options(GenerateConfig, given(args))
     if printed(args, config):
         return 0
-    prompts = read_prompts(config.prompts)
     console = Console()
     source: Any
-    with console.signals():
-        if config.model_name_or_path:
-            source = LocalModel.load(config.model_name_or_path, config.device, config.gguf_file)
-        else:
-            source = Endpoint(config)
-        counts = generate(prompts, source, config, config.output, console)
-    if isinstance(source, Endpoint):
-        console.say(source.describe())
+    with console.signals(), joined({"device": config.device}, console) as ranks:
+        with ranks.together():
+            prompts = read_prompts(config.prompts)
+            name = config.model_name_or_path
+            if name:
+                source = LocalModel.load(name, config.device, config.gguf_file)
+            else:
+                source = Endpoint(config, ranks=ranks)
+        counts = generate(prompts, source, config, config.output, console, ranks)
+        told = source.describe(*source.counted()) if isinstance(source, Endpoint) else ""
+    if told:
+        console.say(told)
     console.say(f"{counts.samples} samples of {counts.prompts} prompts in {config.output}")
     if counts.errors:
         console.say(f"{counts.errors} samples are missing; the first error: {counts.first_error}")

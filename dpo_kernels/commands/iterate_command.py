@@ -62,9 +62,7 @@ def _copy(f: Any) -> Any:
 def run(args: argparse.Namespace) -> int:
     from ..iterate.rounds import resolve, run_iteration
     from ..train.console import Console
-    from ..train.start import refuse_many_processes
 
-    refuse_many_processes("iterate")
     options = given(args)
     if printed(args, resolve(options)[0]):
         return 0

@@ -64,14 +64,18 @@ def _judge(config: Any, console: Any) -> int:
     from ..iterate.judges import make_judge
     from ..iterate.records import read_samples
     from ..iterate.verdicts import judge_samples
+    from ..train.ranks_start import joined
 
-    samples = read_samples(config.samples)
     # Verdicts are written by the batch; what a run that is cut has paid for is kept here till then.
     kept = Path(f"{config.output}.replies")
-    judge = make_judge(replace(config, cache_dir=config.cache_dir or str(kept)))
-    counts = judge_samples(samples, judge, config.output, config.compare, console)
-    shutil.rmtree(kept, ignore_errors=True)
-    _say_requests(judge, console)
+    given = replace(config, cache_dir=config.cache_dir or str(kept))
+    with joined({}, console) as ranks:
+        with ranks.together():
+            samples = read_samples(config.samples)
+            judge = make_judge(given, ranks=ranks)
+        counts = judge_samples(samples, judge, config.output, config.compare, console, ranks)
+        ranks.first_does(lambda: shutil.rmtree(kept, ignore_errors=True))
+        _say_requests(judge, console)
     console.say(f"{counts.describe()}; in {config.output}")
     return 1 if counts.verdicts and counts.errors == counts.verdicts else 0
 
@@ -79,7 +83,9 @@ def _judge(config: Any, console: Any) -> int:
 def _evaluate(config: Any, file: str, folder: str | None, console: Any) -> int:
     from ..iterate.judge_eval import eval_table, evaluate_judge, plot_eval, read_labelled
     from ..iterate.judges import make_judge
+    from ..train.start import refuse_many_processes
 
+    refuse_many_processes("judge eval")
     pairs = read_labelled(file)
     judge: Any = make_judge(config)
     place = Path(folder) if folder else None
@@ -98,4 +104,4 @@ def _evaluate(config: Any, file: str, folder: str | None, console: Any) -> int:
 
 def _say_requests(judge: Any, console: Any) -> None:
     if getattr(judge, "endpoint", None) is not None:
-        console.say(judge.endpoint.describe())
+        console.say(judge.endpoint.describe(*judge.endpoint.counted()))

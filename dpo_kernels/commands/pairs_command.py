@@ -32,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
     from ..iterate.judged_rows import make_rows
     from ..iterate.records import read_samples, read_verdicts, write_table
     from ..iterate.settings import load_options
+    from ..train.start import refuse_many_processes
 
+    refuse_many_processes("pairs")
     config = load_options(PairsConfig, given(args))
     if printed(args, config):
         return 0

@@ -35,9 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from ..iterate.sweeps import Grid, run_sweep, sweep_table
     from ..train.config import load_config
     from ..train.console import Console
-    from ..train.start import refuse_many_processes
 
-    refuse_many_processes("sweep")
     options = given(args)
     axes = {
         name: options.pop(option, None) or []

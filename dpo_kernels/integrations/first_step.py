@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..models.falling import FallingLogps, fallen, falling_text
+from ..models.mesh_axes import check_parallelism
 from ..models.nonfinite import LossWatch, NonFiniteLoss
 from ..models.options import FusedOptions
 from ..models.references import needs_reference
@@ -93,7 +94,8 @@ def _has_reference(options: dict[str, Any]) -> bool:
 
 
 def watch_first_step(trainer: Any) -> None:
-    """Give a trainer the callback."""
+    """Give a trainer the callback; what splits its model's trunk is refused."""
+    check_parallelism(trainer.accelerator)
     options = _options_of(trainer)
     beta = options["beta"]
     beta = beta[0] if isinstance(beta, list) else beta  # of OnlineDPO's epochs

@@ -28,8 +28,10 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from ..train.config_files import UserError
+from ..train.ranks import ALONE, Ranks
 from .records import Journal, digest
 from .settings import EndpointOptions
+from .spending import Purse
 
 MAX_BODY = 8 * 2**20  # bytes of a reply
 SECRET = 8  # characters from which a key is one
@@ -66,8 +68,8 @@ class _Fault(Exception):
 class ReplyCache:
     """Replies on disk by the hash of everything that was asked."""
 
-    def __init__(self, folder: str | Path | None) -> None:
-        self._journal = Journal(Path(folder) / "replies.jsonl") if folder else None
+    def __init__(self, folder: str | Path | None, ranks: Ranks = ALONE) -> None:
+        self._journal = Journal(Path(folder) / "replies.jsonl", ranks) if folder else None
         self._found: dict[str, dict[str, Any]] = {}
         for row in self._journal.rows if self._journal else []:
             self._found[row["key"]] = row
@@ -93,8 +95,14 @@ class ReplyCache:
 class Endpoint:
     """Asks many requests at once, within the limits of its options."""
 
-    def __init__(self, options: EndpointOptions, ledger: Path | None = None) -> None:
-        """`ledger`: a file in which what was spent is kept, so that a budget outlives a process."""
+    def __init__(
+        self, options: EndpointOptions, ledger: Path | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        """`ledger`: a file in which what was spent is kept, so that a budget outlives a process.
+
+        The limits are those of all `ranks`: each has its part of the requests under way and of
+        those sent a minute, and budgets are shared.
+        """
         if not options.base_url or not options.model:
             raise UserError("base_url and model are needed to ask a server")
         url = urlsplit(options.base_url)
@@ -108,18 +116,17 @@ class Endpoint:
             raise UserError(
                 "a server is asked through the openai client: pip install 'dpo-kernels[judge]'"
             ) from None
-        self.options = options
+        if options.concurrency < ranks.world:
+            raise UserError(
+                f"concurrency: {options.concurrency} requests at once are fewer than the "
+                f"{ranks.world} processes that ask"
+            )
+        self.options, self.ranks = options, ranks
         self._key = _key_of(options.api_key_env)
         self._shapes = _shapes_of(self._key)
-        self.cache = ReplyCache(options.cache_dir)
+        self.cache = ReplyCache(options.cache_dir, ranks)
         self.stats: Counter[str] = Counter()
-        self.cost = 0.0
-        self._reserved = 0.0
-        self._ledger = Journal(ledger) if ledger else None
-        self._sent_before = 0
-        for row in self._ledger.rows if self._ledger else []:
-            self._sent_before += row.get("sent", 1)
-            self.cost += row["cost"]
+        self.purse = Purse(ledger, ranks)
         self._jitter = random.Random()
         self._fatal = self.first_error = ""
 
@@ -139,6 +146,7 @@ class Endpoint:
         replies: list[Reply | None] = [None] * len(requests)
 
         def keep(i: int, reply: Reply) -> None:
+            self.ranks.at("requests to the server")
             replies[i] = reply
             self.stats["errors" if reply.error else "replies"] += 1
             self.first_error = self.first_error or reply.error or ""
@@ -154,15 +162,28 @@ class Endpoint:
         """The hash of everything that changes the answer."""
         return digest([self.options.base_url, self._path(request), self._body(request)])
 
-    def describe(self) -> str:
-        """The counts in one line."""
-        s = self.stats
+    @property
+    def cost(self) -> float:
+        """Paid so far, by this process and in earlier runs."""
+        return self.purse.before + self.purse.spent
+
+    def counted(self) -> tuple[Counter[str], float]:
+        """(the counts, the cost) of all ranks, each of which calls this."""
+        every = self.ranks.objects((dict(self.stats), self.purse.spent))
+        stats: Counter[str] = Counter()
+        for found, _ in every:
+            stats.update(found)
+        return stats, self.purse.before + sum(spent for _, spent in every)
+
+    def describe(self, stats: Counter[str] | None = None, cost: float | None = None) -> str:
+        """The counts in one line: of this process, or those that are given."""
+        s, cost = stats or self.stats, self.cost if cost is None else cost
         kinds = ", ".join(f"{n} {k[6:]}" for k, n in sorted(s.items()) if k.startswith("fault "))
         return (
             f"{s['requests']} requests: {s['answered']} answered, {s['faults']} faults"
             f"{f' ({kinds})' if kinds else ''}; {s['cached']} replies from the cache, "
             f"{s['errors']} without an answer; {s['tokens_in']} + {s['tokens_out']} tokens"
-            + (f", cost {self.cost:.4f}" if self.cost else "")
+            + (f", cost {cost:.4f}" if cost else "")
         )
 
     # --- one request ---
@@ -222,8 +243,7 @@ class Endpoint:
                     keep(i, await self._reply(client, request))
 
             workers = [
-                asyncio.ensure_future(work())
-                for _ in range(min(self.options.concurrency, len(requests)))
+                asyncio.ensure_future(work()) for _ in range(min(self._at_once, len(requests)))
             ]
             try:
                 await asyncio.gather(*workers)
@@ -263,7 +283,7 @@ class Endpoint:
                 tries = f" ({attempt} tries)" if attempt > 1 else ""
                 return Reply(None, self._clean(f"{fault.kind}: {fault}{tries}"))
             finally:
-                self._settle(reserve, cost)
+                self.purse.settle(reserve, cost)
             if reply.text is not None:
                 self.cache.put(key, reply)
             return reply
@@ -274,7 +294,7 @@ class Endpoint:
         at = self._open_at
         if self.options.requests_per_minute:
             at = self._slot = max(self._slot, self._open_at, loop.time())
-            self._slot += 60 / self.options.requests_per_minute
+            self._slot += 60 * self.ranks.world / self.options.requests_per_minute
         while (left := max(at, self._open_at) - loop.time()) > 0:
             await asyncio.sleep(left)
 
@@ -293,25 +313,19 @@ class Endpoint:
         A text has no more tokens than bytes, save for what a chat template puts around it.
         """
         o = self.options
-        if o.max_requests is not None:
-            sent = self._sent_before + self.stats["requests"]
-            if sent >= o.max_requests:
-                return f"budget: max_requests={o.max_requests} is spent", 0.0
         size = len(json.dumps(request.prompt, ensure_ascii=False).encode("utf-8", "replace")) + 256
         reserve = (size * o.price_in + request.max_tokens * o.price_out) / 1e6
-        if o.max_cost is not None and self.cost + self._reserved + reserve > o.max_cost:
-            return f"budget: max_cost={o.max_cost:g} is spent", 0.0
-        self._reserved += reserve
+        refused = self.purse.take(o, reserve)
+        if refused:
+            return refused, 0.0
         self.stats["requests"] += 1
-        if self._ledger:  # before it is sent: a process that is killed has spent it
-            self._ledger.add([{"sent": 1, "cost": reserve}])
         return "", reserve
 
-    def _settle(self, reserve: float, cost: float) -> None:
-        self._reserved -= reserve
-        self.cost += cost
-        if self._ledger and cost != reserve:
-            self._ledger.add([{"sent": 0, "cost": cost - reserve}])
+    @property
+    def _at_once(self) -> int:
+        """This rank's part of the requests that are under way at once."""
+        whole, rest = divmod(self.options.concurrency, self.ranks.world)
+        return whole + (self.ranks.rank < rest)
 
     async def _attempt(self, client: Any, request: Request, reserve: float) -> tuple[Reply, float]:
         try:

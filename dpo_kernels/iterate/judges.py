@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..train.config_files import UserError
+from ..train.ranks import ALONE, Ranks
 from .endpoint import Endpoint, Reply, Request
 from .judge_replies import Read, Template, load_template, read_pairwise, read_score
 from .records import Journal, PairItem, Turn, Verdict, digest, file_digest, prompt_text
@@ -128,9 +129,9 @@ class ScoreJudge:
         self._scores, self._scale = scores, scale
         self._known: dict[str, tuple[float | None, str | None, str]] = {}
 
-    def keep_in(self, folder: str | Path) -> None:
+    def keep_in(self, folder: str | Path, ranks: Ranks = ALONE) -> None:
         """Keep scores in a folder, and know those that are there."""
-        store = self._store = Journal(Path(folder) / f"scores-{self.identity[:16]}.jsonl")
+        store = self._store = Journal(Path(folder) / f"scores-{self.identity[:16]}.jsonl", ranks)
         self._known.update({r["key"]: (r["score"], None, r["raw"]) for r in store.rows})
 
     def compare(self, items: Sequence[PairItem]) -> list[Verdict]:
@@ -291,16 +292,16 @@ class EnsembleJudge:
         return Verdict(p, votes == 0, None, raw, order)
 
 
-def make_judge(options: JudgeOptions, ledger: Path | None = None) -> Judge:
-    """The judge that the options describe."""
+def make_judge(options: JudgeOptions, ledger: Path | None = None, ranks: Ranks = ALONE) -> Judge:
+    """The judge that the options describe; of many `ranks`, this one's."""
     endpoint: Endpoint | None = None
     if set(options.judge) & {"llm", "rubric", "constitution"}:
-        endpoint = Endpoint(options, ledger)
+        endpoint = Endpoint(options, ledger, ranks)
     judges = [_one(name, options, endpoint) for name in options.judge]
     for one in judges:
         # What an endpoint said is in its own cache.
         if options.cache_dir and isinstance(one, ScoreJudge) and not one.name.startswith("rubric"):
-            one.keep_in(options.cache_dir)
+            one.keep_in(options.cache_dir, ranks)
     judge: Any = judges[0] if len(judges) == 1 else EnsembleJudge(judges)
     judge.endpoint = endpoint
     return judge

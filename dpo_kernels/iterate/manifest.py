@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..train.config_files import UserError
+from ..train.ranks import ALONE, Ranks
 from .local_models import weights_digest
 from .records import file_digest
 
@@ -49,45 +50,62 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Manifest:
-    """The stages of one round, in its folder."""
+    """The stages of one round, in its folder; of many ranks the first one reads and writes it."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, facts: Callable[[], dict[str, Any]], ranks: Ranks = ALONE
+    ) -> None:
         """`facts` describe the round; they are those of its first start."""
-        self.folder, self.path = folder, folder / "manifest.json"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.path, self.ranks = folder, folder / "manifest.json", ranks
+        self.content: dict[str, Any] = ranks.first_does(lambda: self._open(facts))
+
+    def _open(self, facts: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self.content = read_json(self.path)
-        else:
-            self.content = {**facts, "stages": {}}
-            write_json(self.path, self.content)
+            return read_json(self.path)
+        content = {**facts(), "stages": {}}
+        write_json(self.path, content)
+        return content
 
     def __getitem__(self, name: str) -> Any:
         return self.content.get(name)
 
     def note(self, **facts: Any) -> None:
         self.content.update(facts)
-        write_json(self.path, self.content)
+        self.ranks.first_does(lambda: write_json(self.path, self.content))
 
     def stage(self, name: str, make: Callable[[], dict[str, Any]], *files: str) -> dict[str, Any]:
-        """What the stage `name` gave: from the manifest if it is finished, else by `make`."""
+        """What the stage `name` gave: from the manifest if it is finished, else by `make`.
+
+        Of many ranks all do it, and have what the first one's gave.
+        """
         stages = self.content["stages"]
         if name in stages:
-            for file, known in stages[name]["files"].items():
-                if self._hash(file) != known:
-                    raise UserError(
-                        f"{self.folder / file} is not what the finished stage {name!r} wrote; "
-                        "put it back, or start a new output_dir"
-                    )
+            self.ranks.first_does(lambda: self._check(name))
             return stages[name]
         began = time.perf_counter()
         found = make()
-        stages[name] = {
-            **found,
-            "seconds": round(time.perf_counter() - began, 3),
-            "files": {file: self._hash(file) for file in files},
-        }
-        write_json(self.path, self.content)
+
+        def finish() -> dict[str, Any]:
+            stages[name] = {
+                **found,
+                "seconds": round(time.perf_counter() - began, 3),
+                "files": {file: self._hash(file) for file in files},
+            }
+            write_json(self.path, self.content)
+            return stages[name]
+
+        stages[name] = self.ranks.first_does(finish)
         return stages[name]
+
+    def _check(self, name: str) -> None:
+        """The files of a finished stage are those that it wrote."""
+        for file, known in self.content["stages"][name]["files"].items():
+            if self._hash(file) != known:
+                raise UserError(
+                    f"{self.folder / file} is not what the finished stage {name!r} wrote; "
+                    "put it back, or start a new output_dir"
+                )
 
     def _hash(self, file: str) -> str | None:
         path = self.folder / file

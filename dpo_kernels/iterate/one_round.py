@@ -20,6 +20,7 @@ import torch
 from ..train.config_files import UserError
 from ..train.console import Console
 from ..train.job import run_job
+from ..train.ranks import agreed
 from .command_options import IterateConfig
 from .endpoint import Endpoint
 from .guards import broken_limit, kl_of_samples, logps_moved
@@ -46,24 +47,25 @@ class Round:
 
     def __init__(self, loop: Iteration, number: int, state: dict[str, Any], zero: Manifest) -> None:
         self.loop, self.number, self.zero = loop, number, zero
-        self.config, self.say = loop.config, loop.console.say
+        self.config, self.say, self.ranks = loop.config, loop.console.say, loop.ranks
         self.policy, self.reference = state["policy"], state["reference"]
         self.before = loop.folder / "rounds" / f"{state.get('round', 0):03d}"
         self.folder = loop.folder / "rounds" / f"{number:03d}"
         self.seed = seed_of(self.config.seed, "round", number)
-        self.manifest = Manifest(
-            self.folder,
-            {
-                "round": number,
-                "seed": self.seed,
-                "sampled_from": {"path": self.policy, "weights": weights_digest(Path(self.policy))},
-                "reference_of_training": self._training_reference(),
-                "prompts": digest([p.id for p in loop.prompts_of(number)]),
-                "promoted": False,
-                "ended": None,
-            },
-        )
+        self.ranks.within(f"round {number}")
+        self.manifest = Manifest(self.folder, self._facts, self.ranks)
         self._judge: Any = None
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "round": self.number,
+            "seed": self.seed,
+            "sampled_from": {"path": self.policy, "weights": weights_digest(Path(self.policy))},
+            "reference_of_training": self._training_reference(),
+            "prompts": digest([p.id for p in self.loop.prompts_of(self.number)]),
+            "promoted": False,
+            "ended": None,
+        }
 
     def run(self) -> str | None:
         """Do what is not done yet; the reason why the loop ends here, or None."""
@@ -124,67 +126,80 @@ class Round:
     def _generate(self) -> dict[str, Any]:
         prompts = self.loop.prompts_of(self.number)
         options = replace(sampling_of(self.config), seed=self.seed)
-        policy = LocalModel.load(self.policy, self.config.device)
-        counts = generate(
-            prompts, policy, options, self.folder / "samples.jsonl", self.loop.console
-        )
+        with self.ranks.together():
+            policy = LocalModel.load(self.policy, self.config.device)
+        file = self.folder / "samples.jsonl"
+        counts = generate(prompts, policy, options, file, self.loop.console, self.ranks)
         return asdict(counts)
 
     def _ask(self) -> dict[str, Any]:
-        samples = read_samples(self.folder / "samples.jsonl")
-        judge = self.judge()
+        with self.ranks.together():
+            samples = read_samples(self.folder / "samples.jsonl")
+            judge = self.judge()
         found = self._verdicts(samples, judge, "verdicts.jsonl")
         c = self.config
         if c.fallback_judge:
-            verdicts = read_table(self.folder / "verdicts.jsonl")
-            pairs, _ = make_rows(self.loop.rows, samples, verdicts, c, self.seed)
-            if len(pairs) < c.min_pairs:
-                other = self.loop.judge(self.policy, c.fallback_judge)
+
+            def pairs() -> int:
+                verdicts = read_table(self.folder / "verdicts.jsonl")
+                return len(make_rows(self.loop.rows, samples, verdicts, c, self.seed)[0])
+
+            if self.ranks.first_does(pairs) < c.min_pairs:
+                with self.ranks.together():
+                    other = self.loop.judge(self.policy, c.fallback_judge)
                 second = self._verdicts(samples, other, "verdicts_fallback.jsonl")
                 second["said"] = (
                     f"{judge.name}: {found['said']}; asked in its place, {other.name}: "
                     f"{second['said']}"
                 )
-                (self.folder / "verdicts.jsonl").replace(self.folder / "verdicts_first.jsonl")
-                shutil.copyfile(
-                    self.folder / "verdicts_fallback.jsonl", self.folder / "verdicts.jsonl"
-                )
+                self.ranks.first_does(self._fall_back)
                 return {**second, "first_judge": found}
         return found
 
+    def _fall_back(self) -> None:
+        file = self.folder / "verdicts.jsonl"
+        file.replace(self.folder / "verdicts_first.jsonl")
+        shutil.copyfile(self.folder / "verdicts_fallback.jsonl", file)
+
     def _verdicts(self, samples: Any, judge: Any, name: str) -> dict[str, Any]:
-        counts = judge_samples(
-            samples, judge, self.folder / name, self.config.compare, self.loop.console
-        )
+        file, how = self.folder / name, self.config.compare
+        counts = judge_samples(samples, judge, file, how, self.loop.console, self.ranks)
         found = {"judge": judge.name, "identity": judge.identity, **asdict(counts)}
         found["said"] = counts.describe()
         endpoint = getattr(judge, "endpoint", None)
         if endpoint is not None:
-            found |= {"requests": dict(endpoint.stats), "cost": endpoint.cost}
-            self.say(endpoint.describe())
+            stats, cost = endpoint.counted()
+            found |= {"requests": dict(stats), "cost": cost}
+            self.say(endpoint.describe(stats, cost))
             self._heard(endpoint)
         elif counts.errors and counts.errors == counts.verdicts:
-            raise UserError(
+            failed = UserError(
                 f"judge {judge.name} erred on each of {counts.errors} pairs: {counts.first_error}; "
                 "called again, the loop goes on"
             )
+            raise agreed(failed)
         return found
 
     def _heard(self, endpoint: Endpoint) -> None:
         """Leave a stage unfinished whose questions a spent budget or a dead server left open."""
-        stats = endpoint.stats
+        stats, _ = endpoint.counted()
+        first = next(filter(None, self.ranks.objects(endpoint.first_error)), "")
         if stats["over_budget"]:
             raise Waiting(
                 f"budget: {stats['over_budget']} questions of round {self.number} were not asked; "
                 "with a larger max_requests or max_cost the loop goes on with them"
             )
         if stats["errors"] and not stats["answered"] + stats["cached"]:
-            raise UserError(
+            none = UserError(
                 f"the judge at {endpoint.options.base_url} answered none of {stats['errors']} "
-                f"questions: {endpoint.first_error}; called again, the loop goes on"
+                f"questions: {first}; called again, the loop goes on"
             )
+            raise agreed(none)
 
     def _pairs(self) -> dict[str, Any]:
+        return self.ranks.first_does(self._make_pairs)
+
+    def _make_pairs(self) -> dict[str, Any]:
         samples = read_samples(self.folder / "samples.jsonl")
         verdicts = read_table(self.folder / "verdicts.jsonl")
         rows, counts = make_rows(self.loop.rows, samples, verdicts, self.config, self.seed)
@@ -212,23 +227,38 @@ class Round:
         if reference != self.policy:
             options["ref_model_name_or_path"] = reference
         checkpoints = self.folder / "train" / "checkpoints"
-        if checkpoints.is_dir() and any(checkpoints.iterdir()):  # it was killed behind one
+
+        def begun() -> bool:
+            return checkpoints.is_dir() and any(checkpoints.iterdir())
+
+        if self.ranks.first_does(begun):  # it was killed behind one
             options["resume_from_checkpoint"] = "true"
         with _hushed(self.loop.console):
-            summary = run_job(options, self.loop.console)
-        shutil.rmtree(checkpoints, ignore_errors=True)  # optimizer states nobody asks for again
+            summary = run_job(options, self.loop.console, self.ranks)
+        self.ranks.within(f"round {self.number}")
+        # Optimizer states that nobody asks for again.
+        self.ranks.first_does(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
         return {"steps": summary["steps"], "pairs": summary["pairs"]}
 
     def _evaluate(self) -> dict[str, Any]:
         device = self.config.device
-        new = LocalModel.load(str(self.folder / "train" / "model"), device)
+        with self.ranks.together():
+            new = LocalModel.load(str(self.folder / "train" / "model"), device)
         found = self.loop.sample_held_out(new, self.folder)
-        samples = read_samples(self.folder / "eval_samples.jsonl")
-        start = LocalModel.load(str(self.loop.start), device)
-        found["measures"] |= kl_of_samples(new, start, samples)
-        pairs = read_table(self.folder / "pairs.jsonl")
-        old = start if self.policy == str(self.loop.start) else LocalModel.load(self.policy, device)
-        found["measures"] |= logps_moved(new, old, pairs)
+
+        def measures() -> dict[str, float]:
+            samples = read_samples(self.folder / "eval_samples.jsonl")
+            start = LocalModel.load(str(self.loop.start), device)
+            pairs = read_table(self.folder / "pairs.jsonl")
+            first = self.policy == str(self.loop.start)
+            old = start if first else LocalModel.load(self.policy, device)
+            return {**kl_of_samples(new, start, samples), **logps_moved(new, old, pairs)}
+
+        self.ranks.at("guards")
+        found["measures"] |= self.ranks.first_does(measures)
+        with self.ranks.together():
+            samples = read_samples(self.folder / "eval_samples.jsonl")
+            judge = self.judge()
         for name, folder in (("round0", self.zero.folder), ("previous", self.before)):
             if name == "previous" and folder == self.zero.folder:
                 found["win_rate_previous"] = found["win_rate_round0"]  # asked once
@@ -236,11 +266,12 @@ class Round:
             found[f"win_rate_{name}"] = win_rate(
                 samples,
                 read_samples(folder / "eval_samples.jsonl"),
-                self.judge(),
+                judge,
                 self.folder / f"wins_{name}.jsonl",
                 self.config.win_length_match,
+                self.ranks,
             )
-        endpoint = getattr(self.judge(), "endpoint", None)
+        endpoint = getattr(judge, "endpoint", None)
         if endpoint is not None:
             self._heard(endpoint)
         return found
@@ -250,10 +281,9 @@ class Round:
         policy = f"rounds/{self.number:03d}/train/model"
         if self.config.reference != "ema":
             return {"policy": policy, "reference": policy}
-        target = self.folder / "reference"
-        average_models(
-            Path(self.reference), self.loop.folder / policy, target, self.config.ema_decay
-        )
+        old, new = Path(self.reference), self.loop.folder / policy
+        target, decay = self.folder / "reference", self.config.ema_decay
+        self.ranks.first_does(lambda: average_models(old, new, target, decay))
         return {"policy": policy, "reference": f"rounds/{self.number:03d}/reference"}
 
 

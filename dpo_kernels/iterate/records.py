@@ -6,6 +6,7 @@ line by line writes a journal, from which a half-written last line is dropped.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ from typing import Any
 from ..data.files import read_rows
 from ..data.left_out import BadField, DataError
 from ..train.config_files import UserError
+from ..train.ranks import ALONE, Ranks
 
 Turn = str | list[dict[str, Any]]
 
@@ -260,37 +262,47 @@ def by_prompt(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     return groups
 
 
+def of_rank(ranks: Ranks, ids: Iterable[str]) -> set[str]:
+    """This rank's part of prompts, by their ids: the same in every stage that is of these."""
+    return set(sorted(set(ids))[ranks.rank :: ranks.world])
+
+
 class Journal:
     """A JSONL file that grows a line at a time and survives being cut anywhere.
 
-    Opening it drops a half-written last line. `commit` makes it the finished file.
+    Opening it drops a half-written last line. Of many ranks each writes a file of its own beside
+    the first one's; `rows` are those that any of them, now or in an earlier run, had written when
+    it was opened, and its own since. None may write before all have opened it.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, path: str | Path, ranks: Ranks = ALONE) -> None:
+        self.whole, self.ranks = Path(path), ranks
+        self.path = self.whole
+        if not ranks.first:
+            self.path = self.whole.with_name(f"{self.whole.name}.rank{ranks.rank}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        good = 0
-        if self.path.exists():
-            content = self.path.read_bytes()
-            for line in content.splitlines(keepends=True):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break
-                if not line.endswith(b"\n"):
-                    break
-                self.rows.append(row)
-                good += len(line)
-            if good < len(content):
-                with self.path.open("r+b") as file:
-                    file.truncate(good)
+        mine, good = _lines(self.path)
+        if self.path.exists() and good < self.path.stat().st_size:
+            with self.path.open("r+b") as file:
+                file.truncate(good)
+        self.rows = [row for file in self._others() for row in _lines(file)[0]] + mine
         self._file = self.path.open("ab", buffering=0)
 
     @classmethod
-    def of(cls, output: Path, what: Any) -> Journal:
+    def of(cls, output: Path, what: Any, ranks: Ranks = ALONE) -> Journal:
         """The journal beside a file that is being made; one of other settings has another name."""
-        return cls(output.with_name(f"{output.name}.{digest(what)[:12]}.part"))
+        return cls(output.with_name(f"{output.name}.{digest(what)[:12]}.part"), ranks)
+
+    def _others(self) -> list[Path]:
+        """The files of the other ranks that are there."""
+        found = [*self.whole.parent.glob(f"{glob.escape(self.whole.name)}.rank*"), self.whole]
+        return sorted(p for p in found if p != self.path and p.is_file())
+
+    def every_row(self) -> list[dict[str, Any]]:
+        """The rows of all ranks, once all have written theirs."""
+        if not self.ranks.many:
+            return self.rows
+        return [row for file in (self.path, *self._others()) for row in _lines(file)[0]]
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append these rows in one write."""
@@ -302,5 +314,23 @@ class Journal:
         self._file.close()
 
     def drop(self) -> None:
+        """Remove it, whoever wrote it: the finished file is there."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        for file in (self.path, *self._others()):
+            file.unlink(missing_ok=True)
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a journal, and their length in bytes."""
+    rows: list[dict[str, Any]] = []
+    good = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        rows.append(row)
+        good += len(line)
+    return rows, good

@@ -8,6 +8,7 @@ never done again, so a loop that was killed goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -17,6 +18,8 @@ from typing import Any
 from ..data import embedded
 from ..train.config import UserError, load_config
 from ..train.console import Console
+from ..train.ranks import ALONE, Ranks
+from ..train.ranks_start import OF_A_NODE, check_ranks, check_same, code_digest, joined
 from .command_options import MAY_CHANGE, IterateConfig
 from .guards import text_statistics
 from .iteration_report import write_report
@@ -72,15 +75,25 @@ def resolve(options: Mapping[str, Any]) -> tuple[IterateConfig, dict[str, Any]]:
 
 def run_iteration(options: Mapping[str, Any], console: Console | None = None) -> dict[str, Any]:
     """Run the loop that the options describe, or go on with it; returns its summary."""
-    config, training = resolve(options)
-    return Iteration(config, training, console or Console(quiet=True)).run()
+    console = console or Console(quiet=True)
+    with joined(options, console) as ranks:
+        with ranks.together():
+            loop = Iteration(*resolve(options), console, ranks)
+        return loop.run()
 
 
 class Iteration:
     """One loop and its folder."""
 
-    def __init__(self, config: IterateConfig, training: dict[str, Any], console: Console) -> None:
-        self.config, self.console = config, console
+    def __init__(
+        self,
+        config: IterateConfig,
+        training: dict[str, Any],
+        console: Console,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Of many `ranks` each samples, judges and trains its part; the first one writes."""
+        self.config, self.console, self.ranks = config, console, ranks
         self.embedded = config.model_name_or_path is None
         self.training = dict(training)
         if config.online:
@@ -88,7 +101,9 @@ class Iteration:
         forbidden = {*OF_A_ROUND, "train_file"} & set(training)
         if forbidden:
             raise UserError(f"{sorted(forbidden)[0]}: each round has its own")
-        trained = load_config(self.training)  # a mistake is found before anything is sampled
+        # A mistake is found before anything is sampled.
+        trained = load_config(self.training, {"output_dir": config.output_dir})
+        check_ranks(trained, ranks, own=True)
         self.rows = trained.rows  # what the loss is of: pairs, unpaired or ranked
         self.per_step = trained.per_device_train_batch_size * trained.gradient_accumulation_steps
         self.folder = Path(config.output_dir)
@@ -100,12 +115,28 @@ class Iteration:
 
     def run(self) -> dict[str, Any]:
         """Go on to the end. One process at a time: a second one is refused."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder):
+        self._agree()
+        with contextlib.ExitStack() as held:
+
+            def begin() -> None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(self.folder))
+                self._open()
+
+            self.ranks.first_does(begin)
             return self._run()
 
+    def _agree(self) -> None:
+        """Every rank runs this loop, with this code."""
+        if self.ranks.many:
+            options = {**asdict(self.config), **self.training}
+            facts = {f"option {k}": repr(v) for k, v in options.items() if k not in OF_A_NODE}
+            check_same(self.ranks, {**facts, "code of dpo_kernels": code_digest()})
+
     def _run(self) -> dict[str, Any]:
-        self._open()
+        with self.ranks.together():
+            self.train_prompts = read_prompts(self.folder / "prompts.jsonl")
+            self.eval_prompts = read_prompts(self.folder / "eval_prompts.jsonl")
         zero = self._round_zero()
         state: dict[str, Any] = {"policy": str(self.start), "reference": str(self.start)}
         done: list[dict[str, Any]] = []
@@ -123,7 +154,7 @@ class Iteration:
                 state["round"] = number
             if ended:
                 break
-        return self._finish(done, state, ended, zero)
+        return self.ranks.first_does(lambda: self._finish(done, state, ended, zero))
 
     def _finish(
         self, done: list[dict[str, Any]], state: dict[str, Any], ended: str | None, zero: Manifest
@@ -170,8 +201,6 @@ class Iteration:
             write_table(self.folder / "prompts.jsonl", train)
             write_table(self.folder / "eval_prompts.jsonl", held)
             write_json(file, settings)  # last: a folder with it is whole
-        self.train_prompts = read_prompts(self.folder / "prompts.jsonl")
-        self.eval_prompts = read_prompts(self.folder / "eval_prompts.jsonl")
 
     def _read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         c = self.config
@@ -194,12 +223,15 @@ class Iteration:
 
     def _round_zero(self) -> Manifest:
         """The starting policy and its samples of the held-out prompts."""
-        zero = Manifest(self.folder / "rounds" / "000", {"round": 0})
+        self.ranks.within("round 0")
+        zero = Manifest(self.folder / "rounds" / "000", lambda: {"round": 0}, self.ranks)
         c = self.config
         if self.embedded:
 
             def fine_tune() -> dict[str, Any]:
-                embedded_start(self.start, c.seed, c.sft_steps, self.console)
+                self.ranks.first_does(
+                    lambda: embedded_start(self.start, c.seed, c.sft_steps, self.console)
+                )
                 return {}
 
             zero.stage("start", fine_tune, "../../start")
@@ -207,7 +239,9 @@ class Iteration:
             self.start = Path(str(c.model_name_or_path))
 
         def sample() -> dict[str, Any]:
-            return self.sample_held_out(LocalModel.load(str(self.start), c.device), zero.folder)
+            with self.ranks.together():
+                policy = LocalModel.load(str(self.start), c.device)
+            return self.sample_held_out(policy, zero.folder)
 
         zero.stage("evaluate", sample, "eval_samples.jsonl")
         return zero
@@ -217,11 +251,10 @@ class Iteration:
     def sample_held_out(self, policy: LocalModel, folder: Path) -> dict[str, Any]:
         """Sample the held-out prompts; each round with the same seed."""
         options = replace(sampling_of(self.config), num_samples=self.config.eval_samples)
-        counts = generate(
-            self.eval_prompts, policy, options, folder / "eval_samples.jsonl", self.console
-        )
-        samples = read_samples(folder / "eval_samples.jsonl")
-        return {"measures": text_statistics(samples), "samples": counts.samples}
+        file = folder / "eval_samples.jsonl"
+        counts = generate(self.eval_prompts, policy, options, file, self.console, self.ranks)
+        measures = self.ranks.first_does(lambda: text_statistics(read_samples(file)))
+        return {"measures": measures, "samples": counts.samples}
 
     def prompts_of(self, number: int) -> list[Prompt]:
         """The prompts of a round, by seed; each round goes on in the same shuffled list."""
@@ -254,7 +287,7 @@ class Iteration:
                 "0 for every text; asked without a reference (the mean log-prob)"
             )
         c.judge_ref_path = c.judge_ref_path or str(self.start)
-        return make_judge(c, self.folder / "requests.jsonl")
+        return make_judge(c, self.folder / "requests.jsonl", self.ranks)
 
 
 def _one(model: str, other: Path) -> bool:

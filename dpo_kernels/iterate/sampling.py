@@ -17,9 +17,10 @@ import torch
 
 from ..train.config_files import UserError
 from ..train.console import Console
+from ..train.ranks import ALONE, Ranks
 from .endpoint import Endpoint, Reply, Request
 from .local_models import LocalModel, prompt_ids
-from .records import Journal, Prompt, write_table
+from .records import Journal, Prompt, of_rank, write_table
 from .settings import SamplingOptions
 
 
@@ -43,35 +44,50 @@ def generate(
     options: SamplingOptions,
     output: str | Path,
     console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> SampleCounts:
-    """Write `num_samples` samples of each prompt; what an earlier call had drawn is kept."""
+    """Write `num_samples` samples of each prompt; what an earlier call had drawn is kept.
+
+    Of many `ranks` each draws a part, the same samples as one process would; the first one writes.
+    """
     output, console = Path(output), console or Console(quiet=True)
-    if isinstance(source, Endpoint):
-        o = source.options
-        who: Any = [o.base_url, o.model, o.extra_body]
+    if isinstance(source, LocalModel):
+        who: Any = source.identity
     else:
-        who = source.identity
+        who = [source.options.base_url, source.options.model, source.options.extra_body]
     drawn_how = {f.name: getattr(options, f.name) for f in fields(SamplingOptions)}
-    journal = Journal.of(output, [who, [[p.id, p.prompt] for p in prompts], drawn_how])
+    with ranks.together():
+        asked = [[p.id, p.prompt] for p in prompts]
+        journal = Journal.of(output, [who, asked, drawn_how], ranks)
     done = {(row["id"], row["sample"]) for row in journal.rows}
     errors: list[str] = []
     try:
-        if isinstance(source, Endpoint):
-            _from_server(prompts, source, options, journal, done, errors)
-        else:
-            _in_process(prompts, source, options, journal, done, console)
+        with ranks.together():
+            if isinstance(source, Endpoint):
+                mine = of_rank(ranks, [p.id for p in prompts])
+                own = [p for p in prompts if p.id in mine]
+                _from_server(own, source, options, journal, done, errors)
+            else:
+                _in_process(prompts, source, options, journal, done, console, ranks)
+            journal.close()
+    finally:
+        journal.close()
+    missing = [error for found in ranks.objects(errors) for error in found]
+
+    def finish() -> int:
         place = {p.id: i for i, p in enumerate(prompts)}
-        rows = sorted(journal.rows, key=lambda r: (place[r["id"]], r["sample"]))
+        rows = sorted(journal.every_row(), key=lambda r: (place[r["id"]], r["sample"]))
         if not rows:
-            first = f": {errors[0]}" if errors else ""
+            first = f": {missing[0]}" if missing else ""
             journal.drop()
             raise UserError(f"no sample was drawn{first}")
         write_table(output, rows)
-    finally:
-        journal.close()
-    if not errors:  # else a later call asks for what is missing alone
-        journal.drop()
-    return SampleCounts(len(prompts), len(rows), len(errors), errors[0] if errors else None)
+        if not missing:  # else a later call asks for what is missing alone
+            journal.drop()
+        return len(rows)
+
+    drawn = ranks.first_does(finish)
+    return SampleCounts(len(prompts), drawn, len(missing), missing[0] if missing else None)
 
 
 def _row(prompt: Prompt, number: int, text: str, reason: str, seed: int, options: Any) -> dict:
@@ -94,6 +110,7 @@ def _in_process(
     journal: Journal,
     done: set[tuple[str, int]],
     console: Console,
+    ranks: Ranks,
 ) -> None:
     k = options.num_samples
     ids = {p.id: prompt_ids(model.tokenizer, p.prompt) for p in prompts}
@@ -101,21 +118,25 @@ def _in_process(
     order = sorted(prompts, key=lambda p: len(ids[p.id]))
     each = max(1, options.sample_batch_size // k)
     starts = range(0, len(order), each)
-    for start in console.progress(starts, "sampling", len(starts), "batches"):
+    rows = [min(each, len(order) - start) for start in starts]
+    # Whole batches are divided: which one a prompt is in does not depend on how many ranks sample.
+    mine = [starts[at] for at in ranks.share(rows)]
+    for start in console.progress(mine, "sampling", len(mine), "batches"):
+        ranks.at("sampling")
         group = [(p, n) for p in order[start : start + each] for n in range(k)]
         if all((p.id, n) in done for p, n in group):
             continue
         seed = seed_of(options.seed, start, *(p.id for p, _ in group))
         torch.manual_seed(seed)
         drawn = model.sample([ids[p.id] for p, _ in group], options)
-        rows = []
+        found = []
         for (prompt, number), one in zip(group, drawn, strict=True):
             row = _row(prompt, number, one.text, one.finish_reason, seed, options)
             if options.logps:
                 row |= {"logps": [round(x, 6) for x in one.logps], "token_ids": one.ids}
             if (prompt.id, number) not in done:  # kill -9 cuts a write too: half a batch is there
-                rows.append(row)
-        journal.add(rows)
+                found.append(row)
+        journal.add(found)
 
 
 def _from_server(

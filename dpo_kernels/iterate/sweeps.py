@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..train.config import load_config
 from ..train.config_files import UserError
 from ..train.console import Console
 from ..train.job import run_job
+from ..train.ranks_start import check_same, joined
 from .manifest import read_json, write_json
 from .records import file_digest, read_table, write_table
 
@@ -52,28 +54,44 @@ def run_sweep(
 ) -> list[dict[str, Any]]:
     """Train at each point; rows {point, after, before, steps} in `sweep.jsonl`, and a chart."""
     folder, console = Path(folder), console or Console(quiet=True)
-    rows = []
-    points = grid.points()
-    if grid.num_pairs and not options.get("dataset_name"):
-        raise UserError("pair_counts needs dataset_name, the file of pairs they are drawn from")
-    held = _held_out(grid, options)
-    _same_sweep({**options, "held-out pairs": held}, folder)
-    for i, point in enumerate(points, start=1):
-        name = "_".join(f"{k}-{v:g}" for k, v in point.items())
-        run = folder / name
-        summary = run / "summary.json"
-        if not summary.exists():
-            console.say(f"run {i} of {len(points)}: {name}")
-            settings = {**options, **_settings(point, held, options, folder)}
-            run_job({**settings, "output_dir": str(run), "overwrite_output_dir": True}, console)
-        found = json.loads(summary.read_text(encoding="utf-8"))
-        rows.append({"point": point, **{k: found.get(k) for k in ("before", "after", "steps")}})
-        write_table(folder / "sweep.jsonl", rows)
+    with joined(options, console) as ranks:
+        with ranks.together():
+            points = grid.points()
+            if grid.num_pairs and not options.get("dataset_name"):
+                raise UserError(
+                    "pair_counts needs dataset_name, the file of pairs they are drawn from"
+                )
+            held = _held_out(grid, options)
+        if ranks.many:
+            check_same(ranks, {"option betas, sft_weights, pair_counts": repr(points)})
+        ranks.first_does(lambda: _same_sweep({**options, "held-out pairs": held}, folder))
+        rows: list[dict[str, Any]] = []
+        for i, point in enumerate(points, start=1):
+            name = "_".join(f"{k}-{v:g}" for k, v in point.items())
+            run = folder / name
+            summary = run / "summary.json"
+            ranks.within(f"run {i}")
+            if not ranks.first_does(summary.exists):
+                console.say(f"run {i} of {len(points)}: {name}")
+                more = ranks.first_does(partial(_settings, point, held, options, folder))
+                own = {"output_dir": str(run), "overwrite_output_dir": True}
+                run_job({**options, **more, **own}, console, ranks)
+            rows.append(ranks.first_does(partial(_row, point, summary)))
+            ranks.first_does(lambda: write_table(folder / "sweep.jsonl", rows))
+        ranks.first_does(lambda: _chart(rows, folder, console))
+    return rows
+
+
+def _row(point: dict[str, Any], summary: Path) -> dict[str, Any]:
+    found = json.loads(summary.read_text(encoding="utf-8"))
+    return {"point": point, **{k: found.get(k) for k in ("before", "after", "steps")}}
+
+
+def _chart(rows: Sequence[dict[str, Any]], folder: Path, console: Console) -> None:
     try:
         plot_sweep(rows, folder / "sweep.png")
     except ImportError as error:
         console.say(f"warning: sweep.png was not drawn: {error}")
-    return rows
 
 
 def _same_sweep(options: Mapping[str, Any], folder: Path) -> None:

@@ -14,8 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from ..train.console import Console
+from ..train.ranks import ALONE, Ranks
 from .judges import Judge
-from .records import Journal, PairItem, Sample, Turn, Verdict, by_prompt, write_table
+from .records import (
+    Journal,
+    PairItem,
+    Sample,
+    Turn,
+    Verdict,
+    by_prompt,
+    of_rank,
+    write_table,
+)
 
 
 @dataclass(frozen=True)
@@ -101,30 +111,48 @@ def judge_samples(
     output: str | Path,
     how: str = "all",
     console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> JudgeCounts:
-    """Write a verdict for each comparison; those that an earlier call got are kept."""
+    """Write a verdict for each comparison; those that an earlier call got are kept.
+
+    Of many `ranks` each asks about its part of the prompts, by a judge of its own; the first one
+    writes.
+    """
     output, console = Path(output), console or Console(quiet=True)
     todo = list(comparisons(samples, how))
     texts = [[c.id, c.first.sample, c.second.sample, *_texts(c)] for c in todo]
-    journal = Journal.of(output, [judge.identity, texts])
+    with ranks.together():
+        journal = Journal.of(output, [judge.identity, texts], ranks)
     try:
-        done = {(row["id"], row["first"], row["second"]) for row in journal.rows}
-        left = [c for c in todo if (c.id, c.first.sample, c.second.sample) not in done]
-        for start in console.progress(
-            range(0, len(left), judge.batch), "judging", -(-len(left) // judge.batch), "batches"
-        ):
-            group = left[start : start + judge.batch]
-            verdicts = judge.compare([c.item for c in group])
-            journal.add(
-                [verdict_row(c, v, judge.name) for c, v in zip(group, verdicts, strict=True)]
-            )
-        place = {(c.id, c.first.sample, c.second.sample): i for i, c in enumerate(todo)}
-        rows = sorted(journal.rows, key=lambda r: place[r["id"], r["first"], r["second"]])
-        write_table(output, rows)
+        with ranks.together():
+            done = {(row["id"], row["first"], row["second"]) for row in journal.rows}
+            mine = of_rank(ranks, (c.id for c in todo))
+            left = [
+                c
+                for c in todo
+                if c.id in mine and (c.id, c.first.sample, c.second.sample) not in done
+            ]
+            for start in console.progress(
+                range(0, len(left), judge.batch), "judging", -(-len(left) // judge.batch), "batches"
+            ):
+                ranks.at("judging")
+                group = left[start : start + judge.batch]
+                verdicts = judge.compare([c.item for c in group])
+                journal.add(
+                    [verdict_row(c, v, judge.name) for c, v in zip(group, verdicts, strict=True)]
+                )
+            journal.close()
     finally:
         journal.close()
-    journal.drop()
-    return count_verdicts(rows, _same(samples, how))
+
+    def finish() -> JudgeCounts:
+        place = {(c.id, c.first.sample, c.second.sample): i for i, c in enumerate(todo)}
+        rows = sorted(journal.every_row(), key=lambda r: place[r["id"], r["first"], r["second"]])
+        write_table(output, rows)
+        journal.drop()
+        return count_verdicts(rows, _same(samples, how))
+
+    return ranks.first_does(finish)
 
 
 def _texts(c: Comparison) -> tuple[str, str]:

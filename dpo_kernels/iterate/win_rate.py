@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..train.ranks import ALONE, Ranks
 from .judge_eval import wilson
 from .judges import Judge
-from .records import Journal, PairItem, Sample, by_prompt, write_table
+from .records import Journal, PairItem, Sample, by_prompt, of_rank, write_table
 
 
 def nearest_pairs(new: Sequence[Sample], old: Sequence[Sample]) -> list[tuple[str, Sample, Sample]]:
@@ -38,32 +39,43 @@ def win_rate(
     judge: Judge,
     output: Path,
     match: float = 0.2,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Judge, keep the verdicts in `output`, and count.
 
-    Verdicts in its journal are kept. Equal texts are ties that nobody is asked about.
+    Verdicts in its journal are kept. Equal texts are ties that nobody is asked about. Of many
+    `ranks` each asks about its part of the prompts.
     """
     pairs = nearest_pairs(new, old)
     texts = [[key, a.completion, b.completion] for key, a, b in pairs]
-    journal = Journal.of(output, [judge.identity, texts])
+    with ranks.together():
+        journal = Journal.of(output, [judge.identity, texts], ranks)
     try:
-        done = {row["id"] for row in journal.rows}
-        left = [p for p in pairs if p[0] not in done]
-        for start in range(0, len(left), judge.batch):
-            group = left[start : start + judge.batch]
-            asked = [p for p in group if p[1].completion != p[2].completion]
-            items = [PairItem(a.prompt, a.completion, b.completion) for _, a, b in asked]
-            verdicts = dict(zip((p[0] for p in asked), judge.compare(items), strict=True))
-            journal.add([_row(*p, verdicts.get(p[0]), judge.name) for p in group])
-        place = {key: i for i, (key, _, _) in enumerate(pairs)}
-        rows = sorted(journal.rows, key=lambda r: place[r["id"]])
-        write_table(output, rows)
+        with ranks.together():
+            done = {row["id"] for row in journal.rows}
+            mine = of_rank(ranks, (p[0] for p in pairs))
+            left = [p for p in pairs if p[0] in mine and p[0] not in done]
+            for start in range(0, len(left), judge.batch):
+                ranks.at("judging of held-out samples")
+                group = left[start : start + judge.batch]
+                asked = [p for p in group if p[1].completion != p[2].completion]
+                items = [PairItem(a.prompt, a.completion, b.completion) for _, a, b in asked]
+                verdicts = dict(zip((p[0] for p in asked), judge.compare(items), strict=True))
+                journal.add([_row(*p, verdicts.get(p[0]), judge.name) for p in group])
+            journal.close()
     finally:
         journal.close()
-    journal.drop()
-    near = math.log(1 + match)
-    matched = [row for row in rows if row["length_gap"] <= near]
-    return {**count(matched), "every_prompt": count(rows), "length_match": match}
+
+    def finish() -> dict[str, Any]:
+        place = {key: i for i, (key, _, _) in enumerate(pairs)}
+        rows = sorted(journal.every_row(), key=lambda r: place[r["id"]])
+        write_table(output, rows)
+        journal.drop()
+        near = math.log(1 + match)
+        matched = [row for row in rows if row["length_gap"] <= near]
+        return {**count(matched), "every_prompt": count(rows), "length_match": match}
+
+    return ranks.first_does(finish)
 
 
 def _row(key: str, a: Sample, b: Sample, verdict: Any, judge: str) -> dict[str, Any]:

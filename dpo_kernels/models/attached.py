@@ -39,6 +39,7 @@ from .lm_head import (
     head_scaling,
     taken_apart,
 )
+from .mesh_axes import check_trunk
 from .structure import base_model_of, text_config, trunk_of
 
 
@@ -87,6 +88,7 @@ def attach_head(model: nn.Module) -> Any:
     base = base_model_of(model)
     if not _takes_head(base):
         trunk_of(base)
+        check_trunk(model)
         check_head_kind(base.get_output_embeddings())
         plain = vars(base).pop("forward", None)
         if plain is not None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data import TokenPair
+from ..data import TokenRow
 from ..models.structure import base_model_of, deterministic
 from .model import Policy
 from .optim import TrainingError
@@ -29,12 +29,13 @@ _HALF_ROOM = 0.2
 _REST = "the rest of the model"
 
 
-def check_collectives(policy: Policy, pairs: Sequence[TokenPair]) -> None:
+def check_collectives(policy: Policy, pairs: Sequence[TokenRow]) -> None:
     """`TrainingError`, on all ranks, where gradients are not reduced, or more than once."""
     ranks = policy.ranks
     if ranks.data_world < 2:
         return
-    two = [pairs[0], pairs[-1]]
+    alike = [row for row in pairs if len(row.sequences) == len(pairs[0].sequences)]
+    two = [alike[0], alike[-1]]
     ranks.at("the check of collectives")
     with deterministic(policy.model):
         alone = _Alone(policy)
@@ -131,7 +132,7 @@ def _add_square(total: Tensor, g: Tensor) -> None:
     total.add_(g.detach().double().square().sum())
 
 
-def _reduced(policy: Policy, pairs: list[TokenPair], share: float) -> dict[str, float]:
+def _reduced(policy: Policy, pairs: list[TokenRow], share: float) -> dict[str, float]:
     """Norms, by unit, of the gradient of these pairs' log-probs, summed over the ranks."""
     sharded, units = policy.sharded, _names_of_units(policy)
     with sharded.micro_batch(True):

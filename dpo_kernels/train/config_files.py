@@ -103,15 +103,13 @@ def _yaml() -> Any:
 
 def _strict_loader() -> Any:
     yaml = _yaml()
-    base: Any = yaml.SafeLoader
 
-    class Loader(base):  # type: ignore[misc]
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = (k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode))
-            _once((name, None) for name in names if name != "<<")
-            return super().construct_mapping(node, deep)
+    def construct_mapping(self: Any, node: Any, deep: bool = False) -> Any:
+        names = (k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode))
+        _once((name, None) for name in names if name != "<<")
+        return yaml.SafeLoader.construct_mapping(self, node, deep)
 
-    return Loader
+    return type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping})
 
 
 def _yaml_numbers(content: Any) -> Any:

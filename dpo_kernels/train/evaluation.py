@@ -24,7 +24,7 @@ from .reference import PairData
 from .sft import evaluate_sft
 from .step_batches import begin, of_one_length
 from .step_loss import chosen_tokens, loss_of
-from .step_parts import Parts, Table, idle_pair, tokens_of
+from .step_parts import Parts, idle_pair, tokens_of
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def evaluate(
         for part in of_one_length(range(start, min(start + size, n)), data.pairs)
     ]
     parts = Parts.whole_batches(policy.ranks, batches, lambda i: tokens_of(data.pairs[i]))
-    table = Table(policy.ranks, policy.device, 4, n) if policy.ranks.many else None
+    table = loss.table(n) if policy.ranks.many else None
     began = time.perf_counter()
 
     def note(out: HeadOutput) -> None:

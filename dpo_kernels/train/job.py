@@ -84,17 +84,27 @@ def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
     return {**seed, **recipe["dpo"], **sample}, {**seed, **recipe["sft"]}
 
 
-def run_job(options: Mapping[str, Any], console: Console) -> dict[str, Any]:
+def run_job(
+    options: Mapping[str, Any], console: Console, ranks: Ranks | None = None
+) -> dict[str, Any]:
     """Run the job that `options` (names of `DPOTrainConfig`) describe; returns its summary.
+
+    `ranks`: those of a longer run that this one is a part of, which has joined them already.
 
     Raises `UserError`, `DataError` (both say what to change) or `TrainingError`.
     """
-    with joined(options, console) as ranks:
-        with ranks.together():
-            config, own = resolve(options)
-            check_options(config, own, ranks)
-        meshes(config, ranks)
-        return started(Job, config, own, console, ranks).run()
+    if ranks is not None:
+        return _run_on(replace(ranks), options, console)
+    with joined(options, console) as found:
+        return _run_on(found, options, console)
+
+
+def _run_on(ranks: Ranks, options: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    with ranks.together():
+        config, own = resolve(options)
+        check_options(config, own, ranks)
+    meshes(config, ranks)
+    return started(Job, config, own, console, ranks).run()
 
 
 def check_options(config: DPOTrainConfig, own: bool, ranks: Ranks = ALONE) -> None:
@@ -396,7 +406,7 @@ class Job:
         first = list(rows[: self.config.per_device_train_batch_size])
         with self.ranks.together():
             if not isinstance(first[0], TokenSequence):
-                policy.batch(first)
+                policy.batch([r for r in first if len(r.sequences) == len(first[0].sequences)])
         try:
             over_ranks(policy, self.config, self.ranks)
         except UserError as error:  # of the model, which all have

@@ -109,7 +109,7 @@ def _gradients(
     else:
         step = {i: at for at, i in enumerate(indices)}
         if policy.ranks.many:
-            table = Table(policy.ranks, policy.device, 4, len(indices))
+            table = loss.table(len(indices))
         for k, part in enumerate(parts):
             with policy.sharded.micro_batch(k == parts.rounds - 1 and not more):
                 if part is None:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -57,6 +59,11 @@ class Ranks:
         """Where this rank is, for whoever must say so when it is no more."""
         if self.watch is not None:
             self.watch.at(part, step)
+
+    def within(self, stage: str) -> None:
+        """The part of a longer run that begins here: its places and steps are named by it."""
+        if self.watch is not None:
+            self.watch.within(stage)
 
     def share(self, sizes: Sequence[int]) -> list[int]:
         """Places of this rank's part of work of these sizes, in their order."""
@@ -108,13 +115,14 @@ class Ranks:
             yield
         except Exception as error:
             mine = error
-        found = self.objects(None if mine is None else _packed(mine))
-        wrong = [(rank, *entry) for rank, entry in enumerate(found) if entry is not None]
+        place = f"rank {self.rank}" if self.watch is None else self.watch.place
+        found = self.objects(None if mine is None else (place, *_packed(mine)))
+        wrong = [entry for entry in found if entry is not None]
         if not wrong:
             return
-        rank, kind, text = wrong[0]
+        place, kind, text = wrong[0]
         same = len(wrong) == self.world and len({text for _, _, text in wrong}) == 1
-        raise agreed(_TOLD[kind](text if same else f"rank {rank}: {text}")) from mine
+        raise agreed(_TOLD[kind](text if same else f"{place}: {text}")) from mine
 
     def first_does(self, action: Callable[[], T]) -> T:
         """What the first rank's `action` gives, on all; its error is theirs."""
@@ -151,8 +159,17 @@ def _packed(error: Exception) -> tuple[int, str]:
     for kind, told in enumerate(_TOLD):
         if isinstance(error, told):
             return kind, str(error)
+    return _TOLD.index(TrainingError), described(error)
+
+
+def described(error: BaseException) -> str:
+    """An error that nothing in the program foresaw, in a line: what, and where."""
     first = (str(error).strip().splitlines() or [""])[0]
-    return _TOLD.index(TrainingError), f"{type(error).__name__}: {first}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in first:
+        return f"out of memory: {first or type(error).__name__}"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+    return f"{type(error).__name__}: {first}{where if frames else ''}"
 
 
 def divided(sizes: Sequence[int], parts: int) -> list[list[int]]:

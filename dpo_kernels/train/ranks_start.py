@@ -9,7 +9,6 @@ import hashlib
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import timedelta
@@ -26,7 +25,7 @@ from .config import DPOTrainConfig, UserError
 from .console import Console
 from .fit import ADVICE
 from .optim import TrainingError
-from .ranks import ALONE, Ranks, agreed
+from .ranks import ALONE, Ranks, agreed, described
 from .sharded import shard_size
 from .start import check_launcher
 from .watch import GONE, SETTLING, Watch, is_secondary
@@ -137,16 +136,12 @@ def _told(ranks: Ranks, error: BaseException) -> BaseException:
 
 
 def _described(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in first:
-        return f"out of memory: {first or type(error).__name__} ({ADVICE})"
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted ({first})"
+        return f"interrupted ({(str(error).strip().splitlines() or [''])[0]})"
     if isinstance(error, UserError | DataError | TrainingError):
         return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" in {frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
-    return f"{type(error).__name__}: {first}{where if frames else ''}"
+    text = described(error)
+    return f"{text} ({ADVICE})" if text.startswith("out of memory: ") else text
 
 
 def _exit_with(ending: BaseException) -> None:
@@ -180,11 +175,6 @@ def check_ranks(config: DPOTrainConfig, ranks: Ranks, own: bool) -> None:
     for name in ("load_in_4bit", "load_in_8bit", "torch_compile", "dataset_streaming"):
         if getattr(config, name):
             raise UserError(f"{name} is not supported on several processes ({ranks.world} here)")
-    if config.rows != "pairs":
-        raise UserError(
-            f"loss_type {config.loss_type}: rows that are not pairs train in one process, not in "
-            f"{ranks.world}"
-        )
     if not own:
         raise UserError(
             f"the embedded default trains in one process, not in {ranks.world}: pass "
@@ -231,25 +221,32 @@ def go_on(config: DPOTrainConfig, ranks: Ranks) -> None:
 
 
 # Where a node has its own copies; what is in them is compared.
-_OF_A_NODE = {"model_name_or_path", "dataset_name", "eval_file", "sft_file", "sft_eval_file"}
-_OF_A_NODE |= {"reference_cache", "dataset_num_proc", "device"}
+OF_A_NODE = {"model_name_or_path", "dataset_name", "eval_file", "sft_file", "sft_eval_file"}
+OF_A_NODE |= {"reference_cache", "dataset_num_proc", "device"}
 
 
 def agree(ranks: Ranks, config: DPOTrainConfig, identity: dict[str, Any]) -> None:
     """`UserError` with every difference between the ranks: options, model, data, code."""
-    options = {k: v for k, v in asdict(config).items() if k not in _OF_A_NODE}
+    options = {k: v for k, v in asdict(config).items() if k not in OF_A_NODE}
     facts = {f"option {name}": repr(value) for name, value in options.items()}
     for part in ("model", "tokenizer", "training pairs", "held-out pairs"):
         facts[part] = str(identity[part]["digest"])
     facts["code of dpo_kernels"] = code_digest()
     facts["version of torch"] = torch.__version__
-    every = ranks.objects(facts)
+    check_same(ranks, facts)
+
+
+def check_same(ranks: Ranks, facts: Mapping[str, str]) -> None:
+    """`UserError` with every fact that is another on another rank."""
+    every = ranks.objects(dict(facts))
     found = []
-    for name, value in every[0].items():
+    for name in dict.fromkeys(name for theirs in every for name in theirs):
+        value = every[0].get(name, "none")
         for rank, theirs in enumerate(every):
-            if theirs[name] != value:
+            mine = theirs.get(name, "none")
+            if mine != value:
                 plain = name.startswith(("option", "version"))
-                shown = f"{theirs[name]}, rank 0 {value}" if plain else "another than rank 0"
+                shown = f"{mine}, rank 0 {value}" if plain else "another than rank 0"
                 found.append(f"{name}: rank {rank} has {shown}")
     if found:
         raise agreed(UserError(f"the ranks differ: {'; '.join(found)}"))

@@ -375,19 +375,21 @@ def _exchange(
     """Values of `todo`, each found by one rank, for all of them."""
     wide = policy.head.weight.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
-    into.sides += [{} for _ in range(2 - len(into.sides))]
-    for k in (0, 1):
-        own = mine.sides[k] if mine.sides else {}
-        lengths = [pairs[i].sequences[k].num_scored if per_token else 1 for i in todo]
+    sequences = {i: pairs[i].sequences for i in todo}
+    sides = max(map(len, sequences.values()))
+    into.sides += [{} for _ in range(sides - len(into.sides))]
+    for k in range(sides):
+        own = mine.sides[k] if k < len(mine.sides) else {}
+        having = [i for i in todo if k < len(sequences[i])]
+        lengths = [sequences[i][k].num_scored if per_token else 1 for i in having]
         parts = [
             own[i].reshape(-1) if i in own else torch.zeros(n)
-            for i, n in zip(todo, lengths, strict=True)
+            for i, n in zip(having, lengths, strict=True)
         ]
         flat = torch.cat([p.to(dtype) for p in parts]).to(policy.device)
         whole = policy.ranks.sum(flat).cpu().split(lengths)
-        into.sides[k].update(
-            {i: v.clone() if per_token else v[0].clone() for i, v in zip(todo, whole, strict=True)}
-        )
+        found = zip(having, whole, strict=True)
+        into.sides[k].update({i: v.clone() if per_token else v[0].clone() for i, v in found})
 
 
 def _fill(

@@ -78,4 +78,5 @@ def begin(loss: StepLoss, data: PairData, indices: Sequence[int], config: DPOTra
     """What a step needs to know of all its rows before the first backward: kto's z."""
     asked: Any = data.mismatched and data.mismatched.pairs
     if asked is not None:
-        loss.begin(data, batches_of(asked.keys(indices), asked, config, loss.policy))
+        keys = asked.keys(indices)
+        loss.begin(data, keys, batches_of(keys, asked, config, loss.policy))

@@ -12,7 +12,7 @@ step's order (`Mismatched`), and one mean of all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from .groups import Groups
 from .metrics import PairMeter, UnpairedMeter
 from .model import Policy
 from .reference import LiveReference, PairData
+from .step_parts import Parts, Table, idle_pair, tokens_of
 
 
 def loss_of(policy: Policy, config: DPOTrainConfig, groups: Groups | None = None) -> StepLoss:
@@ -72,8 +73,12 @@ class StepLoss:
         """What the head is to make of the rows `indices`."""
         raise NotImplementedError
 
-    def begin(self, data: PairData, batches: Iterable[Sequence[int]]) -> None:
-        """Told of a step before its first batch, if `data.mismatched`: its batches of those."""
+    def begin(self, data: PairData, keys: Sequence[int], batches: Sequence[Sequence[int]]) -> None:
+        """Told of a step before its first batch, if `data.mismatched`: its `keys` of those."""
+
+    def table(self, n: int) -> Table:
+        """For what the ranks find of n rows."""
+        return Table(self.policy.ranks, self.policy.device, 4, n)
 
     def meter(self) -> Any:
         """What takes the metrics of its batches."""
@@ -205,15 +210,26 @@ class UnpairedLoss(StepLoss):
         return UnpairedTask(batch.labels, reference, given, self.policy.fused, batch, False)
 
     @torch.no_grad()
-    def begin(self, data: PairData, batches: Iterable[Sequence[int]]) -> None:
+    def begin(self, data: PairData, keys: Sequence[int], batches: Sequence[Sequence[int]]) -> None:
         assert data.mismatched is not None and data.mismatched.reference is not None
-        ours, theirs = [], []
-        with deterministic(self.policy.model):
-            for part in batches:
-                rows = [data.mismatched.pairs[key] for key in part]
-                ours.append(self.policy.logps(self.policy.batch(rows)))
-                theirs.append(data.mismatched.reference.of(part, self.policy.device))
-        self.z = dk.kl_baseline(torch.cat(ours), torch.cat(theirs))
+        policy, asked = self.policy, data.mismatched.pairs
+        place = {key: at for at, key in enumerate(keys)}
+        parts = Parts.whole_batches(policy.ranks, batches, lambda key: tokens_of(asked[key]))
+        found = Table(policy.ranks, policy.device, 2, len(keys))
+        with deterministic(policy.model):
+            for part in parts:
+                if part is None:
+                    idle_pair(policy, asked[keys[0]])
+                    continue
+                ours = policy.logps(policy.batch([asked[key] for key in part]))
+                theirs = data.mismatched.reference.of(part, policy.device)
+                found.put([place[key] for key in part], ours, theirs)
+        if policy.ranks.many:
+            found.reduce()
+        self.z = dk.kl_baseline(*found.values)
+
+    def table(self, n: int) -> Table:
+        return Table(self.policy.ranks, self.policy.device, 4, n, unpaired=True)
 
     def meter(self) -> Any:
         return UnpairedMeter()

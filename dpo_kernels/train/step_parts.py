@@ -91,10 +91,13 @@ class Table:
     """Numbers that ranks find of their parts, summed over all of them at once.
 
     `values` [rows, n]: of each of n items, by the rank that had it; and plain sums by name.
+    `unpaired`: the items are single completions.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device, rows: int, n: int) -> None:
-        self.ranks = ranks
+    def __init__(
+        self, ranks: Ranks, device: torch.device, rows: int, n: int, unpaired: bool = False
+    ) -> None:
+        self.ranks, self.unpaired = ranks, unpaired
         self.values = torch.zeros(rows, n, dtype=torch.float64, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.dtype = torch.float32
@@ -117,9 +120,15 @@ class Table:
         self.values[:, at] = torch.stack([r.detach().double() for r in rows])
 
     def put_out(self, places: Sequence[int], out: HeadOutput) -> None:
-        """Rewards and log-probs of the pairs at `places`, and their share of the loss."""
-        assert out.rewards is not None and out.pair_logps is not None and out.loss is not None
-        self.put(places, *out.rewards, *out.pair_logps)
+        """Rewards and log-probs of the items at `places`, and their share of the loss."""
+        assert out.rewards is not None and out.loss is not None
+        if self.unpaired:
+            assert out.logps is not None and out.desirable is not None and out.kl is not None
+            kl = out.kl.expand(len(out.rewards))
+            self.put(places, out.rewards, out.logps, out.desirable, kl)
+        else:
+            assert out.pair_logps is not None
+            self.put(places, *out.rewards, *out.pair_logps)
         self.loss += out.loss.detach().double()
         self.dtype = out.rewards.dtype
 
@@ -142,8 +151,16 @@ class Table:
         self.values = packed[len(head) :].view(self.values.shape)
 
     def out(self) -> HeadOutput:
-        """What `put_out` put, of all pairs."""
+        """What `put_out` put, of all items."""
         values = self.values.to(self.dtype)
+        if self.unpaired:
+            return HeadOutput(
+                loss=self.loss,
+                rewards=values[0],
+                logps=values[1],
+                desirable=values[2] > 0,
+                kl=values[3, 0],
+            )
         return HeadOutput(loss=self.loss, rewards=values[:2], pair_logps=values[2:4])
 
 

@@ -10,10 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_AXES = ("tensor", "context", "sequence", "pipeline", "expert")
 _OFF: tuple[Any, ...] = (None, False, "", [], {}, 0, "none", "no")
 
 _CHECKPOINTS = "checkpoints hold the whole run, every save_steps; the model is saved at the end"
 _PROCESSES = "a process has one device, and torchrun's processes share the model as fsdp says"
+_NO_TRUNKS = (
+    "the trunk is not split by tensor, context, sequence, pipeline or experts: torchrun's "
+    "processes share its weights as fsdp says (full_shard, hybrid_shard), and its head by "
+    "vocab_parallel"
+)
 _NO_WORKERS = "batches are made in the process itself, without a data loader"
 _LOCAL_FILE = "data comes from a file (dataset_name, eval_file)"
 _NO_HUB = "nothing is uploaded: the trained model is a folder"
@@ -31,8 +37,11 @@ _REFUSED: dict[str, str] = {
     "restore_callback_states_from_checkpoint",
     _PROCESSES: "fsdp_config deepspeed ddp_find_unused_parameters ddp_bucket_cap_mb "
     "ddp_broadcast_buffers ddp_static_graph ddp_backend accelerator_config "
-    "parallelism_config local_rank ignore_bias_buffers log_on_each_node log_level_replica "
+    "local_rank ignore_bias_buffers log_on_each_node log_level_replica "
     "average_tokens_across_devices",
+    _NO_TRUNKS: "parallelism_config tensor_parallel_size context_parallel_size "
+    "sequence_parallel_size pipeline_parallel_size expert_parallel_size tp_size cp_size sp_size "
+    "pp_size ep_size tp_plan",
     "adapters are those of causal language models": "lora_task_type",
     _NO_WORKERS: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
@@ -109,6 +118,13 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "dataloader_in_order": (True,),
     "length_column_name": ("length",),
     "pad_token": ("<pad_token>",),
+    **dict.fromkeys(
+        [
+            *(f"{kind}_parallel_size" for kind in _AXES),
+            *(f"{axis}_size" for axis in ("tp", "cp", "sp", "pp", "ep")),
+        ],
+        (1,),
+    ),
     "accelerator_config": (
         {
             "split_batches": False,

@@ -41,7 +41,7 @@ class Watch:
 
     def __init__(self, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
-        self.part = "the start"
+        self.part, self.stage = "the start", ""
         self.step: int | None = None
         self._moved = time.monotonic()
         self._main = threading.get_ident()
@@ -55,14 +55,21 @@ class Watch:
 
     def at(self, part: str, step: int | None = None) -> None:
         """Where this rank is from here on."""
+        told = part != self.part or step is not None
         self.part, self._moved = part, time.monotonic()
         if step is not None:
             self.step = step
+        if told:
             self._wake.set()
+
+    def within(self, stage: str) -> None:
+        """A stage of a run of several begins, whose steps are its own."""
+        self.stage, self.step = stage, None
+        self.at("its start")
 
     @property
     def place(self) -> str:
-        return f"rank {self.rank}" + (f", step {self.step}" if self.step is not None else "")
+        return _place(self.rank, {"stage": self.stage, "step": self.step})
 
     def close(self) -> None:
         """The run has ended here, in one way or another."""
@@ -148,6 +155,7 @@ class Watch:
         beat = {
             "n": self._count,
             "part": self.part,
+            "stage": self.stage,
             "step": self.step,
             "since": time.monotonic() - self._moved,
             "waits": waits,
@@ -199,8 +207,8 @@ class Watch:
         if len(beats) + 1 < self.world:
             return None  # not all have begun
         waits, where = self._stack()
-        mine = {"part": self.part, "step": self.step, "where": where, "waits": waits}
-        beats[self.rank] = {**mine, "since": time.monotonic() - self._moved}
+        mine = {"part": self.part, "stage": self.stage, "step": self.step, "where": where}
+        beats[self.rank] = {**mine, "waits": waits, "since": time.monotonic() - self._moved}
         if any(beat["since"] < self.timeout for beat in beats.values()):
             return None
         busy = {rank: beat for rank, beat in beats.items() if not beat["waits"]}
@@ -235,7 +243,8 @@ class Watch:
 
 
 def _place(rank: int, beat: dict[str, Any]) -> str:
-    return f"rank {rank}" + (f", step {beat['step']}" if beat["step"] is not None else "")
+    step = None if beat["step"] is None else f"step {beat['step']}"
+    return ", ".join(part for part in (f"rank {rank}", beat["stage"], step) if part)
 
 
 _joined = 0

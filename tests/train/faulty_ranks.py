@@ -1,10 +1,11 @@
 """Runs of two processes that lose one of them, under torchrun's own agent, which starts them again.
 
-    python faulty_ranks.py FOLDER [FAULT ...] [--kills N] [--seed S]
+    python faulty_ranks.py FOLDER [FAULT ...] [--kills N] [--seed S] [--loop]
 
 Each fault is one attempt: a rank dies, hangs, has no memory, or finds numbers that are not finite.
 The agent starts both again, and they go on from the newest checkpoint. The last attempt has none.
 Behind it the weights must be those of a run without faults, to the bit. Prints what differs.
+With --loop a job is two rounds of `iterate`, in which a rank dies once in each stage.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint
-from rank_cases import options_of, prepare
+from rank_cases import loop_options, options_of, prepare
 from transformers import LlamaForCausalLM  # noqa: F401
 
 from dpo_kernels.cli import main
@@ -165,7 +166,65 @@ def _worker(folder: str, run: str, faults: list[str], seed: int) -> None:
         os._exit(code)
 
 
-def launch(folder: Path, run: str, faults: list[str], seed: int = 0) -> None:
+# Where a rank dies in a loop: (part, the how manieth time it comes to it).
+STAGES: dict[str, tuple[str, int]] = {
+    "sampling": ("sampling", 1),
+    "judging": ("judging", 2),
+    "training": ("the optimizer", 2),
+    "guards": ("guards", 1),
+    "held-out": ("judging of held-out samples", 2),
+}
+
+
+def _die_at(part: str, nth: int) -> None:
+    plain, seen = watch.Watch.at, iter(range(1, 10**6))
+
+    def at(self: Any, where: str, *args: Any) -> None:
+        plain(self, where, *args)
+        if where == part and next(seen) == nth:
+            _die()
+
+    watch.Watch.at = at  # type: ignore[method-assign]
+
+
+def _loop_worker(folder: str, run: str, faults: list[str], seed: int) -> None:
+    torch.set_num_threads(1)
+    attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+    if attempt < len(faults) and rank == attempt % WORLD:
+        _die_at(*STAGES[faults[attempt]])
+    options = loop_options(Path(folder), run, WORLD)
+    given = ((k, " ".join(v) if isinstance(v, list) else v) for k, v in options.items())
+    code = main(["iterate", *(f"--{name}={value}" for name, value in given)])
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+
+
+def check_loop(folder: Path, faults: list[str]) -> list[str]:
+    """What a loop that loses a rank in each of these stages has otherwise than a whole one."""
+    launch(folder, "whole", [], worker=_loop_worker)
+    launch(folder, "cut", faults, worker=_loop_worker)
+    whole, cut = (folder / f"{name}-{WORLD}" for name in ("whole", "cut"))
+    names = ("samples", "verdicts", "pairs", "eval_samples", "wins_round0", "wins_previous")
+    files = [f.relative_to(whole) for f in whole.rglob("*.jsonl") if f.stem in names]
+    wrong = [f"other {f}" for f in files if (whole / f).read_bytes() != (cut / f).read_bytes()]
+    if weights(whole) != weights(cut):
+        wrong.append("other weights")
+    asked = (folder / f"cut-{WORLD}.asked").read_text().splitlines()
+    if len(set(asked)) < len(asked):
+        wrong.append("a text was judged twice")
+    if sorted(asked) != sorted((folder / f"whole-{WORLD}.asked").read_text().splitlines()):
+        wrong.append("other texts were judged")
+    return wrong + [f"left {p}" for p in (*cut.rglob("*.part*"), *cut.rglob("*.writing"))]
+
+
+def launch(
+    folder: Path,
+    run: str,
+    faults: list[str],
+    seed: int = 0,
+    worker: Callable[..., None] | None = None,
+) -> None:
     """One job under the agent of torchrun, started again once for each fault."""
     api = importlib.import_module("torch.distributed.launcher.api")
     config = api.LaunchConfig(
@@ -179,7 +238,7 @@ def launch(folder: Path, run: str, faults: list[str], seed: int = 0) -> None:
         monitor_interval=0.1,
         start_method="fork",
     )
-    api.elastic_launch(config, _worker)(str(folder), run, faults, seed)
+    api.elastic_launch(config, worker or _worker)(str(folder), run, faults, seed)
 
 
 def weights(run: Path) -> bytes:
@@ -230,10 +289,16 @@ def cli() -> int:
     parser.add_argument("faults", nargs="*")
     parser.add_argument("--kills", type=int, default=0, help="moments at random")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loop", action="store_true", help="rounds of iterate")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "model").exists():
         prepare(args.folder)
+    if args.loop:
+        faults = args.faults or list(STAGES)
+        wrong = check_loop(args.folder, faults)
+        print("\n".join(wrong) or f"{len(faults)} kills: equal to the bit")
+        return 1 if wrong else 0
     shutil.rmtree(args.folder / f"straight-{WORLD}", ignore_errors=True)
     wrong = check(args.folder, args.faults, args.kills, args.seed)
     print("\n".join(wrong) or f"{len(args.faults) + args.kills} faults: equal to the bit")

@@ -8,12 +8,15 @@ left in FOLDER/<case>-<world>/, and `results-<world>.json` says of each case wha
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import json
 import os
 import socket
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ COMMON: dict[str, Any] = {
     "max_length": 96,
     "save_steps": 0,
     "sample_max_new_tokens": 2,
-    "device": "cpu",
+    "device": os.environ.get("RANK_DEVICE", "cpu"),
     "reference_cache": None,
 }
 
@@ -42,11 +45,18 @@ def options_of(folder: Path, name: str, world: int, **more: Any) -> dict[str, An
     }
 
 
-# Runs whose losses and weights are the same whatever the number of processes.
+# Runs whose losses, gradients and weights are the same whatever the number of processes.
 SAME: dict[str, dict[str, Any]] = {
     "full_shard": {},
-    "float64": {"dtype": "float64"},
+    # Several backwards a rank, of which the last one reduces.
+    "float64": {
+        "dtype": "float64",
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 6,
+    },
     "replicas": {"fsdp": "none", "ema_decay": 0.5},
+    "autocast": {"bf16": True},
+    "bfloat16": {"dtype": "bfloat16"},
     "budget": {"max_tokens_per_batch": 150, "gradient_checkpointing": True},
     "coupled": {"loss_type": "aot"},
     # Against another model: at log-ratios of 0 rounding alone would say which pairs it keeps.
@@ -54,7 +64,10 @@ SAME: dict[str, dict[str, Any]] = {
     "tied": {"model_name_or_path": "tied", "sft_weight": 0.2},
     "vocabulary": {"fsdp": "none", "vocab_parallel": 2, "dtype": "float64"},
     "rows": {"sft_file": "chats.jsonl", "sft_rows": 2, "sft_steps": 1, "eval_steps": 2},
+    "labelled": {"loss_type": "kto", "dataset_name": "labelled.jsonl"},
+    "ranked": {"loss_type": "plackett_luce", "dataset_name": "ranked.jsonl"},
 }
+FILES = ("model_name_or_path", "ref_model_name_or_path", "sft_file", "dataset_name")
 
 
 if importlib.util.find_spec("peft"):
@@ -68,7 +81,8 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     from dpo_kernels.train.optim import TrainingError
 
     try:
-        summary = run_job(options, Console(quiet=True))
+        with kept_gradients(Path(options["output_dir"])):
+            summary = run_job(options, Console(quiet=True))
     except (UserError, TrainingError) as error:
         return {"refused": str(error)}
     except SystemExit as end:  # what the first rank says
@@ -77,9 +91,43 @@ def train(options: dict[str, Any]) -> dict[str, Any]:
     return {"steps": summary["steps"], "after": after}
 
 
+@contextlib.contextmanager
+def kept_gradients(run: Path) -> Iterator[None]:
+    """Every weight's gradient, whole, as the first two steps of the run have it."""
+    import torch
+
+    from dpo_kernels.train.optim import Stepper
+
+    plain, found = Stepper.step, []
+
+    def step(self: Any, *args: Any) -> Any:
+        if len(found) < 2:
+            grads = {}
+            named = {id(p): name for name, p in self._named}
+            for p in self.parameters:
+                g = torch.zeros_like(p) if p.grad is None else p.grad
+                g = g.full_tensor() if hasattr(g, "full_tensor") else g
+                grads[named[id(p)]] = g.detach().clone()
+            found.append(grads)
+        return plain(self, *args)
+
+    def init(self: Any, model: Any, *args: Any) -> None:
+        self._named = list(model.named_parameters())
+        begin(self, model, *args)
+
+    begin = Stepper.__init__
+    Stepper.step, Stepper.__init__ = step, init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Stepper.step, Stepper.__init__ = plain, begin  # type: ignore[method-assign]
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(found, run.with_name(f"{run.name}.gradients"))
+
+
 def case_same(folder: Path, world: int, name: str) -> Any:
     options = dict(SAME[name])
-    for key in ("model_name_or_path", "ref_model_name_or_path", "sft_file"):
+    for key in FILES:
         if key in options:
             options[key] = str(folder / options[key])
     if world == 1:
@@ -118,6 +166,24 @@ def case_resumed(folder: Path, world: int) -> Any:
     """Go on behind step 2 of four processes, in a folder of one's own."""
     step = str(folder / "saved-4/checkpoints/step-2")
     return train(options_of(folder, "resumed", world, **SAVED, resume_from_checkpoint=step))
+
+
+def case_read_only(folder: Path, world: int) -> Any:
+    """One rank's disk can only be read from the checkpoint of step 4 on."""
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    plain = FileSystem.create_stream
+
+    def refused(self: Any, path: Any, mode: str) -> Any:
+        if os.environ["RANK"] == "1" and "step-4" in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return plain(self, path, mode)
+
+    FileSystem.create_stream = refused  # type: ignore[method-assign]
+    try:
+        return train(options_of(folder, "read_only", world, **SAVED))
+    finally:
+        FileSystem.create_stream = plain  # type: ignore[method-assign]
 
 
 def case_beta(folder: Path, world: int) -> Any:
@@ -176,12 +242,114 @@ def case_unreduced(folder: Path, world: int) -> Any:
     return _planted(folder, world, "unreduced", Sharded, "micro_batch", never)
 
 
+RULE = """
+import os
+from pathlib import Path
+
+def score(prompt, completion):
+    with Path(os.environ["ASKED"]).open("a") as file:
+        file.write(repr((prompt, completion)) + "\\n")
+    return completion.count("e") - completion.count("a")
+"""
+
+
+PLACES = ["harbor", "garden", "library", "station", "market"]
+PLACES += ["bakery", "bridge", "park", "school", "theater"]
+
+
+def loop_options(folder: Path, name: str, world: int, **more: Any) -> dict[str, Any]:
+    """Two rounds of `iterate`, whose rule notes what it is asked in <name>-<world>.asked."""
+    os.environ["ASKED"] = str(folder / f"{name}-{world}.asked")
+    return {
+        "model_name_or_path": str(folder / "policy"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "output_dir": str(folder / f"{name}-{world}"),
+        "rounds": 2,
+        "num_samples": 3,
+        "max_new_tokens": 5,
+        "sample_batch_size": 6,
+        "eval_fraction": 0.3,
+        "eval_samples": 1,
+        "min_pairs": 2,
+        "device": "cpu",
+        "judge": ["callable"],
+        "judge_callable": f"{folder / 'rule.py'}:score",
+        "reference": "ema",
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "max_length": 64,
+        "save_steps": 1,
+        "reference_cache": None,
+        **more,
+    }
+
+
+def case_loop(folder: Path, world: int) -> Any:
+    from dpo_kernels.iterate.rounds import run_iteration
+
+    summary = run_iteration(loop_options(folder, "loop", world))
+    return {"promoted": summary["promoted_round"], "ended": summary["ended"]}
+
+
+def case_server(folder: Path, world: int) -> Any:
+    """A judge behind a server, whose requests are counted and limited over all processes."""
+    import torch.distributed as dist
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "iterate"))
+    from openai_stand_in import longer, serving
+
+    from dpo_kernels.iterate.rounds import run_iteration
+
+    with serving() as server:
+        server.answer = longer
+        url = [server.url]
+        if world > 1:
+            dist.broadcast_object_list(url, 0)
+        server.url = url[0]
+        found: dict[str, Any] = {}
+        for name, more in (("asked", {}), ("limited", {"max_requests": 9, "retries": 0})):
+            options = loop_options(folder, name, world, rounds=1, reference="previous")
+            options |= {"judge": ["llm"], "base_url": server.url, "model": "judge", **more}
+            before = len(server.bodies)
+            summary = run_iteration({**options, "min_pairs": 1, "concurrency": 4})
+            if world > 1:
+                dist.barrier()
+            run = Path(options["output_dir"])
+            spent = [
+                json.loads(line)["sent"]
+                for file in run.glob("requests.jsonl*")
+                for line in file.read_text().splitlines()
+            ]
+            judged = summary["each"][0]["judge"]
+            found[name] = {
+                "sent": len(server.bodies) - before if os.environ["RANK"] == "0" else None,
+                "spent": sum(spent),
+                "requests": judged.get("requests", {}).get("requests"),
+                "said": judged.get("said"),
+                "ended": summary["ended"],
+            }
+        return found
+
+
 # Of four processes too: what depends on their number most.
-FOUR = ("full_shard", "float64", "coupled", "tied", "vocabulary")
+FOUR = (
+    "full_shard",
+    "float64",
+    "coupled",
+    "tied",
+    "vocabulary",
+    "budget",
+    "autocast",
+    "bfloat16",
+    "labelled",
+    *(["lora"] if "lora" in SAME else []),
+)
+LOOPS = ["loop", *(["server"] if importlib.util.find_spec("openai") else [])]
 DIFFERENT = ("beta", "data", "no_model")
 PLANTED = ("left_out", "doubled", "unreduced")
 CASES: dict[int, list[str]] = {
-    1: [*SAME, "saved"],
+    1: [*SAME, "saved", *LOOPS],
     4: [*FOUR, "saved", "resumed", "hybrid", "groups_of_three", "both"],
     2: [
         *SAME,
@@ -190,17 +358,31 @@ CASES: dict[int, list[str]] = {
         "data",
         "no_model",
         "tied_rows",
+        "read_only",
         "left_out",
         "doubled",
         "unreduced",
+        *LOOPS,
     ],
 }
+
+
+def no_charts() -> None:
+    """Charts are most of what a run of three steps does, and each looks like the first."""
+    from dpo_kernels.train import job
+
+    def draw(metrics: Any, run: Path, *_: Any) -> None:
+        (run / "training.png").touch()
+
+    job.draw = draw
 
 
 def run_cases(folder: Path, world: int, names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
         try:
+            if name != names[0]:
+                no_charts()
             if name in SAME:
                 found[name] = case_same(folder, world, name)
             else:
@@ -222,8 +404,10 @@ def _one(rank: int, folder: str, world: int, port: int, names: list[str]) -> Non
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if COMMON["device"] == "cuda":
+        torch.cuda.set_device(rank)
     if world > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if COMMON["device"] == "cuda" else "gloo")
     found = run_cases(Path(folder), world, names)
     every: list[Any] = [found] * world
     if world > 1:
@@ -251,9 +435,11 @@ def prepare(folder: Path) -> None:
     """A tiny model, one with tied embeddings, a tokenizer, pairs and conversations."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
     sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "iterate"))
     from test_cli import chats
     from test_data import bot, byte_tokenizer, user, write
     from test_train import tiny_model
+    from tiny_policy import save_tiny
 
     for name, tied in (("model", False), ("tied", True)):
         tiny_model(tie_word_embeddings=tied).save_pretrained(folder / name)
@@ -267,6 +453,25 @@ def prepare(folder: Path) -> None:
     write(folder / "pairs.jsonl", rows)
     talks = [{"messages": [user(f"say {i}"), bot("word " * (1 + i % 4))]} for i in range(6)]
     write(folder / "chats.jsonl", talks)
+    labelled = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    write(folder / "labelled.jsonl", labelled)
+    ranked = [
+        {
+            "prompt": row["prompt"],
+            "completions": [row["chosen"], row["rejected"], [bot(f"no {i}")]][: 2 + (i % 3 > 0)],
+            "scores": [2.0, 1.0, 0.5][: 2 + (i % 3 > 0)],
+        }
+        for i, row in enumerate(rows)
+    ]
+    write(folder / "ranked.jsonl", ranked)
+    save_tiny(folder / "policy")
+    asked = [{"prompt": [user(f"Tell me about the {place}.")]} for place in PLACES]
+    write(folder / "prompts.jsonl", asked)
+    (folder / "rule.py").write_text(RULE)
 
 
 if __name__ == "__main__":
