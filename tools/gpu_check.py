@@ -97,6 +97,7 @@ def groups() -> list[Group]:
         "ops/test_products.py",
         "backends/test_gpu.py",
         "integrations/test_two_processes.py",
+        "train/test_many_gpus.py",
         "backends/test_triton_places.py",
     )
     return [*found, Group("the rest", rest, "not triton and not cuda", ())]
