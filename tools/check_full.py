@@ -15,6 +15,7 @@ import datetime
 import functools
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -155,12 +156,19 @@ def main() -> int:
             end = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
         return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
 
+    def rank_cases() -> str:
+        call = [sys.executable, "-m", "pytest", "-q", "tests/train/test_many_ranks.py"]
+        every = {**os.environ, "EVERY_RANK_CASE": "1"}
+        end = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, env=every)
+        return "right" if end.returncode == 0 else (end.stdout + end.stderr)[-800:]
+
     def noticed(caught: bool) -> str:
         return "noticed" if caught else "NOT NOTICED"
 
     check(f"fuzz/{CALLS} calls, torch and cpu, seed {CALL_SEED}", calls)
     check(f"train/runs killed at {KILLS} moments and every place, and resumed", kills)
     check(f"train/one of two ranks killed {KILLS} times", lost_ranks)
+    check("train/every case of many ranks, four processes too", rank_cases)
     for sanitizer, count in CASES.items():
         for seed in SEEDS:
             name = f"{count} cases, {sanitizer or 'no'} sanitizer, seed {seed}"
