@@ -84,7 +84,15 @@ def test_rows_that_trl_leaves_out() -> None:
         run(of_rows=rows, max_length=10, truncation_mode="keep_start")
 
 
-@pytest.mark.parametrize("end", ["<eos> <eos> ", "<eos> w9 <eos> w9 ", "<eos> <eos> w9 "])
+# TRL 0.x writes an end token behind every completion, behind a template's line break too.
+@pytest.mark.parametrize(
+    "end",
+    [
+        "<eos> <eos> ",
+        pytest.param("<eos> w9 <eos> w9 ", marks=needs_v1),
+        pytest.param("<eos> <eos> w9 ", marks=needs_v1),
+    ],
+)
 def test_end_tokens_that_the_chat_template_doubles(end: str) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = (

@@ -282,6 +282,7 @@ def test_loss_callables(loss):
 @pytest.mark.parametrize(("autocast", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_precision_is_the_one_in_force(tmp_path, monkeypatch, autocast, wanted):
     """fp16 that accelerate leaves off on a CPU loosened the check of the reference 200 times."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # an older TrainingArguments sets it
     made = trainer(tmp_path, bf16=autocast)
     monkeypatch.setattr(type(made.accelerator), "mixed_precision", "bf16" if autocast else "fp16")
     assert hf_trainer.model_dtype(made) is wanted
