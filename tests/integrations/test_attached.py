@@ -50,6 +50,7 @@ def test_a_hook_on_the_head_gets_a_tensor(dtype):
         assert torch.equal(p.grad, q.grad)
 
 
+@tiny.NEEDS_SEGMENTS
 def test_the_check_of_the_layout_is_no_fused_call():
     model = tiny.model()
     attach(model)

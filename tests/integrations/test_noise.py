@@ -94,6 +94,7 @@ def test_neftune_is_no_wrong_reference(tmp_path):
     assert abs(made.state.log_history[0]["rewards/margins"]) < 1e-5
 
 
+@tiny.NEEDS_SEGMENTS
 def test_neftunes_noise_is_as_strong_as_without_us(tmp_path):
     """It is divided by the root of a row's length: in a packed row of all it would be weaker."""
     losses = []

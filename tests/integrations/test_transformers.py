@@ -178,6 +178,7 @@ def test_a_mixin_over_ones_own_trainer(tmp_path):
     assert made.state.global_step == 2
 
 
+@tiny.NEEDS_SEGMENTS
 def test_plain_loop_and_prefix_sharing():
     losses = []
     for share in (False, True):
@@ -201,6 +202,7 @@ def test_plain_loop_and_prefix_sharing():
     assert losses[0][-1] != pytest.approx(losses[0][0], abs=1e-3)
 
 
+@tiny.NEEDS_SEGMENTS
 def test_prefix_sharing_takes_left_padding_and_refuses_images():
     model = tiny.model()
     plain.attach(model)

@@ -18,7 +18,6 @@ import trl
 from trl_runs import V1, assert_same, lora, make, run
 
 from dpo_kernels.integrations.trl import DPOTrainer, patch_trl, unpatch_trl
-from dpo_kernels.models.versions import transformers_before
 
 CHECKED = 12  # tokens of the comparison of heads before the first step
 TRLS_OWN = trl.DPOTrainer
@@ -174,11 +173,8 @@ def test_unknown_loss_names_the_nearest():
 
 # --- layouts, memory and statistics ---
 
-SEGMENTS = pytest.mark.skipif(
-    transformers_before(4, 55), reason="transformers before 4.55 takes padded rows"
-)
 
-
+@tiny.NEEDS_SEGMENTS
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("peft", [False, True])
 def test_prefix_sharing_changes_nothing_but_work(attention, peft):
@@ -202,6 +198,7 @@ def long_prompts():
     return [{**row, "prompt": " ".join([row["prompt"]] * 4)} for row in data]
 
 
+@tiny.NEEDS_SEGMENTS
 def test_prefix_sharing_runs_fewer_tokens():
     seen = []
     model = tiny.model()
@@ -222,7 +219,7 @@ def test_prefix_sharing_runs_fewer_tokens():
     assert tokens[1] < 0.8 * tokens[0]
 
 
-@SEGMENTS
+@tiny.NEEDS_SEGMENTS
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -245,7 +242,7 @@ def test_windows_are_laid_out_too(kind, options, layout):
     assert_same(plain, laid, 1e-4, 1e-4)
 
 
-@SEGMENTS
+@tiny.NEEDS_SEGMENTS
 def test_the_patch_packs_and_shares_by_default(caplog):
     """The line of the first step says what it saves; layout="padded" opts out."""
     caplog.set_level("INFO", "dpo_kernels")
@@ -259,7 +256,7 @@ def test_the_patch_packs_and_shares_by_default(caplog):
     assert "layout padded" in lines[1]
 
 
-@SEGMENTS
+@tiny.NEEDS_SEGMENTS
 @pytest.mark.skipif(not V1, reason="TRL 1.x")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_precomputed_references_evaluation_and_checkpointing(checkpointing):
