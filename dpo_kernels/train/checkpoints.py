@@ -7,7 +7,8 @@
       reference.safetensors   what the reference gave, which no trained weights can give again
 
 A folder gets its name when everything in it is on the disk, so a name without `.tmp` is a whole
-checkpoint. Tensors are copied to the host at once and written by a thread while steps go on.
+checkpoint. Tensors are copied to the host at once (`staging`) and written by a thread while steps
+go on.
 
 DCP keeps its index (`.metadata`) as a pickle. It is read only if it names DCP's own classes and
 tensors alone; everything else is JSON.
@@ -37,6 +38,7 @@ from torch import Tensor
 from .config import UserError
 from .optim import TrainingError
 from .ranks import ALONE, Ranks, agreed
+from .staging import Staging
 
 FORMAT = 1  # of state.json and of the names of the tensors
 _STATE, _INDEX, _LATEST = "state.json", ".metadata", "latest"
@@ -54,16 +56,15 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._under_way = 0
+        self._staging = Staging()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take the state as it is now and write it while the caller goes on.
 
         Waits for the save before it, if that is still being written, and raises its error.
         """
-        self.finish()
-        staged = {name: _on_host(x) for name, x in tensors.items()}
-        if any(x.is_cuda for x in tensors.values()):
-            torch.cuda.synchronize()
+        self._wait()  # before staging: the thread reads the copies that are written over
+        staged = self._staging.take(tensors)
         text = json.dumps({"format": FORMAT, **values}, indent=1)
         self._under_way = step
         # Not a daemon: an interpreter that ends waits for it.
@@ -71,7 +72,16 @@ class Checkpoints:
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait for the save that is being written; `TrainingError` if it failed."""
+        """Wait for the save that is being written; `TrainingError` if it failed.
+
+        The memory of the copies is given back: no save follows soon.
+        """
+        try:
+            self._wait()
+        finally:
+            self._staging.drop()
+
+    def _wait(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -340,16 +350,6 @@ def _sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _on_host(x: Tensor) -> Tensor:
-    """A copy that the next step does not change; of a GPU's tensor it may not be there yet."""
-    x = x.detach()
-    if not x.is_cuda:
-        return x.clone()
-    if hasattr(x, "full_tensor"):
-        return x.to("cpu")
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def _dcp() -> Any:

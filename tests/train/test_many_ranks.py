@@ -140,6 +140,9 @@ def test_a_checkpoint_of_four_is_resumed_by_two(folder: Path, found: Found) -> N
     check_same(folder / "resumed-1", alone)
     straight, resumed = weights(folder / "saved-4"), weights(folder / "resumed-4")
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    # The last save found the memory of those before: each rank's part is of its own step.
+    kept = read_tensors(folder / "saved-4/checkpoints/step-5")
+    assert all(torch.equal(straight[key], kept[f"model/{key}"]) for key in straight)
 
 
 def test_a_loop_of_rounds_is_that_of_one_process(folder: Path, found: Found) -> None:
