@@ -173,3 +173,31 @@ def test_of_a_gpu_it_is_pinned_and_there() -> None:
         then = tensors["a"].cpu()
         tensors["a"].zero_().add_(1)
         assert taken["a"].is_pinned() and torch.equal(taken["a"], then)
+
+
+def test_a_shard_is_written_over_where_it_is_laid_out_alike() -> None:
+    """Another placement, or a tensor that is whole, has memory of its own."""
+    dist = pytest.importorskip("torch.distributed")
+    if not (dist.is_available() and dist.is_gloo_available()) or dist.is_initialized():
+        pytest.skip("torch without gloo, or a group in use")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, staging = init_device_mesh("cpu", (1,)), Staging()
+        x = distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)])
+        first = staging.take({"a": x})["a"]
+        x.add_(1)
+        again = staging.take({"a": x})["a"]
+        assert again is first and torch.equal(again.to_local(), x.to_local())
+        x.add_(1)
+        assert not torch.equal(again.to_local(), x.to_local())
+        other = distribute_tensor(torch.randn(6, 4), mesh, [Replicate()])
+        found = staging.take({"a": other})["a"]
+        assert found is not first and found.placements == other.placements
+        whole = torch.randn(6, 4)
+        assert same(staging.take({"a": whole}), {"a": whole})
+        assert staging.take({"a": x})["a"].placements == x.placements
+    finally:
+        dist.destroy_process_group()
