@@ -46,7 +46,7 @@ def report(
             say(f"{name:<34}{before[key]:>10.4f}{after[key]:>10.4f}")
         if "eval_rewards/accuracies" in before:
             say("reward accuracy asks whether the reward (log-ratio to the reference) prefers the")
-            say("chosen: before training policy and reference are one, so every pair is a tie.")
+            say(f"chosen{_ties(before)}.")
     say_sample(summary["sample"], say)
     if result.steps:
         say(
@@ -63,6 +63,14 @@ def report(
     say(left_out.summary())
     folder = Path(summary["output_dir"])
     say(f"saved in {folder}: {files_of(folder)}")
+
+
+def _ties(before: dict[str, Any]) -> str:
+    """Why the accuracy before training is 0, where it is: not with a reference of another model."""
+    found = (before["eval_rewards/accuracies"], before.get("eval_rewards/accuracies_ties_half"))
+    if found != (0.0, 0.5):
+        return ""
+    return ": before training policy and reference are one, so every pair is a tie"
 
 
 def say_sample(sample: dict[str, str], say: Callable[..., None]) -> None:

@@ -618,6 +618,7 @@ def test_table_and_metrics_agree(train: list[Any], capsys: Capture) -> None:
     ):
         shown = re.search(rf"^{name} +([0-9.]+) +([0-9.]+)$", text, re.MULTILINE)
         assert shown and shown.groups() == (f"{first[key]:.4f}", f"{last[key]:.4f}")
+    assert "policy and reference are one, so every pair is a tie." in text
     assert last["eval_loss"] and last["epoch"] == rows[-2]["epoch"] and last["step"] == 4
 
 

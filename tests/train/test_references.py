@@ -77,6 +77,8 @@ def test_a_reference_of_its_own(model: str, tmp_path: Path, capsys: Capture) -> 
     assert run(*args, *more) == 0, capsys.readouterr().err
     (row,) = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     assert abs(row["loss"] - math.log(2)) > 1e-3
+    said = capsys.readouterr().out  # rewards are no ties before training, and nothing says so
+    assert "prefers the\nchosen.\n" in said and "every pair is a tie" not in said
     assert run(*args, *more[:2], "--loss_type", "tdpo1", "--output_dir", tmp_path / "tdpo") == 0
 
 
