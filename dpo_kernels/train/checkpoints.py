@@ -97,9 +97,8 @@ class Checkpoints:
         raise agreed(failed) from error
 
     def _write(self, step: int, tensors: dict[str, Tensor], text: str) -> None:
+        whole, part = self.folder / f"step-{step}", self.folder / f"step-{step}.tmp"
         try:
-            whole = self.folder / f"step-{step}"
-            part = self.folder / f"step-{step}.tmp"
             self._first_does(lambda: self._begin(part))
             self._all_do(lambda: _see(part))
             if self.ranks.many:
@@ -108,6 +107,8 @@ class Checkpoints:
                 write_tensors(part, tensors)
             self._first_does(lambda: self._end(part, whole, text, step))
         except BaseException as error:  # told by the next save, or at the end
+            if self.ranks.first:  # a full disk has room for the model then
+                shutil.rmtree(part, ignore_errors=True)
             self._error = error
 
     def _begin(self, part: Path) -> None:

@@ -89,6 +89,7 @@ def test_a_disk_that_takes_no_more(
     assert "the checkpoint of step 6 could not be written" in error and "Traceback" not in error
     assert "step-4" in error and "--resume_from_checkpoint true" in error
     assert ("full" if number == errno.ENOSPC else "only be read") in error
+    assert not list((folder / "run/checkpoints").glob("*.tmp"))  # it would take what is left
     assert main(arguments(folder, "run", resume_from_checkpoint="true")) == 0
     assert main(arguments(folder, "straight")) == 0
     assert outcome(folder / "run") == outcome(folder / "straight")
