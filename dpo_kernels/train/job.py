@@ -250,6 +250,7 @@ class Job:
                 policy = self._users_model()
                 train_pairs, eval_pairs = self.rows.pairs(policy)
                 self._check_held_out(eval_pairs)
+                groups = learned_groups(config, policy.device, train_pairs, say)
                 conversations = self.rows.conversations(policy)
                 identity = self._identity(policy, train_pairs, eval_pairs)
             self._open_folder(policy)
@@ -261,6 +262,7 @@ class Job:
             with embedded.folder() as source:
                 policy = self._small_model(source)
                 train_pairs, eval_pairs = self.rows.pairs(policy, source)
+                groups = learned_groups(config, policy.device, train_pairs, say)
                 identity = self._identity(policy, train_pairs, eval_pairs)
                 self._open_folder(policy)
                 self.policy = policy
@@ -275,7 +277,6 @@ class Job:
         if config.sft_eval_file is not None and held_out is not None:
             kept_out = self.rows.read_conversations(policy, config.sft_eval_file)
             held_out = replace(held_out, conversations=kept_out)
-        groups = learned_groups(config, policy.device, train_pairs, say)
         some = eval_pairs or train_pairs[:64]
         shown = prompt_text(self.rows.texts, policy.tokenizer.decode)
         prompts = more_prompts(self._sample_prompt(policy, some, shown), some, shown)

@@ -180,4 +180,6 @@ def test_what_cannot_be_learned(folder: Path, capsys: pytest.CaptureFixture) -> 
         load_config({"learn_groups": True, "loss_type": "nca_pair"})
     write(folder / "pairs.jsonl", chats(8))
     assert main(arguments(folder, "run", **LEARN)) == 2
-    assert "no row has a `group`" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "no row has a `group`" in said.err
+    assert "reference" not in said.out and not (folder / "run").exists()  # no pass was made for it
