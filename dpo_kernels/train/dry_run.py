@@ -26,6 +26,7 @@ from .model import Policy
 from .optim import Stepper
 from .order import step_indices, total_steps, window_of
 from .reference import PairData, Referee, Reference
+from .small_model import small_model
 from .start import refuse_many_processes
 from .step_batches import batches_of
 from .step_loss import chosen_tokens, loss_of
@@ -66,7 +67,7 @@ class _DryRun(Job):
             self.rows.conversations(policy)
         else:
             with embedded.folder() as source:
-                policy = self._small_model(source)
+                policy = small_model(source, config, self.console.say)
                 pairs, held_out = self.rows.pairs(policy, source)
         self._refuse(policy, pairs, held_out)
         learned_groups(config, policy.device, pairs, self.console.say)
