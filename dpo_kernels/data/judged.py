@@ -22,7 +22,7 @@ from .completions import Completion, Ranking, completion_of
 from .files import Source, name_of, read_rows
 from .forms import ranked_texts
 from .left_out import BadField, LeftOut, listed
-from .pairs import PairReader
+from .pairs import PairReader, all_of
 from .row import Row, kind_of
 from .turns import Turn, check_completion, for_template, number_of, turn_of, with_system
 
@@ -158,12 +158,5 @@ def read_judged(
     Raises `DataError` if the source cannot be read, holds no usable row, or if a row is bad and
     `left_out.strict`.
     """
-    since = len(left_out.problems)
-    reader = JudgedReader(kind, left_out, columns)
-    rows = list(reader.read(source))
-    for remark in reader.remarks(source):
-        left_out.once(remark)
-    if not rows:
-        what = "completion with a label" if kind == "unpaired" else "ranked list"
-        raise left_out.nothing(name_of(source), f"no usable {what}", since)
-    return rows
+    what = "completion with a label" if kind == "unpaired" else "ranked list"
+    return all_of(JudgedReader(kind, left_out, columns), source, what)

@@ -149,14 +149,19 @@ def read_pairs(
     its `label_smoothing`. Raises `DataError` if the source cannot be read, holds no usable pair, or
     if a row is bad and `left_out.strict`.
     """
+    return all_of(PairReader(left_out, columns, soft_labels), source, "preference pair")
+
+
+def all_of(reader: Any, source: Source, what: str) -> list[Any]:
+    """The usable rows of a source; an error where there is none, else what was met is told."""
+    left_out = reader.left_out
     since = len(left_out.problems)
-    reader = PairReader(left_out, columns, soft_labels)
-    pairs = list(reader.read(source))
+    rows = list(reader.read(source))
     for remark in reader.remarks(source):
         left_out.once(remark)
-    if not pairs:
-        raise left_out.nothing(name_of(source), "no usable preference pair", since)
-    return pairs
+    if not rows:
+        raise left_out.nothing(name_of(source), f"no usable {what}", since)
+    return rows
 
 
 def _pair(row: dict[str, Any], where: str, unknown: list[str], left_out: LeftOut) -> PreferencePair:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..models.options import FusedOptions
 from . import own_loss, shapes
-from .patching import Overrides, Undo
+from .patching import Undo
 
 __all__ = ["patch_llamafactory", "unpatch_llamafactory"]
 
@@ -48,14 +48,6 @@ def patch_llamafactory(
 def unpatch_llamafactory() -> None:
     """Undo `patch_llamafactory`, where it is still ours."""
     _framework.unpatch()
-
-
-def overrides() -> Overrides:
-    return own_loss.overrides(_concatenated_forward, _refuse, _reference_logps)
-
-
-_framework = own_loss.Framework(shapes.OF_LLAMAFACTORY, overrides)
-target_of = _framework.target_of
 
 
 def _refuse(trainer: Any) -> None:
@@ -104,3 +96,8 @@ def _mean_logits(rows: own_loss.RowScores) -> Tensor:
         return rows.logps.new_zeros(2)
     sums = torch.stack([x.sum() for x in rows.mean_logits.detach().chunk(2)])
     return sums / torch.stack([x.sum() for x in rows.scored.chunk(2)])
+
+
+overrides = functools.partial(own_loss.overrides, _concatenated_forward, _refuse, _reference_logps)
+_framework = own_loss.Framework(shapes.OF_LLAMAFACTORY, overrides)
+target_of = _framework.target_of

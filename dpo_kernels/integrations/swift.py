@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..models.options import FusedOptions
 from . import own_loss, shapes
-from .patching import Overrides, Undo
+from .patching import Undo
 
 __all__ = ["patch_swift", "unpatch_swift"]
 
@@ -49,14 +49,6 @@ def patch_swift(
 def unpatch_swift() -> None:
     """Undo `patch_swift`, where it is still ours."""
     _framework.unpatch()
-
-
-def overrides() -> Overrides:
-    return own_loss.overrides(_concatenated_forward, _refuse, _reference_logps)
-
-
-_framework = own_loss.Framework(shapes.OF_SWIFT, overrides)
-target_of = _framework.target_of
 
 
 def _refuse(trainer: Any) -> None:
@@ -119,3 +111,8 @@ def _concatenated_forward(original: Callable) -> Callable:
         return result
 
     return concatenated_forward
+
+
+overrides = functools.partial(own_loss.overrides, _concatenated_forward, _refuse, _reference_logps)
+_framework = own_loss.Framework(shapes.OF_SWIFT, overrides)
+target_of = _framework.target_of

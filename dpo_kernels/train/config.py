@@ -18,7 +18,7 @@ from . import trl_options
 from .config_files import UserError as UserError
 from .config_files import nearest as nearest
 from .config_files import read_config_file as read_config_file
-from .config_files import yaml_text
+from .config_files import typed, yaml_text
 from .run_options import (
     GROUPS,
     AdapterOptions,
@@ -343,27 +343,9 @@ def check_fields(config: Any) -> None:
     hints = get_type_hints(type(config))
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
-        _check_type(f.name, value, hints[f.name])
+        typed(f.name, value, hints[f.name])
         if choices and value not in choices:
             raise UserError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_type(name: str, value: object, hint: Any) -> None:
-    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    for kind in kinds:
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return
-        origin = getattr(kind, "__origin__", None)
-        if origin is list:
-            inner = get_args(kind)[0]
-            if isinstance(value, list) and all(
-                isinstance(v, inner) or (inner is float and isinstance(v, int)) for v in value
-            ):
-                return
-        elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return
-    wanted = " or ".join(getattr(k, "__name__", str(k)) for k in kinds).replace("NoneType", "null")
-    raise UserError(f"{name} must be {wanted}, got {value!r}")
 
 
 def known_keys() -> list[str]:

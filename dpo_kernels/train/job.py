@@ -8,12 +8,14 @@ set that ship with the package.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +59,7 @@ from .reference import PairData, Referee
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .run_options import GROUPS
 from .run_rows import RunRows
-from .sft import SupervisedRows, fine_tune, taught
+from .sft import SupervisedRows, fine_tune
 from .shown import (
     completions,
     prompt_text,
@@ -67,7 +69,7 @@ from .shown import (
     write_surprising,
 )
 from .sinks import Run, Sinks, check_sinks
-from .small_model import embedded_layers, lessons, small_model
+from .small_model import embedded_layers, small_model, teach
 from .start import RunFolder, check_device, find_model, quiet_bars
 
 
@@ -240,7 +242,7 @@ class Job:
         config, say = self.config, self.console.say
         began = time.perf_counter()
         torch.manual_seed(config.seed)
-        begun = self._users_own() if self.own else self._embedded()
+        begun = self._begin()
         policy, train_pairs, eval_pairs = begun.policy, begun.pairs, begun.held_out
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
@@ -319,36 +321,37 @@ class Job:
         report(summary, result, self.left_out, say)
         return summary
 
-    def _users_own(self) -> _Begun:
-        """The user's model and rows; the model is fine-tuned first where sft_file says so."""
-        with self.ranks.together():
-            policy = self._users_model()
-            pairs, held_out = self.rows.pairs(policy)
-            self._check_held_out(held_out)
-            conversations = self.rows.conversations(policy)
-            identity = self._identity(policy, pairs, held_out)
-        self._open_folder(policy)
-        self._over_ranks(policy, pairs, identity)
-        if self.resumed is None:
-            self.policy = policy
-            fine_tune(policy, conversations, self.config, self.folder, self.console)
+    def _begin(self) -> _Begun:
+        """Model and rows; sft_file, or the embedded conversations, teach the model first."""
+        with contextlib.nullcontext() if self.own else embedded.folder() as source:
+            with self.ranks.together():
+                policy, pairs, held_out = self._loaded(source)
+                conversations = self.rows.conversations(policy)
+                identity = self._identity(policy, pairs, held_out)
+            self._open_folder(policy)
+            self._over_ranks(policy, pairs, identity)
+            if self.resumed is None:
+                self.policy = policy
+                given = (self.config, self.folder, self.console)
+                if source is None:
+                    fine_tune(policy, conversations, *given)
+                else:
+                    teach(policy, source, len(pairs), self.left_out, *given)
         return _Begun(policy, pairs, held_out, identity, conversations)
 
-    def _embedded(self) -> _Begun:
-        """The embedded model, taught the language of the data, and its pairs."""
-        say = self.console.say
-        with embedded.folder() as source:
-            policy = small_model(source, self.config, say)
-            pairs, held_out = self.rows.pairs(policy, source)
-            identity = self._identity(policy, pairs, held_out)
-            self._open_folder(policy)
-            self.policy = policy
-            if self.resumed is None:
-                given = (policy, source, len(pairs), self.config, self.left_out, say)
-                sequences, supervised = lessons(*given)
-                if sequences:
-                    taught(policy, sequences, supervised, self.folder, self.console)
-        return _Begun(policy, pairs, held_out, identity, [])
+    def _loaded(self, source: Path | None) -> tuple[Policy, Sequence[Any], Sequence[Any]]:
+        """Model, training and held-out rows: the user's own, or the embedded ones in `source`."""
+        if source is None:
+            policy = self._users_model()
+        else:
+            policy = small_model(source, self.config, self.console.say)
+        pairs, held_out = self.rows.pairs(policy, source)
+        if self.config.max_steps == 0 and not held_out:
+            raise UserError(
+                "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
+                "eval_fraction"
+            )
+        return policy, pairs, held_out
 
     def _found(self, metrics: MetricsFile, look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `look` finds before training, and the run's id; a resumed run has found it."""
@@ -387,13 +390,6 @@ class Job:
             save_policy(policy, self.folder / "model")
         self.saved = True
 
-    def _check_held_out(self, held_out: Sequence[Any]) -> None:
-        if self.config.max_steps == 0 and not held_out:
-            raise UserError(
-                "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
-                "eval_fraction"
-            )
-
     def _identity(
         self,
         policy: Policy,
@@ -407,9 +403,7 @@ class Job:
         return now
 
     def _refuse(self, policy: Policy, pairs: Sequence[Any], held_out: Sequence[Any]) -> None:
-        """What a dry run has left to look at before its numbers: data, checkpoint, disk."""
-        if self.command == "train":
-            self._check_held_out(held_out)
+        """What a dry run has left to look at before its numbers: checkpoint, disk."""
         if self.resumed is not None:
             self._identity(policy, pairs, held_out)
         if self.config.save_steps:

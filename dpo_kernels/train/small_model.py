@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from ..data import LeftOut, TokenSequence, embedded, read_conversations, tokenize_conversations
+from ..data import LeftOut, embedded, read_conversations, tokenize_conversations
 from ..models.versions import dtype_option
 from .config import DPOTrainConfig, load_config
+from .console import Console
 from .model import Policy, prepare_policy
 from .order import steps_of
+from .sft import taught
 
 
 def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -36,15 +38,16 @@ def small_model(source: Path, config: DPOTrainConfig, say: Callable[[str], None]
     return prepare_policy(model, AutoTokenizer.from_pretrained(source), config, say)
 
 
-def lessons(
+def teach(
     policy: Policy,
     source: Path,
     num_pairs: int,
-    config: DPOTrainConfig,
     left_out: LeftOut,
-    say: Callable[[str], None],
-) -> tuple[list[TokenSequence], DPOTrainConfig]:
-    """What teaches the fresh model the language of the data, and the options of those steps."""
+    config: DPOTrainConfig,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Teach the fresh model the language of the data before it learns preferences."""
     dpo, sft = embedded_layers()
     mine = ("dtype", "device", "max_length", "backend")
     supervised = load_config({k: getattr(config, k) for k in mine}, sft)
@@ -58,9 +61,10 @@ def lessons(
         share = steps_of(num_pairs, config) / steps_of(num_pairs, load_config(dpo))
         steps = max(1, round(whole * min(share, 1.0)))
     if steps < whole:
-        say(f"SFT: {steps} steps of the recipe's {whole} (--sft_steps sets them)")
+        console.say(f"SFT: {steps} steps of the recipe's {whole} (--sft_steps sets them)")
         warmup = min(supervised.warmup_steps, steps // 4)
         supervised = replace(supervised, max_steps=max(steps, 1), warmup_steps=warmup)
     elif steps > whole:
         supervised = replace(supervised, max_steps=steps)
-    return sequences if steps else [], supervised
+    if steps:
+        taught(policy, sequences, supervised, folder, console)
