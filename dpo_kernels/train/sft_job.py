@@ -128,13 +128,17 @@ class SFTJob(Job):
             return summary
         write_summary(self.folder, summary)
         write_report(self.folder, say)
+        self._say_end(summary)
+        return summary
+
+    def _say_end(self, summary: dict[str, Any]) -> None:
+        before, say = summary["before"], self.console.say
         if before:
-            was, now = before["eval_loss"], after["eval_loss"]
+            was, now = before["eval_loss"], summary["after"]["eval_loss"]
             say(f"\nheld-out loss per token: {was:.4f} before, {now:.4f} after")
         say_sample(summary["sample"], say)
         say(self.left_out.summary())
         say(f"saved in {self.folder}: {files_of(self.folder)}")
-        return summary
 
     def _rows(self, policy: Policy) -> tuple[list[TokenSequence], list[TokenSequence]]:
         """Training and held-out rows, tokenised."""
