@@ -127,14 +127,16 @@ class PairReader:
 
     def remarks(self, source: Source) -> list[str]:
         """What there is to say of the columns, once the rows are read."""
-        said = []
-        if self.unused:
-            names = listed(f"{name} ({n} rows)" for name, n in self.unused.most_common())
-            said.append(f"{name_of(source)}: columns that are not used: {names}")
+        said = unused_columns(source, self.unused)
         if self.forms:
             names = ", ".join(f"{form} ({n} rows)" for form, n in self.forms.most_common())
             said.append(f"{name_of(source)}: rows of other forms: {names}")
         return said
+
+
+def unused_columns(source: Source, counts: Counter[str]) -> list[str]:
+    names = listed(f"{name} ({n} rows)" for name, n in counts.most_common())
+    return [f"{name_of(source)}: columns that are not used: {names}"] if counts else []
 
 
 def read_pairs(
