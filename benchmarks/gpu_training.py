@@ -72,7 +72,9 @@ class Case:
 
     def reference(self) -> None:
         with torch.no_grad():
-            dk.linear_sequence_logps(self.hidden, self.weight, self.labels)
+            dk.linear_sequence_logps(
+                self.hidden, self.weight, self.labels, scored_lengths=self.lengths
+            )
 
     def rows(self) -> Tensor:
         """As many hidden states as are scored [N, H]."""
