@@ -11,9 +11,11 @@ one of them):
                the bandwidth of a device-to-device copy that moves as many bytes as must move
     rows       1 to 263 rows, beside plain torch
     host       microseconds of the host for a small batch, beside plain torch
-    head       the linear head beside its bare matrix products: budgets, dtypes, what is trained
+    head       the linear head beside its bare matrix products: budgets, dtypes, what is trained;
+               a vocabulary with a token added; where its time goes; what rounded logits would save
     step       a whole training step of a Llama of 1.2 billion random weights
     layouts    the same step over ragged pairs in padded, packed and shared rows
+    profile    what the hardware's counters say of each kernel (Nsight Compute, where installed)
     peers      the quick cases of `dpo-kernels bench` with every peer that is installed
 
 A figure with a target says whether it was met. Times are medians of device events; those of the
@@ -25,30 +27,23 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
+from gpu_profile import profile
+from gpu_timing import DEVICE, GPU, IGNORE, Figures, Row, copy_bandwidth, host_time, judged, timed
+from gpu_training import head, layouts, step
 from torch import Tensor
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
+import dpo_kernels as dk
+from dpo_kernels.backends import available, load
+from dpo_kernels.bench import cases, measure, results
+from dpo_kernels.inputs.transform import LogitTransform
+from dpo_kernels.ops.token_logps import STATS
 
-import dpo_kernels as dk  # noqa: E402
-from dpo_kernels.backends import available, load  # noqa: E402
-from dpo_kernels.bench import cases, measure, results  # noqa: E402
-from dpo_kernels.inputs.transform import LogitTransform  # noqa: E402
-from dpo_kernels.ops.token_logps import STATS  # noqa: E402
-
-DEVICE = "cuda" if GPU else "cpu"
-IGNORE = -100
 VOCABULARIES = {
     "Llama-2": 32000,
     "GPT-2": 50257,
@@ -60,31 +55,7 @@ ROWS = 4096
 PLAIN, SOFTCAP = LogitTransform(), LogitTransform(softcap=30.0)
 # Percent of the copy bandwidth, at least, of the backend that `backend=None` takes.
 TARGETS = {"forward": 92, "backward in place": 92, "statistics": 70, "softcap": 60}
-HEAD_TARGET = 1.10  # times the bare products, at most
 HOST_TARGET = 1.25  # times plain torch, at most
-Row = dict[str, object]
-Figures = Iterator[tuple[str, Row]]
-
-
-def timed(call: Callable[[], object], repeats: int = 15) -> float:
-    """Median milliseconds of `call` on the device, behind a flushed cache."""
-    for _ in range(3 if GPU else 1):
-        call()
-    return statistics.median(
-        1e3 * measure.clock(call, lambda: None, DEVICE, host_bound=False)
-        for _ in range(repeats if GPU else 2)
-    )
-
-
-def copy_bandwidth(size: float) -> float:
-    """GB/s of a device-to-device copy that moves `size` bytes, read plus written."""
-    source = torch.empty(max(1, int(size) // 8), dtype=torch.float32, device=DEVICE).normal_()
-    target = torch.empty_like(source)
-    return size / timed(lambda: target.copy_(source)) / 1e6
-
-
-def judged(value: float, target: float, *, least: bool) -> Row:
-    return {"target": target, "met": value >= target if least else value <= target}
 
 
 # ---- from logits --------------------------------------------------------------------------------
@@ -201,22 +172,6 @@ def rows(tiny: bool) -> Figures:
 # ---- the host -----------------------------------------------------------------------------------
 
 
-def host_time(call: Callable[[], object], repeats: int) -> float:
-    """Median microseconds until `call` has been enqueued, on an idle device."""
-    values = []
-    for _ in range(repeats + 20):
-        _wait()
-        began = time.perf_counter()
-        call()
-        values.append(1e6 * (time.perf_counter() - began))
-    return statistics.median(values[20:])
-
-
-def _wait() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
 def host(tiny: bool) -> Figures:
     R, T, V, H = 4, 8, 64, 32
     labels = torch.randint(0, V, (R, T), device=DEVICE)
@@ -272,229 +227,6 @@ def host(tiny: bool) -> Figures:
         yield name, {"us": us, "plain torch us": eager, **judged(us / eager, target, least=False)}
 
 
-# ---- the linear head ----------------------------------------------------------------------------
-
-
-def device_time(call: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds between events around `call`, enqueued behind a busy device."""
-    values = []
-    for _ in range(repeats + 2):
-        if not GPU:
-            began = time.perf_counter()
-            call()
-            values.append(1e3 * (time.perf_counter() - began))
-            continue
-        _wait()
-        torch.cuda._sleep(100_000_000)  # cycles: some 50 ms, for the host to run ahead
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        _wait()
-        values.append(start.elapsed_time(end))
-    return statistics.median(values[2:])
-
-
-def head(tiny: bool) -> Figures:
-    dtypes = (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float16)
-    pairs, T, H, V = (2, 9, 16, 211) if tiny else (8, 1024, 4096, 128256)
-    for dtype in dtypes:
-        torch.manual_seed(0)
-        hidden = torch.randn(2 * pairs, T, H, device=DEVICE, dtype=dtype)
-        weight = torch.randn(V, H, device=DEVICE).mul_(0.02).to(dtype)
-        labels = torch.randint(0, V, (2 * pairs, T))
-        labels[:, : T // 2] = IGNORE
-        lengths = (labels[:, 1:] != IGNORE).sum(1)
-        labels = labels.to(DEVICE)
-        N = int(lengths.sum())
-        ref = torch.randn(2 * pairs, device=DEVICE) - 5.0 * T
-        rows = hidden.view(-1, H)[:N].contiguous()
-        z = torch.empty(N, V, device=DEVICE, dtype=dtype).normal_()
-        dh, dw = torch.empty_like(rows), torch.empty_like(weight)
-
-        def products(count, z=z, rows=rows, weight=weight, dh=dh, dw=dw):
-            torch.mm(rows, weight.T, out=z)
-            if count > 1:
-                torch.mm(z, weight, out=dh)
-            if count > 2:
-                torch.mm(z.T, rows, out=dw)
-
-        repeats = 1 if tiny else 5
-        floors = {n: device_time(lambda n=n: products(n), repeats) for n in (1, 2, 3)}
-        del z, dh, dw
-        short = str(dtype).removeprefix("torch.")
-        for n, ms in floors.items():
-            rate = 2 * n * N * H * V / ms / 1e9
-            yield f"{short} bare products {n}", {"ms": ms, "TFLOP/s": rate}
-
-        def call(
-            trained,
-            budget=None,
-            hidden=hidden,
-            weight=weight,
-            labels=labels,
-            ref=ref,
-            lengths=lengths,
-        ):
-            h = hidden.detach().requires_grad_()
-            w = weight.detach().requires_grad_(trained)
-            dk.fused_linear_dpo_loss(
-                h, w, labels, ref_logps=ref, memory_budget=budget, scored_lengths=lengths
-            ).loss.backward()
-
-        def reference(hidden=hidden, weight=weight, labels=labels):
-            with torch.no_grad():
-                dk.linear_sequence_logps(hidden, weight, labels)
-
-        budgets = (None,) if tiny or dtype != torch.bfloat16 else (None, 512 << 20, 5 << 30)
-        for trained, count in ((True, 3), (False, 2)):
-            for budget in budgets:
-                _reset_peak()
-                ms = device_time(lambda t=trained, b=budget: call(t, b), repeats)
-                name = f"{short} {'trained' if trained else 'frozen'}, " + (
-                    "default budget" if budget is None else f"{budget >> 20} MiB"
-                )
-                row: Row = {"ms": ms, "of the products": ms / floors[count], "MiB": _peak_mib()}
-                if budget is None:
-                    row |= judged(ms / floors[count], HEAD_TARGET, least=False)
-                yield name, row
-        ms = device_time(reference, repeats)
-        yield (
-            f"{short} reference",
-            {
-                "ms": ms,
-                "of the products": ms / floors[1],
-                **judged(ms / floors[1], HEAD_TARGET, least=False),
-            },
-        )
-        del hidden, weight, rows
-
-
-def _reset_peak() -> None:
-    if GPU:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_mib() -> float:
-    return torch.cuda.max_memory_allocated() / 2**20 if GPU else 0.0
-
-
-# ---- a whole step -------------------------------------------------------------------------------
-
-
-def _llama(tiny: bool) -> tuple[Any, torch.optim.Optimizer, int]:
-    """A Llama of random bf16 weights, its optimizer, its vocabulary."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = (64, 128, 2, 2, 331) if tiny else (2048, 8192, 16, 32, 128256)
-    H, inner, layers, heads, V = shape
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=H,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 4),
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    with torch.device(DEVICE):
-        model = LlamaForCausalLM(config).bfloat16()
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=GPU), V
-
-
-def step(tiny: bool) -> Figures:
-    """Forward, loss, backward and AdamW of a random bf16 Llama; the reference is given."""
-    model, optimizer, V = _llama(tiny)
-    R, T = (4, 12) if tiny else (8, 1024)
-    ids = torch.randint(0, V, (R, T), device=DEVICE)
-    labels = ids.clone()
-    labels[:, : T // 2] = IGNORE
-    scored = (labels[:, 1:] != IGNORE).sum(1).cpu()
-    ref = torch.randn(R, device=DEVICE) - 11.0 * (T // 2)
-
-    def plain():
-        logits = model(input_ids=ids).logits[:, :-1]
-        y = labels[:, 1:]
-        mask = y != IGNORE
-        logps = logits.float().log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
-        ratio = (logps * mask).sum(-1) - ref
-        return -torch.nn.functional.logsigmoid(0.1 * (ratio[: R // 2] - ratio[R // 2 :])).mean()
-
-    def from_logits():
-        logits = model(input_ids=ids).logits
-        return dk.fused_dpo_loss(logits, labels, ref_logps=ref, inplace=True).loss
-
-    def linear():
-        hidden = model.model(input_ids=ids).last_hidden_state
-        return dk.fused_linear_dpo_loss(
-            hidden, model.lm_head.weight, labels, ref_logps=ref, scored_lengths=scored
-        ).loss
-
-    tokens, eager = R * T, 0.0
-    for name, loss in (("plain torch", plain), ("from logits", from_logits), ("linear", linear)):
-        optimizer.zero_grad()
-        _reset_peak()
-
-        def run(loss=loss):
-            optimizer.zero_grad()
-            loss().backward()
-            optimizer.step()
-
-        ms = device_time(run, 1 if tiny else 6)
-        row: Row = {"ms": ms, "tokens/s": 1e3 * tokens / ms, "peak MiB": _peak_mib()}
-        eager = eager or ms
-        if name != "plain torch":
-            row |= {"of plain torch": ms / eager} | judged(ms / eager, 1.0, least=False)
-        yield name, row
-
-
-# Prompt's share of the tokens -> speed of shared rows over padded ones, at least.
-LAYOUT_TARGETS = {0.25: 1.0, 0.5: 1.5, 0.75: 2.0}
-
-
-def layouts(tiny: bool) -> Figures:
-    """Padded, packed and shared rows of the same ragged pairs, through `plain.dpo_step`."""
-    from dpo_kernels.integrations import plain
-
-    model, optimizer, V = _llama(tiny)
-    plain.attach(model)
-    draw = torch.Generator().manual_seed(0)
-    mean, pairs = (24, 2) if tiny else (1024, 8)
-    for share, target in LAYOUT_TARGETS.items():
-        examples = []
-        for _ in range(pairs):
-            sizes = [
-                int(size * (0.5 + float(torch.rand((), generator=draw)))) + 1
-                for size in (mean * share, mean * (1 - share), mean * (1 - share))
-            ]
-            three = [torch.randint(V, (n,), generator=draw).tolist() for n in sizes]
-            names = ("prompt_ids", "chosen_ids", "rejected_ids")
-            examples.append(dict(zip(names, three, strict=True)))
-        host = plain.PreferenceCollator(0)(examples)
-        batch = {k: v if k == "labels" else v.to(DEVICE) for k, v in host.items()}
-        tokens, padded = int(host["attention_mask"].sum()), 0.0
-        for layout in ("padded", "packed", "shared"):
-            optimizer.zero_grad()
-            _reset_peak()
-
-            def run(layout=layout, batch=batch):
-                optimizer.zero_grad()
-                fused = {"layout": layout, "head_stats": False}
-                plain.dpo_step(model, batch, reference_free=True, fused=fused).loss.backward()
-                optimizer.step()
-
-            ms = device_time(run, 1 if tiny else 6)
-            padded = padded or ms
-            row: Row = {"ms": ms, "tokens/s": 1e3 * tokens / ms, "peak MiB": _peak_mib()}
-            row["speed over padded"] = padded / ms
-            if layout == "shared":
-                row |= judged(padded / ms, target, least=True)
-            yield f"prompt {share:.2f} of {mean} tokens, {layout}", row
-
-
 # ---- peers --------------------------------------------------------------------------------------
 
 
@@ -518,6 +250,7 @@ SECTIONS: dict[str, Callable[[bool], Figures]] = {
     "head": head,
     "step": step,
     "layouts": layouts,
+    "profile": profile,
     "peers": peers,
 }
 

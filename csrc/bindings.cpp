@@ -19,6 +19,7 @@
 #include "cpu/products.h"
 #endif
 
+#include "ordinary.h"
 #include "params.h"
 
 namespace py = pybind11;
@@ -33,6 +34,28 @@ T* at(uintptr_t address) {
 
 using Numbers = std::array<double, 3>;  // scale, softcap, inv_temperature
 using release = py::call_guard<py::gil_scoped_release>;
+
+// A loss of pairs as Python has it; what points into it lives as long.
+struct OrdinaryLoss {
+  std::vector<int> phis;
+  std::vector<double> terms;
+  bool per_token, mean_reward;
+
+  Ordinary of(uintptr_t reference, uintptr_t betas, double beta, uintptr_t offset, int64_t B,
+              uintptr_t found) const {
+    return {at<const double>(reference),
+            at<const double>(betas),
+            beta,
+            at<const double>(offset),
+            phis.data(),
+            terms.data(),
+            B,
+            (int64_t)phis.size(),
+            per_token,
+            mean_reward,
+            at<double>(found)};
+  }
+};
 
 void bind_parameters(py::module_& m) {
   // module_local: the tests load a second module with the same classes.
@@ -95,6 +118,8 @@ void bind_parameters(py::module_& m) {
                            at<const double>(grad),
                            at<float>(d_values)};
       }));
+  py::class_<OrdinaryLoss>(m, "OrdinaryLoss", py::module_local())
+      .def(py::init<std::vector<int>, std::vector<double>, bool, bool>());
 }
 
 PairLoss pair_of(uintptr_t u, uintptr_t v, uintptr_t beta, uintptr_t offset,
@@ -113,28 +138,6 @@ PairLoss pair_of(uintptr_t u, uintptr_t v, uintptr_t beta, uintptr_t offset,
 }
 
 #ifndef CUDA_ON_HOST
-// A loss of pairs as Python has it; what points into it lives as long.
-struct OrdinaryLoss {
-  std::vector<int> phis;
-  std::vector<double> terms;
-  bool per_token, mean_reward;
-
-  Ordinary of(uintptr_t reference, uintptr_t betas, double beta, uintptr_t offset, int64_t B,
-              uintptr_t found) const {
-    return {at<const double>(reference),
-            at<const double>(betas),
-            beta,
-            at<const double>(offset),
-            phis.data(),
-            terms.data(),
-            B,
-            (int64_t)phis.size(),
-            per_token,
-            mean_reward,
-            at<double>(found)};
-  }
-};
-
 SequenceSum place_of(const int64_t* targets, uintptr_t starts, int64_t S, int64_t ignore_index,
                      double tail_weight) {
   return {targets,     at<const int64_t>(starts),
@@ -145,8 +148,6 @@ SequenceSum place_of(const int64_t* targets, uintptr_t starts, int64_t S, int64_
 }
 
 void bind_ordinary(py::module_& m) {
-  py::class_<OrdinaryLoss>(m, "OrdinaryLoss", py::module_local())
-      .def(py::init<std::vector<int>, std::vector<double>, bool, bool>());
   m.def(
       "ordinary",
       [](const OrdinaryLoss& loss, uintptr_t sums, uintptr_t counts, uintptr_t reference,
@@ -360,8 +361,10 @@ void bind_cuda(py::module_& m) {
       release());
   m.def(
       "cuda_sequence_sum_backward",
-      [](const SequenceSum& p, int64_t rows, int device, uintptr_t stream) {
-        check(sequence_sum_backward(p, rows, {device, at<void>(stream)}));
+      [](const SequenceSum& p, int64_t rows, double factor, uintptr_t scale, int64_t each,
+         int device, uintptr_t stream) {
+        const Scale by{factor, at<const double>(scale), each};
+        check(sequence_sum_backward(p, rows, by, {device, at<void>(stream)}));
       },
       release());
   m.def(
@@ -371,6 +374,23 @@ void bind_cuda(py::module_& m) {
          uintptr_t stream) {
         check(pair_loss(pair_of(u, v, beta, offset, phis, terms, B, loss, slopes),
                         {device, at<void>(stream)}));
+      },
+      release());
+  m.def(
+      "cuda_ordinary",
+      [](const OrdinaryLoss& loss, uintptr_t sums, uintptr_t counts, uintptr_t reference,
+         uintptr_t betas, double beta, uintptr_t offset, int64_t B, uintptr_t found, int device,
+         uintptr_t stream) {
+        check(ordinary(loss.of(reference, betas, beta, offset, B, found), at<const double>(sums),
+                       at<const double>(counts), {device, at<void>(stream)}));
+      },
+      release());
+  m.def(
+      "cuda_ordinary_fields",
+      [](uintptr_t found, int64_t B, double divisor, bool wide, uintptr_t loss, uintptr_t fields,
+         int device, uintptr_t stream) {
+        check(ordinary_fields(at<const double>(found), B, divisor, wide, at<void>(loss),
+                              at<void>(fields), {device, at<void>(stream)}));
       },
       release());
 }

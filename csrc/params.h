@@ -102,6 +102,8 @@ struct PairLoss {
   double* slopes;  // [4, B]: d/du d/dv d/dbeta d/doffset
 };
 
+struct Ordinary;  // ordinary.h
+
 void token_logps(const TokenLogps&);
 void token_logps_backward(const TokenLogpsBackward&);
 void token_kl(const TokenKl&);
@@ -134,8 +136,19 @@ int64_t token_logps_scratch(int64_t rows, int splits);
 const char* token_logps(const TokenLogps&, int splits, void* counters, void* scratch, Stream);
 const char* token_logps_backward(const TokenLogpsBackward&, Stream);
 const char* sequence_sum(const SequenceSum&, int64_t rows, Stream);
-const char* sequence_sum_backward(const SequenceSum&, int64_t rows, Stream);
+// The gradient is `factor` times `grad`, and times what `scale` says of all sequences (`each` 0) or
+// of each pair (1); a scale of 0 gives 0 whatever the gradient.
+struct Scale {
+  double factor = 1;
+  const double* scale = nullptr;  // [1] or [S / 2], or null
+  int64_t each = 0;
+};
+const char* sequence_sum_backward(const SequenceSum&, int64_t rows, const Scale&, Stream);
 const char* pair_loss(const PairLoss&, Stream);
+// As the CPU's (csrc/cpu/functions.h).
+const char* ordinary(const Ordinary&, const double* sums, const double* counts, Stream);
+const char* ordinary_fields(const double* found, int64_t B, double divisor, bool wide, void* loss,
+                            void* fields, Stream);
 
 }  // namespace cuda
 }  // namespace dpo

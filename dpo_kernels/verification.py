@@ -28,8 +28,8 @@ KERNELS = {
     "triton/scaled_copy": ("scaled_copy",),
     "cuda/token_logps": ("token_logps",),
     "cuda/token_logps_backward": ("token_logps_backward",),
-    "cuda/sequence_sum": ("sequence_sum", "sequence_sum_backward"),
-    "cuda/pair_loss": ("pair_loss_forward",),
+    "cuda/sequence_sum": ("sequence_sum", "sequence_sum_backward", "ordinary_sums_backward"),
+    "cuda/pair_loss": ("pair_loss_forward", "ordinary", "ordinary_fields"),
 }
 
 

@@ -50,6 +50,7 @@ SECTIONS = {
     "head": 60,
     "step": 60,
     "layouts": 60,
+    "profile": 60,
     "peers": 90,
 }
 SANITIZERS = ("memcheck", "racecheck", "initcheck")

@@ -114,9 +114,17 @@ def _page(run: Run) -> Iterator[str]:
             "tokens, half scored) by memory budget; `reference` has no gradients:"
         )
         yield _budgets(head)
+        yield from _head_notes(head)
     if steps := run["figures"].get("step"):
         yield "A whole training step (forward, loss, backward, AdamW), reference log-probs given:"
         yield _steps(steps)
+    if rows := {n: r for n, r in run["figures"].get("profile", {}).items() if "us" in r}:
+        yield (
+            "What the hardware's counters say of each kernel (Nsight Compute, bf16): percent "
+            "of DRAM's peak, of issue slots and of special functions, and what warps that cannot "
+            "issue wait for, in warps an issue:"
+        )
+        yield _profile(rows)
     yield "Where peers win on this GPU:"
     yield peers_win(run)
 
@@ -253,6 +261,43 @@ def _budgets(head: dict[str, dict[str, float]]) -> str:
         if "of the products" in r:
             peak = f"{r['MiB']:.0f}" if "MiB" in r else "-"
             lines.append(f"| {name} | {r['ms']:.1f} | {r['of the products']:.2f} | {peak} |")
+    return "\n".join(lines)
+
+
+def _head_notes(head: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Where the head's time goes, and what logits in bf16 would save."""
+    kinds = {n.partition(",")[0]: r for n, r in head.items() if "launches" in r}
+    if kinds:
+        columns = [c for c in next(iter(kinds.values())) if c != "launches"]
+        lines = [f"| default budget, ms | {' | '.join(columns)} | launches |"]
+        lines.append("|---|---|" + "---|" * len(columns))
+        lines += [
+            f"| {name} | {' | '.join(f'{r[c]:.2f}' for c in columns)} | {r['launches']} |"
+            for name, r in kinds.items()
+        ]
+        yield "Where that time goes, by kind of kernel (torch's profiler):"
+        yield "\n".join(lines)
+    rounded = {n.partition(",")[0]: r for n, r in head.items() if "percent saved" in r}
+    if rounded:
+        saved = ", ".join(f"{n} {r['percent saved']:.1f} %" for n, r in rounded.items())
+        yield (
+            "Logits that the product rounds to bf16 would save so much of its products and row "
+            f"kernels: {saved}. An option would have to save 10 %."
+        )
+
+
+def _profile(rows: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| kernel | us | instructions an element | DRAM | issue | special | warps wait for |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, r in rows.items():
+        percents = [
+            r[f"percent of {w}"] for w in ("DRAM's peak", "issue slots", "special functions")
+        ]
+        cells = [f"{r['us']:.0f}", f"{r['instructions an element']:.1f}"]
+        cells += [f"{p:.0f} %" for p in percents] + [r["warps wait for"].replace("_", " ")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

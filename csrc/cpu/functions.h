@@ -3,26 +3,10 @@
 // then rejected, K terms. Null where there is none.
 #pragma once
 
+#include "../ordinary.h"
 #include "../params.h"
 
 namespace dpo {
-
-// What is found of pairs, [FOUND, B]: losses; log-probs of chosen and rejected, their rewards,
-// margins and accuracy; the slopes d losses / d log-probs of both.
-constexpr int64_t FIELDS = 1, SLOPES = 7, FOUND = 9;
-
-struct Ordinary {
-  const double* reference;  // [S] log-probs, or null
-  const double* betas;      // [B], or null: beta
-  double beta;
-  const double* offset;  // [B] or null
-  const int32_t* phis;   // [K]
-  const double* terms;   // [K, TERM_NUMBERS]
-  int64_t B, K;
-  bool per_token;    // whether the terms are of log-ratios per token
-  bool mean_reward;  // whether rewards are of those, too
-  double* found;     // [FOUND, B]
-};
 
 // Of log-probs [S]; counts [S] of their tokens are read if `per_token`.
 void ordinary(const Ordinary&, const double* sums, const double* counts);

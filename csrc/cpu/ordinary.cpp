@@ -1,10 +1,7 @@
 // Losses and slopes of pairs, and what is told of them, in double and in order.
-#include "functions.h"
-
-#include <algorithm>
 #include <vector>
 
-#include "../pair_terms.h"
+#include "functions.h"
 
 namespace dpo {
 namespace {
@@ -20,28 +17,7 @@ void write_fields(const double* found, int64_t B, double divisor, T* loss, T* fi
 }  // namespace
 
 void ordinary(const Ordinary& p, const double* sums, const double* counts) {
-  for (int64_t i = 0; i < p.B; ++i) {
-    const double beta = p.betas ? p.betas[i] : p.beta, offset = p.offset ? p.offset[i] : 0;
-    double score[2], tokens[2], reward[2];
-    for (int side = 0; side < 2; ++side) {
-      const int64_t s = i + side * p.B;
-      const double ratio = p.reference ? sums[s] - p.reference[s] : sums[s];
-      tokens[side] = p.per_token ? std::max(counts[s], 1.0) : 1;
-      score[side] = ratio / tokens[side];
-      reward[side] = (p.mean_reward ? score[side] : ratio) * beta;
-    }
-    const PairTerms r = pair_terms(score[0], score[1], beta, offset, p.phis, p.terms, p.K);
-    const double found[FOUND] = {r.loss,
-                                 sums[i],
-                                 sums[p.B + i],
-                                 reward[0],
-                                 reward[1],
-                                 reward[0] - reward[1],
-                                 reward[0] > reward[1] ? 1.0 : 0.0,
-                                 r.du / tokens[0],
-                                 r.dv / tokens[1]};
-    for (int64_t row = 0; row < FOUND; ++row) p.found[row * p.B + i] = found[row];
-  }
+  for (int64_t i = 0; i < p.B; ++i) ordinary_pair(p, p.phis, p.terms, i, sums, counts);
 }
 
 void ordinary_rows(const Ordinary& p, TokenLogps rows, SequenceSum place) {

@@ -138,7 +138,7 @@ DPO_DEVICE uint32_t f16_min(uint32_t a, uint32_t b) {
 #endif
 }
 
-// How a dtype lies in a 16-byte vector. `unpack` flips signs where `sign` is the sign bit, not 0;
+// How a dtype lies in a 16-byte vector. A word of LOWEST is -inf. `unpack` flips signs where `sign` is the sign bit, not 0;
 // `larger` and `smaller` work on a word of a vector, `fold_max` and `fold_min` are of its elements.
 template <class T>
 struct Elements;
@@ -146,6 +146,7 @@ struct Elements;
 template <>
 struct Elements<float> {
   static constexpr int N = 4;
+  static constexpr uint32_t LOWEST = 0xff800000u;
   static DPO_DEVICE void unpack(const Vec& v, float* x, uint32_t sign) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = as_float(v.w[i] ^ sign);
@@ -171,6 +172,7 @@ struct Elements<float> {
 template <>
 struct Elements<bf16> {
   static constexpr int N = 8;
+  static constexpr uint32_t LOWEST = 0xff80ff80u;
   static DPO_DEVICE void unpack(const Vec& v, float* x, uint32_t sign) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -208,6 +210,7 @@ struct Elements<bf16> {
 template <>
 struct Elements<f16> {
   static constexpr int N = 8;
+  static constexpr uint32_t LOWEST = 0xfc00fc00u;
   static DPO_DEVICE float one(uint32_t bits) {
 #ifdef __CUDACC__
     float x;
@@ -265,6 +268,8 @@ DPO_DEVICE float smallest(const Vec (&v)[VECTORS]) {
   for (int i = 1; i < VECTORS * 4; ++i) w = Elements<T>::smaller(w, v[i / 4].w[i % 4]);
   return Elements<T>::fold_min(w);
 }
+
+constexpr int LINE = 8;  // vectors: 128 bytes, what memory is moved in
 
 // A row of V elements that may start anywhere: `head` elements up to the first 16-byte boundary,
 // `vectors` whole vectors, and the rest.
@@ -387,6 +392,70 @@ DPO_DEVICE void block_barrier() {
   asm volatile("bar.sync 0;" ::: "memory");
 #else
   __syncthreads();
+#endif
+}
+
+// Where `count` threads of a block say, round after round, that something is done, in shared memory.
+// What they wrote before is seen by whom has waited for the round. Nobody may be two rounds ahead.
+struct Arrivals {
+  uint64_t state;
+};
+
+DPO_DEVICE void begin_arrivals(Arrivals* a, int count) {  // a barrier before the first use
+#ifdef __CUDACC__
+  const uint32_t at = (uint32_t)__cvta_generic_to_shared(a);
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+#else
+  host::begin_arrivals(&a->state, count);
+#endif
+}
+
+DPO_DEVICE void arrive(Arrivals* a) {
+#ifdef __CUDACC__
+  const uint32_t at = (uint32_t)__cvta_generic_to_shared(a);
+  asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(at) : "memory");
+#else
+  host::arrive(&a->state);
+#endif
+}
+
+DPO_DEVICE bool arrived(const Arrivals* a, unsigned round) {
+#ifdef __CUDACC__
+  const uint32_t at = (uint32_t)__cvta_generic_to_shared(a);
+  uint32_t yes;
+  asm volatile(
+      "{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+      : "=r"(yes)
+      : "r"(at), "r"(round & 1)
+      : "memory");
+  return yes;
+#else
+  return host::arrived(&a->state, round);
+#endif
+}
+
+// Waits asleep where the device can.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define DPO_WAIT "try_wait"
+#else
+#define DPO_WAIT "test_wait"
+#endif
+
+DPO_DEVICE void wait_for(const Arrivals* a, unsigned round) {
+#ifdef __CUDACC__
+  const uint32_t at = (uint32_t)__cvta_generic_to_shared(a);
+  for (;;) {
+    uint32_t yes;
+    asm volatile("{.reg .pred p; mbarrier." DPO_WAIT
+                 ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(yes)
+                 : "r"(at), "r"(round & 1)
+                 : "memory");
+    if (yes) break;
+    __nanosleep(32);
+  }
+#else
+  host::wait_for(&a->state, round);
 #endif
 }
 

@@ -14,7 +14,16 @@ constexpr int THREADS = 256, WARPS = THREADS / WARP;
 struct Arguments {
   SequenceSum p;
   int64_t rows, T;
+  Scale scale;
 };
+
+// Of the sum of sequence s.
+DPO_DEVICE double gradient_of(const Arguments& a, int64_t s) {
+  const Scale& by = a.scale;
+  double k = by.factor;
+  if (by.scale) k *= by.scale[by.each ? s % (a.p.S / 2) : 0];
+  return k != 0 ? k * a.p.grad[s] : 0;
+}
 
 struct Shared {
   int64_t scored[WARPS];
@@ -61,7 +70,7 @@ __global__ void __launch_bounds__(THREADS) kernel(const __grid_constant__ Argume
     const int64_t other = count_sequence(a, shared, (s + p.S / 2) % p.S);
     head = own < other ? own : other;
   }
-  const double g = BACKWARD ? p.grad[s] : 0;
+  const double g = BACKWARD ? gradient_of(a, s) : 0;
   double sum = 0;
   int64_t count = 0;
   for (int64_t start = first; start < end; start += THREADS) {
@@ -91,9 +100,9 @@ __global__ void __launch_bounds__(THREADS) kernel(const __grid_constant__ Argume
 }
 
 template <bool BACKWARD>
-const char* run(const SequenceSum& p, int64_t rows, Stream to) {
+const char* run(const SequenceSum& p, int64_t rows, const Scale& scale, Stream to) {
   if (p.S == 0) return nullptr;
-  const Arguments a{p, rows, rows / p.S};
+  const Arguments a{p, rows, rows / p.S, scale};
   return on_device(to, [&] {
     return launch(kernel<BACKWARD>, dim3((unsigned)p.S), THREADS, sizeof(Shared), to.stream, a);
   });
@@ -102,11 +111,12 @@ const char* run(const SequenceSum& p, int64_t rows, Stream to) {
 }  // namespace sequence_sum_kernels
 
 const char* sequence_sum(const SequenceSum& p, int64_t rows, Stream to) {
-  return run<false>(p, rows, to);
+  return run<false>(p, rows, {}, to);
 }
 
-const char* sequence_sum_backward(const SequenceSum& p, int64_t rows, Stream to) {
-  return run<true>(p, rows, to);
+const char* sequence_sum_backward(const SequenceSum& p, int64_t rows, const Scale& scale,
+                                  Stream to) {
+  return run<true>(p, rows, scale, to);
 }
 
 }  // namespace cuda

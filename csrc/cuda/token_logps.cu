@@ -1,14 +1,15 @@
 // Log-prob, log-sum-exp and statistics of each scored row in one read.
 //
 // A persistent grid takes items, (row, part of the row), in order from a ticket: a block that meets
-// unscored rows takes more of them. One warp of each block, the scout, looks ahead for the next
-// scored item and finishes the last one, so that skipping rows, where a row lies and what is made of
-// its sums cost the others nothing. Each thread of the others keeps STAGES groups of 16-byte copies
-// in flight into shared memory that it alone reads (no barrier), across the ends of rows too, so that
-// memory stays busy while a row is reduced. A thread carries its maximum in fp32 and its sum in fp64
-// and rescales only when a group of elements raises its maximum; threads meet once an item. No result
-// depends on which block took which item: reductions are in fixed order, and parts of a row are
-// combined in order by the block that finishes last.
+// unscored rows takes more of them. One warp of each block, the scout, looks ahead for scored items
+// and finishes those that were read, so that skipping rows, where a row lies and what is made of its
+// sums cost the others nothing. Each thread of the others keeps STAGES groups of 16-byte copies in
+// flight into shared memory that it alone reads, across the ends of rows too. No warp waits for
+// another but the scout: a warp that is done with an item says so and goes on, up to AHEAD items
+// from the slowest. A thread carries its maximum in fp32 and its sum in fp64 and rescales only when
+// a group of elements raises its maximum. No result depends on which block took which item:
+// reductions are in fixed order, and parts of a row are combined in order by the block that finishes
+// last.
 #include <type_traits>
 
 #include "row_sums.h"
@@ -24,7 +25,10 @@ inline namespace token_logps_kernels {
 #define DPO_FORWARD_CONFIG 352, 4, 2, 2
 #endif
 #ifndef DPO_FORWARD_RICH_CONFIG  // with statistics, which need registers
-#define DPO_FORWARD_RICH_CONFIG 352, 2, 4, 2
+#define DPO_FORWARD_RICH_CONFIG 352, 3, 2, 2
+#endif
+#ifndef DPO_FORWARD_CAPPED_CONFIG  // with statistics of soft-capped logits, which need more of them
+#define DPO_FORWARD_CAPPED_CONFIG 352, 2, 4, 2
 #endif
 
 template <int THREADS_, int VECTORS_, int STAGES_, int BLOCKS_>
@@ -34,10 +38,11 @@ struct Config {
 };
 using Forward = Config<DPO_FORWARD_CONFIG>;
 using RichForward = Config<DPO_FORWARD_RICH_CONFIG>;
+using CappedForward = Config<DPO_FORWARD_CAPPED_CONFIG>;
 
 // Zero before and after every launch.
 struct Counters {
-  uint32_t ticket;
+  uint32_t ticket;  // taken, besides each block's first
   uint32_t finished;  // blocks
   // then uint32_t [rows] parts done
 };
@@ -45,24 +50,29 @@ struct Counters {
 struct Item {
   int row;  // -1: no more
   int part;
-  int y;  // the target, and its scaled logit
-  float zy;
+  int y;  // the target
+  float zy;  // its scaled logit, for statistics
   const void* x;  // the row
   int head, tail;  // elements outside the whole vectors
   int first, end;  // the part's vectors, counted in the row
 };
 
+// Items found and not yet finished, at most: more would leave the last ones to few blocks.
+constexpr int AHEAD = 2;
+
+// Of item i all but the ring lies at i % AHEAD.
 template <class C>
 struct Shared {
   Vec ring[C::STAGES][C::VECTORS][C::THREADS];
-  Partial warps[2][C::WARPS];  // by parity of the item: one barrier an item is then enough
-  Item items[3];  // the one at work, the next (being copied) and the one looked for
+  Partial warps[AHEAD][C::WARPS];
+  Item items[AHEAD];
+  Arrivals found[AHEAD], read[AHEAD];  // the scout's, and the other warps'
 };
 
 // Of 100 KB a multiprocessor of sm_86, 89 and 120; a block costs 1 KB besides its own.
 template <class C>
 constexpr bool FITS = C::BLOCKS * (sizeof(Shared<C>) + 1024) <= 100 * 1024;
-static_assert(FITS<Forward> && FITS<RichForward>,
+static_assert(FITS<Forward> && FITS<RichForward> && FITS<CappedForward>,
               "the blocks of the forward do not fit beside each other");
 
 struct Arguments {
@@ -79,26 +89,36 @@ DPO_DEVICE int part_of(int n, int part, int parts) {
   return parts == 1 ? n * part : (int)((int64_t)n * part / parts);
 }
 
+// A warp's tickets: the next is on its way while one is looked at.
+struct Tickets {
+  const Arguments& a;
+  unsigned next = blockIdx.x;
+
+  DPO_DEVICE explicit Tickets(const Arguments& a) : a(a) {}
+
+  // Less than all items; -1 after the last.
+  DPO_DEVICE int take() {
+    const unsigned ticket = __shfl_sync(FULL, next, 0);
+    if (ticket >= (unsigned)a.rows * a.splits) return -1;
+    if (threadIdx.x % WARP == 0) next = add_relaxed(&a.counters->ticket, 1) + gridDim.x;
+    return (int)ticket;
+  }
+};
+
 // A warp's: the next scored item; rows that are not scored are written on the way.
-template <class T, bool SOFTCAP>
-DPO_DEVICE bool find_item(const Arguments& a, Item* slot, bool more) {
-  const int lane = threadIdx.x % WARP;
+template <class T>
+DPO_DEVICE Item find_item(const Arguments& a, Tickets& tickets) {
   Item item{};
   item.row = -1;
-  while (more) {
-    unsigned ticket = 0;
-    if (lane == 0) ticket = add_relaxed(&a.counters->ticket, 1);
-    ticket = __shfl_sync(FULL, ticket, 0);
-    if (ticket >= (unsigned)a.rows * a.splits) break;
-    const int row = (int)(ticket / a.splits);
+  for (int ticket; (ticket = tickets.take()) >= 0;) {
+    const int row = ticket / a.splits;
     const int64_t y = a.p.targets[row];
-    item.part = (int)(ticket % a.splits);
+    item.part = ticket % a.splits;
     if (y != a.p.ignore_index && y >= 0 && y < a.p.V) {
       const T* x = row_at((const T*)a.p.logits, a.p.stride_r, a.p.stride_t, a.p.T, row);
       const Span span = span_of(x, a.V);
       item.row = row;
       item.y = (int)y;
-      item.zy = scaled<SOFTCAP>(a.scaling, turned(a.scaling, x[y]));
       item.x = x;
       item.head = span.head;
       item.tail = span.tail;
@@ -106,17 +126,14 @@ DPO_DEVICE bool find_item(const Arguments& a, Item* slot, bool more) {
       item.end = part_of(span.vectors, item.part + 1, a.splits);
       break;
     }
-    if (item.part) continue;
-    if (lane == 0) {
-      const float value = y == a.p.ignore_index ? 0.0f : NAN;
-      a.p.logps[row] = value;
-      a.p.lse[row] = value;
-      for (float* stat : {a.p.entropy, a.p.mean_logits, a.p.is_top1, a.p.log_sum_sq_probs})
-        if (stat) stat[row] = value;
-    }
+    if (item.part || threadIdx.x % WARP) continue;
+    const float value = y == a.p.ignore_index ? 0.0f : NAN;
+    a.p.logps[row] = value;
+    a.p.lse[row] = value;
+    for (float* stat : {a.p.entropy, a.p.mean_logits, a.p.is_top1, a.p.log_sum_sq_probs})
+      if (stat) stat[row] = value;
   }
-  if (lane == 0) *slot = item;
-  return item.row >= 0;
+  return item;
 }
 
 // One lane's: the row's results from all of its sums.
@@ -176,46 +193,87 @@ DPO_DEVICE void finish_item(const Arguments& a, int row, int part, int y, float 
   if (lane == 0) store_row(a, row, y, zy, sums);
 }
 
-// The scout's work: item i + 2 is found while item i is read, then item i is finished.
+// The scout's work: items are found ahead of the slowest warp, then item i is finished.
 template <class T, bool SOFTCAP, bool STATS, class C>
 DPO_DEVICE void scout(const Arguments& a, Shared<C>& shared) {
+  const int lane = threadIdx.x % WARP;
+  Tickets tickets(a);
+  T target{};  // the target's logit of item i, in lane i % AHEAD: loaded while the item is read
   bool more = true;
+  int found = 0;
 #pragma unroll 1
-  for (int i = -2;; ++i) {
-    int row = -1, part = 0, y = 0;
-    float zy = 0;
-    if (i >= 0) {
-      const Item& item = shared.items[i % 3];
-      row = item.row, part = item.part, y = item.y, zy = item.zy;
-      if (row < 0) break;
+  for (int i = 0;; ++i) {
+    for (; more && found < i + AHEAD; ++found) {
+      const int slot = found % AHEAD;
+      Item item = find_item<T>(a, tickets);
+      more = item.row >= 0;
+      if (more && lane == slot) target = ((const T*)item.x)[item.y];
+      if constexpr (STATS) {
+        if (lane == slot) item.zy = scaled<SOFTCAP>(a.scaling, turned(a.scaling, target));
+      }
+      if (lane == slot) {
+        shared.items[slot] = item;
+        arrive(&shared.found[slot]);
+      }
     }
-    more = find_item<T, SOFTCAP>(a, &shared.items[(i + 2) % 3], more);
-    if (i >= -1) block_barrier();
-    if (i >= 0) finish_item<STATS, C::WARPS>(a, row, part, y, zy, shared.warps[i % 2]);
+    __syncwarp();
+    const int slot = i % AHEAD;
+    const Item& item = shared.items[slot];
+    const int row = item.row, part = item.part, y = item.y;
+    if (row < 0) break;
+    wait_for(&shared.read[slot], i / AHEAD);
+    float zy = scaled<SOFTCAP>(a.scaling, turned(a.scaling, target));
+    zy = __shfl_sync(FULL, zy, slot);
+    finish_item<STATS, C::WARPS>(a, row, part, y, zy, shared.warps[slot]);
   }
   // Every block has taken its last ticket when the last one arrives here.
-  if (threadIdx.x % WARP == 0 && add_acq_rel(&a.counters->finished, 1) == gridDim.x - 1) {
+  if (lane == 0 && add_acq_rel(&a.counters->finished, 1) == gridDim.x - 1) {
     a.counters->ticket = 0;
     a.counters->finished = 0;
   }
 }
 
-// The vectors of an item that this thread copies and adds.
+// The vectors of an item that this thread copies and adds, a stage at a time. A warp's begin on a
+// line of 128 bytes wherever the row does.
 template <class T, class C>
 struct Stream16 {
   const Vec* base = nullptr;
   int next = 0, end = 0;  // this thread's next vector, and the item's end
-  int stages = 0;  // still to copy
 
   static constexpr int STEP = C::THREADS * C::VECTORS;
 
   DPO_DEVICE void open(const Item& item) {
     base = (const Vec*)((const T*)item.x + item.head);
     end = item.end;
-    stages = (end - item.first + STEP - 1) / STEP;
-    next = item.first + threadIdx.x;
+    next = item.first + threadIdx.x - (int)(((uintptr_t)(base + item.first) >> 4) & (LINE - 1));
+    if (next < item.first) next += C::THREADS;
   }
+
+  DPO_DEVICE bool done() const { return next >= end; }
 };
+
+// The column outside the whole vectors that is a thread's; -1: none.
+template <int N>
+DPO_DEVICE int edge_of(const Item& item, int V, int thread) {
+  if (item.part) return -1;
+  if (thread < item.head) return thread;
+  return thread >= N && thread - N < item.tail ? V - item.tail + thread - N : -1;
+}
+
+// Adds a thread's last vectors of an item, fewer than a stage: COUNT, of which those beyond `left`
+// (THREADS apart) do not exist and count as -inf.
+template <int COUNT, class T, class C>
+DPO_DEVICE void add_filled(Sums<false>& sums, const Vec (&ring)[C::VECTORS][C::THREADS], int left,
+                           const Scaling& c) {
+  const uint32_t nothing = Elements<T>::LOWEST ^ c.sign ^ (sizeof(T) == 2 ? c.sign >> 16 : 0);
+  Vec v[COUNT];
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    v[j] = ring[j][threadIdx.x];
+    if (j && j * C::THREADS >= left) v[j] = {{nothing, nothing, nothing, nothing}};
+  }
+  add<T, false>(sums, v, c, 0.0f, 0, [](int) { return 0; });
+}
 
 template <class T, bool SOFTCAP, bool STATS, class C>
 __global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS)
@@ -223,89 +281,99 @@ __global__ void __launch_bounds__(C::THREADS + WARP, C::BLOCKS)
   constexpr int N = Elements<T>::N;
   Shared<C>& shared = *(Shared<C>*)shared_memory();
   const int thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
-  if (warp == C::WARPS) return scout<T, SOFTCAP, STATS>(a, shared);
+  if (thread < AHEAD) {
+    begin_arrivals(&shared.found[thread], 1);
+    begin_arrivals(&shared.read[thread], C::WARPS);
+  }
   block_barrier();
+  if (warp == C::WARPS) return scout<T, SOFTCAP, STATS>(a, shared);
   Stream16<T, C> copy, use;
   int copied = -1;  // the item `copy` is in, counted as `i`
-  int slot = 0;  // of the ring, the next to use and then to fill
-  int ahead = 0;  // stages copied and not yet used
+  int slot = 0;  // of the ring, the next to use
+  int ahead = 0;  // stages copied and not yet used up
   for (int i = 0;; ++i) {
-    const Item& item = shared.items[i % 3];
+    wait_for(&shared.found[i % AHEAD], i / AHEAD);
+    const Item& item = shared.items[i % AHEAD];
     if (item.row < 0) break;
-    const int y = item.y, head = item.head;
-    const float zy = item.zy;
     use.open(item);
     // What lies before the first and after the last whole vector: an element a thread, loaded now
     // and added last.
-    int edge_column = -1;
     float edge = 0;
-    if (item.part == 0) {
-      if (thread < head) edge_column = thread;
-      if (thread >= N && thread - N < item.tail) edge_column = a.V - item.tail + thread - N;
-      if (edge_column >= 0) edge = turned(a.scaling, ((const T*)item.x)[edge_column]);
-    }
+    if (const int column = edge_of<N>(item, a.V, thread); column >= 0)
+      edge = turned(a.scaling, ((const T*)item.x)[column]);
     Sums<STATS> sums;
-    auto copy_stage = [&](int to) {
-      while (copy.stages == 0) {
-        if (copied > i) return;  // the item after the next is not known yet
-        const Item& following = shared.items[(copied + 1) % 3];
+    auto copy_stage = [&] {
+      while (copy.done()) {
+        const int next = copied + 1;
+        if (next > i && !arrived(&shared.found[next % AHEAD], next / AHEAD)) return;
+        const Item& following = shared.items[next % AHEAD];
         if (following.row < 0) return;
         copy.open(following);
-        ++copied;
+        copied = next;
       }
+      const int to = (slot + ahead) % C::STAGES;
 #pragma unroll
       for (int v = 0; v < C::VECTORS; ++v)
         if (copy.next + v * C::THREADS < copy.end)
           async_copy(&shared.ring[to][v][thread], copy.base + copy.next + v * C::THREADS);
-      copy.next += C::VECTORS * C::THREADS;
+      copy.next += copy.STEP;
       async_commit();
-      --copy.stages;
       ++ahead;
     };
-    while (ahead < C::STAGES) {
-      const int before = ahead;
-      copy_stage((slot + ahead) % C::STAGES);
-      if (ahead == before) break;
-    }
-    for (; use.stages; --use.stages) {
+    for (int k = ahead; k < C::STAGES; ++k) copy_stage();
+    for (; !use.done(); use.next += use.STEP) {
       if (ahead == C::STAGES)
         async_wait<C::STAGES - 1>();
       else
         async_wait<0>();
       const int left = use.end - use.next;  // vectors of a stage lie THREADS apart
-      const bool whole = left > (C::VECTORS - 1) * C::THREADS;
-      const int column = head + use.next * N;
-      if (whole) {
+      // Read where it is needed: statistics have no register to spare.
+      const float zy = STATS ? item.zy : 0;
+      const auto column = [&item, &use](int j, int i) {
+        return item.head + (use.next + j * C::THREADS) * N + i;
+      };
+      const auto& ring = shared.ring[slot];
+      if (left > (C::VECTORS - 1) * C::THREADS) {
         Vec v[C::VECTORS];
 #pragma unroll
-        for (int j = 0; j < C::VECTORS; ++j) v[j] = shared.ring[slot][j][thread];
-        --ahead;
-        copy_stage(slot);  // this thread has read the slot, which it fills again
-        add<T, SOFTCAP>(sums, v, a.scaling, zy, y,
-                        [column](int i) { return column + i / N * C::THREADS * N + i % N; });
+        for (int j = 0; j < C::VECTORS; ++j) v[j] = ring[j][thread];
+        copy_stage();  // this thread has read the slot, which it may fill again
+        add<T, SOFTCAP>(sums, v, a.scaling, zy, item.y,
+                        [column](int i) { return column(i / N, i % N); });
       } else {
-#pragma unroll 1
-        for (int j = 0; j * C::THREADS < left; ++j) {
-          const Vec v[1] = {shared.ring[slot][j][thread]};
-          const int first = column + j * C::THREADS * N;
-          add<T, SOFTCAP>(sums, v, a.scaling, zy, y, [first](int i) { return first + i; });
+        bool filled = false;
+        if constexpr (!SOFTCAP && !STATS) {
+          filled = a.scaling.k > 0;
+          if (filled && left > C::VECTORS / 2 * C::THREADS)
+            add_filled<C::VECTORS, T, C>(sums, ring, left, a.scaling);
+          else if (filled)
+            add_filled<C::VECTORS / 2, T, C>(sums, ring, left, a.scaling);
         }
-        --ahead;
-        copy_stage(slot);
+#pragma unroll 1
+        for (int j = 0; !filled && j * C::THREADS < left; ++j) {
+          const Vec v[1] = {ring[j][thread]};
+          add<T, SOFTCAP>(sums, v, a.scaling, zy, item.y,
+                          [column, j](int i) { return column(j, i); });
+        }
+        copy_stage();
       }
+      --ahead;
       slot = slot + 1 == C::STAGES ? 0 : slot + 1;
-      use.next += C::VECTORS * C::THREADS;
     }
-    if (edge_column >= 0) add_one<SOFTCAP>(sums, edge, a.scaling, zy, y, edge_column);
+    if (const int column = edge_of<N>(item, a.V, thread); column >= 0)
+      add_one<SOFTCAP>(sums, edge, a.scaling, item.zy, item.y, column);
     merge_warp(sums, a.scaling.k);
-    if (lane == 0) shared.warps[i % 2][warp] = as_partial(sums);
-    block_barrier();
+    if (lane == 0) {
+      shared.warps[i % AHEAD][warp] = as_partial(sums);
+      arrive(&shared.read[i % AHEAD]);
+    }
   }
 }
 
 template <class T, bool SOFTCAP, bool STATS>
 cudaError_t run_forward(const Arguments& a, int sms, void* stream) {
-  using C = std::conditional_t<STATS, RichForward, Forward>;
+  using Rich = std::conditional_t<SOFTCAP, CappedForward, RichForward>;
+  using C = std::conditional_t<STATS, Rich, Forward>;
   const int64_t resident = (int64_t)sms * C::BLOCKS, items = (int64_t)a.rows * a.splits;
   const int64_t blocks = items < resident ? (items ? items : 1) : resident;
   return launch(forward<T, SOFTCAP, STATS, C>, dim3((unsigned)blocks), C::THREADS + WARP,

@@ -79,8 +79,6 @@ DPO_DEVICE float target_gradient(const Scaling& c, const Row& row, double lse, f
   return (float)-expm1((double)z * c.unit - lse) * row.at_target * slope;
 }
 
-constexpr int LINE = 8;  // vectors
-
 // The first of n lines that belongs to a part.
 DPO_DEVICE int line_of(int n, int part, int parts) { return (int)((int64_t)n * part / parts); }
 

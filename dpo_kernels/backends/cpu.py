@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch  # before _C: both then share torch's OpenMP pool
 from torch import Tensor
@@ -255,29 +254,19 @@ def pair_loss_forward(
     return loss, slopes
 
 
-@functools.lru_cache(maxsize=256)
-def _loss(terms: tuple[Any, ...]) -> Any:
-    return _C.OrdinaryLoss(*terms)
-
-
-def _given(p: OrdinaryPairs, B: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments of the compiled functions, and the tensors they point into."""
-    reference = None if p.reference is None else p.reference.double().contiguous()
-    betas, beta = None, p.beta
-    if isinstance(beta, Tensor):
-        betas, beta = beta.expand(B).contiguous(), 0.0
-    pointers = (native.pointer(reference), native.pointer(betas), beta, native.pointer(p.offset))
-    return pointers, (reference, betas)
-
-
 def ordinary(sums: Tensor, counts: Tensor | None, pairs: OrdinaryPairs) -> Tensor:
     """The table of `loss/ordinary.py`, of sums [2B] fp64 and token counts where they are needed."""
     B = sums.shape[0] // 2
     found, sums = sums.new_empty((9, B)), sums.contiguous()
     counts = None if counts is None else counts.double()
-    given, _kept = _given(pairs, B)
+    given, _kept = native.ordinary_given(pairs, B)
     _C.ordinary(
-        _loss(pairs.terms), sums.data_ptr(), native.pointer(counts), *given, B, found.data_ptr()
+        native.ordinary_loss(_C, pairs.terms),
+        sums.data_ptr(),
+        native.pointer(counts),
+        *given,
+        B,
+        found.data_ptr(),
     )
     return found
 
@@ -300,9 +289,15 @@ def ordinary_rows(
     )
     B = (starts.shape[0] - 1) // 2
     found = lse.new_empty((9, B))
-    given, _kept = _given(pairs, B)
+    given, _kept = native.ordinary_given(pairs, B)
     _C.ordinary_rows(
-        _loss(pairs.terms), params, starts.data_ptr(), tail_weight, *given, B, found.data_ptr()
+        native.ordinary_loss(_C, pairs.terms),
+        params,
+        starts.data_ptr(),
+        tail_weight,
+        *given,
+        B,
+        found.data_ptr(),
     )
     return lse, table, found
 
@@ -344,11 +339,13 @@ def ordinary_streamed(
     """`ordinary_rows`, `ordinary_fields`, and `ordinary_rows_backward` over the logits."""
     N, V = logits.shape
     loss, fields = logits.new_empty((), dtype=dtype), logits.new_empty((6, B), dtype=dtype)
-    given, _kept = _given(pairs, B)
+    given, _kept = native.ordinary_given(pairs, B)
     boundaries = places.data_ptr() + 8 * (places.shape[0] - N - 2 * B - 1)
     rows = (logits.data_ptr(), logits.stride(0), N, V, boundaries, ignore_index, tail_weight)
     rest = (B, divisor, dtype == torch.float64, loss.data_ptr(), fields.data_ptr())
-    _C.ordinary_streamed(_loss(pairs.terms), *rows, native.numbers(transform), *given, *rest)
+    _C.ordinary_streamed(
+        native.ordinary_loss(_C, pairs.terms), *rows, native.numbers(transform), *given, *rest
+    )
     return loss, fields.unbind(0)
 
 

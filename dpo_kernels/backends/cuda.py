@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _C
 from ..inputs.transform import LogitTransform
 from . import native
+from .terms import OrdinaryPairs
 
 name = "cuda"
 ROUNDS = True  # whether a backward may write a gradient narrower than its logits
@@ -138,14 +139,30 @@ def sequence_sum_backward(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `backends.torch.sequence_sum_backward`."""
-    module, grad, targets = _module(grad), grad.double().contiguous(), targets.contiguous()
-    starts = _starts(cu_seqlens)
+    grad = grad.double().contiguous()
+    return _sums_backward(grad, 1.0, targets, cu_seqlens, ignore_index, tail_weight).to(dtype)
+
+
+def _sums_backward(
+    grad: Tensor,  # [S] fp64 contiguous
+    scale: float | Tensor,  # of all, or a tensor [] or [S / 2] fp64
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    tail_weight: float,
+) -> Tensor:
+    module, targets, starts = _module(grad), targets.contiguous(), _starts(cu_seqlens)
     S = targets.shape[0] if starts is None else starts.numel() - 1
     params, d_values = native.sequence_sum_backward(
         module, grad, targets, starts, S, ignore_index, tail_weight
     )
-    module.cuda_sequence_sum_backward(params, targets.numel(), *_where(grad))
-    return d_values.to(dtype)
+    if isinstance(scale, Tensor):
+        scale = scale.contiguous()
+        by = (1.0, scale.data_ptr(), scale.dim())
+    else:
+        by = (scale, 0, 0)
+    module.cuda_sequence_sum_backward(params, targets.numel(), *by, *_where(grad))
+    return d_values
 
 
 def pair_loss_forward(
@@ -172,3 +189,45 @@ def pair_loss_forward(
         *_where(u),
     )
     return loss, slopes
+
+
+def ordinary(sums: Tensor, counts: Tensor | None, pairs: OrdinaryPairs) -> Tensor:
+    """As `backends.cpu.ordinary`."""
+    module, B = _module(sums), sums.shape[0] // 2
+    found, sums = sums.new_empty((9, B)), sums.contiguous()
+    counts = None if counts is None else counts.double()
+    given, _kept = native.ordinary_given(pairs, B)
+    module.cuda_ordinary(
+        native.ordinary_loss(module, pairs.terms),
+        sums.data_ptr(),
+        native.pointer(counts),
+        *given,
+        B,
+        found.data_ptr(),
+        *_where(sums),
+    )
+    return found
+
+
+def ordinary_fields(
+    found: Tensor, divisor: float, dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As `backends.cpu.ordinary_fields`."""
+    B, wide = found.shape[1], dtype == torch.float64
+    loss, fields = found.new_empty((), dtype=dtype), found.new_empty((6, B), dtype=dtype)
+    _module(found).cuda_ordinary_fields(
+        found.data_ptr(), B, divisor, wide, loss.data_ptr(), fields.data_ptr(), *_where(found)
+    )
+    return loss, fields.unbind(0)
+
+
+def ordinary_sums_backward(
+    found: Tensor,  # [9, B]
+    scale: float | Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    tail_weight: float,
+) -> Tensor:
+    """d loss / d log-probs [R, T] fp32: `scale` times the slopes, by `sequence_sum_backward`."""
+    return _sums_backward(found[7:], scale, targets, cu_seqlens, ignore_index, tail_weight)

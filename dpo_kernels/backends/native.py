@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..inputs.transform import LogitTransform
+from .terms import OrdinaryPairs
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -190,8 +192,10 @@ def sequence_sum_backward(
     ignore_index: int,
     tail_weight: float,
 ) -> tuple[Any, Tensor]:
-    """Parameters of the sums' backward, and d_values [R, T], zero so far."""
-    d_values = targets.new_zeros(targets.shape, dtype=torch.float32)
+    """Parameters of the sums' backward, and d_values [R, T], zero where nothing will be written."""
+    # Boundaries may leave rows out.
+    new = targets.new_empty if starts is None else targets.new_zeros
+    d_values = new(targets.shape, dtype=torch.float32)
     params = module.SequenceSum(
         targets.data_ptr(),
         pointer(starts),
@@ -205,3 +209,19 @@ def sequence_sum_backward(
         d_values.data_ptr(),
     )
     return params, d_values
+
+
+@functools.lru_cache(maxsize=256)
+def ordinary_loss(module: ModuleType, terms: tuple[Any, ...]) -> Any:
+    """`OrdinaryPairs.terms` as the module has them."""
+    return module.OrdinaryLoss(*terms)
+
+
+def ordinary_given(p: OrdinaryPairs, B: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What else the module takes of an ordinary loss, and the tensors that this points into."""
+    reference = None if p.reference is None else p.reference.double().contiguous()
+    betas, beta = None, p.beta
+    if isinstance(beta, Tensor):
+        betas, beta = beta.expand(B).contiguous(), 0.0
+    pointers = (pointer(reference), pointer(betas), beta, pointer(p.offset))
+    return pointers, (reference, betas)

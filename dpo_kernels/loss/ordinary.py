@@ -2,10 +2,11 @@
 
 Most rows of the table, taken alone, are a function of u - v, or of u and v, where u and v are
 log-ratios, or log-ratios per scored token. `pair_loss_forward` of a backend gives their value and
-slopes in one call, so that all between logits and loss is one autograd function (`at_once.py`). On
-the CPU, where a small batch costs what its calls cost, it is one call of the compiled module
-forward and one back. What else a loss may have (a list of losses, an SFT term, weights, sorting, a
-KL, a learned beta) is composed of ops in `from_pairs.py`, which says what both mean.
+slopes in one call, so that all between logits and loss is one autograd function (`at_once.py`). A
+small batch costs what its calls cost: on the CPU it is one call of the compiled module forward and
+one back; backend `cuda` makes the table of the pairs in one launch, loss and fields in another.
+What else a loss may have (a list of losses, an SFT term, weights, sorting, a KL, a learned beta) is
+composed of ops in `from_pairs.py`, which says what both mean.
 
 Letters: `B` pairs, `S` = 2B sequences, chosen then rejected, `R` rows, `T` positions.
 """
@@ -156,7 +157,11 @@ class Ordinary:
         if at_once is not None and isinstance(scale, float):
             at_once(found, scale, logits, *place, lse, transform, out)
             return
-        d = impl.sequence_sum_backward(_times(found, scale), *place, torch.float32)
+        sums_backward = getattr(impl, "ordinary_sums_backward", None)
+        if sums_backward is not None:
+            d = sums_backward(found, scale, *place)
+        else:
+            d = impl.sequence_sum_backward(_times(found, scale), *place, torch.float32)
         impl.token_logps_backward(d, logits, targets, lse, ignore, transform, out)
 
     def scaled(self, found: Tensor, g: Tensor) -> Tensor:

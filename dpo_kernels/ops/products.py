@@ -24,6 +24,7 @@ from .. import backends
 logger = logging.getLogger("dpo_kernels.products")
 
 NARROW = (torch.bfloat16, torch.float16)
+VECTOR = 8  # elements: 16 bytes of a narrow dtype
 BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
 
 
@@ -127,6 +128,10 @@ def multiply(
 
     Narrow operands that cannot be added in place, or have a unit, go through `scratch` bytes.
     """
+    if _wants_whole_vectors(out) and (parts := whole_vectors(a, b, out)):
+        for a_, b_, out_, more in parts:
+            multiply(a_, b_, out_, add=add or more, unit=unit, scratch=scratch)
+        return out
     if a.dtype == out.dtype:
         assert unit is None
         return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
@@ -147,6 +152,31 @@ def multiply(
         else:
             torch.mul(part, unit, out=rows)
     return out
+
+
+def _wants_whole_vectors(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+Part = tuple[Tensor, Tensor, Tensor, bool]  # a, b, out, and whether it is added to another
+
+
+def whole_vectors(a: Tensor, b: Tensor, out: Tensor) -> list[Part]:
+    """The parts of out = a @ b without an odd length along memory; empty if there is none.
+
+    cuBLAS leaves the tensor cores' fast kernels where a matrix has a row whose length is not a
+    multiple of 8, also if the rows' pitch is one: a vocabulary of one token more costs eight times
+    the product. So the last few rows, columns or summands are multiplied apart.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    m, k, n = M // VECTOR * VECTOR, K // VECTOR * VECTOR, N // VECTOR * VECTOR
+    if n and n < N and out.stride(1) == 1:
+        return [(a, b[:, :n], out[:, :n], False), (a, b[:, n:], out[:, n:], False)]
+    if m and m < M and a.stride(0) == 1:
+        return [(a[:m], b, out[:m], False), (a[m:], b, out[m:], False)]
+    if k and k < K and a.stride(1) == 1:
+        return [(a[:, :k], b[:k], out, False), (a[:, k:], b[k:], out, True)]
+    return []
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from types import ModuleType
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 CONFIG = [
-    "-DDPO_FORWARD_CONFIG=64,2,3,2",
-    "-DDPO_FORWARD_RICH_CONFIG=64,2,2,2",
+    "-DDPO_FORWARD_CONFIG=64,4,3,2",
+    "-DDPO_FORWARD_RICH_CONFIG=64,3,2,2",
+    "-DDPO_FORWARD_CAPPED_CONFIG=64,2,2,2",
     "-DDPO_BACKWARD_CONFIG=64,2,2,4",
 ]
 SANITIZERS = {

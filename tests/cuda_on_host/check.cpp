@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/device.h"
+#include "ordinary.h"
 
 using namespace dpo;
 
@@ -113,10 +114,13 @@ void check_rows(const Case& c, std::mt19937& random) {
     for (int64_t v = 0; v < c.V; ++v) x.set(row, v, normal(random));
     targets[row] = row % 3 == 1 ? IGNORE : (int64_t)(random() % c.V);
     if (row % 7 == 3) targets[row] = row % 2 ? c.V : -1;  // out of range
-    if (row % 5 == 4)
+    if (row % 5 == 4 && c.transform.scale != 0)
       for (int64_t v = 0; v < c.V / 2; ++v)
         if (v != targets[row]) x.set(row, v, -INFINITY);
-    if (row % 11 == 6) x.set(row, c.V / 3, NAN);
+    if (row % 11 == 6 && c.transform.scale != 0) x.set(row, c.V / 3, NAN);
+    if (row % 4 == 2 && targets[row] >= 0 && targets[row] < c.V)  // the largest, and another is too
+      for (const int64_t v : {targets[row], (int64_t)(random() % c.V)})
+        x.set(row, v, c.transform.scale < 0 ? -40 : 40);
     if (targets[row] == IGNORE) x.set(row, 0, NAN);  // never read
   }
   std::vector<float> logps(rows, 7), entropy(rows, 7), mean(rows, 7), top1(rows, 7), squares(rows, 7);
@@ -207,11 +211,19 @@ void check_sums(const Case& c, std::mt19937& random) {
     std::vector<double> sums(S), grad(S);
     std::vector<int64_t> counts(S);
     for (double& g : grad) g = (double)(random() % 100) / 10 - 5;
+    std::vector<double> scales(S / 2, 1);  // of all sequences, or of each pair
+    cuda::Scale scale{tail == 1 ? 1.0 : -0.5, tail == 1 ? nullptr : scales.data(), c.T % 2};
+    if (scale.scale)
+      for (double& k : scales) k = (double)(random() % 5) - 2;
+    auto scale_of = [&](int64_t s) {
+      return scale.factor * (scale.scale ? scales[scale.each ? s % (S / 2) : 0] : 1);
+    };
+    if (scale_of(0) == 0) grad[0] = INFINITY;  // a scale of 0 gives 0 whatever the gradient
     SequenceSum p{targets.data(), starts.data(), S, IGNORE, tail, values.data(), sums.data(),
                   counts.data(), grad.data(), d_values.data()};
     const cuda::Stream stream{0, nullptr};
     const char* error = cuda::sequence_sum(p, rows, stream);
-    if (!error) error = cuda::sequence_sum_backward(p, rows, stream);
+    if (!error) error = cuda::sequence_sum_backward(p, rows, scale, stream);
     expect(!error, c, error ? error : "", 0, 0);
     std::vector<int64_t> n(S);
     for (int64_t s = 0; s < S; ++s)
@@ -223,7 +235,8 @@ void check_sums(const Case& c, std::mt19937& random) {
       for (int64_t i = starts[s]; i < starts[s + 1]; ++i) {
         const double w = targets[i] == IGNORE ? 0 : rank++ < head ? 1 : tail;
         sum += w * values[i];
-        expect(close(d_values[i], grad[s] * w, 1e-6), c, "d_value", d_values[i], grad[s] * w);
+        const double d = scale_of(s) == 0 ? 0 : scale_of(s) * grad[s] * w;
+        expect(close(d_values[i], d, 1e-6), c, "d_value", d_values[i], d);
       }
       expect(close(sums[s], sum, 1e-9 * (1 + std::fabs(sum))), c, "sum", sums[s], sum);
       expect(counts[s] == n[s], c, "count", (double)counts[s], (double)n[s]);
@@ -252,15 +265,67 @@ void check_pairs(const Case& c, std::mt19937& random) {
   }
 }
 
+// An ordinary loss of sums: the sigmoid of log-ratios, per token where c.stats.
+void check_ordinary(const Case& c, std::mt19937& random) {
+  const int64_t B = 1 + (int64_t)(random() % 300);
+  std::vector<double> sums(2 * B), counts(2 * B), reference(2 * B), found(FOUND * B, 7);
+  const int32_t phis[1] = {0};
+  const double terms[10] = {1, -1, 1, 0, 0, 0, 0, 0, 1, 0};
+  for (int64_t s = 0; s < 2 * B; ++s) {
+    sums[s] = -(double)(random() % 2000) / 10;
+    reference[s] = -(double)(random() % 2000) / 10;
+    counts[s] = (double)(random() % 40);
+  }
+  const double* ref = c.T % 2 ? reference.data() : nullptr;
+  Ordinary p{ref, nullptr, 0.3, nullptr, phis, terms, B, 1, c.stats, false, found.data()};
+  std::vector<float> fields(6 * B, 7);
+  float loss = 7;
+  const cuda::Stream stream{0, nullptr};
+  const char* error = cuda::ordinary(p, sums.data(), counts.data(), stream);
+  if (!error)
+    error = cuda::ordinary_fields(found.data(), B, (double)B, false, &loss, fields.data(), stream);
+  expect(!error, c, error ? error : "", 0, 0);
+  double total = 0;
+  for (int64_t i = 0; i < B; ++i) {
+    double ratio[2], n[2];
+    for (int side = 0; side < 2; ++side) {
+      const int64_t s = i + side * B;
+      ratio[side] = sums[s] - (ref ? reference[s] : 0);
+      n[side] = c.stats ? std::fmax(counts[s], 1) : 1;
+    }
+    const double d = 0.3 * (ratio[0] / n[0] - ratio[1] / n[1]);
+    const double wanted = std::fmax(-d, 0) + std::log1p(std::exp(-std::fabs(d)));
+    const double slope = -0.3 / (1 + std::exp(d));
+    const double row[FOUND] = {wanted,
+                               sums[i],
+                               sums[B + i],
+                               0.3 * ratio[0],
+                               0.3 * ratio[1],
+                               0.3 * (ratio[0] - ratio[1]),
+                               0.3 * ratio[0] > 0.3 * ratio[1] ? 1.0 : 0.0,
+                               slope / n[0],
+                               -slope / n[1]};
+    for (int64_t k = 0; k < FOUND; ++k) {
+      expect(close(found[k * B + i], row[k], 1e-10), c, "found", found[k * B + i], row[k]);
+      if (k >= FIELDS && k < SLOPES) {
+        const float field = fields[(k - FIELDS) * B + i];
+        expect(close(field, row[k], 1e-4), c, "a field", field, row[k]);
+      }
+    }
+    total += wanted;
+  }
+  expect(close(loss, total / (double)B, 1e-5 * (1 + total / (double)B)), c, "loss", loss, total);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 30;
   std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 0);
   // V: one; less than a vector; odd; one stage and a bit; several stages, so that rows are split.
-  const int64_t sizes[] = {1, 5, 61, 517, 1031, 4099};
-  const Transform transforms[] = {{1, 0, 1},  {1, 0, 1 / 0.7}, {-1.3, 0, 1}, {1, 20, 1 / 1.2},
-                                  {1, 5, 1},  {-1.3, 15, 1}};
+  const int64_t sizes[] = {1, 5, 61, 517, 2103, 9001};
+  const Transform transforms[] = {{1, 0, 1},        {1, 0, 1 / 0.7}, {-1.3, 0, 1}, {0, 0, 1},
+                                  {1, 20, 1 / 1.2}, {1, 5, 1},       {-1.3, 15, 1}};
   for (int i = 0; i < cases; ++i) {
     Case c;
     c.R = 1 + random() % 3;
@@ -269,13 +334,13 @@ int main(int argc, char** argv) {
     if (i % 3 == 1) {  // few rows on a wider device: their parts go to several blocks
       c.R = 1;
       c.T = 1 + i % 2;
-      c.V = 4099;
+      c.V = 9001;
     }
     host::sms = i % 3 == 1 ? 5 : 2;
     c.shift = random() % 9;
     c.gap = random() % 4;
     c.dtype = DType(i % 3);
-    c.transform = transforms[random() % 6];
+    c.transform = transforms[random() % 7];
     c.stats = random() % 2;
     c.name = "R=" + std::to_string(c.R) + " T=" + std::to_string(c.T) + " V=" + std::to_string(c.V) +
              " shift=" + std::to_string(c.shift) + " gap=" + std::to_string(c.gap) + " dtype=" +
@@ -286,6 +351,7 @@ int main(int argc, char** argv) {
     check_rows(c, random);
     check_sums(c, random);
     check_pairs(c, random);
+    check_ordinary(c, random);
   }
   std::printf("%d cases, %d wrong\n", cases, failures);
   return failures != 0;

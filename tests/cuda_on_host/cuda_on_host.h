@@ -172,6 +172,49 @@ uint32_t add(uint32_t* p, uint32_t n) {
 
 inline unsigned char* shared_memory() { return current->block->shared; }
 
+// Arrivals in 8 bytes: how many make a round, how many of them are missing, the round.
+inline uint64_t arrivals(uint64_t count, uint64_t missing, uint64_t round) {
+  return count | missing << 16 | round << 32;
+}
+
+inline void begin_arrivals(uint64_t* state, int count) {
+  __atomic_store_n(state, arrivals(count, count, 0), __ATOMIC_RELEASE);
+}
+
+inline void arrive(uint64_t* state) {
+  uint64_t now = __atomic_load_n(state, __ATOMIC_ACQUIRE), next;
+  do {
+    const uint64_t count = now & 0xffff, missing = now >> 16 & 0xffff, round = now >> 32;
+    if (!missing) fail("arrivals were not begun");
+    next = missing > 1 ? arrivals(count, missing - 1, round) : arrivals(count, count, round + 1);
+  } while (
+      !__atomic_compare_exchange_n(state, &now, next, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE));
+}
+
+inline bool over(const uint64_t* state,
+                 unsigned round) {  // or the one two before it, as on a device
+  return ((__atomic_load_n(state, __ATOMIC_ACQUIRE) >> 32 ^ round) & 1) != 0;
+}
+
+// Who does not wait may be too early: every third answer is no.
+inline bool arrived(const uint64_t* state, unsigned round) {
+  static thread_local unsigned asked = 0;
+  return ++asked % 3 && over(state, round);
+}
+
+inline void wait_for(const uint64_t* state, unsigned round) {
+#ifdef CUDA_ON_HOST_THREADS
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  while (!over(state, round)) {
+    if (std::chrono::steady_clock::now() > until) fail("not all that were waited for arrived");
+    std::this_thread::yield();
+  }
+#else
+  while (!over(state, round)) swapcontext(&current->context, &scheduler);
+  progress = true;
+#endif
+}
+
 inline void async_copy(void* to, const void* from, size_t bytes) {
   if (((uintptr_t)to | (uintptr_t)from) % bytes) fail("an asynchronous copy is not aligned");
   std::memset(to, 0xff, bytes);  // NaN until it arrives

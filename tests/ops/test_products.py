@@ -13,13 +13,24 @@ DTYPES = (torch.bfloat16, torch.float16)
 KINDS = {"addmm": products.ADDMM, "mm": products.MM}
 
 
-def _mm(a, b, out):
+def _fast(a, b, out):
+    """Of operands that cuBLAS has its fast kernels for: whole vectors, or a few elements."""
     assert a.dtype == b.dtype and a.dtype in DTYPES and out.dtype == torch.float32
+    for size, contiguous in (
+        (out.shape[1], out.stride(1) == 1),
+        (a.shape[0], a.stride(0) == 1),
+        (a.shape[1], a.stride(1) == 1),
+    ):
+        assert not contiguous or size < products.VECTOR or size % products.VECTOR == 0
+
+
+def _mm(a, b, out):
+    _fast(a, b, out)
     return out.copy_(a.float() @ b.float())
 
 
 def _addmm(a, b, out):
-    assert a.dtype == b.dtype and a.dtype in DTYPES and out.dtype == torch.float32
+    _fast(a, b, out)
     return out.add_(a.float() @ b.float())
 
 
@@ -33,6 +44,7 @@ def narrow(monkeypatch):
 
         for module in (plan, linear_head, products):
             monkeypatch.setattr(module, "products_of", products_of)
+        monkeypatch.setattr(products, "_wants_whole_vectors", lambda x: True)
         monkeypatch.setattr(products, "_mm", _mm)
         monkeypatch.setattr(products, "_addmm", _addmm)
 
@@ -92,6 +104,21 @@ def test_as_float64(narrow, dtype, kind, strategy, loss_type, backend):
         got = tensors[name].grad
         assert got.dtype == tensors[name].dtype
         close(got, wide[name].grad, 1.5e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("V", (1, 7, 8, 9, 16, 33))
+def test_an_odd_vocabulary_is_multiplied_in_parts(V):
+    """All three products of a head, whose rows lie `pitch` apart, are those of the whole."""
+    n, H = 5, 16
+    h, w, z = torch.randn(n, H), torch.randn(V, H), torch.full((n, 40), torch.nan)[:, :V]
+    dz = torch.randn(n, 40)[:, :V]
+    for a, b, out in ((h, w.T, z), (dz, w, torch.empty(n, H)), (dz.T, h, torch.empty(V, H))):
+        parts = products.whole_vectors(a, b, out)
+        assert len(parts) == (2 if V > 8 and V % 8 else 0)
+        for a_, b_, out_, more in parts:
+            out_.copy_(a_ @ b_ + (out_ if more else 0))
+        if parts:
+            torch.testing.assert_close(out, a @ b)
 
 
 def test_rows_of_fp16_are_scaled():

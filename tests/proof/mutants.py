@@ -53,7 +53,10 @@ class Mutant:
         path.write_text(text.replace(self.old, self.new))
 
 
-ORDERING = re.compile(r"__syncthreads\(\);|block_barrier\(\);|async_wait<.*?>\(\);|add_acq_rel")
+ORDERING = re.compile(
+    r"__syncthreads\(\);|__syncwarp\(\);|block_barrier\(\);|async_wait<.*?>\(\);"
+    r"|\b(?:arrive|wait_for)\([^;]*\);|add_acq_rel"
+)
 
 
 def cuda_ordering() -> Iterator[Mutant]:
@@ -77,12 +80,19 @@ CUDA_CONSTANTS = (
     Mutant("cuda/row_sums.h", "column(i) < y", "column(i) <= y"),
     Mutant("cuda/token_logps.cu", "logp != logp ? logp : 0.0", "0.0"),
     Mutant("cuda/token_logps.cu", "log(s.squares) - 2 * log_l", "log(s.squares) - 1 * log_l"),
-    Mutant("cuda/token_logps.cu", "copied + 1) % 3", "copied + 2) % 3"),
+    Mutant("cuda/token_logps.cu", "const int next = copied + 1", "const int next = copied + 2"),
+    Mutant("cuda/token_logps.cu", "next > i && !arrived", "false && !arrived"),
+    Mutant("cuda/token_logps.cu", "found < i + AHEAD", "found <= i + AHEAD"),
+    Mutant("cuda/token_logps.cu", "shared.ring[to][v][thread]", "shared.ring[slot][v][thread]"),
+    Mutant("cuda/token_logps.cu", "j && j * C::THREADS >= left", "false"),
+    Mutant("cuda/token_logps.cu", "LOWEST ^ c.sign ^", "LOWEST ^"),
+    Mutant("cuda/token_logps.cu", "filled = a.scaling.k > 0", "filled = true"),
     Mutant("cuda/token_logps.cu", "async_wait<C::STAGES - 1>", "async_wait<C::STAGES>"),
     Mutant("cuda/token_logps.cu", "left > (C::VECTORS - 1) * C::THREADS", "left > 0"),
     Mutant("cuda/token_logps.cu", "j * C::THREADS < left", "(j + 1) * C::THREADS < left"),
     Mutant("cuda/token_logps.cu", "thread - N < item.tail", "thread - N + 1 < item.tail"),
     Mutant("cuda/token_logps.cu", "item.zy = scaled<SOFTCAP>(a.scaling, ", "item.zy = ("),
+    Mutant("cuda/token_logps.cu", "float zy = scaled<SOFTCAP>(a.scaling, ", "float zy = ("),
     Mutant("cuda/row_sums.h", "c.sign ? -low : high", "c.sign ? -high : low"),
     Mutant("cuda/row_sums.h", "c.sign ? -smallest<T>(v)", "c.sign ? smallest<T>(v)"),
     Mutant("cuda/row_sums.h", "if (weighted != weighted)", "if (false)"),
@@ -122,7 +132,7 @@ TRITON_CONSTANTS = (
 )
 
 
-def cuda_caught(mutant: Mutant, cases: int = 30) -> bool:
+def cuda_caught(mutant: Mutant, cases: int = 60) -> bool:
     """Whether the checks on the host end badly; what does not compile is not a mutant."""
     with tempfile.TemporaryDirectory() as folder:
         csrc = Path(folder) / "csrc"
