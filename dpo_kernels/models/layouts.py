@@ -244,10 +244,13 @@ class _Stays(Exception):
 
 
 @torch.compiler.disable
-def lay_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> LaidOut | None:
+def lay_out(
+    model: Any, kwargs: dict[str, Any], layout: str, router: bool, labels: Tensor | None = None
+) -> LaidOut | None:
     """The batch that a trainer's `kwargs` of the model hold, laid out; None: as it is.
 
-    `ValueError` for a layout asked for by name that this model or batch cannot have.
+    `labels` [R, T], where they are scored. `ValueError` for a layout asked for by name that this
+    model or batch cannot have.
     """
     if layout == "padded":
         return None
@@ -263,7 +266,7 @@ def lay_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> La
             raise _Stays(reason)
         if router and layout == "shared":
             raise _Stays(_ROUTED_ONCE)
-        return _laid_out(model, kwargs, layout, router)
+        return _laid_out(model, kwargs, layout, router, labels)
     except _Stays as error:
         if layout != "auto":
             raise ValueError(
@@ -291,11 +294,13 @@ def _look_at(kwargs: dict[str, Any]) -> None:
         raise _Stays(f"position_ids have {positions.dim()} dimensions")
 
 
-def _laid_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> LaidOut | None:
+def _laid_out(
+    model: Any, kwargs: dict[str, Any], layout: str, router: bool, labels: Tensor | None
+) -> LaidOut | None:
     ids: Tensor = kwargs["input_ids"]
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     R, T = ids.shape
-    starts, lengths, common = _rows(ids, mask, positions)
+    starts, lengths, common = _rows(ids, mask, positions, labels)
     ratio = attention_ratio(model)
     sharing = Sharing(layout, ratio, None, may_share=not router)
     B = R // 2 if common else 0
@@ -350,7 +355,7 @@ def _laid_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> 
 
 
 def _rows(
-    ids: Tensor, mask: Tensor | None, positions: Tensor | None
+    ids: Tensor, mask: Tensor | None, positions: Tensor | None, labels: Tensor | None
 ) -> tuple[list[int], list[int], list[int]]:
     """(first column, tokens) of each row, and the common start of rows i and B + i: one wait."""
     R, T = ids.shape
@@ -365,7 +370,11 @@ def _rows(
     if positions is not None:
         positions = positions.expand(R, T)
         bad |= ((positions.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]).any()
-    stats = [bad.long()[None], starts, lengths]
+    blind = torch.zeros_like(bad)
+    if labels is not None and labels.shape == ids.shape:
+        scored = labels.to(ids.device, non_blocking=True) != -100
+        blind = (scored[:, 1:] & ~real[:, :-1]).any()
+    stats = [bad.long()[None], blind.long()[None], starts, lengths]
     B = R // 2
     if R % 2 == 0:
         same = (ids[:B] == ids[B:]) & real[:B] & real[B:]
@@ -375,11 +384,16 @@ def _rows(
         run = (same | begun).long().cumprod(-1).sum(-1) - starts[:B]
         run = run.masked_fill(starts[:B] != starts[B:], 0).clamp(min=0)
         stats.append(run.minimum(torch.minimum(lengths[:B], lengths[B:]) - 1))
-    wrong, *numbers = torch.cat(stats).tolist()
+    wrong, blinded, *numbers = torch.cat(stats).tolist()
     if wrong:
         raise _Stays(
             "rows whose tokens are not in one piece (an empty row, padding between tokens, or "
             "position_ids that restart)"
+        )
+    if blinded:
+        raise _Stays(
+            "padding predicts a scored token (the first of a row behind padding, or one that the "
+            "attention_mask hides), and has no state"
         )
     return numbers[:R], numbers[R : 2 * R], numbers[2 * R :]
 

@@ -181,6 +181,41 @@ def test_ragged_rows_on_either_side(left: bool) -> None:
         same(model, padded_batch([(9, 5, 5), (4, 5, 5)], left=left), "shared", 1e-12)
 
 
+@pytest.mark.parametrize("case", ["no prompt on the left", "labels of padding"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_what_padding_would_predict_is_not_scored(case: str, layout: str) -> None:
+    """Padded rows scored it by states of padding, the others by states of 0, without a word."""
+    shapes = [(0, 5, 3), (4, 2, 6)]
+    batch = padded_batch(shapes, left="left" in case)
+    expected = padded_batch(shapes)  # where no row has a place before its first token
+    if "left" not in case:
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][1, 7:] = 5  # padding; what the row's last token predicts stays scored
+        assert batch["attention_mask"][1].tolist() == [1] * 6 + [0] * 4
+    model = tiny("Llama", pad_token_id=None)
+    attach_head(model)
+    with Float64():
+        right, theirs = step(model, expected, "padded")
+        out, grads = step(model, batch, layout)
+    torch.testing.assert_close(out.pair_logps, right.pair_logps, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.loss, right.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads, theirs, rtol=1e-9, atol=1e-12)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    labels = batch["labels"]
+    logps = scored_tokens(model, inputs, labels, FusedOptions(layout=layout)).logps
+    torch.testing.assert_close(logps.sum(-1), right.pair_logps.flatten(), rtol=1e-6, atol=1e-6)
+
+
+def test_labels_elsewhere_whose_padding_predicts_them_are_refused() -> None:
+    """The host does not wait for the mask; a layout does, for the rows."""
+    batch = padded_batch([(0, 5, 3), (4, 2, 6)], left=True)
+    model = tiny()
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    assert layouts.lay_out(model, inputs, "shared", False) is not None
+    with pytest.raises(ValueError, match="padding predicts a scored token"):
+        layouts.lay_out(model, inputs, "shared", False, batch["labels"])
+
+
 def test_states_go_back_where_they_were() -> None:
     """Log-probs of tokens [2B, T - 1], prompts among the labels, an odd number of rows."""
     model = tiny()
