@@ -130,7 +130,11 @@ def multiply(
     """
     if _wants_whole_vectors(out) and (parts := whole_vectors(a, b, out)):
         for a_, b_, out_, more in parts:
-            multiply(a_, b_, out_, add=add or more, unit=unit, scratch=scratch)
+            if more and unit is None and not products_of(out.device, a.dtype).adds:
+                # A few summands: wide at once.
+                out_.addmm_(a_.float(), b_.float())
+            else:
+                multiply(a_, b_, out_, add=add or more, unit=unit, scratch=scratch)
         return out
     if a.dtype == out.dtype:
         assert unit is None

@@ -76,4 +76,4 @@ def test_instructions_that_only_a_gpu_executes():
             count = sum(name.startswith(instruction) for name in found)
             assert count >= least, f"{function}: {count} {instruction} of {least}"
             checked += 1
-    assert checked == 12 * 7 + 10 * 3 + 2, checked  # 12 forwards, 10 backwards, 2 sums
+    assert checked == 12 * 10 + 10 * 3 + 2, checked  # 12 forwards, 10 backwards, 2 sums
