@@ -33,7 +33,7 @@ def labels_of(input_ids: Tensor, completion_mask: Tensor, ignore_index: int = -1
 
 
 def predicted(labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """The labels [2B, T] of tokens that a token predicts; the others, behind padding, not scored.
+    """The labels [2B, T] without those that padding on the left predicts.
 
     A row's first token is predicted by nothing, on whichever side the row is padded: a state of
     padding is a number of no meaning, and layouts without padding have none. Labels on another
@@ -42,10 +42,8 @@ def predicted(labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     mask = inputs.get("attention_mask")
     if mask is None or mask.shape != labels.shape or mask.device != labels.device:
         return labels
-    real = mask.bool().int()
-    # Padding on either side, no hole: before the first token of the row, or behind its last.
-    outside = (real.cumsum(-1) == 0) | (real.flip(-1).cumsum(-1).flip(-1) == 0)
-    return labels.masked_fill(torch.nn.functional.pad(outside[:, :-1], (1, 0)), -100)
+    before = mask.bool().cumsum(-1) == 0  # the row's first token
+    return labels.masked_fill(torch.nn.functional.pad(before[:, :-1], (1, 0)), -100)
 
 
 @dataclass(frozen=True)

@@ -410,7 +410,7 @@ def _rows(
     blind = torch.zeros_like(bad)
     if labels is not None and labels.shape == ids.shape:
         scored = labels.to(ids.device, non_blocking=True) != -100
-        blind = (scored[:, 1:] & ~real[:, :-1]).any()
+        blind = (scored[:, 1:] & (columns[:-1] < starts[:, None])).any()
     stats = [bad.long()[None], blind.long()[None], starts, lengths]
     B = R // 2
     if R % 2 == 0:
@@ -429,8 +429,7 @@ def _rows(
         )
     if blinded:
         raise _Stays(
-            "padding predicts a scored token (the first of a row behind padding, or one that the "
-            "attention_mask hides), and has no state"
+            "padding predicts a scored token (the first of a row behind padding), and has no state"
         )
     return numbers[:R], numbers[R : 2 * R], numbers[2 * R :]
 
