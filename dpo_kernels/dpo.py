@@ -86,25 +86,6 @@ def fused_dpo_loss(
     Raises:
         ValueError, TypeError: a wrong argument, named, before any kernel runs.
     """
-    if is_listwise(loss_options):
-        listwise.refuse_prefix(drop_common_prefix)
-        scored = both_scored(
-            logits,
-            labels,
-            ref_logits,
-            ref_logps,
-            ref_logps_per_token=ref_logps_per_token,
-            stats=stats,
-            inplace=inplace,
-            cu_seqlens=cu_seqlens,
-            shift=shift,
-            ignore_index=ignore_index,
-            temperature=temperature,
-            logit_softcap=logit_softcap,
-            logit_scale=logit_scale,
-            backend=backend,
-        )
-        return listwise.from_scored(*scored, stats, loss_options)
     given = {
         "shift": shift,
         "ignore_index": ignore_index,
@@ -117,6 +98,10 @@ def fused_dpo_loss(
         "logit_softcap": logit_softcap,
         "logit_scale": logit_scale,
     }
+    if is_listwise(loss_options):
+        how = listwise.scoring(given)
+        scored = both_scored(logits, labels, ref_logits, ref_logps, cu_seqlens=cu_seqlens, **how)
+        return listwise.from_scored(*scored, stats, loss_options)
     call, x = of_logits(given, loss_options, logits, labels, ref_logits, ref_logps, cu_seqlens)
     return from_tokens.of_logits(call, x)
 

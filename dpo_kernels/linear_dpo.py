@@ -120,30 +120,6 @@ def fused_linear_dpo_loss(
         RuntimeError: a second backward through a result of "streaming"; a sharded head in a graph
             of torch.compile (where it may break the graph it does).
     """
-    if is_listwise(loss_options):
-        listwise.refuse_prefix(drop_common_prefix)
-        if strategy is not None:
-            raise ValueError(f"strategy={strategy!r} has no meaning for {listwise.NAME!r}")
-        scored = both_scored(
-            GivenHead(hidden, weight, bias, lora),
-            GivenHead(ref_hidden, ref_weight, ref_bias),
-            labels,
-            ref_logps,
-            ref_logps_per_token=ref_logps_per_token,
-            stats=stats,
-            cu_seqlens=cu_seqlens,
-            scored_lengths=scored_lengths,
-            shift=shift,
-            ignore_index=ignore_index,
-            memory_budget=memory_budget,
-            batch_invariant=batch_invariant,
-            temperature=temperature,
-            logit_softcap=logit_softcap,
-            logit_scale=logit_scale,
-            backend=backend,
-            vocab_group=vocab_group,
-        )
-        return listwise.from_scored(*scored, stats, loss_options)
     given = {
         "shift": shift,
         "ignore_index": ignore_index,
@@ -158,17 +134,14 @@ def fused_linear_dpo_loss(
         "logit_softcap": logit_softcap,
         "logit_scale": logit_scale,
     }
-    call, policy = of_hidden(
-        given,
-        loss_options,
-        GivenHead(hidden, weight, bias, lora),
-        GivenHead(ref_hidden, ref_weight, ref_bias),
-        labels,
-        ref_logps,
-        cu_seqlens,
-        scored_lengths,
-        vocab_group,
-    )
+    head = GivenHead(hidden, weight, bias, lora)
+    ref = GivenHead(ref_hidden, ref_weight, ref_bias)
+    batch: dict[str, Any]
+    batch = {"cu_seqlens": cu_seqlens, "scored_lengths": scored_lengths, "vocab_group": vocab_group}
+    if is_listwise(loss_options):
+        scored = both_scored(head, ref, labels, ref_logps, **batch, **listwise.scoring(given))
+        return listwise.from_scored(*scored, stats, loss_options)
+    call, policy = of_hidden(given, loss_options, head, ref, labels, ref_logps, **batch)
     out = stream(call, policy) if call.plan is not None else _scored(call, policy)
     if not torch.compiler.is_compiling():
         logger.debug(

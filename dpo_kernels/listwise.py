@@ -97,7 +97,11 @@ def from_scored(
     return plackett_luce_loss(logps, reference, **options).told(None, told)
 
 
-def refuse_prefix(wanted: bool) -> None:
-    """The tokens that K completions share do not cancel pair by pair."""
-    if wanted:
+def scoring(given: dict[str, Any]) -> dict[str, Any]:
+    """Those that score K completions, of the arguments that are given for pairs."""
+    if given["drop_common_prefix"]:  # what K completions share does not cancel pair by pair
         raise ValueError(f"drop_common_prefix has no meaning for {NAME!r}")
+    if given.get("strategy") is not None:
+        raise ValueError(f"strategy={given['strategy']!r} has no meaning for {NAME!r}")
+    of_pairs = ("drop_common_prefix", "strategy")
+    return {name: value for name, value in given.items() if name not in of_pairs}

@@ -104,13 +104,7 @@ def estimate(
     if trained is not None:
         checks.flag("trained", trained)
     budget = budget_of(memory_budget)
-    if not isinstance(lengths, Sequence) or isinstance(lengths, str):
-        raise TypeError(f"lengths must be a list of integers, got {type(lengths).__name__}")
-    lengths = [checks.whole(f"lengths[{i}]", n, 0) for i, n in enumerate(lengths)]
-    if len(lengths) % 2 or not lengths or max(lengths) > T:
-        raise ValueError(
-            f"lengths must be [2B] counts from 0 to T={T}, got {checks.shown(lengths)}"
-        )
+    lengths = _checked(lengths, T)
     S, N, size = len(lengths), sum(lengths), dtype.itemsize
     rows = {"rows": _ROW * S * T}
     if strategy in FROM_LOGITS:
@@ -174,6 +168,17 @@ def estimate(
     if strategy == "recompute":
         return _peak(work | held | over)
     return max(_peak(work | held), _peak(rows | held | over), key=lambda e: e.peak)
+
+
+def _checked(lengths: Sequence[int], T: int) -> list[int]:
+    if not isinstance(lengths, Sequence) or isinstance(lengths, str):
+        raise TypeError(f"lengths must be a list of integers, got {type(lengths).__name__}")
+    lengths = [checks.whole(f"lengths[{i}]", n, 0) for i, n in enumerate(lengths)]
+    if len(lengths) % 2 or not lengths or max(lengths) > T:
+        raise ValueError(
+            f"lengths must be [2B] counts from 0 to T={T}, got {checks.shown(lengths)}"
+        )
+    return lengths
 
 
 def _rows_of_chunks(lengths: list[int], plan: Plan) -> list[int]:

@@ -19,11 +19,11 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
 import dist
+from cells import NEWEST, OLDEST, Cell
 
 RESULTS = dist.ROOT / "docs" / "compatibility.json"
 TESTS = {
@@ -45,27 +45,6 @@ TESTS = {
 }
 COLUMNS = {"ops": "ops on CPU", "interpreter": "Triton, interpreted", "trainer": "trainer"}
 
-
-@dataclass(frozen=True)
-class Cell:
-    name: str
-    torch: str
-    triton: str
-    transformers: str
-    numpy: str
-
-    def requirements(self) -> list[str]:
-        """Pinned for pip, torch first."""
-        return [
-            f"{package}=={version}"
-            for package, version in asdict(self).items()
-            if package != "name"
-        ]
-
-
-# The bounds of pyproject.toml. NumPy: 2.4 breaks the interpreter of Triton 3.2.
-OLDEST = Cell("oldest", "2.6.0", "3.2.0", "4.51.0", "2.2.6")
-NEWEST = Cell("newest", "2.15.0", "3.9.0", "5.23.0", "2.4.6")
 
 ASK = """
 import json, platform, torch, dpo_kernels, dpo_kernels._C

@@ -27,6 +27,7 @@ import zipfile
 from pathlib import Path
 
 import glibc
+from cells import OLDEST
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
@@ -216,13 +217,11 @@ def main() -> None:
         dest="requirements",
         metavar="REQUIREMENT",
         help="what to install beside the wheel; default: the oldest supported "
-        "versions of tools/compat.py",
+        "versions of tools/cells.py",
     )
     args = parser.parse_args()
     os.umask(0o022)  # permissions are part of the archive
     if args.command == "check":
-        from compat import OLDEST
-
         wheel = newest_wheel()
         with tempfile.TemporaryDirectory() as folder:
             wanted = args.requirements or OLDEST.requirements()

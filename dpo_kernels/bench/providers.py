@@ -122,229 +122,224 @@ def _mine(backend: str) -> None:
 
 
 def _from_logits(case: Case, device: str) -> dict[str, Callable[[], Provider]]:
-    forward = case.suite == "logits forward"
-
-    def ours(backend: str, inplace: bool) -> Provider:
-        _mine(backend)
-
-        def call(x: Inputs) -> Tensor:
-            options: dict[str, Any] = {"logit_softcap": x.softcap, "backend": backend}
-            assert x.logits is not None
-            if forward:
-                return dk.sequence_logps(x.logits, x.labels, **options)
-            return dk.fused_dpo_loss(
-                x.logits.view_as(x.logits),
-                x.labels,
-                ref_logps=x.ref_logps,
-                beta=BETA,
-                inplace=inplace,
-                **options,
-            ).loss
-
-        return Provider(f"dpo-kernels {backend}{' in place' * inplace}", call, True, inplace)
-
-    def loss_of(sums: Callable[..., Tensor]) -> Callable[[Inputs], Tensor]:
-        def call(x: Inputs) -> Tensor:
-            s = sums(x.logits, x.labels, x.softcap)
-            return s if forward else pair_loss(s, x.ref_logps)
-
-        return call
-
-    def cross_entropy(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-        z = softcapped(logits[:, :-1], softcap)
-        loss = F.cross_entropy(z.transpose(1, 2), labels[:, 1:], reduction="none")
-        return -loss.sum(-1)
-
-    def trl() -> Provider:
-        selective = _import("trl.trainer.utils", "selective_log_softmax", "trl")
-
-        def sums(logits, labels, softcap):
-            y = labels[:, 1:]
-            tokens = selective(softcapped(logits[:, :-1], softcap), y.clamp(min=0))
-            return (tokens * (y != IGNORE)).sum(-1)
-
-        return Provider("TRL selective_log_softmax", loss_of(sums))
-
-    def liger() -> Provider:
-        if device != "cuda":
-            raise Absent("needs a GPU")
-        loss = _import("liger_kernel.transformers", "LigerCrossEntropyLoss", "liger-kernel")
-
-        def sums(logits, labels, softcap):
-            ce = loss(reduction="none", softcap=softcap)
-            flat = ce(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
-            return -flat.view(labels.shape[0], -1).sum(-1)
-
-        return Provider("Liger cross-entropy", loss_of(sums))
-
-    def quack() -> Provider:
-        if device != "cuda":
-            raise Absent("needs a GPU")
-        ce = _import("quack", "cross_entropy", "quack-kernels")
-
-        def sums(logits, labels, softcap):
-            rows = softcapped(logits[:, :-1], softcap).reshape(-1, logits.shape[-1])
-            flat = ce(rows, labels[:, 1:].reshape(-1), ignore_index=IGNORE, reduction="none")
-            return -flat.view(labels.shape[0], -1).sum(-1)
-
-        return Provider("QuACK cross-entropy", loss_of(sums))
-
-    def flash() -> Provider:
-        if device != "cuda":
-            raise Absent("needs a GPU")
-        ce = _import("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss", "flash-attn")
-
-        def sums(logits, labels, softcap):
-            rows = softcapped(logits[:, :-1], softcap).reshape(-1, logits.shape[-1])
-            flat, _ = ce(rows, labels[:, 1:].reshape(-1), ignore_index=IGNORE)
-            return -flat.view(labels.shape[0], -1).sum(-1)
-
-        return Provider("flash-attn cross-entropy", loss_of(sums))
-
     table: dict[str, Callable[[], Provider]] = {}
     for backend in our_backends(device):
-        table[f"dpo-kernels {backend}"] = functools.partial(ours, backend, False)
-        if not forward:
-            table[f"dpo-kernels {backend} in place"] = functools.partial(ours, backend, True)
-    table["torch eager"] = lambda: Provider("torch eager", loss_of(eager_sums))
-    table["torch cross_entropy"] = lambda: Provider("torch cross_entropy", loss_of(cross_entropy))
-    table["torch.compile"] = lambda: Provider("torch.compile", loss_of(compiled(eager_sums)))
-    table["TRL selective_log_softmax"] = trl
-    table |= {
-        "Liger cross-entropy": liger,
-        "QuACK cross-entropy": quack,
-        "flash-attn cross-entropy": flash,
-    }
+        ours = functools.partial(_our_logits, case, backend)
+        table[f"dpo-kernels {backend}"] = ours
+        if not _is_forward(case):
+            table[f"dpo-kernels {backend} in place"] = functools.partial(ours, inplace=True)
+    for name, sums in (
+        ("torch eager", lambda: eager_sums),
+        ("torch cross_entropy", lambda: _cross_entropy),
+        ("torch.compile", lambda: compiled(eager_sums)),
+        ("TRL selective_log_softmax", _trl_selective),
+        ("Liger cross-entropy", lambda: _liger(device)),
+        ("QuACK cross-entropy", lambda: _quack(device)),
+        ("flash-attn cross-entropy", lambda: _flash(device)),
+    ):
+        table[name] = functools.partial(_of_sums, case, name, sums)
     return table
 
 
 def _linear(case: Case, device: str) -> dict[str, Callable[[], Provider]]:
-    forward = case.suite == "linear reference"
-
-    def ours(backend: str) -> Provider:
-        _mine(backend)
-
-        def call(x: Inputs) -> Tensor:
-            options: dict[str, Any] = {"logit_softcap": x.softcap, "backend": backend}
-            assert x.hidden is not None and x.weight is not None
-            if forward:
-                return dk.linear_sequence_logps(x.hidden, x.weight, x.labels, **options)
-            return dk.fused_linear_dpo_loss(
-                x.hidden, x.weight, x.labels, ref_logps=x.ref_logps, beta=BETA, **options
-            ).loss
-
-        return Provider(f"dpo-kernels {backend}", call, True)
-
-    def loss_of(sums: Callable[..., Tensor]) -> Callable[[Inputs], Tensor]:
-        def call(x: Inputs) -> Tensor:
-            s = sums(x.hidden, x.weight, x.labels, x.softcap)
-            return s if forward else pair_loss(s, x.ref_logps)
-
-        return call
-
-    def of_rows(nll: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]):
-        """From the NLL of flat rows [N, H] with labels [N], IGNORE where not scored."""
-
-        def sums(hidden, weight, labels, softcap):
-            flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-            return (
-                -nll(flat, weight, labels[:, 1:].reshape(-1), softcap)
-                .view(labels.shape[0], -1)
-                .sum(-1)
-            )
-
-        return sums
-
-    def torch_fused() -> Provider:
-        function = getattr(F, "linear_cross_entropy", None)
-        if function is None:
-            raise Absent("pip install 'torch>=2.13'")
-        if case.shape.softcap is not None:
-            raise Absent("has no softcap")
-        nll = of_rows(lambda h, w, y, _: function(h, w, y, reduction="none"))
-        return Provider("torch linear_cross_entropy", loss_of(nll))
-
-    def trl(scored_only: bool) -> Provider:
-        kernel = _import("trl.kernels", "ChunkedLogProbFunction", "trl>=1.16")
-
-        def nll(h, w, y, softcap):
-            mask = y != IGNORE
-            rows = (h[mask], w, None, y[mask]) if scored_only else (h, w, None, y.clamp(min=0))
-            logp = kernel.apply(*rows, 1.0, 32768, softcap, 1.0, ())[0]
-            picked = logp if scored_only else logp[mask]
-            return -logp.new_zeros(mask.shape).masked_scatter(mask, picked)
-
-        # TRL itself keeps to the scored rows on GPUs alone.
-        name = "TRL chunked log-probs" + (", scored rows" if scored_only else "")
-        return Provider(name, loss_of(of_rows(nll)))
-
-    def liger(with_reference: bool) -> Provider:
-        make = _import("liger_kernel.chunked_loss", "LigerFusedLinearDPOLoss", "liger-kernel")
-        if forward:
-            raise Absent("has no reference pass of its own")
-        if case.shape.softcap is not None:
-            raise Absent("has no softcap")
-        loss = make(use_ref_model=with_reference, compiled=device == "cuda", beta=BETA)
-
-        def call(x: Inputs) -> Tensor:
-            assert x.hidden is not None and x.weight is not None
-            h, reference = x.hidden[:, :-1], {}
-            if with_reference:  # it takes no log-probs: the reference is projected in the call
-                reference = {"ref_input": h.detach(), "ref_weight": x.weight.detach()}
-            return loss(x.weight, h, x.labels[:, 1:], **reference)[0]
-
-        name = "Liger DPO" + ("" if with_reference else " without reference")
-        return Provider(name, call, reference="policy" if with_reference else "none")
-
-    def cce() -> Provider:
-        function = _import("cut_cross_entropy", "linear_cross_entropy", "cut-cross-entropy")
-        impl = "cce" if device == "cuda" else "torch_compile"
-
-        def nll(h, w, y, softcap):
-            return function(h, w, y, softcap=softcap, reduction="none", impl=impl)
-
-        return Provider("cut-cross-entropy", loss_of(of_rows(nll)))
-
-    def liger_scaled() -> Provider:
-        if device != "cuda":
-            raise Absent("needs a GPU")
-        function = _import(
-            "liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", "liger-kernel"
-        )
-
-        def nll(h, w, y, softcap):
-            return function(reduction="none", softcap=softcap)(w, h, y)
-
-        return Provider("Liger linear cross-entropy", loss_of(of_rows(nll)))
-
-    def quack() -> Provider:
-        if device != "cuda":
-            raise Absent("needs a GPU")
-        function = _import("quack.linear_cross_entropy", "linear_cross_entropy", "quack-kernels")
-
-        def nll(h, w, y, _):
-            return function(h, w, y, ignore_index=IGNORE, reduction="none")
-
-        return Provider("QuACK linear cross-entropy", loss_of(of_rows(nll)))
-
     table: dict[str, Callable[[], Provider]] = {
-        f"dpo-kernels {backend}": functools.partial(ours, backend)
-        for backend in our_backends(device)
+        f"dpo-kernels {b}": functools.partial(_our_linear, case, b) for b in our_backends(device)
     }
-    table["torch eager"] = lambda: Provider("torch eager", loss_of(eager_linear_sums))
-    table["torch.compile"] = lambda: Provider("torch.compile", loss_of(compiled(eager_linear_sums)))
-    table["torch linear_cross_entropy"] = torch_fused
-    if device != "cuda":
-        table["TRL chunked log-probs"] = functools.partial(trl, False)
-    table["TRL chunked log-probs, scored rows"] = functools.partial(trl, True)
-    table["Liger DPO"] = functools.partial(liger, True)
-    table["Liger DPO without reference"] = functools.partial(liger, False)
-    table |= {
-        "Liger linear cross-entropy": liger_scaled,
-        "cut-cross-entropy": cce,
-        "QuACK linear cross-entropy": quack,
+    sums: dict[str, Callable[[], Callable[..., Tensor]]] = {
+        "torch eager": lambda: eager_linear_sums,
+        "torch.compile": lambda: compiled(eager_linear_sums),
+        "torch linear_cross_entropy": lambda: _torch_fused(case),
+        "TRL chunked log-probs": lambda: _trl_chunked(False),
+        "TRL chunked log-probs, scored rows": lambda: _trl_chunked(True),
     }
+    if device == "cuda":  # TRL itself keeps to the scored rows on GPUs alone
+        del sums["TRL chunked log-probs"]
+    table |= {name: functools.partial(_of_sums, case, name, make) for name, make in sums.items()}
+    table["Liger DPO"] = functools.partial(_liger_dpo, case, device, True)
+    table["Liger DPO without reference"] = functools.partial(_liger_dpo, case, device, False)
+    for name, make in (
+        ("Liger linear cross-entropy", _liger_linear),
+        ("cut-cross-entropy", _cut),
+        ("QuACK linear cross-entropy", _quack_linear),
+    ):
+        table[name] = functools.partial(_of_sums, case, name, functools.partial(make, device))
     return table
+
+
+def _is_forward(case: Case) -> bool:
+    """Whether the log-probs of sequences are all that is asked for."""
+    return case.suite in ("logits forward", "linear reference")
+
+
+# --- sums over sequences, of (logits, labels, softcap) or (hidden, weight, labels, softcap) ---
+
+
+def _of_sums(case: Case, name: str, make: Callable[[], Callable[..., Tensor]]) -> Provider:
+    """What takes log-probs from a peer, and the loss from torch."""
+    sums, forward = make(), _is_forward(case)
+
+    def call(x: Inputs) -> Tensor:
+        states = (x.hidden, x.weight) if x.logits is None else (x.logits,)
+        s = sums(*states, x.labels, x.softcap)
+        return s if forward else pair_loss(s, x.ref_logps)
+
+    return Provider(name, call)
+
+
+def _of_rows(nll: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """From the NLL of flat rows with labels [N], IGNORE where not scored."""
+
+    def sums(states: Tensor, *rest: Any) -> Tensor:
+        *weight, labels, softcap = rest
+        rows = states[:, :-1].reshape(-1, states.shape[-1])
+        flat = nll(rows, *weight, labels[:, 1:].reshape(-1), softcap)
+        return -flat.view(labels.shape[0], -1).sum(-1)
+
+    return sums
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    z = softcapped(logits[:, :-1], softcap)
+    loss = F.cross_entropy(z.transpose(1, 2), labels[:, 1:], reduction="none")
+    return -loss.sum(-1)
+
+
+def _trl_selective() -> Callable[..., Tensor]:
+    selective = _import("trl.trainer.utils", "selective_log_softmax", "trl")
+
+    def sums(logits, labels, softcap):
+        y = labels[:, 1:]
+        tokens = selective(softcapped(logits[:, :-1], softcap), y.clamp(min=0))
+        return (tokens * (y != IGNORE)).sum(-1)
+
+    return sums
+
+
+def _liger(device: str) -> Callable[..., Tensor]:
+    _needs_gpu(device)
+    loss = _import("liger_kernel.transformers", "LigerCrossEntropyLoss", "liger-kernel")
+    return _of_rows(lambda z, y, softcap: loss(reduction="none", softcap=softcap)(z, y))
+
+
+def _quack(device: str) -> Callable[..., Tensor]:
+    _needs_gpu(device)
+    ce = _import("quack", "cross_entropy", "quack-kernels")
+    how: dict[str, Any] = {"ignore_index": IGNORE, "reduction": "none"}
+    return _of_rows(lambda z, y, softcap: ce(softcapped(z, softcap), y, **how))
+
+
+def _flash(device: str) -> Callable[..., Tensor]:
+    _needs_gpu(device)
+    ce = _import("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss", "flash-attn")
+    return _of_rows(lambda z, y, softcap: ce(softcapped(z, softcap), y, ignore_index=IGNORE)[0])
+
+
+def _torch_fused(case: Case) -> Callable[..., Tensor]:
+    function = getattr(F, "linear_cross_entropy", None)
+    if function is None:
+        raise Absent("pip install 'torch>=2.13'")
+    _needs_no_softcap(case)
+    return _of_rows(lambda h, w, y, _: function(h, w, y, reduction="none"))
+
+
+def _trl_chunked(scored_only: bool) -> Callable[..., Tensor]:
+    kernel = _import("trl.kernels", "ChunkedLogProbFunction", "trl>=1.16")
+
+    def nll(h, w, y, softcap):
+        mask = y != IGNORE
+        rows = (h[mask], w, None, y[mask]) if scored_only else (h, w, None, y.clamp(min=0))
+        logp = kernel.apply(*rows, 1.0, 32768, softcap, 1.0, ())[0]
+        picked = logp if scored_only else logp[mask]
+        return -logp.new_zeros(mask.shape).masked_scatter(mask, picked)
+
+    return _of_rows(nll)
+
+
+def _cut(device: str) -> Callable[..., Tensor]:
+    function = _import("cut_cross_entropy", "linear_cross_entropy", "cut-cross-entropy")
+    how = {"reduction": "none", "impl": "cce" if device == "cuda" else "torch_compile"}
+    return _of_rows(lambda h, w, y, softcap: function(h, w, y, softcap=softcap, **how))
+
+
+def _liger_linear(device: str) -> Callable[..., Tensor]:
+    _needs_gpu(device)
+    loss = _import("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", "liger-kernel")
+    return _of_rows(lambda h, w, y, softcap: loss(reduction="none", softcap=softcap)(w, h, y))
+
+
+def _quack_linear(device: str) -> Callable[..., Tensor]:
+    _needs_gpu(device)
+    function = _import("quack.linear_cross_entropy", "linear_cross_entropy", "quack-kernels")
+    how: dict[str, Any] = {"ignore_index": IGNORE, "reduction": "none"}
+    return _of_rows(lambda h, w, y, _: function(h, w, y, **how))
+
+
+def _needs_gpu(device: str) -> None:
+    if device != "cuda":
+        raise Absent("needs a GPU")
+
+
+def _needs_no_softcap(case: Case) -> None:
+    if case.shape.softcap is not None:
+        raise Absent("has no softcap")
+
+
+# --- whole losses ---
+
+
+def _our_logits(case: Case, backend: str, inplace: bool = False) -> Provider:
+    _mine(backend)
+    forward = _is_forward(case)
+
+    def call(x: Inputs) -> Tensor:
+        options: dict[str, Any] = {"logit_softcap": x.softcap, "backend": backend}
+        assert x.logits is not None
+        if forward:
+            return dk.sequence_logps(x.logits, x.labels, **options)
+        return dk.fused_dpo_loss(
+            x.logits.view_as(x.logits),
+            x.labels,
+            ref_logps=x.ref_logps,
+            beta=BETA,
+            inplace=inplace,
+            **options,
+        ).loss
+
+    return Provider(f"dpo-kernels {backend}{' in place' * inplace}", call, True, inplace)
+
+
+def _our_linear(case: Case, backend: str) -> Provider:
+    _mine(backend)
+    forward = _is_forward(case)
+
+    def call(x: Inputs) -> Tensor:
+        options: dict[str, Any] = {"logit_softcap": x.softcap, "backend": backend}
+        assert x.hidden is not None and x.weight is not None
+        if forward:
+            return dk.linear_sequence_logps(x.hidden, x.weight, x.labels, **options)
+        return dk.fused_linear_dpo_loss(
+            x.hidden, x.weight, x.labels, ref_logps=x.ref_logps, beta=BETA, **options
+        ).loss
+
+    return Provider(f"dpo-kernels {backend}", call, True)
+
+
+def _liger_dpo(case: Case, device: str, with_reference: bool) -> Provider:
+    make = _import("liger_kernel.chunked_loss", "LigerFusedLinearDPOLoss", "liger-kernel")
+    if _is_forward(case):
+        raise Absent("has no reference pass of its own")
+    _needs_no_softcap(case)
+    loss = make(use_ref_model=with_reference, compiled=device == "cuda", beta=BETA)
+
+    def call(x: Inputs) -> Tensor:
+        assert x.hidden is not None and x.weight is not None
+        h, reference = x.hidden[:, :-1], {}
+        if with_reference:  # it takes no log-probs: the reference is projected in the call
+            reference = {"ref_input": h.detach(), "ref_weight": x.weight.detach()}
+        return loss(x.weight, h, x.labels[:, 1:], **reference)[0]
+
+    name = "Liger DPO" + ("" if with_reference else " without reference")
+    return Provider(name, call, reference="policy" if with_reference else "none")
 
 
 def _pair() -> dict[str, Callable[[], Provider]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
 PRINT_CONFIG = "print_config"
@@ -134,6 +134,28 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given: of the configuration file, under those of the command line."""
     ours = ("run", "layer", PRINT_CONFIG, "dry_run")
     return {**getattr(args, "layer", {}), **{k: v for k, v in vars(args).items() if k not in ours}}
+
+
+def run_job_of(
+    args: argparse.Namespace,
+    resolved: Callable[[dict[str, Any]], Any],
+    groups: Iterable[Any],
+    job: Callable[[dict[str, Any], Any], Any],
+    dry: Callable[[dict[str, Any], Any], Any],
+) -> int:
+    """Run the job of these options, or say what it would do, or print its configuration."""
+    options = given(args)
+    if hasattr(args, PRINT_CONFIG):
+        from ..train.config_files import yaml_text
+
+        print(yaml_text(resolved(options), groups), end="")
+        return 0
+    from ..train.console import Console
+
+    console = Console()
+    with console.signals():
+        (dry if hasattr(args, "dry_run") else job)(options, console)
+    return 0
 
 
 def printed(args: argparse.Namespace, config: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..train.config import ALIASES
 from ..train.run_options import SFT_DEFAULTS, SFT_GROUPS
-from .options_of import PRINT_CONFIG, add_options, given
+from .options_of import add_options, run_job_of
 
 
 def add(commands: Any) -> None:
@@ -34,21 +34,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..train.console import Console
+    from ..train.sft_dry_run import sft_dry_run
     from ..train.sft_job import resolve_sft, run_sft
 
-    options = given(args)
-    if hasattr(args, PRINT_CONFIG):
-        from ..train.config_files import yaml_text
-
-        print(yaml_text(resolve_sft(options), SFT_GROUPS), end="")
-        return 0
-    console = Console()
-    with console.signals():
-        if hasattr(args, "dry_run"):
-            from ..train.sft_dry_run import sft_dry_run
-
-            sft_dry_run(options, console)
-        else:
-            run_sft(options, console)
-    return 0
+    return run_job_of(args, resolve_sft, SFT_GROUPS, run_sft, sft_dry_run)

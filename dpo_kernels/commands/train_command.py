@@ -7,7 +7,7 @@ from typing import Any
 
 from ..train.config import ALIASES
 from ..train.run_options import GROUPS
-from .options_of import PRINT_CONFIG, add_options, given
+from .options_of import add_options, run_job_of
 
 
 def add(commands: Any) -> None:
@@ -33,21 +33,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..train.console import Console
+    from ..train.dry_run import dry_run
     from ..train.job import resolve, run_job
 
-    options = given(args)
-    if hasattr(args, PRINT_CONFIG):
-        from ..train.config_files import yaml_text
-
-        print(yaml_text(resolve(options)[0]), end="")
-        return 0
-    console = Console()
-    with console.signals():
-        if hasattr(args, "dry_run"):
-            from ..train.dry_run import dry_run
-
-            dry_run(options, console)
-        else:
-            run_job(options, console)
-    return 0
+    return run_job_of(args, lambda options: resolve(options)[0], GROUPS, run_job, dry_run)

@@ -27,7 +27,7 @@ from .sequences import (
     TokenSequence,
     sequences_of,
 )
-from .stream import RowFile, StreamedPairs, is_large, row_file
+from .stream import StreamedPairs, is_large, row_file
 from .tokenize import PairTokenizer, tokenize_pairs
 from .truncation import Truncation
 from .turns import Message
@@ -45,7 +45,6 @@ __all__ = [
     "PreferencePair",
     "Problem",
     "Ranking",
-    "RowFile",
     "RowTokenizer",
     "ScoredBatch",
     "Sharing",

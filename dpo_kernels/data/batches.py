@@ -69,16 +69,16 @@ class Sharing:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", layout_name(self.mode))
 
-    def shares(self, prefix: int, chosen: int, rejected: int) -> bool:
-        """Whether a pair of sequences of these lengths, the first `prefix` equal, is shared."""
+    def shares(self, prefix: int, other: int) -> bool:
+        """Whether a sequence of `other` tokens, the first `prefix` its partner's, shares them."""
         if not prefix or self.mode not in ("shared", "auto"):
             return False
         if self.mode == "shared":
             return True
         # Attention pays for half of a causal segment's entries, and on a CPU, where the entries
         # of a segment with a parent go through a mask, for all of those.
-        own = rejected - prefix
-        entries = own * rejected - rejected * rejected / 2
+        own = other - prefix
+        entries = own * other - other * other / 2
         return self.may_share and prefix > self.attention_ratio * entries
 
     def cost(self, tokens: float, entries: float) -> float:
@@ -175,7 +175,7 @@ def _shared(sequences: Sequence[TokenSequence], sharing: Sharing) -> list[int]:
     found = [0]
     for other in sequences[1:]:
         L = shared_length(first, other.ids)
-        found.append(L if sharing.shares(L, len(first), len(other.ids)) else 0)
+        found.append(L if sharing.shares(L, len(other.ids)) else 0)
     return found
 
 

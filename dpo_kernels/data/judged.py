@@ -19,10 +19,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .completions import Completion, Ranking, completion_of
-from .files import Source, name_of, read_rows
+from .files import Source, read_rows
 from .forms import ranked_texts
-from .left_out import BadField, LeftOut, listed
-from .pairs import PairReader
+from .left_out import BadField, LeftOut
+from .pairs import PairReader, all_of, unused_columns
 from .row import Row, kind_of
 from .turns import Turn, check_completion, for_template, number_of, turn_of, with_system
 
@@ -83,10 +83,7 @@ class JudgedReader:
 
     def remarks(self, source: Source) -> list[str]:
         """What there is to say of the columns, once the rows are read."""
-        if not self.unused:
-            return []
-        names = listed(f"{name} ({n} rows)" for name, n in self.unused.most_common())
-        return [f"{name_of(source)}: columns that are not used: {names}"]
+        return unused_columns(source, self.unused)
 
     def _labelled(self, row: Row, where: str) -> Completion:
         if "chosen" in row or "rejected" in row:
@@ -158,12 +155,5 @@ def read_judged(
     Raises `DataError` if the source cannot be read, holds no usable row, or if a row is bad and
     `left_out.strict`.
     """
-    since = len(left_out.problems)
-    reader = JudgedReader(kind, left_out, columns)
-    rows = list(reader.read(source))
-    for remark in reader.remarks(source):
-        left_out.once(remark)
-    if not rows:
-        what = "completion with a label" if kind == "unpaired" else "ranked list"
-        raise left_out.nothing(name_of(source), f"no usable {what}", since)
-    return rows
+    what = "completion with a label" if kind == "unpaired" else "ranked list"
+    return all_of(JudgedReader(kind, left_out, columns), source, what)

@@ -127,14 +127,16 @@ class PairReader:
 
     def remarks(self, source: Source) -> list[str]:
         """What there is to say of the columns, once the rows are read."""
-        said = []
-        if self.unused:
-            names = listed(f"{name} ({n} rows)" for name, n in self.unused.most_common())
-            said.append(f"{name_of(source)}: columns that are not used: {names}")
+        said = unused_columns(source, self.unused)
         if self.forms:
             names = ", ".join(f"{form} ({n} rows)" for form, n in self.forms.most_common())
             said.append(f"{name_of(source)}: rows of other forms: {names}")
         return said
+
+
+def unused_columns(source: Source, counts: Counter[str]) -> list[str]:
+    names = listed(f"{name} ({n} rows)" for name, n in counts.most_common())
+    return [f"{name_of(source)}: columns that are not used: {names}"] if counts else []
 
 
 def read_pairs(
@@ -149,14 +151,19 @@ def read_pairs(
     its `label_smoothing`. Raises `DataError` if the source cannot be read, holds no usable pair, or
     if a row is bad and `left_out.strict`.
     """
+    return all_of(PairReader(left_out, columns, soft_labels), source, "preference pair")
+
+
+def all_of(reader: Any, source: Source, what: str) -> list[Any]:
+    """The usable rows of a source; an error where there is none, else what was met is told."""
+    left_out = reader.left_out
     since = len(left_out.problems)
-    reader = PairReader(left_out, columns, soft_labels)
-    pairs = list(reader.read(source))
+    rows = list(reader.read(source))
     for remark in reader.remarks(source):
         left_out.once(remark)
-    if not pairs:
-        raise left_out.nothing(name_of(source), "no usable preference pair", since)
-    return pairs
+    if not rows:
+        raise left_out.nothing(name_of(source), f"no usable {what}", since)
+    return rows
 
 
 def _pair(row: dict[str, Any], where: str, unknown: list[str], left_out: LeftOut) -> PreferencePair:

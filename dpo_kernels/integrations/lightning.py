@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from ..losses import fresh_state
-from ..models.attached import attach_head
+from ..models.attached import HeadOutput, attach_head
 from ..models.forward import Reference
 from ..models.head_check import check_head
 from ..models.options import FusedOptions
@@ -174,19 +174,7 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
         if self.training and not self._reference_seen:
             self._reference_seen = True
             if ref is not None and self.fused.check_reference and not self.global_step:
-                opt_out = "DPOModule(..., fused={'check_reference': False})"
-                # What is logged of the first step is the policy as it was checked: rewards of 0.
-                seen = check_reference(
-                    self.model,
-                    out,
-                    batch,
-                    ref_logps=ref,
-                    opt_out=opt_out,
-                    fused=self.fused,
-                    **options,
-                )
-                out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
-                assert out.rewards is not None and out.pair_logps is not None
+                self._check_reference(out, batch, ref, options)
         real = len(out.rewards[0]) if self.training else self._real_pairs(len(out.rewards[0]))
         if not self.training:
             # Its parts are divided at the end, each by its own count.
@@ -215,6 +203,15 @@ class DPOModule(L.LightningModule):  # type: ignore[name-defined, misc]
             sync_dist=not self.training,
         )
         return out.loss
+
+    def _check_reference(
+        self, out: HeadOutput, batch: Mapping[str, Any], ref: Reference, options: dict[str, Any]
+    ) -> None:
+        """What is logged of the first step is the policy as it was checked: rewards of 0."""
+        opt_out = "DPOModule(..., fused={'check_reference': False})"
+        given: dict[str, Any] = {"ref_logps": ref, "fused": self.fused, **options}
+        seen = check_reference(self.model, out, batch, opt_out=opt_out, **given)
+        out.rewards, out.pair_logps = seen.rewards, seen.pair_logps
 
     def _log_loss(self, name: str, sums: dict[str, Tensor], real: int) -> None:
         key = f"_mean_{name}_{self._index}"

@@ -22,24 +22,13 @@ import torch
 from torch import Tensor
 
 from ..models.options import FusedOptions
-from . import frameworks, own_loss, shapes
-from .patching import Overrides, Patched, Undo, apply_all, options_of, undo_all
+from . import own_loss, shapes
+from .patching import Undo
 
 __all__ = ["patch_llamafactory", "unpatch_llamafactory"]
 
 # Its names of the losses of mean log-probs.
 _OF_MEANS = {"ipo", "orpo", "simpo"}
-_known: dict[type, Patched] = {}
-
-
-def target_of(kind: type) -> Patched:
-    """The patch of this CustomDPOTrainer; `UnsupportedShape` where it is another."""
-    if kind not in _known or not _known[kind].active:
-        version = frameworks.version_of("llamafactory")
-        shapes.shape_of(shapes.OF_LLAMAFACTORY, shapes.methods_of(kind), version)
-        patch = shapes.OF_LLAMAFACTORY.patch
-        _known[kind] = Patched(kind, overrides(), patch=patch, advice=lambda _: "")
-    return _known[kind]
 
 
 def patch_llamafactory(
@@ -53,24 +42,12 @@ def patch_llamafactory(
 
     Arguments and return value as `patch_trl`; `loss_options` are refused, its own are followed.
     """
-    chosen = own_loss.fused_options(options_of(fused, on_bypass, options))
-    frameworks.check_version("llamafactory", allow_untested=allow_untested)
-    return apply_all([target_of(shapes.class_of(shapes.OF_LLAMAFACTORY))], chosen, on_bypass)
+    return _framework.patch(fused, allow_untested, on_bypass, options)
 
 
 def unpatch_llamafactory() -> None:
     """Undo `patch_llamafactory`, where it is still ours."""
-    undo_all(_known.values())
-
-
-def overrides() -> Overrides:
-    return {
-        "__init__": functools.partial(own_loss.init, refuse=_refuse),
-        "concatenated_forward": _concatenated_forward,
-        "get_batch_loss_metrics": functools.partial(
-            own_loss.first_step, reference_logps=_reference_logps
-        ),
-    }
+    _framework.unpatch()
 
 
 def _refuse(trainer: Any) -> None:
@@ -119,3 +96,8 @@ def _mean_logits(rows: own_loss.RowScores) -> Tensor:
         return rows.logps.new_zeros(2)
     sums = torch.stack([x.sum() for x in rows.mean_logits.detach().chunk(2)])
     return sums / torch.stack([x.sum() for x in rows.scored.chunk(2)])
+
+
+overrides = functools.partial(own_loss.overrides, _concatenated_forward, _refuse, _reference_logps)
+_framework = own_loss.Framework(shapes.OF_LLAMAFACTORY, overrides)
+target_of = _framework.target_of

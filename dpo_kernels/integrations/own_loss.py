@@ -20,9 +20,10 @@ from ..models.forward import scored_tokens
 from ..models.options import FusedOptions
 from ..models.step0 import check_step0
 from ..models.structure import deterministic
-from . import hf_trainer
+from . import frameworks, hf_trainer, shapes
 from .announce import announce, opt_out
 from .first_step import check_first_loss, check_first_rows, note_loss, watch_first_step
+from .patching import Overrides, Patched, Undo, apply_all, options_of, undo_all
 
 
 class RowScores(NamedTuple):
@@ -38,7 +39,52 @@ class RowScores(NamedTuple):
         return self.scored.sum(1)
 
 
-def init(original: Callable, refuse: Callable[[Any], None]) -> Callable:
+class Framework:
+    """A framework of such a trainer: the patch of its class, put in and taken off."""
+
+    def __init__(self, trainer: shapes.Trainer, overrides: Callable[[], Overrides]) -> None:
+        self.trainer, self.overrides = trainer, overrides
+        self._known: dict[type, Patched] = {}
+
+    def target_of(self, kind: type) -> Patched:
+        """The patch of this class; `UnsupportedShape` where it is another."""
+        if kind not in self._known or not self._known[kind].active:
+            version = frameworks.version_of(self.trainer.package)
+            shapes.shape_of(self.trainer, shapes.methods_of(kind), version)
+            patch = self.trainer.patch
+            self._known[kind] = Patched(kind, self.overrides(), patch=patch, advice=lambda _: "")
+        return self._known[kind]
+
+    def patch(
+        self,
+        fused: FusedOptions | dict[str, Any] | None,
+        allow_untested: bool,
+        on_bypass: str,
+        options: dict[str, Any],
+    ) -> Undo:
+        chosen = _fused_options(options_of(fused, on_bypass, options))
+        frameworks.check_version(self.trainer.package, allow_untested=allow_untested)
+        return apply_all([self.target_of(shapes.class_of(self.trainer))], chosen, on_bypass)
+
+    def unpatch(self) -> None:
+        undo_all(self._known.values())
+
+
+ReferenceLogps = Callable[[Any, Any, dict[str, Any]], tuple[Tensor, Tensor] | None]
+
+
+def overrides(
+    forward: Callable, refuse: Callable[[Any], None], reference_logps: ReferenceLogps
+) -> Overrides:
+    """What is exchanged: their forward, and what looks at trainer and models around it."""
+    return {
+        "__init__": functools.partial(_init, refuse=refuse),
+        "concatenated_forward": forward,
+        "get_batch_loss_metrics": functools.partial(_first_step, reference_logps=reference_logps),
+    }
+
+
+def _init(original: Callable, refuse: Callable[[Any], None]) -> Callable:
     """Their `__init__`, with the head below what accelerate wraps policy and reference in."""
     signature = inspect.signature(original)
 
@@ -82,10 +128,7 @@ def weighted_sums(rows: RowScores, position: Tensor, ld_alpha: float | None) -> 
     return torch.where(position < shared, rows.logps, ld_alpha * rows.logps).sum(1)
 
 
-def first_step(
-    original: Callable,
-    reference_logps: Callable[[Any, Any, dict[str, Any]], tuple[Tensor, Tensor] | None],
-) -> Callable:
+def _first_step(original: Callable, reference_logps: ReferenceLogps) -> Callable:
     """Their `get_batch_loss_metrics`; before the first step both models are looked at."""
 
     @functools.wraps(original)
@@ -111,7 +154,7 @@ def first_step(
 
 
 def _check_reference(
-    trainer: Any, model: Any, batch: dict[str, Any], reference_logps: Callable
+    trainer: Any, model: Any, batch: dict[str, Any], reference_logps: ReferenceLogps
 ) -> None:
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its own forward belongs to the step
@@ -136,7 +179,7 @@ def refuse(trainer: Any, given: dict[str, bool]) -> None:
         )
 
 
-def fused_options(fused: FusedOptions) -> FusedOptions:
+def _fused_options(fused: FusedOptions) -> FusedOptions:
     """`FusedOptions` that such a trainer can follow."""
     for name in ("reference_cache", "ref_adapter_name"):
         if getattr(fused, name) is not None:

@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from ..models.options import FusedOptions
-from . import frameworks, own_loss, shapes
-from .patching import Overrides, Patched, Undo, apply_all, options_of, undo_all
+from . import own_loss, shapes
+from .patching import Undo
 
 __all__ = ["patch_swift", "unpatch_swift"]
 
@@ -30,17 +30,6 @@ __all__ = ["patch_swift", "unpatch_swift"]
 _NOT_FOR_THE_MODEL = {"labels", "text_position_ids", "ref_chosen_logps", "ref_rejected_logps"}
 # Losses of its own that take means over tokens, not sums.
 _OF_MEANS = {"ipo"}
-_known: dict[type, Patched] = {}
-
-
-def target_of(kind: type) -> Patched:
-    """The patch of this DPOTrainer; `UnsupportedShape` where it is another."""
-    if kind not in _known or not _known[kind].active:
-        version = frameworks.version_of("ms-swift")
-        shapes.shape_of(shapes.OF_SWIFT, shapes.methods_of(kind), version)
-        patch = shapes.OF_SWIFT.patch
-        _known[kind] = Patched(kind, overrides(), patch=patch, advice=lambda _: "")
-    return _known[kind]
 
 
 def patch_swift(
@@ -54,24 +43,12 @@ def patch_swift(
 
     Arguments and return value as `patch_trl`; `loss_options` are refused, its own are followed.
     """
-    chosen = own_loss.fused_options(options_of(fused, on_bypass, options))
-    frameworks.check_version("ms-swift", allow_untested=allow_untested)
-    return apply_all([target_of(shapes.class_of(shapes.OF_SWIFT))], chosen, on_bypass)
+    return _framework.patch(fused, allow_untested, on_bypass, options)
 
 
 def unpatch_swift() -> None:
     """Undo `patch_swift`, where it is still ours."""
-    undo_all(_known.values())
-
-
-def overrides() -> Overrides:
-    return {
-        "__init__": functools.partial(own_loss.init, refuse=_refuse),
-        "concatenated_forward": _concatenated_forward,
-        "get_batch_loss_metrics": functools.partial(
-            own_loss.first_step, reference_logps=_reference_logps
-        ),
-    }
+    _framework.unpatch()
 
 
 def _refuse(trainer: Any) -> None:
@@ -134,3 +111,8 @@ def _concatenated_forward(original: Callable) -> Callable:
         return result
 
     return concatenated_forward
+
+
+overrides = functools.partial(own_loss.overrides, _concatenated_forward, _refuse, _reference_logps)
+_framework = own_loss.Framework(shapes.OF_SWIFT, overrides)
+target_of = _framework.target_of

@@ -6,12 +6,12 @@ Nothing heavy is imported: every command's parser is made at every start.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..train.config_files import UserError
 from ..train.run_options import option
 from .settings import (
     JUDGES,
+    Checked,
     EndpointOptions,
     JudgeOptions,
     PairOptions,
@@ -78,7 +78,7 @@ class PairsConfig(PairOptions):
 
 
 @dataclass
-class GuardOptions:
+class GuardOptions(Checked):
     """Limits; the policy of a round that breaks one is not promoted."""
 
     max_kl: float | None = option(50.0, "nats a sequence from the starting model, exact")
@@ -92,9 +92,7 @@ class GuardOptions:
     )
 
     def check(self) -> None:
-        parent: Any = getattr(super(), "check", None)
-        if parent is not None:
-            parent()
+        super().check()
         at_least(self, 0, ("max_kl", "min_diversity", "max_repetition", "max_logps_fall"))
         at_least(self, 1, ("max_length_ratio",))
 
@@ -163,9 +161,7 @@ class IterateConfig(GuardOptions, SamplingOptions, PairOptions, JudgeOptions):
         super().check()
         if not self.output_dir:
             raise UserError("output_dir is missing: a loop that can be gone on with needs a name")
-        for name in ("rounds", "min_pairs", "eval_samples", "online", "prompts_per_round"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        counts = ("rounds", "min_pairs", "eval_samples", "online", "prompts_per_round")
+        at_least(self, 1, counts)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay}")

@@ -21,7 +21,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from urllib.parse import quote, urlsplit
 
 from ..train.config_files import UserError
 from ..train.ranks import ALONE, Ranks
-from .records import Journal, digest
+from .records import digest
+from .reply_cache import Reply, ReplyCache, Request
 from .settings import EndpointOptions
 from .spending import Purse
 
@@ -39,57 +39,12 @@ RETRIED = (408, 409, 425, 429)
 FATAL = (401, 403, 404)  # no other request will fare better
 
 
-@dataclass(frozen=True)
-class Request:
-    """`messages` of a chat, or a plain text to complete; `options` are fields of the body."""
-
-    prompt: str | list[dict[str, str]]
-    options: dict[str, Any]
-    max_tokens: int
-
-
-@dataclass(frozen=True)
-class Reply:
-    text: str | None
-    error: str | None = None
-    finish_reason: str = ""
-    logprobs: list[dict[str, Any]] | None = None  # token, logprob, top_logprobs of each token
-    cached: bool = False
-
-
 class _Fault(Exception):
     """One attempt that failed; `again`: another may not."""
 
     def __init__(self, kind: str, message: str, again: bool, after: float = 0.0) -> None:
         super().__init__(message)
         self.kind, self.again, self.after = kind, again, after
-
-
-class ReplyCache:
-    """Replies on disk by the hash of everything that was asked."""
-
-    def __init__(self, folder: str | Path | None, ranks: Ranks = ALONE) -> None:
-        self._journal = Journal(Path(folder) / "replies.jsonl", ranks) if folder else None
-        self._found: dict[str, dict[str, Any]] = {}
-        for row in self._journal.rows if self._journal else []:
-            self._found[row["key"]] = row
-
-    def get(self, key: str) -> Reply | None:
-        row = self._found.get(key)
-        if row is None:
-            return None
-        return Reply(row["text"], None, row["finish_reason"], row["logprobs"], cached=True)
-
-    def put(self, key: str, reply: Reply) -> None:
-        row = {
-            "key": key,
-            "text": reply.text,
-            "finish_reason": reply.finish_reason,
-            "logprobs": reply.logprobs,
-        }
-        self._found[key] = row
-        if self._journal:
-            self._journal.add([row])
 
 
 class Endpoint:

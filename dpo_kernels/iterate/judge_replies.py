@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..train.config_files import UserError
-from .endpoint import Reply
+from .reply_cache import Reply
 
 _FIELD = re.compile(r"\{(prompt|first|second|completion|principles|fence|lowest|highest)\}")
 _WORD = re.compile(r"[\s\W_]*([ABC])[\s\W_]*")

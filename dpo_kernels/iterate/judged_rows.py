@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ..data.left_out import DataError
@@ -16,6 +17,7 @@ from ..train.config_files import UserError
 from .pair_rules import (
     PairCounts,
     by_id,
+    conversations,
     judged_pair,
     log_length_ratio,
     make_pairs,
@@ -53,9 +55,9 @@ def make_rows(
     rows = [row for _, row, _ in made]
     sources = {"judged": len(rows)}
     more = (
-        mixed(options, by_prompt(samples), len(rows), seed, _unpaired_file, _good_answers)
+        mixed(options, by_prompt(samples), len(rows), seed, _labels_of, _good_answers)
         if kind == "unpaired"
-        else mixed(options, by_prompt(samples), len(rows), seed, _ranked_file, _no_ranking)
+        else mixed(options, by_prompt(samples), len(rows), seed, _lists_of, _no_ranking)
     )
     for name, found in more:
         sources[name] = len(found)
@@ -144,31 +146,25 @@ def _ranked(
     return made
 
 
-def _unpaired_file(path: str, groups: dict[str, list[Sample]]) -> list[Row]:
-    names = ("prompt", "completion", "label")
-    return [_only(path, n, row, names) for n, row in enumerate(read_table(path), start=1)]
+def _of_file(path: str, groups: dict[str, list[Sample]], names: Sequence[str]) -> list[Row]:
+    """These columns of a file's rows, each of which has them."""
+    rows = read_table(path)
+    for n, row in enumerate(rows, start=1):
+        if any(row.get(name) is None for name in names):
+            raise DataError(f"{path}: row {n}: expected {', '.join(names[:-1])} and {names[-1]}")
+    return [{name: row[name] for name in names} for row in rows]
 
 
-def _ranked_file(path: str, groups: dict[str, list[Sample]]) -> list[Row]:
-    names = ("prompt", "completions", "scores")
-    return [_only(path, n, row, names) for n, row in enumerate(read_table(path), start=1)]
-
-
-def _only(path: str, n: int, row: Row, names: Sequence[str]) -> Row:
-    if any(row.get(name) is None for name in names):
-        raise DataError(f"{path}: row {n}: expected {', '.join(names[:-1])} and {names[-1]}")
-    return {name: row[name] for name in names}
+_labels_of = partial(_of_file, names=("prompt", "completion", "label"))
+_lists_of = partial(_of_file, names=("prompt", "completions", "scores"))
 
 
 def _good_answers(path: str, groups: dict[str, list[Sample]]) -> list[Row]:
     """The answers of SFT rows, which are good ones."""
-    rows = []
-    for n, row in enumerate(read_table(path), start=1):
-        messages = row.get("messages")
-        if not isinstance(messages, list) or len(messages) < 2:
-            raise DataError(f"{path}: row {n}: expected messages that end with the assistant's")
-        rows.append({"prompt": messages[:-1], "completion": messages[-1:], "label": True})
-    return rows
+    return [
+        {"prompt": messages[:-1], "completion": messages[-1:], "label": True}
+        for messages in conversations(path)
+    ]
 
 
 def _no_ranking(path: str, groups: dict[str, list[Sample]]) -> list[Row]:

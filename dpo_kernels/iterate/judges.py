@@ -23,9 +23,10 @@ from typing import Any, Protocol
 
 from ..train.config_files import UserError
 from ..train.ranks import ALONE, Ranks
-from .endpoint import Endpoint, Reply, Request
+from .endpoint import Endpoint
 from .judge_replies import Read, Template, load_template, read_pairwise, read_score
 from .records import Journal, PairItem, Turn, Verdict, digest, file_digest, prompt_text
+from .reply_cache import Reply, Request
 from .settings import JudgeOptions
 
 

@@ -248,14 +248,20 @@ def _static(path: str, groups: dict[str, list[Sample]]) -> list[dict[str, Any]]:
     return rows
 
 
+def conversations(path: str) -> list[list[dict[str, Any]]]:
+    """The messages of SFT rows, the last of them the assistant's."""
+    found: list[Any] = [row.get("messages") for row in read_table(path)]
+    for n, messages in enumerate(found, start=1):
+        if not isinstance(messages, list) or len(messages) < 2:
+            raise DataError(f"{path}: row {n}: expected messages that end with the assistant's")
+    return found
+
+
 def _from_sft(path: str, groups: dict[str, list[Sample]]) -> list[dict[str, Any]]:
     """The answer of an SFT row over the policy's first other sample of that prompt (2401.01335)."""
     asked = {prompt_id(group[0].prompt): group for group in groups.values()}
     rows = []
-    for n, row in enumerate(read_table(path), start=1):
-        messages = row.get("messages")
-        if not isinstance(messages, list) or len(messages) < 2:
-            raise DataError(f"{path}: row {n}: expected messages that end with the assistant's")
+    for messages in conversations(path):
         prompt, answer = messages[:-1], completion_text(messages[-1:])
         samples = asked.get(prompt_id(prompt)) or asked.get(prompt_id(prompt[-1]["content"]))
         other = next((s for s in samples or () if s.completion not in (answer, "")), None)

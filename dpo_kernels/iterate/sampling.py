@@ -18,9 +18,10 @@ import torch
 from ..train.config_files import UserError
 from ..train.console import Console
 from ..train.ranks import ALONE, Ranks
-from .endpoint import Endpoint, Reply, Request
+from .endpoint import Endpoint
 from .local_models import LocalModel, prompt_ids
 from .records import Journal, Prompt, of_rank, write_table
+from .reply_cache import Reply, Request
 from .settings import SamplingOptions
 
 

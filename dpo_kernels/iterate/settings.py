@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from ..train.config_files import UserError, nearest
+from ..train.config_files import UserError, nearest, typed
 from ..train.run_options import option
 
-T = TypeVar("T")
+
+class Checked:
+    """Options that are looked at together once all are known."""
+
+    def check(self) -> None:
+        """`UserError` for what does not go together or has no meaning."""
+
+
+T = TypeVar("T", bound=Checked)
 
 
 def load_options(kind: type[T], *layers: Mapping[str, Any]) -> T:
@@ -24,38 +32,15 @@ def load_options(kind: type[T], *layers: Mapping[str, Any]) -> T:
         for name, value in layer.items():
             if name not in hints:
                 raise UserError(f"unknown option {name!r}{nearest(name, hints)}")
-            values[name] = _typed(name, value, hints[name])
+            values[name] = typed(name, value, hints[name], one=True)
     made = kind(**values)
     for f in fields(made):  # type: ignore[arg-type]
         allowed, value = f.metadata.get("choices"), getattr(made, f.name)
         found = value if isinstance(value, list) else [value]
         if allowed and value is not None and not set(found) <= set(allowed):
             raise UserError(f"{f.name} must be one of {', '.join(allowed)}, got {value!r}")
-    check: Any = getattr(made, "check", None)
-    if check is not None:
-        check()
+    made.check()
     return made
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    for kind in kinds:
-        if get_origin(kind) is list:
-            inner = get_args(kind)[0]
-            items = value if isinstance(value, list) else [value]
-            if all(isinstance(v, inner) for v in items):
-                return items
-        elif get_origin(kind) is dict:
-            if isinstance(value, dict):
-                return value
-        elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return value
-    wanted = " or ".join(getattr(k, "__name__", str(k)) for k in kinds).replace("NoneType", "null")
-    raise UserError(f"{name} must be {wanted}, got {value!r}")
 
 
 def at_least(made: object, least: float, names: Iterable[str]) -> None:
@@ -67,7 +52,7 @@ def at_least(made: object, least: float, names: Iterable[str]) -> None:
 
 
 @dataclass
-class EndpointOptions:
+class EndpointOptions(Checked):
     """An OpenAI-compatible server, and what may be asked of it."""
 
     base_url: str | None = option(
@@ -172,7 +157,7 @@ class JudgeOptions(EndpointOptions):
 
 
 @dataclass
-class SamplingOptions:
+class SamplingOptions(Checked):
     """How a policy is sampled."""
 
     num_samples: int = option(4, "samples a prompt")
@@ -186,9 +171,7 @@ class SamplingOptions:
     seed: int = option(42, "seed of all draws")
 
     def check(self) -> None:
-        parent: Any = getattr(super(), "check", None)
-        if parent is not None:
-            parent()
+        super().check()
         at_least(self, 1, ("num_samples", "max_new_tokens", "sample_batch_size"))
         at_least(self, 0, ("temperature",))
         if not 0 < self.top_p <= 1:
@@ -196,7 +179,7 @@ class SamplingOptions:
 
 
 @dataclass
-class PairOptions:
+class PairOptions(Checked):
     """Which pairs are made of verdicts."""
 
     select: str = option(
@@ -217,9 +200,7 @@ class PairOptions:
     )
 
     def check(self) -> None:
-        parent: Any = getattr(super(), "check", None)
-        if parent is not None:
-            parent()
+        super().check()
         at_least(self, 0, ("min_margin", "length_matched"))
         if not 0 < self.keep_fraction <= 1:
             raise UserError(f"keep_fraction must be in (0, 1], got {self.keep_fraction}")

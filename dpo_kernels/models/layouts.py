@@ -340,9 +340,7 @@ def _laid_out(
     ratio = attention_ratio(model)
     sharing = Sharing(layout, ratio, None, may_share=not router)
     B = R // 2 if common else 0
-    shared = [
-        L if sharing.shares(L, lengths[i], lengths[B + i]) else 0 for i, L in enumerate(common)
-    ]
+    shared = [L if sharing.shares(L, lengths[B + i]) else 0 for i, L in enumerate(common)]
     order = [r for i in range(B) for r in (i, B + i)] if B else list(range(R))
     parts = []
     for at, r in enumerate(order):

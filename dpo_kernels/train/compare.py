@@ -63,14 +63,14 @@ def step_times(
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 1):
         for step, taken in ((ours, times[0]), (plain, times[1])):
-            seconds = _timed(step, policy)
+            seconds = timed(step, policy)
             if repeat:  # the first is the warm-up
                 taken.append(seconds)
             policy.model.zero_grad(set_to_none=True)
     return times
 
 
-def _timed(step: Callable[[], None], policy: Policy) -> float:
+def timed(step: Callable[[], None], policy: Policy) -> float:
     if policy.device.type == "cuda":
         torch.cuda.synchronize(policy.device)
     began = time.perf_counter()

@@ -18,7 +18,7 @@ from . import trl_options
 from .config_files import UserError as UserError
 from .config_files import nearest as nearest
 from .config_files import read_config_file as read_config_file
-from .config_files import yaml_text
+from .config_files import typed, yaml_text
 from .run_options import (
     GROUPS,
     AdapterOptions,
@@ -83,44 +83,13 @@ class DPOTrainConfig(
         self.lr_scheduler_kwargs = _mapping("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
         check_fields(self)
         self.layout = "shared" if self.layout == "prefix" else self.layout
-        budget = self.max_tokens_per_batch
-        if budget is not None and budget < 1:
-            raise UserError(f"max_tokens_per_batch must be at least 1 or null, got {budget}")
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "ref_model_sync_steps",
-            "ddp_timeout",
-            "vocab_parallel",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.eval_steps is not None and self.eval_steps < 1:
-            raise UserError(f"eval_steps must be at least 1 or null, got {self.eval_steps}")
-        if self.max_length is not None and self.max_length < 2:
-            raise UserError(f"max_length must be at least 2 or null, got {self.max_length}")
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise UserError(
-                f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}"
-            )
-        for name in (
-            "max_prompt_length",
-            "max_completion_length",
-            "dataset_num_proc",
-            "fsdp_shard_size",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
+        self._check_bounds()
         for entry in self.column_mapping or []:
             ours, equals, theirs = entry.partition("=")
             if not (ours and equals and theirs):
                 raise UserError(
                     f"column_mapping: {entry!r}, expected ours=theirs (prompt=question)"
                 )
-        if not 0 <= self.eval_fraction < 1:
-            raise UserError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
         if self.max_steps < -1:
             raise UserError(
                 "max_steps must be at least 1, or -1 (epochs), or 0 (evaluate only), got "
@@ -128,64 +97,37 @@ class DPOTrainConfig(
             )
         if self.max_steps == -1 and not 0 < self.num_train_epochs < float("inf"):
             raise UserError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
-        if self.sft_steps is not None and self.sft_steps < 0:
-            raise UserError(f"sft_steps must be at least 0 or null, got {self.sft_steps}")
-        if self.save_steps < 0:
-            raise UserError(f"save_steps must be at least 0, got {self.save_steps}")
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise UserError(
-                f"save_total_limit must be at least 1 or null, got {self.save_total_limit}"
-            )
         if [self.dataset_name, self.eval_file, self.sft_file].count("-") > 1:
             raise UserError("of dataset_name, eval_file and sft_file one alone can be - (stdin)")
         if self.sft_rows and self.sft_file is None:
             raise UserError("sft_rows needs sft_file: the file that the rows come from")
-        for name in (
-            "learning_rate",
-            "group_learning_rate",
-            "group_l2",
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "sample_max_new_tokens",
-            "sft_rows",
-            "sft_learning_rate",
-            "sft_rows_weight",
-        ):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in (
-            "learning_rate",
-            "sft_learning_rate",
-            "sft_rows_weight",
-            "warmup_steps",
-            "weight_decay",
-            "sft_weight",
-        ):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name} must be finite, got {getattr(self, name)}")
         if not abs(self.seed) < 2**32:
             raise UserError(f"seed must be below 2**32, got {self.seed}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 < self.adam_epsilon < 1:
-            raise UserError(f"adam_epsilon must be in (0, 1), got {self.adam_epsilon}")
         if self.bf16 and self.dtype not in ("auto", "float32"):
             raise UserError(f"bf16 keeps float32 weights; got dtype={self.dtype!r} beside it")
-        self._check_guards()
+        if self.early_stopping_patience is not None and self.eval_steps is None:
+            raise UserError("early_stopping_patience needs eval_steps: evaluations to look at")
         self._check_loss()
 
-    def _check_guards(self) -> None:
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        if self.skip_nonfinite < 0:
-            raise UserError(f"skip_nonfinite must be at least 0, got {self.skip_nonfinite}")
-        patience = self.early_stopping_patience
-        if patience is not None and patience < 1:
-            raise UserError(f"early_stopping_patience must be at least 1 or null, got {patience}")
-        if patience is not None and self.eval_steps is None:
-            raise UserError("early_stopping_patience needs eval_steps: evaluations to look at")
+    def _check_bounds(self) -> None:
+        """The bounds of single numbers; null passes where an option may be null."""
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                null = " or null" if type(None) in get_args(_HINTS[name]) else ""
+                raise UserError(f"{name} must be at least {least}{null}, got {value}")
+        for name in _FINITE:
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} must be finite, got {getattr(self, name)}")
+        for name in ("eval_fraction", "adam_beta1", "adam_beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise UserError(
+                f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}"
+            )
+        if not 0 < self.adam_epsilon < 1:
+            raise UserError(f"adam_epsilon must be in (0, 1), got {self.adam_epsilon}")
 
     def _check_loss(self) -> None:
         """The options of the loss against the table of losses, before any model is loaded."""
@@ -344,6 +286,55 @@ def _mapping(name: str, value: Any) -> Any:
 
 
 _HINTS = get_type_hints(DPOTrainConfig)
+_LEAST = {
+    "max_length": 2,
+    **dict.fromkeys(
+        (
+            "max_tokens_per_batch",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "ref_model_sync_steps",
+            "ddp_timeout",
+            "vocab_parallel",
+            "eval_steps",
+            "max_prompt_length",
+            "max_completion_length",
+            "dataset_num_proc",
+            "fsdp_shard_size",
+            "save_total_limit",
+            "early_stopping_patience",
+        ),
+        1,
+    ),
+    **dict.fromkeys(
+        (
+            "sft_steps",
+            "save_steps",
+            "skip_nonfinite",
+            "learning_rate",
+            "group_learning_rate",
+            "group_l2",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "sample_max_new_tokens",
+            "sft_rows",
+            "sft_learning_rate",
+            "sft_rows_weight",
+        ),
+        0,
+    ),
+}
+_FINITE = (
+    "learning_rate",
+    "sft_learning_rate",
+    "sft_rows_weight",
+    "warmup_steps",
+    "weight_decay",
+    "sft_weight",
+)
 ALIASES = {"torch_dtype": "dtype", "train_file": "dataset_name", "batch_layout": "layout"}
 
 
@@ -352,27 +343,9 @@ def check_fields(config: Any) -> None:
     hints = get_type_hints(type(config))
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
-        _check_type(f.name, value, hints[f.name])
+        typed(f.name, value, hints[f.name])
         if choices and value not in choices:
             raise UserError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_type(name: str, value: object, hint: Any) -> None:
-    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    for kind in kinds:
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return
-        origin = getattr(kind, "__origin__", None)
-        if origin is list:
-            inner = get_args(kind)[0]
-            if isinstance(value, list) and all(
-                isinstance(v, inner) or (inner is float and isinstance(v, int)) for v in value
-            ):
-                return
-        elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return
-    wanted = " or ".join(getattr(k, "__name__", str(k)) for k in kinds).replace("NoneType", "null")
-    raise UserError(f"{name} must be {wanted}, got {value!r}")
 
 
 def known_keys() -> list[str]:

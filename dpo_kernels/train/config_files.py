@@ -7,13 +7,33 @@ import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from .run_options import GROUPS
 
 
 class UserError(ValueError):
     """A mistake in what the user asked for: one clear line, no traceback."""
+
+
+def typed(name: str, value: Any, hint: Any, one: bool = False) -> Any:
+    """The value as an option of this type has it, else `UserError`; `one`: may stand for a list."""
+    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    for kind in kinds:
+        plain = get_origin(kind) or kind
+        if plain is list:
+            inner = get_args(kind)[0]
+            items = [value] if one and not isinstance(value, list) else value
+            if isinstance(items, list) and all(
+                isinstance(v, inner) or (inner is float and isinstance(v, int)) for v in items
+            ):
+                return items
+        elif plain is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
+            return value
+    wanted = " or ".join(getattr(k, "__name__", str(k)) for k in kinds).replace("NoneType", "null")
+    raise UserError(f"{name} must be {wanted}, got {value!r}")
 
 
 YAML = (".yaml", ".yml")

@@ -7,6 +7,7 @@ The rows that would be left out are reported as in a run. What cannot be done is
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 
 from ..data import ScoredBatch, TokenRow, embedded
 from ..data.batches import padded_tokens
+from .compare import timed
 from .config import DPOTrainConfig, UserError, refusals
 from .console import Console
 from .fit import ADVICE, available, device_of, shown, step_memory
@@ -60,14 +62,9 @@ class _DryRun(Job):
         config = self.config
         torch.manual_seed(config.seed)
         room = available(device_of(config))
-        if self.own:
-            policy = self._users_model()
-            pairs, held_out = self.rows.pairs(policy)
-            self.rows.conversations(policy)
-        else:
-            with embedded.folder() as source:
-                policy = self._small_model(source)
-                pairs, held_out = self.rows.pairs(policy, source)
+        with contextlib.nullcontext() if self.own else embedded.folder() as source:
+            policy, pairs, held_out = self._loaded(source)
+        self.rows.conversations(policy)
         self._refuse(policy, pairs, held_out)
         learned_groups(config, policy.device, pairs, self.console.say)
         if config.max_steps == 0:
@@ -166,12 +163,8 @@ class _DryRun(Job):
         began = time.perf_counter()
         data = referee.data(pairs, "", indices)
         forward = time.perf_counter() - began
-        try:
-            seconds = [_step(policy, data, indices, config) for _ in range(2)]
-        except torch.OutOfMemoryError as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"this run does not fit: {first} ({ADVICE})") from None
-        step, tokens = seconds[1], _tokens(pairs, indices)
+        step = second_step(policy, lambda: _step(policy, data, indices, config))
+        tokens = _tokens(pairs, indices)
         training = step * counts["tokens"] / tokens
         evaluated = sum(_size(p) for p in held_out)
         passes = 0 if not held_out else 3 + counts["steps"] // (config.eval_steps or 10**12)
@@ -209,21 +202,26 @@ def say_memory(
         )
 
 
-def _step(policy: Policy, data: PairData, indices: list[int], config: DPOTrainConfig) -> float:
-    """Seconds of one optimizer step that changes no weight."""
+def second_step(policy: Policy, step: Callable[[], None]) -> float:
+    """Seconds of the second of two steps; `UserError` where there is no room for them."""
+    try:
+        return [timed(step, policy) for _ in range(2)][1]
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"this run does not fit: {first} ({ADVICE})") from None
+
+
+def _step(policy: Policy, data: PairData, indices: list[int], config: DPOTrainConfig) -> None:
+    """One optimizer step that changes no weight."""
     stepper, loss = Stepper(policy.model, at_rate_0(config), 1), loss_of(policy, config)
     chosen = chosen_tokens([data.pairs[i] for i in indices])
     total = torch.zeros((), device=policy.device)
-    began = time.perf_counter()
     for part in batches_of(indices, data.pairs, config, policy):
         out, _ = loss(data, part, len(indices), chosen)
         assert out.loss is not None
         out.loss.backward()
         total = total + out.loss.detach()
     stepper.step(total, "the probe", [data.pairs[i].source for i in indices])
-    if policy.device.type == "cuda":
-        torch.cuda.synchronize(policy.device)
-    return time.perf_counter() - began
 
 
 def at_rate_0(config: DPOTrainConfig) -> DPOTrainConfig:

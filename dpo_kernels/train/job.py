@@ -8,6 +8,7 @@ set that ship with the package.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 import time
@@ -15,7 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,15 +25,11 @@ import dpo_kernels as dk
 from ..data import (
     DataError,
     LeftOut,
-    Message,
     TokenRow,
     TokenSequence,
     embedded,
-    read_conversations,
-    tokenize_conversations,
 )
 from ..data.left_out import Problem
-from ..models.versions import dtype_option
 from .adapters import check_adapter, check_named, name_base
 from .calibration import calibration
 from .card import write_card
@@ -49,39 +46,31 @@ from .ending import (
 )
 from .evaluation import evaluate
 from .fit import check_fits
-from .groups import group_summary, learned_groups
+from .groups import Groups, group_summary, learned_groups
 from .identity import identity
 from .loop import TrainResult, train
 from .machine import peak_memory
 from .metrics import MetricsFile
-from .model import Policy, load_policy, over_ranks, prepare_policy, save_policy
+from .model import Policy, load_policy, over_ranks, save_policy
 from .optim import TrainingError, check_schedule
-from .order import steps_of
 from .ranks import ALONE, Ranks, agreed
 from .ranks_start import agree, check_ranks, go_on, joined, meshes
-from .reference import Referee
+from .reference import PairData, Referee
 from .resume import Keeper, Resumed, check_room, metrics_of, references, resumed_from
 from .run_options import GROUPS
 from .run_rows import RunRows
-from .sft import SupervisedRows, fine_tune, train_sft
+from .sft import SupervisedRows, fine_tune
 from .shown import (
     completions,
-    more_prompts,
     prompt_text,
+    prompts_of,
     samples,
     write_report,
     write_surprising,
 )
 from .sinks import Run, Sinks, check_sinks
+from .small_model import embedded_layers, small_model, teach
 from .start import RunFolder, check_device, find_model, quiet_bars
-
-
-def embedded_layers() -> tuple[dict[str, Any], dict[str, Any]]:
-    """(options of DPO, options of SFT) of the embedded default's recipe."""
-    recipe = embedded.recipe()
-    seed = {"seed": recipe["seed"]} if "seed" in recipe else {}
-    sample = {f"sample_{k}": v for k, v in recipe.get("sample", {}).items()}
-    return {**seed, **recipe["dpo"], **sample}, {**seed, **recipe["sft"]}
 
 
 def run_job(
@@ -172,6 +161,16 @@ def resolve(options: Mapping[str, Any]) -> tuple[DPOTrainConfig, bool]:
     return config, own
 
 
+class _Begun(NamedTuple):
+    """What a run begins with."""
+
+    policy: Policy
+    pairs: Sequence[Any]
+    held_out: Sequence[Any]
+    identity: dict[str, Any]
+    conversations: list[TokenSequence]  # of sft_file
+
+
 class Job:
     """One run, its folder and what was left out of its data."""
 
@@ -224,8 +223,7 @@ class Job:
         kept = f"its weights are in {self.folder / 'model'}{what}"
         if not self.saved:
             try:
-                with self.console.held():
-                    save_policy(self.policy, self.folder / "model")
+                self._save(self.policy)
             except Exception as error:  # told beside the error that ended the run
                 kept = f"its weights could not be saved: {reason(error)}"
         if not self.ranks.first:
@@ -244,79 +242,51 @@ class Job:
         config, say = self.config, self.console.say
         began = time.perf_counter()
         torch.manual_seed(config.seed)
-        conversations: list[TokenSequence] = []
-        if self.own:
-            with self.ranks.together():
-                policy = self._users_model()
-                train_pairs, eval_pairs = self.rows.pairs(policy)
-                self._check_held_out(eval_pairs)
-                conversations = self.rows.conversations(policy)
-                identity = self._identity(policy, train_pairs, eval_pairs)
-            self._open_folder(policy)
-            self._over_ranks(policy, train_pairs, identity)
-            if self.resumed is None:
-                self.policy = policy
-                fine_tune(policy, conversations, config, self.folder, self.console)
-        else:
-            with embedded.folder() as source:
-                policy = self._small_model(source)
-                train_pairs, eval_pairs = self.rows.pairs(policy, source)
-                identity = self._identity(policy, train_pairs, eval_pairs)
-                self._open_folder(policy)
-                self.policy = policy
-                if self.resumed is None:
-                    self._sft(policy, source, len(train_pairs))
+        begun = self._begin()
+        policy, train_pairs, eval_pairs = begun.policy, begun.pairs, begun.held_out
         self.policy = policy
         backend = dk.backends.choose(config.backend, policy.device, policy.model.dtype)
-        what = config.noun
-        say(f"backend {backend}; {len(train_pairs)} {what} to train on, {len(eval_pairs)} held out")
+        counts = f"{len(train_pairs)} {config.noun} to train on, {len(eval_pairs)} held out"
+        say(f"backend {backend}; {counts}")
         referee = Referee(policy, config, self.console, self.own)
         data, held_out = references(referee, train_pairs, eval_pairs, self.folder, self.resumed)
         if config.sft_eval_file is not None and held_out is not None:
             kept_out = self.rows.read_conversations(policy, config.sft_eval_file)
             held_out = replace(held_out, conversations=kept_out)
         groups = learned_groups(config, policy.device, train_pairs, say)
+        decode = policy.tokenizer.decode
+        shown = prompt_text(self.rows.texts, decode)
         some = eval_pairs or train_pairs[:64]
-        shown = prompt_text(self.rows.texts, policy.tokenizer.decode)
-        prompts = more_prompts(self._sample_prompt(policy, some, shown), some, shown)
-        most = config.sample_max_new_tokens
+        prompts = prompts_of(policy, config.sample_prompt, some, shown)
         metrics = metrics_of(self.folder, self.resumed, self.ranks)
         margins: list[float] = []
-        found: dict[str, Any] = {"before": {}, "run_id": uuid.uuid4().hex[:16]}
-        if self.resumed is not None:
-            found = self.resumed.values["found"]
-        self._report_to(metrics, found["run_id"])
-        if self.resumed is None:
-            if held_out is not None:
-                found["before"] = evaluate(
-                    policy, held_out, config, self.console, "before training", margins=margins
-                )
-                metrics.write({"step": 0, "epoch": 0.0, **found["before"]})
-            found["texts_before"] = completions(policy, prompts, most)
+
+        def evaluated(when: str, step: int, groups: Groups | None = None) -> dict[str, Any]:
+            """The numbers of the held-out pairs, whose `margins` are the latest."""
+            margins.clear()
+            if held_out is None:
+                return {}
+            found = evaluate(policy, held_out, config, self.console, when, groups, margins)
+            epoch = metrics.rows[-1]["epoch"] if metrics.rows else 0.0
+            metrics.write({"step": step, "epoch": epoch, **found})
+            return found
+
+        def texts() -> list[str]:
+            return completions(policy, prompts, config.sample_max_new_tokens)
+
+        def look() -> dict[str, Any]:
+            return {"before": evaluated("before training", 0), "texts_before": texts()}
+
+        found = self._found(metrics, look)
         before, texts_before = found["before"], found.get("texts_before", [])
         if config.max_steps == 0:  # to evaluate only
             result, after, texts_after = TrainResult(0, 0.0, 0.0, 0.0), before, texts_before
         else:
-            kept = {"version": dk.__version__, "identity": identity, "found": found}
-            keeper = Keeper.of(self.folder, config, kept, self.resumed, self.ranks)
-            beside = SupervisedRows(policy, conversations, config) if config.sft_rows else None
-            result = train(
-                policy, data, held_out, config, metrics, self.console, keeper, groups, beside
-            )
-            with self.console.held():  # before anything that could still fail
-                save_policy(policy, self.folder / "model")
-            self.saved = True
-            after, margins = {}, []
-            if held_out is not None:
-                after = evaluate(
-                    policy, held_out, config, self.console, "after training", groups, margins
-                )
-                epoch = metrics.rows[-1]["epoch"]
-                metrics.write({"step": result.steps, "epoch": epoch, **after})
-            texts_after = completions(policy, prompts, most)
+            result = self._trained(begun, data, held_out, metrics, found, groups)
+            after = evaluated("after training", result.steps, groups)
+            texts_after = texts()
         sampled = samples(prompts, texts_before, texts_after)
         if self.ranks.first:
-            decode = policy.tokenizer.decode
             write_surprising(self.folder, margins, eval_pairs, self.rows.texts, decode)
             draw(metrics, self.folder, loss_title(config), say)
         peak = peak_memory(policy.device)
@@ -351,14 +321,74 @@ class Job:
         report(summary, result, self.left_out, say)
         return summary
 
-    # --- parts ---
+    def _begin(self) -> _Begun:
+        """Model and rows; sft_file, or the embedded conversations, teach the model first."""
+        with contextlib.nullcontext() if self.own else embedded.folder() as source:
+            with self.ranks.together():
+                policy, pairs, held_out = self._loaded(source)
+                conversations = self.rows.conversations(policy)
+                identity = self._identity(policy, pairs, held_out)
+            self._open_folder(policy)
+            self._over_ranks(policy, pairs, identity)
+            if self.resumed is None:
+                self.policy = policy
+                given = (self.config, self.folder, self.console)
+                if source is None:
+                    fine_tune(policy, conversations, *given)
+                else:
+                    teach(policy, source, len(pairs), self.left_out, *given)
+        return _Begun(policy, pairs, held_out, identity, conversations)
 
-    def _check_held_out(self, held_out: Sequence[Any]) -> None:
+    def _loaded(self, source: Path | None) -> tuple[Policy, Sequence[Any], Sequence[Any]]:
+        """Model, training and held-out rows: the user's own, or the embedded ones in `source`."""
+        if source is None:
+            policy = self._users_model()
+        else:
+            policy = small_model(source, self.config, self.console.say)
+        pairs, held_out = self.rows.pairs(policy, source)
         if self.config.max_steps == 0 and not held_out:
             raise UserError(
                 "max_steps 0 evaluates only, and no pair is held out: pass eval_file or "
                 "eval_fraction"
             )
+        return policy, pairs, held_out
+
+    def _found(self, metrics: MetricsFile, look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `look` finds before training, and the run's id; a resumed run has found it."""
+        if self.resumed is not None:
+            found = self.resumed.values["found"]
+        else:
+            found = {"run_id": uuid.uuid4().hex[:16]}
+        self._report_to(metrics, found["run_id"])
+        return found if self.resumed is not None else {**look(), **found}
+
+    def _trained(
+        self,
+        begun: _Begun,
+        data: PairData,
+        held_out: PairData | None,
+        metrics: MetricsFile,
+        found: dict[str, Any],
+        groups: Groups | None,
+    ) -> TrainResult:
+        policy, config = begun.policy, self.config
+        keeper = self._keeper(begun.identity, found)
+        rows = begun.conversations
+        beside = SupervisedRows(policy, rows, config) if config.sft_rows else None
+        result = train(
+            policy, data, held_out, config, metrics, self.console, keeper, groups, beside
+        )
+        self._save(policy)  # before anything that could still fail
+        return result
+
+    def _keeper(self, identity: dict[str, Any], found: dict[str, Any]) -> Keeper:
+        values = {"version": dk.__version__, "identity": identity, "found": found}
+        return Keeper.of(self.folder, self.config, values, self.resumed, self.ranks)
+
+    def _save(self, policy: Policy) -> None:
+        with self.console.held():
+            save_policy(policy, self.folder / "model")
+        self.saved = True
 
     def _identity(
         self,
@@ -373,9 +403,7 @@ class Job:
         return now
 
     def _refuse(self, policy: Policy, pairs: Sequence[Any], held_out: Sequence[Any]) -> None:
-        """What a dry run has left to look at before its numbers: data, checkpoint, disk."""
-        if self.command == "train":
-            self._check_held_out(held_out)
+        """What a dry run has left to look at before its numbers: checkpoint, disk."""
         if self.resumed is not None:
             self._identity(policy, pairs, held_out)
         if self.config.save_steps:
@@ -439,65 +467,6 @@ class Job:
         if self.config.use_peft:
             name_base(policy.model, name)
         return policy
-
-    def _small_model(self, source: Path) -> Policy:
-        """A fresh model of the embedded configuration."""
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-        dtype = torch.float32 if self.config.dtype == "auto" else getattr(torch, self.config.dtype)
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(source), **dtype_option(dtype)
-        )
-        self.console.say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, new")
-        return prepare_policy(
-            model, AutoTokenizer.from_pretrained(source), self.config, self.console.say
-        )
-
-    def _sft(self, policy: Policy, source: Path, num_pairs: int) -> None:
-        """Teach the fresh model the language of the data before it learns preferences."""
-        mine = ("dtype", "device", "max_length", "backend")
-        shared = {k: getattr(self.config, k) for k in mine}
-        dpo, sft = embedded_layers()
-        config = load_config(shared, sft)
-        rows = read_conversations(source / "sft.jsonl", self.left_out)
-        sequences = tokenize_conversations(rows, policy.tokenizer, config.max_length, self.left_out)
-        whole = steps_of(len(sequences), config)
-        steps = self.config.sft_steps
-        if self.config.max_steps == 0 and steps is None:
-            steps = 0
-        if steps is None:
-            # A run cut short is cut short here as well: the recipe's two parts keep their ratio.
-            share = steps_of(num_pairs, self.config) / steps_of(num_pairs, load_config(dpo))
-            steps = max(1, round(whole * min(share, 1.0)))
-        if steps < whole:
-            self.console.say(f"SFT: {steps} steps of the recipe's {whole} (--sft_steps sets them)")
-            warmup = min(config.warmup_steps, steps // 4)
-            config = replace(config, max_steps=max(steps, 1), warmup_steps=warmup)
-        elif steps > whole:
-            config = replace(config, max_steps=steps)
-        if steps == 0:
-            return
-        metrics = MetricsFile(self.folder / "sft_metrics.jsonl")
-        loss = train_sft(policy, sequences, config, metrics, self.console)
-        self.console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")
-
-    def _sample_prompt(
-        self, policy: Policy, pairs: Sequence[TokenRow], shown: Callable[[TokenRow], str]
-    ) -> tuple[str, list[int]]:
-        """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""
-        wanted = self.config.sample_prompt
-        if wanted is None:
-            pair = min(pairs, key=lambda p: len(p.prompt))
-            return shown(pair), list(pair.prompt)
-        return self._wanted_prompt(policy, wanted)
-
-    def _wanted_prompt(self, policy: Policy, wanted: str) -> tuple[str, list[int]]:
-        if policy.tokenizer.chat_template:
-            messages: list[Message] = [{"role": "user", "content": wanted}]
-            return wanted, policy.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        return wanted, policy.tokenizer(wanted)["input_ids"]
 
 
 def _tell(text: str) -> None:

@@ -321,6 +321,11 @@ class _Loop:
         progress.logged_tokens += work.tokens
         progress.computed += work.computed
         progress.padded += work.padded
+        self._after(step, epoch, extra)
+
+    def _after(self, step: int, epoch: float, extra: dict[str, Any]) -> None:
+        """Lines, evaluations and checkpoints that are due behind this step."""
+        config = self.config
         if step % config.logging_steps == 0 or step == self.steps:
             self._log(epoch, extra)
             self._say_falling(step)

@@ -38,7 +38,6 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    local_rank: int = 0
     data_rank: int = 0
     data_world: int = 1
     data_group: Any = None  # of the ranks whose parts make up the whole

@@ -64,7 +64,6 @@ def joined(options: Mapping[str, Any], console: Console) -> Iterator[Ranks]:
     ranks = Ranks(
         rank=rank,
         world=world,
-        local_rank=local,
         data_rank=rank,
         data_world=world,
         data_group=dist.group.WORLD,

@@ -158,11 +158,20 @@ def _joined(values: list[Tensor]) -> Tensor:
     return torch.stack(values) if values[0].dim() == 0 else torch.cat(values)
 
 
-def _scores(policy: Policy, pairs: Sequence[TokenRow]) -> list[Tensor]:
-    """[scored tokens] of each sequence, chosen then rejected."""
+def _scores(policy: Policy, pairs: Sequence[TokenRow], per_token: bool = True) -> list[Tensor]:
+    """[scored tokens] of each sequence, chosen then rejected; else their sums."""
     batch = policy.batch(list(pairs))
     with deterministic(policy.model):
-        return list(policy.logps(batch, "none").cpu().split(batch.scored_lengths))
+        logps = policy.logps(batch, "none" if per_token else "sum").cpu()
+    return list(logps.split(batch.scored_lengths) if per_token else logps)
+
+
+def _scored_into(cache: ReferenceCache, policy: Policy, pairs: Sequence[TokenRow]) -> list[Tensor]:
+    """`_scores`, kept in the cache as soon as they are there."""
+    values = _scores(policy, pairs)
+    cache.put([sequence_key(s) for s in sequences_of(pairs)], values)
+    cache.refresh()
+    return values
 
 
 class Referee:
@@ -294,11 +303,8 @@ def with_reference(
     starts = range(0, len(used), size)
     for start in console.progress(starts, f"reference log-probs ({what})", len(starts), "batches"):
         group = used[start : start + size]
-        batch = policy.batch([pairs[i] for i in group])
-        with deterministic(policy.model):
-            logps = policy.logps(batch, "none" if per_token else "sum").cpu()
-        values = list(logps.split(batch.scored_lengths) if per_token else logps)
-        reference.keep([(i, pairs[i]) for i in group], values)
+        rows = [pairs[i] for i in group]
+        reference.keep([*zip(group, rows, strict=True)], _scores(policy, rows, per_token))
     return PairData(pairs, reference)
 
 
@@ -342,19 +348,13 @@ def _over_ranks(
         if group is None:
             idle_pair(policy, pairs[todo[0]])
             continue
-        if cache is not None:
-            values = _scores(policy, [pairs[i] for i in group])
-            keys = [sequence_key(s) for s in sequences_of([pairs[i] for i in group])]
-            cache.put(keys, values)
-            cache.refresh()
+        rows = [pairs[i] for i in group]
+        if cache is None:
+            kept = _scores(policy, rows, per_token)
+        else:
+            values = _scored_into(cache, policy, rows)
             kept = values if per_token else [_sum(v) for v in values]
-            mine.keep([(i, pairs[i]) for i in group], kept)
-            continue
-        batch = policy.batch([pairs[i] for i in group])
-        with deterministic(policy.model):
-            logps = policy.logps(batch, "none" if per_token else "sum").cpu()
-        kept = list(logps.split(batch.scored_lengths) if per_token else logps)
-        mine.keep([(i, pairs[i]) for i in group], kept)
+        mine.keep([*zip(group, rows, strict=True)], kept)
     policy.sharded.rest()
     for start in range(0, len(todo), _EXCHANGED):
         _exchange(policy, pairs, todo[start : start + _EXCHANGED], per_token, mine, reference)
@@ -426,6 +426,4 @@ def _fill(
             group = todo[start : start + size]
             if not any(lacks(i) for i in group):  # another run was there first
                 continue
-            values = _scores(policy, [pairs[i] for i in group])
-            cache.put([sequence_key(s) for s in sequences_of([pairs[i] for i in group])], values)
-            cache.refresh()
+            _scored_into(cache, policy, [pairs[i] for i in group])

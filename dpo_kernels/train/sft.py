@@ -123,6 +123,17 @@ def fine_tune(
         early_stopping_patience=None,
         eval_steps=None,
     )
+    taught(policy, sequences, config, folder, console)
+
+
+def taught(
+    policy: Policy,
+    sequences: list[TokenSequence],
+    config: DPOTrainConfig,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Supervised steps whose metrics stand apart, and a line of what they came to."""
     metrics = MetricsFile(folder / "sft_metrics.jsonl", written=policy.ranks.first)
     loss = train_sft(policy, sequences, config, metrics, console)
     console.say(f"SFT on {len(sequences)} conversations: loss {loss:.3f} per token")

@@ -6,7 +6,6 @@ learning rate 0 over a batch of middling size.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 import torch
 
 from ..data import TokenSequence, make_sequence_batch
-from .config import UserError
 from .console import Console
-from .dry_run import at_rate_0, clock, refuse_all, say_memory
-from .fit import ADVICE, available, device_of, shown, step_memory
+from .dry_run import at_rate_0, clock, refuse_all, say_memory, second_step
+from .fit import available, device_of, shown, step_memory
 from .job import check_options, foreseen
 from .machine import peak_memory
 from .model import Policy
@@ -108,25 +106,19 @@ class _SFTDryRun(SFTJob):
         config, say = self.config, self.console.say
         group = [rows[i] for i in indices]
         stepper = Stepper(policy.model, at_rate_0(config), 1)
-        took = []
-        try:
-            for _ in range(2):
-                began = time.perf_counter()
-                loss = nll_gradients(policy, group, config.per_device_train_batch_size)
-                stepper.step(loss, "the probe", [r.source for r in group])
-                if policy.device.type == "cuda":
-                    torch.cuda.synchronize(policy.device)
-                took.append(time.perf_counter() - began)
-        except torch.OutOfMemoryError as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"this run does not fit: {first} ({ADVICE})") from None
+
+        def step() -> None:
+            loss = nll_gradients(policy, group, config.per_device_train_batch_size)
+            stepper.step(loss, "the probe", [r.source for r in group])
+
+        took = second_step(policy, step)
         here = sum(len(r.ids) for r in group)
-        training = took[1] / here * tokens
+        training = took / here * tokens
         passes = 0 if not held_out else 2 + steps // (config.eval_steps or 10**12)
-        rest = took[1] / 3 / here * sum(len(r.ids) for r in held_out) * passes
+        rest = took / 3 / here * sum(len(r.ids) for r in held_out) * passes
         say(
-            f"\ntime, guessed from two steps of {len(group)} rows ({took[1]:.2f} s, "
-            f"{here / took[1]:.0f} tokens/s): {clock(training + rest)}"
+            f"\ntime, guessed from two steps of {len(group)} rows ({took:.2f} s, "
+            f"{here / took:.0f} tokens/s): {clock(training + rest)}"
         )
         say(f"  training {clock(training)}, evaluation {clock(rest)}; samples are not in it")
         say(f"peak memory of these steps: {shown(peak_memory(policy.device))}")

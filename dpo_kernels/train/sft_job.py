@@ -8,7 +8,6 @@ Folder, signals and what is kept of a run that ends early are as in `job.py`.
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,12 +21,12 @@ from .console import Console
 from .ending import draw, files_of, last_fields, say_sample, write_summary
 from .job import Job, check_options, started
 from .machine import peak_memory
-from .model import Policy, save_policy
+from .model import Policy
 from .ranks_start import joined, meshes
-from .resume import Keeper, metrics_of
+from .resume import metrics_of
 from .run_options import GROUPS, SFT_DEFAULTS, SFT_GROUPS
 from .sft import evaluate_sft, train_sft
-from .shown import completions, write_report
+from .shown import completions, wanted_prompt, write_report
 
 # What belongs to pairs alone.
 _OF_PAIRS = {f for g in GROUPS if g not in SFT_GROUPS for f in g.__dataclass_fields__}
@@ -85,28 +84,23 @@ class SFTJob(Job):
         def evaluate() -> dict[str, float]:
             return evaluate_sft(policy, eval_rows, size) if eval_rows else {}
 
-        run_id = self.resumed.values["found"]["run_id"] if self.resumed else uuid.uuid4().hex[:16]
-        self._report_to(metrics, run_id)
         prompt = self._sft_prompt(policy, eval_rows or train_rows)
 
         def complete() -> str:
             return completions(policy, [prompt], config.sample_max_new_tokens)[0]
 
-        if self.resumed is None:
-            before, text_before = evaluate(), complete()
-            if before:
-                metrics.write({"step": 0, "epoch": 0.0, **before})
-        else:
-            found = self.resumed.values["found"]
-            before, text_before = found["before"], found["text_before"]
-        kept = {"before": before, "text_before": text_before, "run_id": run_id}
-        values = {"version": dk.__version__, "identity": identity, "found": kept}
-        keeper = Keeper.of(self.folder, config, values, self.resumed, self.ranks)
+        def look() -> dict[str, Any]:
+            numbers, text = evaluate(), complete()
+            if numbers:
+                metrics.write({"step": 0, "epoch": 0.0, **numbers})
+            return {"before": numbers, "text_before": text}
+
+        found = self._found(metrics, look)
+        before = found["before"]
+        keeper = self._keeper(identity, found)
         between = evaluate if eval_rows else None
         train_sft(policy, train_rows, config, metrics, self.console, between, keeper)
-        with self.console.held():  # before anything that could still fail
-            save_policy(policy, self.folder / "model")
-        self.saved = True
+        self._save(policy)  # before anything that could still fail
         last = metrics.rows[-1]
         after = evaluate()
         if after:
@@ -124,7 +118,7 @@ class SFTJob(Job):
             "after": after,
             "sample": {
                 "prompt": prompt[0],
-                "before": text_before,
+                "before": found["text_before"],
                 "after": complete(),
             },
             "peak_memory_bytes": peak_memory(policy.device),
@@ -134,13 +128,17 @@ class SFTJob(Job):
             return summary
         write_summary(self.folder, summary)
         write_report(self.folder, say)
+        self._say_end(summary)
+        return summary
+
+    def _say_end(self, summary: dict[str, Any]) -> None:
+        before, say = summary["before"], self.console.say
         if before:
-            was, now = before["eval_loss"], after["eval_loss"]
+            was, now = before["eval_loss"], summary["after"]["eval_loss"]
             say(f"\nheld-out loss per token: {was:.4f} before, {now:.4f} after")
         say_sample(summary["sample"], say)
         say(self.left_out.summary())
         say(f"saved in {self.folder}: {files_of(self.folder)}")
-        return summary
 
     def _rows(self, policy: Policy) -> tuple[list[TokenSequence], list[TokenSequence]]:
         """Training and held-out rows, tokenised."""
@@ -153,7 +151,7 @@ class SFTJob(Job):
     def _sft_prompt(self, policy: Policy, rows: list[TokenSequence]) -> tuple[str, list[int]]:
         """(text to show, ids to complete): the wanted text, or the shortest held-out prompt."""
         if self.config.sample_prompt is not None:
-            return self._wanted_prompt(policy, self.config.sample_prompt)
+            return wanted_prompt(policy, self.config.sample_prompt)
         found = min(rows, key=lambda r: (r.start == 0, r.start))
         ids = list(found.ids[: found.start])
         return policy.tokenizer.decode(ids, skip_special_tokens=True).strip(), ids

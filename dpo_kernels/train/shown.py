@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data import TokenPair, TokenRow
+from ..data import Message, TokenPair, TokenRow
 from ..report import write_page
 from .model import Policy, complete
 
@@ -18,18 +18,29 @@ SURPRISING = 20  # pairs
 Prompt = tuple[str, list[int]]  # as it is shown, and its ids
 
 
-def more_prompts(
-    first: Prompt, pairs: Sequence[TokenRow], shown: Callable[[TokenRow], str]
+def prompts_of(
+    policy: Policy, wanted: str | None, pairs: Sequence[TokenRow], shown: Callable[[TokenRow], str]
 ) -> list[Prompt]:
-    """`first` and other short prompts of these pairs, no prompt twice."""
-    found, seen = [first], {tuple(first[1])}
+    """The wanted text, if any, and the shortest prompts of these pairs, no prompt twice."""
+    found = [] if wanted is None else [wanted_prompt(policy, wanted)]
+    seen = {tuple(ids) for _, ids in found}
     for pair in sorted(pairs, key=lambda p: len(p.prompt)):
         if len(found) == SAMPLES:
             break
-        if tuple(pair.prompt) not in seen and pair.prompt:
+        if not found or (tuple(pair.prompt) not in seen and pair.prompt):
             seen.add(tuple(pair.prompt))
             found.append((shown(pair), list(pair.prompt)))
     return found
+
+
+def wanted_prompt(policy: Policy, wanted: str) -> Prompt:
+    """A text of the user's, as his turn where the model knows turns."""
+    if policy.tokenizer.chat_template:
+        messages: list[Message] = [{"role": "user", "content": wanted}]
+        return wanted, policy.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    return wanted, policy.tokenizer(wanted)["input_ids"]
 
 
 def prompt_text(

@@ -47,9 +47,7 @@ class StepLoss:
 
     function: Any  # a module: what the loss keeps from step to step is its state
 
-    def __init__(
-        self, policy: Policy, config: DPOTrainConfig, groups: Groups | None = None
-    ) -> None:
+    def __init__(self, policy: Policy, groups: Groups | None = None) -> None:
         self.policy, self.groups = policy, groups
 
     def __call__(
@@ -106,7 +104,7 @@ class PairLoss(StepLoss):
     def __init__(
         self, policy: Policy, config: DPOTrainConfig, groups: Groups | None = None
     ) -> None:
-        super().__init__(policy, config, groups)
+        super().__init__(policy, groups)
         # The module form, because beta-DPO keeps a running margin between batches.
         self.function = dk.FusedLinearDPOLoss(**config.loss_options())
         self.uses_offset = config.uses_offset
@@ -167,7 +165,7 @@ class RankedLoss(StepLoss):
     """Of batches of ranked lists, all of one length (`batches_of` sees to it)."""
 
     def __init__(self, policy: Policy, config: DPOTrainConfig) -> None:
-        super().__init__(policy, config)
+        super().__init__(policy)
         self.function = _Stateless(config.loss_options())
 
     def whole(self, num_rows: int, num_chosen_tokens: int) -> dict[str, Any]:
@@ -188,7 +186,7 @@ class UnpairedLoss(StepLoss):
     """Of batches of single completions."""
 
     def __init__(self, policy: Policy, config: DPOTrainConfig) -> None:
-        super().__init__(policy, config)
+        super().__init__(policy)
         self.function = _Stateless(config.loss_options())
         self.compares = config.compares_completions
         self.z = torch.zeros((), dtype=torch.float64, device=policy.device)

@@ -11,23 +11,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import parallel_costs  # noqa: F401  (its checks are run too)
 import torch
 import torch.distributed as dist
-from linear_cases import IGNORE, OPTIONS, B, H, T, V, labels_of, tensors
+from linear_cases import OPTIONS, B, H, T, V, labels_of, tensors
 from parallel_parts import (
     CHECKS,
     STATS,
-    Largest,
     check,
     compare,
-    counted,
     leaf,
     near,
     new_shards,
     raises,
     rows,
     shards,
-    status,
 )
 
 import dpo_kernels as dk
@@ -301,81 +299,6 @@ def a_process_group_will_do():
 
 
 @check
-def bytes_sent_do_not_depend_on_the_vocabulary():
-    sent = []
-    for size in (64, 4096):
-        s = shards(size)
-        torch.manual_seed(8)
-        hidden, weight, *_ = tensors(V=size)
-        labels = labels_of(size)
-        scored = int((labels[:, 1:] != IGNORE).sum())
-        for kind in ("score", "streaming"):
-            x = leaf(hidden, kind == "streaming")
-            w = leaf(rows(s, weight), kind == "streaming")
-            options = {"reference_free": True, "vocab_group": s, "strategy": kind}
-            dk.fused_linear_dpo_loss(x, w, labels, **options)  # options are looked at once
-            with counted() as calls:
-                out = dk.fused_linear_dpo_loss(x, w, labels, **options)
-                if kind == "streaming":
-                    out.loss.backward()
-            sent.append(calls)
-            logps = [n for n in calls if n <= 16 * scored]
-            assert sum(logps) == 24 * scored and len(logps) == 2, (calls, scored)
-    score, streaming, *larger = sent
-    assert larger == [score, streaming], sent
-    assert streaming[2:] == [4 * 2 * B * T * H]  # the gradient of hidden, once
-
-
-@check
-def nothing_of_the_whole_vocabulary_is_made():
-    """The largest tensor made is a shard's: its weight gradient, or a chunk of its logits."""
-    size = 4096
-    s = shards(size)
-    torch.manual_seed(10)
-    hidden, weight, *_ = tensors(V=size)
-    labels = labels_of(size)
-    scored = int((labels[:, 1:] != IGNORE).sum())
-    own = rows(s, weight)
-    for strategy in ("streaming", "recompute"):
-        x, w = leaf(hidden), leaf(own)
-        with Largest() as largest:
-            out = dk.fused_linear_dpo_loss(
-                x, w, labels, reference_free=True, vocab_group=s, strategy=strategy
-            )
-            out.loss.backward()
-        most = max(s.widest * H, (scored + 15) // 16 * 16 * s.widest)
-        assert s.rows * H <= largest.numel <= most, (largest.numel, most)
-
-
-@check
-def memory_is_a_share_and_a_chunk():
-    """Peak above the arguments: one rank's, divided by the ranks, and a chunk of logits."""
-    size, width, budget = 64000, 512, 16 << 20
-    labels = torch.randint(0, 64, (4, 65))
-    hidden = torch.randn(4, 65, width)
-
-    def peak(n, group):
-        x, w = leaf(hidden), torch.full((n, width), 0.01).requires_grad_()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
-        before = status("VmRSS")
-        out = dk.fused_linear_dpo_loss(
-            x, w, labels, reference_free=True, memory_budget=budget, vocab_group=group
-        )
-        out.loss.backward()
-        return status("VmHWM") - before
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not everywhere allowed
-        return
-    s = shards(size)
-    peak(s.rows, s)  # what is made once
-    sharded, whole = peak(s.rows, s), peak(size, None)
-    assert whole > 4 * size * width  # the gradient of the weight
-    assert sharded <= whole / dist.get_world_size() + 1.5 * budget, (sharded, whole)
-
-
-@check
 def other_forms_of_a_batch():
     """Packed rows, a common start, lists of losses, a reference without a head of its own."""
     s = shards()
@@ -495,29 +418,6 @@ def under_compile():
         assert "vocab_group" in str(error)
     else:
         raise AssertionError("traced")
-
-
-@check
-def chunks_are_the_same_on_all_ranks():
-    """However uneven: planned for the largest shard. The head's logits are those of a shard."""
-    s = shards()
-    torch.manual_seed(9)
-    hidden, weight, *_ = tensors()
-    labels = labels_of()
-    for strategy in ("recompute", "streaming", "frozen", "score"):
-        x = leaf(hidden, strategy != "score")
-        w = leaf(rows(s, weight), strategy in ("recompute", "streaming"))
-        options = {"reference_free": True, "vocab_group": s, "memory_budget": 1}
-        dk.fused_linear_dpo_loss(x, w, labels, strategy=strategy, **options)
-        with counted() as calls:
-            dk.fused_linear_dpo_loss(x, w, labels, strategy=strategy, **options)
-        if strategy in ("recompute", "score"):  # of all chunks at once
-            assert len(calls) == 2, calls
-        else:  # a gradient is formed while the logits are there
-            assert len(calls) > 2, (strategy, calls)
-        numbers = [None] * dist.get_world_size()
-        dist.all_gather_object(numbers, calls)
-        assert all(n == calls for n in numbers), numbers
 
 
 def main():

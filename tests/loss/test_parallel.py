@@ -1,6 +1,6 @@
 """A head sharded over 2 and 4 processes against the whole one: one spawn a world size.
 
-The checks are in `parallel_ranks.py`, which every process runs.
+The checks are in `parallel_ranks.py`, which every process runs, and `parallel_costs.py`.
 """
 
 import ast
@@ -19,7 +19,8 @@ ROOT = Path(dpo_kernels.__file__).parent.parent
 SCRIPT = Path(__file__).parent / "parallel_ranks.py"
 CHECKS = [
     node.name
-    for node in ast.parse(SCRIPT.read_text()).body
+    for file in (SCRIPT.with_name("parallel_costs.py"), SCRIPT)
+    for node in ast.parse(file.read_text()).body
     if isinstance(node, ast.FunctionDef)
     and any(isinstance(d, ast.Name) and d.id == "check" for d in node.decorator_list)
 ]

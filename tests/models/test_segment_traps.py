@@ -14,7 +14,7 @@ import pytest
 import test_segments as guards
 import torch
 from float64_math import Float64
-from test_segments import SHAPES, attach_head, padded_batch, same, step, tiny
+from segment_steps import SHAPES, padded_batch, same, step, tiny
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +22,7 @@ import dpo_kernels.data.segments as data_segments
 from dpo_kernels.data import Sharing
 from dpo_kernels.data.segments import Segment, Segments
 from dpo_kernels.models import layout_check, layouts, segment_attention, segment_kernels
+from dpo_kernels.models.attached import attach_head
 from dpo_kernels.models.layouts import known, unusable
 from dpo_kernels.models.segment_attention import NAMES, SegmentForward
 from dpo_kernels.models.segment_kernels import AttentionOptions, TorchVarlen

@@ -9,103 +9,29 @@ from typing import Any
 import pytest
 import torch
 from float64_math import Float64
+from segment_steps import (
+    MOE,
+    NO_AUX,
+    NO_DROPOUT,
+    SHAPES,
+    needs_segments,
+    padded_batch,
+    same,
+    step,
+    tiny,
+)
 
-pytest.importorskip("transformers", reason="pip install transformers")
-
-import transformers
-
-from dpo_kernels.data import Sharing, TokenPair, make_batch
-from dpo_kernels.data.batches import within_budget
 from dpo_kernels.data.segments import Segment, Segments
 from dpo_kernels.integrations import plain
 from dpo_kernels.models import layout_check, layouts, segment_attention, segment_kernels
 from dpo_kernels.models.attached import attach_head
-from dpo_kernels.models.forward import pair_step, scored_tokens
+from dpo_kernels.models.forward import scored_tokens
 from dpo_kernels.models.layout_check import LayoutDiffers
 from dpo_kernels.models.layouts import known, layout_report, unusable
 from dpo_kernels.models.options import FusedOptions
 from dpo_kernels.models.segment_attention import NAMES, install, installed, segment_forward
-from dpo_kernels.models.versions import dtype_option, transformers_before
 
-pytestmark = pytest.mark.skipif(
-    transformers_before(4, 55), reason="transformers before 4.55 takes padded rows"
-)
-
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-MOE = {"num_experts_per_tok": 2, "num_local_experts": 4, "experts_implementation": "eager"}
-NO_AUX = {"router_aux_loss_coef": 0.0}
-
-
-def tiny(name: str = "Llama", dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    torch.manual_seed(0)
-    experts = options.pop("experts_implementation", None)
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
-    extra = {"experts_implementation": experts} if experts else {}
-    made = transformers.AutoModelForCausalLM.from_config(config, **dtype_option(dtype), **extra)
-    return made.train()
-
-
-def padded_batch(
-    shapes: list[tuple[int, int, int]], device: str = "cpu", seed: int = 0, left: bool = False
-) -> dict[str, torch.Tensor]:
-    """[chosen; rejected] of (prompt, chosen, rejected) lengths, labels at the completions."""
-    g = torch.Generator().manual_seed(seed)
-    rows: tuple[list, list] = ([], [])
-    for P, C, R in shapes:
-        prompt = torch.randint(3, 90, (P,), generator=g)
-        for side, n in enumerate((C, R)):
-            rows[side].append((P, torch.cat([prompt, torch.randint(3, 90, (n,), generator=g)])))
-    every = rows[0] + rows[1]
-    T = max(len(row) for _, row in every)
-    ids, labels = torch.zeros(len(every), T, dtype=torch.int64), torch.full((len(every), T), -100)
-    mask = torch.zeros_like(ids)
-    for i, (P, row) in enumerate(every):
-        at = slice(T - len(row), T) if left else slice(0, len(row))
-        ids[i, at], mask[i, at] = row, 1
-        labels[i, at] = torch.where(torch.arange(len(row)) < P, -100, row)
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {k: v.to(device) for k, v in batch.items()}
-
-
-# Long beside the windows of 7 below, a prompt of one token, a long prompt, equal lengths.
-SHAPES = [(12, 9, 5), (1, 4, 11), (20, 3, 6), (9, 6, 6)]
-
-
-def step(model: Any, batch: dict[str, Any], layout: str, **options: Any) -> tuple[Any, list[Any]]:
-    """(loss and log-probs, gradients) of a step in a layout."""
-    model.zero_grad(set_to_none=True)
-    fused = FusedOptions(layout=layout, head_stats=False, **options)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    out = pair_step(model, inputs, batch["labels"], None, {"reference_free": True}, fused)
-    out.loss.backward()
-    grads = [p.grad for p in model.parameters() if p.requires_grad]
-    return out, grads
-
-
-def same(model: Any, batch: dict[str, Any], layout: str, tolerance: float) -> None:
-    reference, expected = step(model, batch, "padded")
-    out, grads = step(model, batch, layout)
-    assert float((out.loss - reference.loss).abs()) <= tolerance * float(reference.loss.abs())
-    torch.testing.assert_close(out.pair_logps, reference.pair_logps, rtol=tolerance, atol=tolerance)
-    assert any(g is not None and g.norm() > 0 for g in expected)
-    for one, two in zip(grads, expected, strict=True):
-        if one is None or two is None:
-            assert one is None and two is None
-            continue
-        assert (one - two).norm() <= tolerance * two.norm().clamp(min=1e-6)
+pytestmark = needs_segments
 
 
 def lora(model: Any) -> Any:
@@ -342,6 +268,17 @@ def test_a_lost_layer_later_on_is_an_error() -> None:
         step(model, batch, "shared")
 
 
+def test_a_compiled_model_excuses_no_other() -> None:
+    """A model that is not compiled is counted, whatever was compiled before it."""
+    compiled = tiny(dtype=torch.float32)
+    attach_head(compiled)
+    compiled.model.compile(backend="eager")
+    step(compiled, padded_batch(SHAPES), "shared")
+    torch._dynamo.reset()
+    test_a_layer_that_does_not_call_attention_is_noticed()
+    test_a_lost_layer_later_on_is_an_error()
+
+
 def test_layers_that_are_dropped_at_random_are_no_lost_ones() -> None:
     model = tiny("OPT", dtype=torch.float32, ffn_dim=64, word_embed_proj_dim=32, layerdrop=0.5)
     attach_head(model)
@@ -574,129 +511,6 @@ def test_the_check_is_of_few_pairs_within_half_the_batch(monkeypatch) -> None:
         attach_head(model)
         step(model, padded_batch([(6, 4, 5)] * count), "shared")
         assert seen.pop() == expected
-
-
-# --- kernels ---
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_the_operator_of_a_compiled_model(softcap, window, sinks) -> None:
-    """Its backward is written out: against autograd through the same segments."""
-    g = torch.Generator().manual_seed(0)
-    segments = Segments([Segment(7), Segment(3, 0, 4), Segment(5), Segment(2, 2, 1)])
-    T, double = sum(segments.lengths), torch.float64
-    q, k, v = (torch.randn(1, h, T, 8, generator=g, dtype=double) for h in (4, 2, 2))
-    sink = torch.randn(4, generator=g, dtype=double) if sinks else None
-    leaves = [x.requires_grad_() for x in (q, k, v, sink) if x is not None]
-    options = segment_kernels.AttentionOptions(0.3, window, softcap, sink)
-    weights = torch.randn(1, T, 4, 8, generator=g, dtype=double)
-    own = segment_kernels.each_segment(q, k, v, segments, options)
-    expected = torch.autograd.grad((own * weights).sum(), leaves)
-    args = (q, k, v, segments.table, sink, 0.3, window or 0, softcap or 0.0, False)
-    got = segment_kernels._operator(*args)
-    grads = torch.autograd.grad((got * weights).sum(), leaves)
-    close = 1e-10 if softcap is None else 1e-5  # soft-capped scores go through fp32
-    for a, b in zip((got, *grads), (own, *expected), strict=True):
-        torch.testing.assert_close(a, b, rtol=close, atol=close)
-    torch.library.opcheck(
-        segment_kernels._operator, args, test_utils=("test_schema", "test_faketensor")
-    )
-
-
-def test_new_lengths_do_not_compile_again() -> None:
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    model = tiny(dtype=torch.float32, num_hidden_layers=1)
-    attach_head(model)
-    expected = [step(model, padded_batch(s), "shared")[0].loss.item() for s in BATCHES]
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    model.model.forward = torch.compile(model.model.forward, backend=counter)
-    found, frames = [], []
-    for shapes in BATCHES:
-        found.append(step(model, padded_batch(shapes), "shared")[0].loss.item())
-        frames.append(counter.frame_count)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert frames[-1] == frames[1] and frames[0] > 0  # the second learns that lengths change
-    torch._dynamo.reset()
-
-
-def test_a_compiled_model_excuses_no_other() -> None:
-    """A model that is not compiled is counted, whatever was compiled before it."""
-    compiled = tiny(dtype=torch.float32)
-    attach_head(compiled)
-    compiled.model.compile(backend="eager")
-    step(compiled, padded_batch(SHAPES), "shared")
-    torch._dynamo.reset()
-    test_a_layer_that_does_not_call_attention_is_noticed()
-    test_a_lost_layer_later_on_is_an_error()
-
-
-BATCHES = [
-    SHAPES,
-    [(7, 6, 5), (11, 4, 8), (2, 3, 3)],
-    [(13, 5, 8), (6, 4, 2), (3, 9, 4), (8, 8, 1), (5, 5, 5)],
-    [(10, 2, 2), (4, 3, 7)],
-]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("window", [None, 16])
-@pytest.mark.parametrize("heads", [4, 8])
-def test_varlen_on_a_gpu(window, heads) -> None:
-    """Flash attention with other boundaries of keys than of queries, against each segment alone."""
-    segments = Segments([Segment(100), Segment(30, 0, 64), Segment(77), Segment(9, 2, 60)])
-    T = sum(segments.lengths)
-    g = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (
-        torch.randn(1, h, T, 64, generator=g, device="cuda", dtype=torch.bfloat16)
-        for h in (8, heads, heads)
-    )
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    options = segment_kernels.AttentionOptions(0.125, window)
-    assert segment_kernels._varlen(q, k, v, options) is not None
-    own = segment_kernels.attend(q, k, v, segments, options)
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    truth = segment_kernels.each_segment(*wide, segments, options)
-    weights = torch.randn(own.shape, generator=g, device="cuda")
-    grads = torch.autograd.grad((own * weights).sum(), leaves)
-    expected = torch.autograd.grad((truth * weights).sum(), wide)
-    for a, b in zip((own, *grads), (truth, *expected), strict=True):
-        assert (a.double() - b).norm() <= 0.02 * b.norm()
-
-
-# --- batches ---
-
-
-def test_within_budget_is_first_fit_and_deterministic() -> None:
-    sizes = [5, 9, 3, 4, 12, 2]
-    groups = within_budget([10, 11, 12, 13, 14, 15], lambda i: sizes[i - 10], 10)
-    assert sorted(i for g in groups for i in g) == list(range(10, 16))
-    assert groups == [[10, 13], [11], [12, 15], [14]]  # one above the budget is alone
-    assert all(sum(sizes[i - 10] for i in g) <= 10 for g in groups if g != [14])
-
-
-def test_auto_counts() -> None:
-    equal = [TokenPair((5, 6), (7, 8), (9, 8), "a")] * 2
-    calls = make_batch(equal, Sharing("auto", 0.0, None), 0).calls
-    assert calls[0].segments is not None  # shared: 6 tokens in place of 8
-    alone = [TokenPair((), (7, 8, 9, 10), (9, 8, 7, 6), "a")] * 2
-    assert make_batch(alone, Sharing("auto", 0.0, None), 0).calls[0].segments is None
-    ragged = [TokenPair((), (7,) * 4, (9,) * 20, "a")] * 2
-    assert make_batch(ragged, Sharing("auto", 0.0, None), 0).calls[0].segments is not None
-
-
-def test_segments_must_see_the_start_of_an_earlier_one() -> None:
-    for parts in (
-        [Segment(3, 0, 1)],
-        [Segment(3), Segment(2, 0, 4)],
-        [Segment(3), Segment(2, 0, 0)],
-    ):
-        with pytest.raises(ValueError, match="must see the start of an earlier one"):
-            Segments(parts)
-    assert Segments([Segment(3), Segment(2, 0, 1)]).entries() == 6 + 2 + 3
 
 
 def test_old_names_of_the_layout() -> None:

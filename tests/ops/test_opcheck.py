@@ -127,7 +127,7 @@ CASES = [
     ("scaled_rows", scaled_rows, ("cpu",)),
     ("scaled_product", scaled_product, ("cpu",)),
 ]
-# Of attention, which has a test of its own beside it: tests/models/test_segments.py.
+# Of attention, which has a test of its own beside it: tests/models/test_segment_kernels.py.
 ELSEWHERE = {"segment_attention", "segment_attention_backward"}
 
 

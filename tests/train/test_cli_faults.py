@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,9 +23,7 @@ from test_train import one_thread, tiny_model  # noqa: F401 (a fixture)
 from dpo_kernels.cli import main
 from dpo_kernels.commands import data_command
 from dpo_kernels.data import embedded
-from dpo_kernels.train import loop, start, trl_options
-from dpo_kernels.train.config import DPOTrainConfig, UserError, load_config
-from dpo_kernels.train.console import Console
+from dpo_kernels.train.config import load_config
 from dpo_kernels.train.ending import loss_title
 from dpo_kernels.train.metrics import read_metrics
 
@@ -244,82 +241,6 @@ def test_trls_options_are_taken_or_refused_by_name(train: list[Any], capsys: Cap
     assert (config["warmup_steps"], config["device"]) == (0.5, "cpu")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"warmup_ratio": 2}, "warmup_ratio must be in"),
-        ({"warmup_ratio": 0.1, "warmup_steps": 5}, "give one of them"),
-        ({"push_to_hub": True}, "push_to_hub=True is an option of TRL's"),
-        ({"disable_dropout": False}, "dropout is always off"),
-        ({"eval_strategy": "epoch"}, "eval_strategy='epoch'"),
-        ({"eval_strategy": "steps"}, "eval_strategy='steps'"),
-        ({"truncation_mode": "keep_middle"}, "truncation_mode must be one of keep_start"),
-        ({"use_cpu": True, "device": "cuda"}, "contradicts"),
-        ({"neftune_noise_alpha": 5.0}, "policy and reference differ"),
-        ({"deepspeed": "ds.json"}, "one device"),
-        ({"warmup_rato": 0.1}, "did you mean 'warmup_ratio'"),
-    ],
-)
-def test_options_of_trl(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_config(options)
-
-
-def test_trls_options_that_say_what_happens_anyway() -> None:
-    taken = {
-        "report_to": [],
-        "save_strategy": "steps",
-        "disable_dropout": True,
-        "fp16": False,
-        "precompute_ref_log_probs": True,
-        "push_to_hub": False,
-        "dataloader_num_workers": 0,
-        "eval_strategy": "steps",
-        "eval_steps": 5,
-        "remove_unused_columns": True,
-    }
-    assert load_config(taken) == load_config({"eval_steps": 5})
-    # no name is listed twice, none is an option of ours under another meaning
-    names = " ".join(trl_options._REFUSED.values()).split()
-    assert len(names) == len(set(names)) == len(trl_options.REASONS)
-    ours = set(DPOTrainConfig.__dataclass_fields__)
-    assert not (ours - {"bf16"}) & set(names)
-
-
-def test_a_configuration_as_trl_writes_it() -> None:
-    """`DPOConfig().to_dict()`: its defaults mean nothing here, or nothing alone."""
-    dumped = {
-        "optim": "adamw_torch_fused",
-        "label_smoothing_factor": 0.0,
-        "log_level": "passive",
-        "log_on_each_node": True,
-        "logging_nan_inf_filter": True,
-        "log_level_replica": "warning",
-        "project": "huggingface",
-        "eval_do_concat_batches": True,
-        "hub_token": "<HUB_TOKEN>",
-        "hub_strategy": "every_save",
-        "dataloader_in_order": True,
-        "length_column_name": "length",
-        "do_train": False,
-        "ref_model_mixup_alpha": 0.6,
-        "ref_model_sync_steps": 512,
-        "pad_token": "<PAD_TOKEN>",
-        "discopop_tau": 0.05,
-        "f_alpha_divergence_coef": 0.5,
-        "accelerator_config": {
-            "split_batches": False,
-            "dispatch_batches": None,
-            "even_batches": True,
-            "use_seedable_sampler": True,
-            "non_blocking": False,
-            "gradient_accumulation_kwargs": None,
-        },
-    }
-    config = load_config(dumped)
-    assert config.optim == "adamw_torch_fused" and config.discopop_tau == 0.05
-
-
 def test_switches_that_are_turned_off(train: list[Any]) -> None:
     """As `--no_remove_unused_columns`, which TRL's own examples carry."""
     off = ["--no_remove_unused_columns", "--no-gradient-checkpointing", "--no_push_to_hub"]
@@ -330,22 +251,6 @@ def test_switches_that_are_turned_off(train: list[Any]) -> None:
 
 def test_an_unknown_switch_is_named(train: list[Any], capsys: Capture) -> None:
     assert "unknown option --no_beta" in refused(capsys, *train, "--no_beta")
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"rpo_alpha": 1.0}, "sft_weight"),  # the loss's own default was dropped unseen
-        ({"rpo_alpha": 0.5}, "rpo_alpha"),
-        ({"simpo_gamma": 0.5}, "simpo_gamma"),
-        ({"f_alpha_divergence_coef": 0.3}, "alpha_divergence"),
-    ],
-)
-def test_options_of_a_loss_that_was_not_chosen(options: dict[str, Any], word: str) -> None:
-    with pytest.raises(UserError, match=word):
-        load_config(options)
-    if "rpo_alpha" in options:
-        assert load_config(options, {"loss_type": ["rpo"]}).rpo_alpha == options["rpo_alpha"]
 
 
 # --- a reader that leaves ---
@@ -375,113 +280,6 @@ def test_training_outlives_its_reader(train: list[Any]) -> None:
     with broken_pipe():
         assert run(*train) == 0
     assert (folder_of(train) / "summary.json").is_file()
-
-
-# --- runs that end early ---
-
-
-def after_step(n: int, monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
-    """Call `action` within the n-th optimizer step of training on pairs."""
-    step, done = loop.Stepper.step, []
-
-    def watched(self: Any, *args: Any) -> Any:
-        done.append(1)
-        if len(done) == n:
-            action()
-        return step(self, *args)
-
-    monkeypatch.setattr(loop.Stepper, "step", watched)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_the_weights_of_whole_steps(
-    train: list[Any], number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    after_step(2, monkeypatch, lambda: os.kill(os.getpid(), number))
-    assert run(*train, "--lr_scheduler_type", "constant") == code
-    monkeypatch.undo()
-    error = capsys.readouterr().err
-    assert f"its weights are in {folder_of(train) / 'model'}" in error and "Traceback" not in error
-    assert [r["step"] for r in read_metrics(folder_of(train) / "metrics.jsonl")] == [0, 1, 2]
-    other = [*train, "--lr_scheduler_type", "constant", "--max_steps", "2", "--output_dir"]
-    straight = folder_of(train).with_name("straight")
-    assert run(*other, straight) == 0
-    stopped, whole = (
-        transformers.AutoModelForCausalLM.from_pretrained(f / "model").state_dict()
-        for f in (folder_of(train), straight)
-    )
-    assert all(torch.equal(stopped[k], whole[k]) for k in whole)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_a_second_signal_stops_at_once() -> None:
-    console = Console(quiet=True)
-    with pytest.raises(KeyboardInterrupt), console.signals():
-        for _ in console.progress(range(3), "training", 3, "steps"):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-            pytest.fail("went on")
-    assert console.done == 0
-
-
-def test_a_loss_that_is_not_finite_keeps_the_weights(
-    train: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    args = [*train, "--learning_rate", "1e30", "--max_grad_norm", "0", "--overwrite_output_dir"]
-    assert run(*args) == 1
-    error = capsys.readouterr().err
-    assert "training stopped: step 2" in error and "its weights are in" in error
-    assert (folder_of(train) / "model" / "config.json").is_file()
-
-    # anything else that breaks training off is no reason to lose it
-    def full() -> None:
-        raise RuntimeError("out of memory")
-
-    after_step(3, monkeypatch, full)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run(*train, "--overwrite_output_dir")
-    assert "its weights are in" in capsys.readouterr().err
-    assert (folder_of(train) / "model" / "config.json").is_file()
-
-
-def test_a_failed_start_leaves_nothing(train: list[Any], tmp_path: Path, capsys: Capture) -> None:
-    folder = tmp_path / "deep" / "run"
-    bad = write(tmp_path / "bad.jsonl", ["{"])
-    refused(capsys, *train, "--output_dir", folder, "--dataset_name", bad)
-    refused(capsys, *train, "--output_dir", folder, "--chat_template", "none.jinja")
-    assert not (tmp_path / "deep").exists()
-    assert run(*train, "--output_dir", folder) == 0
-
-
-def test_a_start_interrupted_before_training_leaves_nothing(
-    train: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    from dpo_kernels.train import reference
-
-    def killed(*args: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(reference.Referee, "data", killed)
-    assert run(*train) == 143
-    assert not folder_of(train).exists()
-
-
-def test_overwriting_leaves_no_file_of_the_run_before(train: list[Any], capsys: Capture) -> None:
-    folder = folder_of(train)
-    assert run(*train, "--max_steps", "1") == 0
-    (folder / "sft_metrics.jsonl").write_text("old")
-    (folder / "model" / "old.bin").write_text("old")
-    (folder / "notes.txt").write_text("mine")
-    (folder / "summary.json").write_text("old")
-    # a start that fails takes nothing away
-    refused(capsys, *train, "--overwrite_output_dir", "--dataset_name", "none.jsonl")
-    assert (folder / "sft_metrics.jsonl").exists()
-    assert run(*train, "--max_steps", "1", "--overwrite_output_dir") == 0
-    assert "no run wrote; they stay: notes.txt" in capsys.readouterr().out
-    assert not (folder / "sft_metrics.jsonl").exists() and not (folder / "model/old.bin").exists()
-    assert json.loads((folder / "summary.json").read_text())["steps"] == 1
-    optional = {"sft_metrics.jsonl", "tensorboard", "wandb"}
-    assert set(start.RUN_FILES) - optional == {p.name for p in folder.iterdir()} - {"notes.txt"}
 
 
 # --- data: one verdict ---

@@ -17,8 +17,8 @@ import pytest
 import torch
 from killed_runs import OPTIONS, arguments, outcome, prepare
 from test_cli import chats
-from test_cli_faults import after_step
 from test_data import byte_tokenizer, write
+from test_early_ends import after_step
 from test_train import one_thread, tiny_model  # noqa: F401 (a fixture)
 
 from dpo_kernels.cli import main

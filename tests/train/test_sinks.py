@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from killed_runs import arguments, prepare
-from test_cli_faults import after_step
+from test_early_ends import after_step
 from test_train import one_thread  # noqa: F401 (a fixture)
 
 from dpo_kernels.cli import main

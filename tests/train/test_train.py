@@ -26,7 +26,7 @@ from dpo_kernels.models.attached import HeadOutput
 from dpo_kernels.models.loading import without_quantization
 from dpo_kernels.models.versions import dtype_option, transformers_before
 from dpo_kernels.train.compare import plain_logps, step_times
-from dpo_kernels.train.config import DPOTrainConfig, UserError, load_config, read_config_file
+from dpo_kernels.train.config import DPOTrainConfig, UserError, load_config
 from dpo_kernels.train.console import Console
 from dpo_kernels.train.evaluation import check_step0, evaluate
 from dpo_kernels.train.loop import train
@@ -480,98 +480,6 @@ def test_real_preference_data() -> None:
         )
         losses.append(out.loss)
     assert torch.stack(losses).std() < 1e-10
-
-
-# --- configuration ---
-
-
-def test_unknown_key_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="'learing_rate'; did you mean 'learning_rate'"):
-        load_config({"learing_rate": 1e-4})
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("lr", "learning_rate"),
-        ("epochs", "num_train_epochs"),
-        ("batch_size", "per_device_train_batch_size"),
-        ("model", "model_name_or_path"),
-        ("out", "output_dir"),
-        ("lora_rank", "lora_r"),
-    ],
-)
-def test_names_of_other_trainers_lead_to_ours(name: str, meant: str) -> None:
-    with pytest.raises(UserError, match=f"did you mean '{meant}'"):
-        load_config({name: 1})
-
-
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("a.yaml", "beta: 0.1\nbeta: 0.5\n"),
-        ("a.yaml", "max-length: 5\nmax_length: 6\n"),
-        ("a.json", '{"beta": 0.1, "beta": 0.5}'),
-    ],
-)
-def test_a_name_that_stands_twice(file: str, text: str, tmp_path: Path) -> None:
-    """Either parser takes the last one and says nothing."""
-    pytest.importorskip("yaml", reason="YAML files need pyyaml")
-    (tmp_path / file).write_text(text)
-    with pytest.raises(UserError, match="stands there twice"):
-        read_config_file(tmp_path / file)
-    with pytest.raises(UserError, match="dtype are one option, got 'bfloat16' and 'float32'"):
-        load_config({"torch_dtype": "bfloat16", "dtype": "float32"})
-
-
-def test_columns_as_yaml_would_write_them() -> None:
-    assert load_config({"column_mapping": {"prompt": "question"}}).column_mapping == [
-        "prompt=question"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"beta": "high"}, "beta must be float"),
-        ({"max_length": 1.5}, "max_length must be int or null"),
-        ({"strict": 1}, "strict must be bool"),
-        ({"batch_layout": "rows"}, "layout must be one of"),
-        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch must be at least 1"),
-        (
-            {"loss_type": "aot", "ld_alpha": 0.5, "gradient_accumulation_steps": 2},
-            "'aot' couples the pairs.*ld_alpha weighs tokens",
-        ),
-        ({"loss_type": "sigmoidal"}, "did you mean"),
-        ({"loss_type": "exo_pair"}, "label_smoothing"),
-        ({"loss_type": "tdpo1", "ld_alpha": 0.5}, "ld_alpha weighs log-probs"),
-        ({"beta": -1.0}, "beta must be"),
-        ({"simpo_gamma": 0.7}, "simpo_gamma"),
-        ({"backend": "tpu"}, "backend must be one of"),
-        ({"per_device_train_batch_size": 0}, "at least 1"),
-        ({"eval_fraction": 1.0}, "eval_fraction"),
-        ({"seed": 10**30}, "seed must be below"),
-    ],
-)
-def test_bad_values(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_config(options)
-
-
-def test_config_layers_and_files(tmp_path: Path) -> None:
-    pytest.importorskip("yaml", reason="YAML files need pyyaml")
-    (tmp_path / "a.yaml").write_text("learning_rate: 1e-6\nloss_type: ipo\ntorch_dtype: bfloat16\n")
-    config = load_config({"beta": 1, "loss_type": "hinge"}, read_config_file(tmp_path / "a.yaml"))
-    assert (config.learning_rate, config.beta, config.loss_type) == (1e-6, 1, ["ipo"])
-    assert config.dtype == "bfloat16"
-    config.save(tmp_path / "c.json")
-    assert load_config(read_config_file(tmp_path / "c.json")) == config
-    (tmp_path / "b.json").write_text("[1]")
-    with pytest.raises(UserError, match="must hold a mapping"):
-        read_config_file(tmp_path / "b.json")
-    (tmp_path / "b.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_config_file(tmp_path / "b.json")
 
 
 def test_margins_of_rounding_are_ties() -> None:
