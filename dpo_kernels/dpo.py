@@ -112,18 +112,23 @@ def both_scored(
     ref_logits: Tensor | None,
     ref_logps: Tensor | None,
     *,
+    cu_seqlens: Tensor | None = None,
+    ref_logps_per_token: bool | None = None,
     stats: tuple[str, ...] = (),
     inplace: bool = False,
     **how: Any,
 ) -> tuple[Any, Tensor | None]:
     """For losses of no pairs: `sequence_logps` of the policy, and sums [sequences] of the reference
     as it is given."""
-    reference = listwise.reference_sums(ref_logps, ref_logits is not None, "ref_logits")
-    found = sequence_logps(logits, labels, inplace=inplace, stats=stats, **how)
+    from_tokens.check_one_reference(ref_logps, ref_logits is not None, "ref_logits")
+    given = {"reduction": "sum", "stats": stats, "inplace": inplace, **how}
+    call, x = of_scored_logits(given, logits, labels, cu_seqlens)
+    reference = from_tokens.given_sums(call, ref_logps, ref_logps_per_token)
+    found = from_tokens.reduce(call, from_tokens.score(call, x, call.settled.stats), "sum")
     if ref_logits is not None:
         checks.shape("ref_logits", ref_logits, tuple(logits.shape), "that of logits")
         with torch.no_grad():
-            reference = sequence_logps(ref_logits, labels, **how)
+            reference = sequence_logps(ref_logits, labels, cu_seqlens=cu_seqlens, **how)
     return found, reference
 
 

@@ -30,7 +30,7 @@ from . import listwise, ops
 from .inputs.linear_call import LinearCall, of_hidden, of_scored_hidden
 from .inputs.shards import GivenHead
 from .loss.from_pairs import DPOOutput
-from .loss.from_tokens import finish, reduce
+from .loss.from_tokens import check_one_reference, finish, given_sums, reduce
 from .loss.stream_pairs import stream
 from .losses import is_listwise
 from .ops import LinearInputs, TokenLogps
@@ -159,20 +159,32 @@ def both_scored(
     labels: Tensor,
     ref_logps: Tensor | None,
     *,
+    cu_seqlens: Tensor | None = None,
+    scored_lengths: Tensor | list[int] | None = None,
+    vocab_group: ProcessGroup | VocabShards | None = None,
+    ref_logps_per_token: bool | None = None,
     stats: tuple[str, ...] = (),
+    batch_invariant: bool = False,
     **how: Any,
 ) -> tuple[Any, Tensor | None]:
     """As `dpo.both_scored`; a reference without a head of its own takes the policy's, without an
     adapter."""
-    sums = listwise.reference_sums(ref_logps, reference.hidden is not None, "ref_hidden")
-    hidden, weight, bias, lora = policy
-    score: Any = linear_sequence_logps
-    found = score(hidden, weight, labels, bias=bias, lora=lora, stats=stats, **how)
+    check_one_reference(ref_logps, reference.hidden is not None, "ref_hidden")
+    how["batch_invariant"] = batch_invariant
+    given = {"reduction": "sum", "stats": stats, **how}
+    place = (labels, cu_seqlens, scored_lengths)
+    call, inputs = of_scored_hidden(given, None, policy, *place, vocab_group)
+    sums = given_sums(call, ref_logps, ref_logps_per_token)
+    found = reduce(call, _rows(call, inputs, call.settled.stats, call.strategy), "sum")
     if reference.hidden is not None:
-        if reference.weight is not None:
-            weight, bias = reference.weight, reference.bias
+        own = reference.weight is not None
+        weight, bias = reference[1:3] if own else policy[1:3]
+        score: Any = linear_sequence_logps
+        how |= {"cu_seqlens": cu_seqlens, "scored_lengths": scored_lengths}
         with torch.no_grad():
-            sums = score(reference.hidden, weight, labels, bias=bias, **how)
+            sums = score(
+                reference.hidden, weight, labels, bias=bias, vocab_group=vocab_group, **how
+            )
     return found, sums
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .inputs import checks
-from .loss.from_pairs import DPOOutput
+from .loss.from_pairs import DPOOutput, check_row_weights, ignored
+from .loss_values import check_count
 from .losses import LISTWISE as NAME
 
 
@@ -58,20 +59,20 @@ def plackett_luce_loss(
         checks.same_device("ref_logps", ref_logps, "logps", logps)
     checks.positive("beta", beta, "a positive finite number")
     checks.choice("reduction", reduction, ("mean", "none"))
+    checks.flag("reference_free", reference_free)
+    check_count("num_pairs", num_pairs)
     policy = logps.double().view(K, -1)  # [K, B]
     B = policy.shape[1]
     ratio = policy if ref_logps is None else policy - ref_logps.detach().double().view(K, -1)
     scores = beta * ratio
-    # logsumexp over the ranks from k on: a running one from the last.
-    tails = scores.flip(0).logcumsumexp(0).flip(0)
-    per_prompt = (tails - scores)[:-1].sum(0)  # [B]
+    loss = _per_prompt(scores)
     if weights is not None:
-        checks.floating("weights", weights)
-        checks.shape("weights", weights, (B,), "one for each prompt")
-        per_prompt = per_prompt * weights.detach().double()
-    loss = per_prompt
+        check_row_weights(weights, B, "one for each prompt", logps)
+        weights = weights.double()
+        left_out = ignored(weights, loss)
+        loss = weights * _per_prompt(torch.where(left_out, 0.0, scores))
     if reduction == "mean":
-        loss = per_prompt.sum() / (B if num_pairs is None else num_pairs)
+        loss = loss.sum() / (B if num_pairs is None else num_pairs)
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
     rewards = scores.detach()
     margins = rewards[0] - rewards[-1]
@@ -79,14 +80,11 @@ def plackett_luce_loss(
     return DPOOutput(loss.to(dtype), *(x.detach().to(dtype) for x in rest))
 
 
-def reference_sums(ref_logps: Tensor | None, other: bool, name: str) -> Tensor | None:
-    """`ref_logps` as sums of sequences; not beside the reference's own inputs."""
-    if ref_logps is None:
-        return None
-    if other:
-        raise ValueError(f"give one of ref_logps and {name}, got both")
-    checks.floating("ref_logps", ref_logps)
-    return ref_logps.sum(-1) if ref_logps.dim() == 2 else ref_logps
+def _per_prompt(scores: Tensor) -> Tensor:
+    """[B] losses of beta times the log-ratios [K, B]."""
+    # logsumexp over the ranks from k on: a running one from the last.
+    tails = scores.flip(0).logcumsumexp(0).flip(0)
+    return (tails - scores)[:-1].sum(0)
 
 
 def from_scored(
@@ -105,5 +103,5 @@ def scoring(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"drop_common_prefix has no meaning for {NAME!r}")
     if given.get("strategy") is not None:
         raise ValueError(f"strategy={given['strategy']!r} has no meaning for {NAME!r}")
-    of_pairs = ("drop_common_prefix", "ref_logps_per_token", "strategy")
+    of_pairs = ("drop_common_prefix", "strategy")
     return {name: value for name, value in given.items() if name not in of_pairs}

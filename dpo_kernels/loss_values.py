@@ -31,8 +31,7 @@ def check_values(o: LossOptions) -> None:
     for name in ("use_weighting", "reference_free"):
         checks.flag(name, getattr(o, name))
     for name in ("num_pairs", "num_chosen_tokens"):
-        if getattr(o, name) is not None:
-            _check_count(name, getattr(o, name))
+        check_count(name, getattr(o, name))
     _check_tensors(o)
     require(o.discopop_tau >= _TINY, "discopop_tau", "positive")
     checks.choice("f_divergence_type", o.f_divergence_type, F_DIVERGENCES)
@@ -44,8 +43,10 @@ def check_values(o: LossOptions) -> None:
         checks.number("ld_alpha", o.ld_alpha, "None or a finite number")
 
 
-def _check_count(name: str, value: object) -> None:
-    """A normaliser: a positive number, or a tensor of one without dimensions."""
+def check_count(name: str, value: object) -> None:
+    """A normaliser: None, a positive number, or a tensor of one without dimensions."""
+    if value is None:
+        return
     expected = "a positive finite number, or a tensor [] of one"
     if not isinstance(value, Tensor):
         checks.positive(name, value, expected)

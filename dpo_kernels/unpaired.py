@@ -25,6 +25,8 @@ from torch import Tensor
 from . import dpo, linear_dpo
 from .inputs import checks
 from .inputs.shards import GivenHead
+from .loss.from_pairs import check_row_weights, ignored
+from .loss_values import check_count
 from .losses import UNPAIRED, has_baseline
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def kl_baseline(logps: Tensor, ref_logps: Tensor, count: float | Tensor | None =
     """
     _row_values("logps", logps)
     _row_values("ref_logps", ref_logps, logps)
+    check_count("count", count)
     total = (logps.detach().double() - ref_logps.detach().double()).sum()
     return (total / (logps.shape[0] if count is None else count)).clamp(min=0)
 
@@ -79,7 +82,7 @@ def unpaired_loss(
         ref_logps: [N] the reference's; None with `reference_free=True` alone.
         desirable: [N] bool.
         z: what `kto` compares with, >= 0, without gradient: required by it, refused by the other.
-        weights: [N] of the rows.
+        weights: [N] of the rows; they may want a gradient.
         num_rows: divides the sum of the rows' losses, in place of N (accumulation, ranks).
 
     Raises:
@@ -105,19 +108,26 @@ def unpaired_loss(
         checks.number(name, value)
         if value < 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
-    if weights is not None:
-        _row_values("weights", weights, logps)
+    checks.flag("reference_free", reference_free)
+    check_count("num_rows", num_rows)
     base = _baseline(z, loss_type, logps)
     ratio = logps.double()
     if ref_logps is not None:
         ratio = ratio - ref_logps.detach().double()
     # 1 - s(x) = s(-x), and s(beta b) = 1 - s(beta (0 - b)): one form for both losses.
     signed = torch.where(desirable, -1.0, 1.0) * (beta * (ratio - base))
-    scale = torch.where(desirable, float(desirable_weight), float(undesirable_weight))
-    if weights is not None:
-        scale = scale * weights.detach().double()
+    # As fp64: `torch.where` of two numbers is fp32.
+    scale = torch.where(
+        desirable, ratio.new_full((), desirable_weight), ratio.new_full((), undesirable_weight)
+    )
     # A row of weight 0 adds nothing, whatever its log-probs are.
-    rows = torch.where(scale == 0, 0.0, scale * torch.sigmoid(signed.where(scale != 0, 0.0)))
+    left_out = scale == 0
+    if weights is not None:
+        check_row_weights(weights, len(logps), "that of logps", logps)
+        weights = weights.double()
+        left_out = left_out | ignored(weights, signed)
+        scale = scale * weights
+    rows = scale * torch.sigmoid(signed.masked_fill(left_out, 0.0))
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
     loss = (
         rows if reduction == "none" else rows.sum() / (len(rows) if num_rows is None else num_rows)
@@ -136,6 +146,7 @@ def fused_unpaired_loss(
     desirable: Tensor,
     z: float | Tensor | None = None,
     ref_logps: Tensor | None = None,
+    ref_logps_per_token: bool | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = True,
     ignore_index: int = -100,
@@ -155,6 +166,7 @@ def fused_unpaired_loss(
         labels,
         ref_logits,
         ref_logps,
+        ref_logps_per_token=ref_logps_per_token,
         inplace=inplace,
         cu_seqlens=cu_seqlens,
         shift=shift,
@@ -179,6 +191,7 @@ def fused_linear_unpaired_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     ref_logps: Tensor | None = None,
+    ref_logps_per_token: bool | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = True,
     ignore_index: int = -100,
@@ -198,6 +211,7 @@ def fused_linear_unpaired_loss(
         GivenHead(ref_hidden, ref_weight, ref_bias),
         labels,
         ref_logps,
+        ref_logps_per_token=ref_logps_per_token,
         cu_seqlens=cu_seqlens,
         shift=shift,
         ignore_index=ignore_index,

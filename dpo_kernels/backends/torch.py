@@ -36,19 +36,20 @@ def token_logps(
     V = logits.shape[-1]
     scored = targets != ignore_index
     legal = (targets >= 0) & (targets < V)
-    z = transform(scored_only(logits, scored).to(accumulate_dtype(logits.dtype)))
+    x = scored_only(logits, scored).to(accumulate_dtype(logits.dtype))
     if V == 0:
-        zero = z.new_zeros(targets.shape)
-        return zero, zero.double(), z.new_zeros((len(stats), *targets.shape))
-    lse = _log_sum_exp(z.detach())
+        zero = x.new_zeros(targets.shape)
+        return zero, zero.double(), x.new_zeros((len(stats), *targets.shape))
+    z, top = _below_top(x, transform)
+    lse = _log_sum_exp(z.detach()) + top
     index = torch.where(legal, targets, 0).unsqueeze(-1)
-    x = z.gather(-1, index).squeeze(-1)
     logp_all = torch.log_softmax(z, dim=-1)
     logps = logp_all.gather(-1, index).squeeze(-1)
-    logps = torch.where(legal, logps, x + float("nan"))
+    logps = torch.where(legal, logps, z.gather(-1, index).squeeze(-1) + float("nan"))
     logps = torch.where(scored, logps, 0.0)
     columns = [
-        _statistic(stat, z.detach(), logp_all.detach(), targets, logps.detach()) for stat in stats
+        _statistic(stat, z.detach(), top, logp_all.detach(), targets, logps.detach())
+        for stat in stats
     ]
     table = [torch.where(scored, column, 0.0) for column in columns]
     empty = logps.new_zeros((0, *targets.shape))
@@ -65,6 +66,21 @@ def scored_only(rows: Tensor, scored: Tensor) -> Tensor:
     return torch.where(scored.unsqueeze(-1), rows, 0.0)
 
 
+def _below_top(x: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+    """z [..., V] of logits less a number of each row, and that number [...] in fp64.
+
+    It is the largest z, so that fp32 keeps what z of size 1e5 differ by: rounded only after they
+    were scaled, their differences lose digits. A cap keeps z small.
+    """
+    if transform.softcap:
+        return transform(x), torch.zeros_like(x[..., 0], dtype=torch.float64)
+    slope, fixed = transform.scale * transform.inv_temperature, x.detach()
+    top = fixed.amin(-1, keepdim=True) if slope < 0 else fixed.amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)
+    z = x - top
+    return (z if slope == 1.0 else z * slope), top.squeeze(-1).double() * slope
+
+
 def _log_sum_exp(z: Tensor) -> Tensor:
     """[..., V] -> [...] fp64: of logits of size 1e4 fp32 keeps three digits of what it adds."""
     top = z.amax(-1, keepdim=True)
@@ -72,12 +88,14 @@ def _log_sum_exp(z: Tensor) -> Tensor:
     return (z - top).exp().sum(-1).double().log() + top.squeeze(-1).double()
 
 
-def _statistic(stat: str, z: Tensor, logp: Tensor, targets: Tensor, logps: Tensor) -> Tensor:
+def _statistic(
+    stat: str, z: Tensor, top: Tensor, logp: Tensor, targets: Tensor, logps: Tensor
+) -> Tensor:
     if stat == "entropy":
         p = logp.exp()
         value = -torch.where(p > 0, p * logp, 0.0).sum(-1)
     elif stat == "mean_logits":
-        value = z.mean(-1)
+        value = (z.mean(-1).double() + top).to(z.dtype)
     elif stat == "is_top1":
         value = (z.argmax(-1) == targets).to(z.dtype)
     elif stat == "log_sum_sq_probs":
@@ -98,17 +116,17 @@ def token_logps_backward(
     out: Tensor,  # [R, T, V], may be `logits` itself
 ) -> None:
     """out = grad * (onehot(target) - softmax(z)) * dz/dx; 0 where ignored or grad is 0."""
+    V = logits.shape[-1]
+    if V == 0:
+        return
     x = logits.to(accumulate_dtype(logits.dtype))
-    z = transform(x)
-    V = z.shape[-1]
-    p = (z - lse.unsqueeze(-1)).exp().to(z.dtype)
+    z, top = _below_top(x, transform)
+    p = (z - (lse - top).unsqueeze(-1)).exp().to(z.dtype)
     legal = (targets >= 0) & (targets < V)
     active = (targets != ignore_index) & (grad != 0)
     scale = torch.where(legal, grad.to(z.dtype), float("nan")).unsqueeze(-1)
     d = -p * scale
-    if V:
-        index = torch.where(legal, targets, 0).unsqueeze(-1)
-        d.scatter_add_(-1, index, scale)
+    d.scatter_add_(-1, torch.where(legal, targets, 0).unsqueeze(-1), scale)
     d = d * transform.derivative(x)
     out.copy_(torch.where(active.unsqueeze(-1), d, 0.0))
 
@@ -130,7 +148,10 @@ def token_kl(
     logps, lse, _ = token_logps(logits, targets, ignore_index, transform, ())
     ref_logps, ref_lse, _ = token_logps(ref_logits, targets, ignore_index, transform, ())
     scored = targets != ignore_index
-    log_p, log_q = (transform(scored_only(x, scored)).log_softmax(-1) for x in (logits, ref_logits))
+    log_p, log_q = (
+        _below_top(scored_only(x, scored), transform)[0].log_softmax(-1)
+        for x in (logits, ref_logits)
+    )
     never = log_q == -float("inf")
     # Masked before the product: 0 * inf has no gradient that is a number.
     terms = log_q.exp() * torch.where(never, 0.0, log_q - log_p)
@@ -157,20 +178,20 @@ def token_kl_backward(
 
     Where `grad_kl` is 0 the reference does not count, whatever it holds.
     """
+    V = logits.shape[-1]
+    if V == 0:
+        return
     x = logits.to(accumulate_dtype(logits.dtype))
-    z = transform(x)
-    r = transform(ref_logits.to(accumulate_dtype(ref_logits.dtype)))
-    p = (z - lse.unsqueeze(-1)).exp().to(z.dtype)
-    q = (r - ref_lse.unsqueeze(-1)).exp().to(z.dtype)
-    V = z.shape[-1]
+    z, top = _below_top(x, transform)
+    r, ref_top = _below_top(ref_logits.to(accumulate_dtype(ref_logits.dtype)), transform)
+    p = (z - (lse - top).unsqueeze(-1)).exp().to(z.dtype)
+    q = (r - (ref_lse - ref_top).unsqueeze(-1)).exp().to(z.dtype)
     legal = (targets >= 0) & (targets < V)
     active = (targets != ignore_index) & ((grad_logps != 0) | (grad_kl != 0))
     g_logp = torch.where(legal, grad_logps.to(z.dtype), float("nan")).unsqueeze(-1)
     g_kl = grad_kl.to(z.dtype).unsqueeze(-1)
     d = torch.where(g_kl == 0, 0.0, g_kl * (p - q)) - g_logp * p
-    if V:
-        index = torch.where(legal, targets, 0).unsqueeze(-1)
-        d.scatter_add_(-1, index, g_logp)
+    d.scatter_add_(-1, torch.where(legal, targets, 0).unsqueeze(-1), g_logp)
     d = d * transform.derivative(x)
     out.copy_(torch.where(active.unsqueeze(-1), d, 0.0))
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
@@ -24,6 +25,8 @@ _OPTIONS = (
     "assistant_only",
     "column_mapping",
 )
+
+SILENCE = 5.0  # seconds, after which a long file is told of
 
 
 def add(commands: Any) -> None:
@@ -195,7 +198,7 @@ class _Check:
             if tokenizer is None
             else RowTokenizer(tokenizer.tokenizer, None, LeftOut(keep=0), warn=lambda text: None)
         )
-        left = self.args.show if not self.args.json else 0
+        left, told = self.args.show if not self.args.json else 0, time.monotonic()
         for pair in self._rows(self.args.file, self.left_out):
             self.read += 1
             self.chats += pair.conversational
@@ -209,8 +212,9 @@ class _Check:
                 if left:
                     left -= 1
                     self._show(pair, ids, whole)
-            if self.read % 200_000 == 0:
-                self.console.note(f"{self.read:,} rows read")
+            if time.monotonic() - told >= SILENCE:
+                told = time.monotonic()
+                self.say(f"{self.read:,} rows read")
 
     def _show(self, pair: Any, ids: Any, whole: Any) -> None:
         from ..data.show import legend, shown_pair

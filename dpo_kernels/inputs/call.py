@@ -253,12 +253,13 @@ def check_reference(
                     f"{row.name!r} needs a reference: give {name}, ref_logps or reference_free=True"
                 )
     if ref_logps is not None:
-        checks.floating("ref_logps", ref_logps)
-        checks.same_device("ref_logps", ref_logps, "labels", layout.targets)
-        _check_ref_shape(layout, ref_logps, per_token)
+        check_given_logps(layout, ref_logps, per_token)
 
 
-def _check_ref_shape(layout: Layout, ref_logps: Tensor, per_token: bool | None) -> None:
+def check_given_logps(layout: Layout, ref_logps: Tensor, per_token: bool | None) -> None:
+    """A reference's log-probs: sums of sequences or values a token, and it is clear which."""
+    checks.floating("ref_logps", ref_logps)
+    checks.same_device("ref_logps", ref_logps, "labels", layout.targets)
     sums, rows, shape = (layout.sequences,), layout.shape, tuple(ref_logps.shape)
     if (shape != sums or per_token) and (shape != rows or per_token is False):
         kinds = {False: f"{list(sums)} (sequence sums)", True: f"{list(rows)} (one a token)"}

@@ -192,6 +192,21 @@ def _dropped(p: Pairs, o: LossOptions, losses: list[tuple[Loss, float, Terms]]) 
     return dropped & ~fine
 
 
+def ignored(weights: Tensor, losses: Tensor) -> Tensor:
+    """`_dropped` of losses of no pairs, which are at hand: [rows] weights and losses."""
+    none = weights == 0
+    if weights.requires_grad and torch.is_grad_enabled():
+        return none & ~losses.detach().isfinite()
+    return none
+
+
+def check_row_weights(weights: Tensor, rows: int, why: str, like: Tensor) -> None:
+    checks.floating("weights", weights)
+    checks.shape("weights", weights, (rows,), why)
+    checks.same_device("weights", weights, "the log-probs", like)
+    checks.values("weights", weights, torch.isfinite, "finite")
+
+
 def _weighted(weight: Tensor | float, loss: Tensor) -> Tensor:
     """weight * loss, and 0 for a weight of 0 however bad the pair."""
     none = torch.as_tensor(weight, device=loss.device) == 0
@@ -296,12 +311,13 @@ def _nll_per_pair(p: Pairs, o: LossOptions, weight: float | Tensor) -> Tensor | 
     if not isinstance(weight, Tensor) and weight == 0:
         return None
     B = p.chosen.shape[0]
-    if o.num_chosen_tokens is not None:
-        tokens = o.num_chosen_tokens
-    else:
+    tokens = o.num_chosen_tokens
+    if tokens is None:
         assert p.chosen_lengths is not None
-        # As fp64: a number over an integer tensor is torch's default dtype, fp32.
-        tokens = p.chosen_lengths.sum().clamp(min=1).double()
+        tokens = p.chosen_lengths.sum().clamp(min=1)
+    if isinstance(tokens, Tensor):
+        # As fp64: a number over a tensor is of the tensor's dtype, of integers fp32.
+        tokens = tokens.double()
     return p.chosen_nll * (weight * B / tokens)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import losses as _losses
 from .. import ops
-from ..inputs.call import TokenCall
+from ..inputs.call import TokenCall, check_given_logps, reference_of
 from ..ops import TokenLogps
 from ..ops.direct import eager
 from .at_once import from_logits, from_sums
@@ -47,6 +47,20 @@ def reference_sums(call: TokenCall, tokens: Tensor | None) -> Tensor | None:
         if tokens is None or tokens.dim() == 1:
             return tokens
     return sums_of(call, tokens, call.settled.tail)[0]
+
+
+def check_one_reference(ref_logps: Tensor | None, beside: bool, name: str) -> None:
+    if beside and ref_logps is not None:
+        raise ValueError(f"give one of ref_logps and {name}, got both")
+
+
+def given_sums(call: TokenCall, ref_logps: Tensor | None, per_token: bool | None) -> Tensor | None:
+    """[S] of the reference's log-probs as the user gave them, for losses of no pairs."""
+    if ref_logps is None:
+        return None
+    check_given_logps(call.layout, ref_logps, per_token)
+    rows = reference_of(call.layout, ref_logps, per_token)
+    return rows if rows is None or rows.dim() == 1 else sums_of(call, rows)[0]
 
 
 def score(

@@ -76,6 +76,7 @@ class HeadCall:
     layout: str = "padded"
     batch: ScoredBatch | None = None  # in place of input_ids
     check_layout: bool = True
+    labels: Tensor | None = None  # [2B, T] of the rows, where they are scored
 
 
 def attach_head(model: nn.Module) -> Any:
@@ -230,10 +231,11 @@ def _states(
         return hidden, router_loss_of_calls(model, layers, call.batch.calls)
     if args:
         kwargs = {"input_ids": args[0], **kwargs}
-    laid = lay_out(model, kwargs, call.layout, router)
+    laid = lay_out(model, kwargs, call.layout, router, call.labels)
     if laid is not None and call.check_layout and not known(model).checked:
         _check_layout(model, kwargs["input_ids"], laid, call.layout)
-        laid = lay_out(model, kwargs, call.layout, router)  # None, if it did not hold
+        # None, if it did not hold.
+        laid = lay_out(model, kwargs, call.layout, router, call.labels)
     aux = None
     if laid is not None:
         extra = {"output_router_logits": True} if router else {}

@@ -32,6 +32,20 @@ def labels_of(input_ids: Tensor, completion_mask: Tensor, ignore_index: int = -1
     return input_ids.masked_fill(completion_mask == 0, ignore_index)
 
 
+def predicted(labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """The labels [2B, T] without those that padding on the left predicts.
+
+    A row's first token is predicted by nothing, on whichever side the row is padded: a state of
+    padding is a number of no meaning, and layouts without padding have none. Labels on another
+    device than the mask stay as they are, since the host would wait; layouts refuse those.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != labels.shape or mask.device != labels.device:
+        return labels
+    before = mask.bool().cumsum(-1) == 0  # the row's first token
+    return labels.masked_fill(torch.nn.functional.pad(before[:, :-1], (1, 0)), -100)
+
+
 @dataclass(frozen=True)
 class ReferenceStates:
     """What a reference gives to losses of whole distributions: its states and its whole head."""
@@ -209,12 +223,15 @@ def _arguments(head: dict[str, Any], fused: FusedOptions) -> dict[str, Any]:
 
 def head_call(
     function: Callable[..., HeadOutput],
-    length: int,
+    labels: Tensor,
     fused: FusedOptions,
     batch: ScoredBatch | None = None,
 ) -> HeadCall:
     """`HeadCall` as the options have it; a batch of ours is laid out already."""
-    return HeadCall(function, length, fused.layout or "auto", batch, fused.check_layout)
+    layout, check = fused.layout or "auto", fused.check_layout
+    if batch is not None:
+        return HeadCall(function, 0, layout, batch, check)
+    return HeadCall(function, labels.shape[1], layout, None, check, labels)
 
 
 def run_pairs(
@@ -232,9 +249,8 @@ def run_pairs(
     """
     if router_weight is None:
         router_weight = router_loss_weight(base_model_of(model))
-    length = 0 if task.batch is not None else task.labels.shape[1]
     function = task.first_loss if first else task.loss
-    call = head_call(function, length, task.fused, task.batch)
+    call = head_call(function, task.labels, task.fused, task.batch)
     out = run_head(model, inputs, call, bool(router_weight))
     if out.loss is None:
         raise RuntimeError(f"{type(model).__name__} answered without a loss: a wrapper dropped it")
@@ -254,7 +270,8 @@ def pair_step(
     router_weight: float | None = None,
 ) -> HeadOutput:
     """Loss of a batch [chosen; rejected] through `model`, with log-probs, rewards, statistics."""
-    return run_pairs(model, inputs, PairTask(labels, reference, loss_options, fused), router_weight)
+    task = PairTask(predicted(labels, inputs), reference, loss_options, fused)
+    return run_pairs(model, inputs, task, router_weight)
 
 
 def scored_tokens(
@@ -265,8 +282,9 @@ def scored_tokens(
     stats: tuple[str, ...] = (),
 ) -> HeadOutput:
     """`logps` [2B, T - 1] of the scored tokens and the statistics asked for."""
+    labels = predicted(labels, inputs)
     function = functools.partial(score_tokens, labels=labels, fused=fused, stats=stats)
-    return run_head(model, inputs, head_call(function, labels.shape[1], fused))
+    return run_head(model, inputs, head_call(function, labels, fused))
 
 
 @torch.no_grad()
@@ -291,7 +309,7 @@ def reference_states(
         kept.append(ReferenceStates(hidden, head))
         return HeadOutput(logps=hidden)
 
-    run_head(model, inputs, head_call(keep, labels.shape[1], fused))
+    run_head(model, inputs, head_call(keep, predicted(labels, inputs), fused))
     return kept[0]
 
 
@@ -351,7 +369,6 @@ def noiseless(
     # DDP must not run between the forward of a step and its backward.
     while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         model = model.module
+    task = PairTask(predicted(labels, inputs), reference, options, fused)
     with deterministic(model):
-        return run_pairs(
-            model, inputs, PairTask(labels, reference, options, fused), 0.0, first=True
-        )
+        return run_pairs(model, inputs, task, 0.0, first=True)

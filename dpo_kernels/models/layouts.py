@@ -39,6 +39,7 @@ class Known:
     """What has been found out about one model."""
 
     unusable: str | None = None  # why it takes padded rows; empty: it does not; None: not asked
+    positions: str = ""  # `_positions_behind_padding`
     ratio: float | None = None  # `attention_ratio`
     checked: bool = False  # the first batch has been compared
     report: str = ""  # expected and measured saving of that batch
@@ -107,7 +108,39 @@ def _why_not(model: Any) -> str:
         return f"layers of type {', '.join(states)} keep a state that cannot fork"
     if getattr(text_config(model.config), "alibi", False):
         return "ALiBi counts positions of the row"
-    return install(model) or _differs(model)
+    return install(model) or _differs(model) or _positions_behind_padding(model)
+
+
+@torch.no_grad()
+def _positions_behind_padding(model: Any) -> str:
+    """Notes what the model takes for positions of a row that is padded on the left, if it is told
+    none: "columns", or the "tokens" that its mask counts (OPT, BioGPT); "" if neither. Asked with
+    the rest of the model, by all ranks at once. Never a reason to stay padded."""
+    trunk, weight = trunk_of(model), model.get_input_embeddings().weight
+    n, pads = 9, 4
+    ids = torch.tensor([probe_ids(weight.shape[0], n)], device=weight.device)
+    columns = torch.arange(n, device=ids.device)[None]
+    apart = {}
+    with deterministic(model), torch.compiler.set_stance("force_eager"):
+        try:
+            mask = (torch.arange(n + pads, device=ids.device) >= pads).long()[None]
+            row = torch.cat([ids[:, :1].expand(1, pads), ids], 1)
+            asked = trunk(input_ids=row, attention_mask=mask, use_cache=False)
+            states = asked.last_hidden_state[:, pads:]
+            for name, positions in (("columns", columns + pads), ("tokens", columns)):
+                call = TrunkCall(ids, positions, _one(n), [n])
+                apart[name] = _apart(states, run_call(model, trunk, call).last_hidden_state)
+        except _PROBE_ERRORS:
+            return ""
+    near = min(apart, key=lambda name: apart[name])
+    if apart[near] <= _TOLERANCE.get(states.dtype, _HALF_TOLERANCE):
+        known(model).positions = near
+    return ""
+
+
+def _apart(states: Tensor, others: Tensor) -> float:
+    """How far they are apart, relative to the largest."""
+    return float((states - others).abs().max() / states.abs().max())
 
 
 @torch.no_grad()
@@ -133,7 +166,7 @@ def _differs(model: Any) -> str:
         except _PROBE_ERRORS as error:
             first = (str(error) or type(error).__name__).splitlines()[0]
             return f"{type(model).__name__} does not take segments ({first})"
-    worst = float((states[0] - states[1]).abs().max() / states[0].abs().max())
+    worst = _apart(*states)
     if not worst <= _TOLERANCE.get(states[0].dtype, _HALF_TOLERANCE):
         return f"the model's states differ under segments (relative {worst:.2g})"
     return ""
@@ -244,10 +277,13 @@ class _Stays(Exception):
 
 
 @torch.compiler.disable
-def lay_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> LaidOut | None:
+def lay_out(
+    model: Any, kwargs: dict[str, Any], layout: str, router: bool, labels: Tensor | None = None
+) -> LaidOut | None:
     """The batch that a trainer's `kwargs` of the model hold, laid out; None: as it is.
 
-    `ValueError` for a layout asked for by name that this model or batch cannot have.
+    `labels` [R, T], where they are scored. `ValueError` for a layout asked for by name that this
+    model or batch cannot have.
     """
     if layout == "padded":
         return None
@@ -263,7 +299,7 @@ def lay_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> La
             raise _Stays(reason)
         if router and layout == "shared":
             raise _Stays(_ROUTED_ONCE)
-        return _laid_out(model, kwargs, layout, router)
+        return _laid_out(model, kwargs, layout, router, labels)
     except _Stays as error:
         if layout != "auto":
             raise ValueError(
@@ -291,11 +327,16 @@ def _look_at(kwargs: dict[str, Any]) -> None:
         raise _Stays(f"position_ids have {positions.dim()} dimensions")
 
 
-def _laid_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> LaidOut | None:
+def _laid_out(
+    model: Any, kwargs: dict[str, Any], layout: str, router: bool, labels: Tensor | None
+) -> LaidOut | None:
     ids: Tensor = kwargs["input_ids"]
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     R, T = ids.shape
-    starts, lengths, common = _rows(ids, mask, positions)
+    starts, lengths, common = _rows(ids, mask, positions, labels)
+    counted = known(model).positions == "tokens"
+    if positions is None and any(starts) and not known(model).positions:
+        raise _Stays("it is padded on the left, and which positions the model takes is not known")
     ratio = attention_ratio(model)
     sharing = Sharing(layout, ratio, None, may_share=not router)
     B = R // 2 if common else 0
@@ -331,9 +372,10 @@ def _laid_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> 
         at += part.length
     taken = to_device(torch.cat(source), ids.device)
     row_ids = ids.reshape(-1)[taken][None]
-    # The columns of the padded batch, which the model would have taken for positions.
+    # What the model would have taken for positions.
     if positions is None:
-        row_positions = (taken % T)[None]
+        behind = torch.tensor(starts) if counted else torch.zeros(R, dtype=torch.int64)
+        row_positions = (taken % T - to_device(behind, ids.device)[taken // T])[None]
     else:
         row_positions = positions.expand(R, T).reshape(-1)[taken][None]
     segments.bounds(ids.device)
@@ -348,7 +390,7 @@ def _laid_out(model: Any, kwargs: dict[str, Any], layout: str, router: bool) -> 
 
 
 def _rows(
-    ids: Tensor, mask: Tensor | None, positions: Tensor | None
+    ids: Tensor, mask: Tensor | None, positions: Tensor | None, labels: Tensor | None
 ) -> tuple[list[int], list[int], list[int]]:
     """(first column, tokens) of each row, and the common start of rows i and B + i: one wait."""
     R, T = ids.shape
@@ -363,7 +405,11 @@ def _rows(
     if positions is not None:
         positions = positions.expand(R, T)
         bad |= ((positions.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]).any()
-    stats = [bad.long()[None], starts, lengths]
+    blind = torch.zeros_like(bad)
+    if labels is not None and labels.shape == ids.shape:
+        scored = labels.to(ids.device, non_blocking=True) != -100
+        blind = (scored[:, 1:] & (columns[:-1] < starts[:, None])).any()
+    stats = [bad.long()[None], blind.long()[None], starts, lengths]
     B = R // 2
     if R % 2 == 0:
         same = (ids[:B] == ids[B:]) & real[:B] & real[B:]
@@ -373,11 +419,15 @@ def _rows(
         run = (same | begun).long().cumprod(-1).sum(-1) - starts[:B]
         run = run.masked_fill(starts[:B] != starts[B:], 0).clamp(min=0)
         stats.append(run.minimum(torch.minimum(lengths[:B], lengths[B:]) - 1))
-    wrong, *numbers = torch.cat(stats).tolist()
+    wrong, blinded, *numbers = torch.cat(stats).tolist()
     if wrong:
         raise _Stays(
             "rows whose tokens are not in one piece (an empty row, padding between tokens, or "
             "position_ids that restart)"
+        )
+    if blinded:
+        raise _Stays(
+            "padding predicts a scored token (the first of a row behind padding), and has no state"
         )
     return numbers[:R], numbers[R : 2 * R], numbers[2 * R :]
 

@@ -7,6 +7,11 @@ from linear_cases import IGNORE, B, T, V, labels_of, tensors
 import dpo_kernels as dk
 
 
+def ruled_out(logits):
+    logits[..., V - 1] = -torch.inf
+    return logits
+
+
 class TestCommonPrefix:
     """Tokens that both completions start with cancel, and may be left out."""
 
@@ -71,6 +76,24 @@ class TestCommonPrefix:
         assert full.chosen_logps[1] < less.chosen_logps[1]
         again = dk.fused_dpo_loss(labels=labels, drop_common_prefix=True, **logits, **how)
         torch.testing.assert_close(again.loss, less.loss)
+
+    @pytest.mark.parametrize("packed", (False, True))
+    def test_logits_that_lie_far_out_or_are_ruled_out(self, packed):
+        """C10: another prompt does not show in what all logits have in common, nor beside -inf."""
+        torch.manual_seed(1)
+        labels = torch.tensor([[IGNORE, 1, 2, 3], [IGNORE, 1, 2, 4]])
+        how = {"reference_free": True}
+        for change in (lambda x: x + 100.0, lambda x: x - 1e4, ruled_out):
+            logits = change(torch.randn(2, 4, V))
+            y, x = labels, logits
+            if packed:
+                how["cu_seqlens"] = torch.tensor([0, 4, 8])
+                y, x = labels.flatten(), logits.flatten(0, 1)
+            full, less = (
+                dk.fused_dpo_loss(x, y, drop_common_prefix=drop, **how) for drop in (False, True)
+            )
+            torch.testing.assert_close(full.chosen_logps, less.chosen_logps)
+            torch.testing.assert_close(full.loss, less.loss)
 
     @pytest.mark.parametrize(
         "options",

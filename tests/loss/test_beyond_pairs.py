@@ -161,6 +161,10 @@ WRONG = [
     ({"ref_logps": None}, "ref_logps"),
     ({"ref_logps": torch.zeros(2)}, "ref_logps"),
     ({"weights": torch.ones(2)}, "weights"),
+    ({"weights": torch.full((N,), torch.nan)}, "weights must be finite"),
+    ({"num_rows": 0}, "num_rows must be a positive"),
+    ({"num_rows": torch.tensor(-1.0)}, "num_rows must be a positive"),
+    ({"ref_logps": None, "reference_free": 1}, "reference_free must be True or False"),
     ({"reduction": "sum"}, "reduction"),
     ({"logps": torch.zeros(0)}, "logps must have shape"),
     ({"logps": torch.zeros(N, dtype=torch.int64)}, "logps"),
@@ -172,6 +176,78 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     given = {"logps": torch.zeros(N), "ref_logps": torch.zeros(N), "desirable": DESIRABLE, "z": 0.0}
     with pytest.raises((ValueError, TypeError), match=message):
         dk.unpaired_loss(**{**given, **change})
+
+
+@pytest.mark.parametrize("name, more", CASES)
+def test_weights_take_gradients(name: str, more: dict[str, Any]) -> None:
+    """They were detached without a word; at a weight of 0 the gradient is the row's loss too."""
+    pi = torch.randn(N, dtype=torch.float64)
+    w = torch.tensor([1.0, 2.0, 0.0, -1.0, 1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    each = dk.unpaired_loss(pi, torch.zeros(N), DESIRABLE, loss_type=name, reduction="none", **more)
+    out = dk.unpaired_loss(pi, torch.zeros(N), DESIRABLE, loss_type=name, weights=w, **more)
+    (grad,) = torch.autograd.grad(out.loss, w)
+    torch.testing.assert_close(grad, each.loss / N)
+    ranks = {"loss_type": "plackett_luce", "num_completions": 2, "reference_free": True}
+    b, w = batch(), w.detach()[:3].requires_grad_()
+    each = dk.fused_dpo_loss(b["logits"], b["labels"], reduction="none", **ranks)
+    out = dk.fused_dpo_loss(b["logits"], b["labels"], weights=w, **ranks)
+    (grad,) = torch.autograd.grad(out.loss, w)
+    torch.testing.assert_close(grad, each.loss.double() / 3)
+
+
+def test_weights_of_rows_are_exact() -> None:
+    """A weight that fp32 does not hold was rounded to it, in fp64 losses too."""
+    pi = torch.randn(N, dtype=torch.float64)
+    how = {"z": 0.1, "desirable_weight": 1.33, "undesirable_weight": 0.1, "reduction": "none"}
+    out = dk.unpaired_loss(pi, torch.zeros(N), DESIRABLE, **how)
+    wanted = literal("kto", pi, torch.zeros(N), 0.1, 0.1, (1.33, 0.1))
+    torch.testing.assert_close(out.loss, wanted, rtol=1e-14, atol=0)
+
+
+def of_no_pairs(linear: bool, ranked: bool, b: dict[str, Any], **given: Any) -> Any:
+    if ranked:
+        options = {"loss_type": "plackett_luce", "num_completions": 3, "beta": 0.4}
+        function = dk.fused_linear_dpo_loss if linear else dk.fused_dpo_loss
+    else:
+        options = {"desirable": DESIRABLE, "z": 0.2, "beta": 0.4}
+        function = dk.fused_linear_unpaired_loss if linear else dk.fused_unpaired_loss
+    x = {k: b[k] for k in (("hidden", "weight") if linear else ("logits",))}
+    return function(**x, **options, **given)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("ranked", [False, True])
+def test_ref_logps_per_token(linear: bool, ranked: bool) -> None:
+    """As the losses of pairs take them: what is not scored counts nothing, whatever it holds; it
+    was added, and packed values were refused."""
+    b = batch()
+    labels, rows = b["labels"], torch.randn(N, T)
+    rows[:, : T - 1][labels[:, 1:] == -100] = torch.nan
+    sums = rows[:, :-1].nansum(1)
+    wanted = of_no_pairs(linear, ranked, b, labels=labels, ref_logps=sums)
+    got = of_no_pairs(linear, ranked, b, labels=labels, ref_logps=rows[:, :-1])
+    torch.testing.assert_close(got.loss, wanted.loss)
+    packed = {k: b[k].flatten(0, 1) for k in ("logits", "hidden", "labels")}
+    packed |= {"weight": b["weight"]}
+    place = {"labels": packed["labels"], "cu_seqlens": torch.arange(N + 1) * T}
+    got = of_no_pairs(linear, ranked, packed, ref_logps=rows.flatten(), **place)
+    torch.testing.assert_close(got.loss, wanted.loss)
+    told = {"labels": labels, "ref_logps": sums, "ref_logps_per_token": True}
+    with pytest.raises(ValueError, match="ref_logps must have shape"):
+        of_no_pairs(linear, ranked, b, **told)
+    with pytest.raises(ValueError, match="ref_logps must have shape"):
+        of_no_pairs(linear, ranked, b, labels=labels, ref_logps=rows)
+
+
+def test_packed_values_that_may_be_sums_are_refused() -> None:
+    """C8: one row a sequence."""
+    b = batch()
+    x = {"logits": b["logits"][:, 0]}
+    given = {"labels": b["labels"][:, -1], "cu_seqlens": torch.arange(N + 1), "shift": False}
+    for ranked in (False, True):
+        with pytest.raises(ValueError, match="say ref_logps_per_token"):
+            of_no_pairs(False, ranked, x, ref_logps=torch.zeros(N), **given)
+        of_no_pairs(False, ranked, x, ref_logps=torch.zeros(N), ref_logps_per_token=False, **given)
 
 
 # --- plackett_luce ---
@@ -256,6 +332,8 @@ def test_plackett_luce_stats_and_reduction() -> None:
         ({"drop_common_prefix": True}, "drop_common_prefix"),
         ({"ref_logits": None}, "exactly one reference"),
         ({"weights": torch.ones(6)}, "weights"),
+        ({"weights": torch.tensor([1.0, torch.inf])}, "weights must be finite"),
+        ({"num_pairs": -2}, "num_pairs must be a positive"),
     ],
 )
 def test_plackett_luce_wrong(options: dict[str, Any], message: str) -> None:

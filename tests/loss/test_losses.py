@@ -220,6 +220,16 @@ def test_weights_normalisers_and_sft_weight():
     torch.testing.assert_close(spread.mean(), (weights * per_pair).sum() / 4 + 0.3 * nll)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_count_of_tokens_as_a_tensor_rounds_nothing(backend):
+    """fp64 losses were rounded to the dtype of `num_chosen_tokens`: fp32."""
+    values = logps()
+    for kind in (torch.float32, torch.int64):
+        out = run("sft", values, backend, num_chosen_tokens=torch.tensor(7, dtype=kind))
+        wanted = run("sft", values, backend, num_chosen_tokens=7)
+        torch.testing.assert_close(out.loss, wanted.loss, rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pair_of_weight_zero_does_not_poison_the_batch(backend):
     w, l, rw, rl = (x.clone() for x in logps())

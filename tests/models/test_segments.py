@@ -107,6 +107,72 @@ def test_ragged_rows_on_either_side(left: bool) -> None:
         same(model, padded_batch([(9, 5, 5), (4, 5, 5)], left=left), "shared", 1e-12)
 
 
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_models_that_count_positions_by_their_mask(layout: str) -> None:
+    """OPT and BioGPT begin at 0 behind padding on the left; columns gave other numbers."""
+    options = {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}
+    model = tiny("OPT", **options)
+    attach_head(model)
+    batch = padded_batch([(9, 5, 5), (4, 5, 5), (3, 1, 7)], left=True)
+    with Float64():
+        right, theirs = step(model, batch, "padded")
+        out, grads = step(model, batch, layout)
+    assert known(model).positions == "tokens"
+    torch.testing.assert_close(out.pair_logps, right.pair_logps, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads, theirs, rtol=1e-9, atol=1e-12)  # of keys' biases it is 0
+
+
+def test_positions_that_are_neither_columns_nor_tokens(caplog) -> None:
+    """A model of its own ideas takes padded rows where they show: behind padding on the left."""
+    options = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, **NO_DROPOUT}
+    model = tiny("GPT2", dtype=torch.float32, **options)
+    forward = model.transformer.forward
+
+    def odd(*args: Any, attention_mask: Any = None, position_ids: Any = None, **kw: Any) -> Any:
+        if position_ids is None and attention_mask is not None:
+            position_ids = attention_mask.cumsum(-1) * 3
+        return forward(*args, attention_mask=attention_mask, position_ids=position_ids, **kw)
+
+    model.transformer.forward = odd
+    attach_head(model)
+    left = padded_batch([(9, 5, 5), (4, 5, 5)], left=True)
+    with pytest.raises(ValueError, match="padded on the left, and which positions"):
+        step(model, left, "shared")
+    expected = step(model, left, "padded")[0].pair_logps
+    assert torch.equal(step(model, left, "auto")[0].pair_logps, expected)
+    assert "padded on the left" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_what_padding_on_the_left_predicts_is_not_scored(layout: str) -> None:
+    """Padded rows scored it by states of padding, the others by states of 0, without a word."""
+    shapes = [(0, 5, 3), (4, 2, 6)]
+    batch = padded_batch(shapes, left=True)
+    expected = padded_batch(shapes)  # where no row has a place before its first token
+    model = tiny("Llama", pad_token_id=None)
+    attach_head(model)
+    with Float64():
+        right, theirs = step(model, expected, "padded")
+        out, grads = step(model, batch, layout)
+    torch.testing.assert_close(out.pair_logps, right.pair_logps, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.loss, right.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads, theirs, rtol=1e-9, atol=1e-12)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    labels = batch["labels"]
+    logps = scored_tokens(model, inputs, labels, FusedOptions(layout=layout)).logps
+    torch.testing.assert_close(logps.sum(-1), right.pair_logps.flatten(), rtol=1e-6, atol=1e-6)
+
+
+def test_labels_elsewhere_whose_padding_predicts_them_are_refused() -> None:
+    """The host does not wait for the mask; a layout does, for the rows."""
+    batch = padded_batch([(0, 5, 3), (4, 2, 6)], left=True)
+    model = tiny()
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    assert layouts.lay_out(model, inputs, "shared", False) is not None
+    with pytest.raises(ValueError, match="padding predicts a scored token"):
+        layouts.lay_out(model, inputs, "shared", False, batch["labels"])
+
+
 def test_states_go_back_where_they_were() -> None:
     """Log-probs of tokens [2B, T - 1], prompts among the labels, an odd number of rows."""
     model = tiny()

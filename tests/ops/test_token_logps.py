@@ -154,6 +154,26 @@ def test_extreme_logits(backend):
     assert impossible.item() == -inf
 
 
+@pytest.mark.parametrize("backend", (*BACKENDS, "torch"))
+@pytest.mark.parametrize(
+    "options", [{"logit_scale": 0.25, "temperature": 3.0}, {"logit_scale": -1.5}]
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_logits_far_out_are_scaled_exactly(backend, options, inplace):
+    """C5 with a scale or a temperature: rounded after it, their differences lost digits."""
+    logits, labels = case(torch.float32, 300, offset=1e6)
+    how = {**options, "reduction": "none", "shift": False, "stats": ("entropy", "mean_logits")}
+    found = []
+    for x, by in ((logits, backend), (logits.double(), "torch")):
+        leaf = x.clone().requires_grad_()
+        given = leaf * 1 if inplace else leaf
+        logps, stats = dk.sequence_logps(given, labels, backend=by, inplace=inplace, **how)
+        logps.sum().backward()
+        found.append((logps.detach(), leaf.grad, stats["entropy"], stats["mean_logits"]))
+    for mine, exact in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_confident_tokens_keep_their_digits(backend):
     logits = torch.zeros(1, 1, 1000, dtype=torch.bfloat16)

@@ -21,6 +21,7 @@ from test_data import bot, byte_tokenizer, user, write
 from test_train import one_thread, tiny_model  # noqa: F401 (a fixture)
 
 from dpo_kernels.cli import main
+from dpo_kernels.commands import data_command
 from dpo_kernels.data import embedded
 from dpo_kernels.train.config import load_config
 from dpo_kernels.train.ending import loss_title
@@ -347,6 +348,18 @@ def test_cut_completions_are_counted(model: str, tmp_path: Path, capsys: Capture
     )
     assert run("data", "check", file, "--model_name_or_path", model, "--max_length", "64") == 0
     assert "1 completions cut at max_length=64" in capsys.readouterr().out
+
+
+def test_a_long_check_is_not_silent(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60,800 rows took 30 seconds to tokenise before the first line."""
+    file = write(tmp_path / "many.jsonl", chats(6))
+    assert main(["data", "check", str(file)]) == 0
+    assert "rows read" not in capsys.readouterr().out
+    monkeypatch.setattr(data_command, "SILENCE", 0.0)
+    assert main(["data", "check", str(file)]) == 0
+    assert "6 rows read" in capsys.readouterr().out.splitlines()
 
 
 def test_no_usable_row_is_a_finding(tmp_path: Path, capsys: Capture) -> None:
