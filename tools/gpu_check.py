@@ -99,6 +99,7 @@ def groups() -> list[Group]:
         "backends/test_gpu.py",
         "integrations/test_two_processes.py",
         "train/test_many_gpus.py",
+        "train/test_staging.py",
         "backends/test_triton_places.py",
     )
     return [*found, Group("the rest", rest, "not triton and not cuda", ())]

@@ -1,7 +1,7 @@
 """Copies on the host of a run's tensors, for a thread to write while steps change the originals.
 
-The memory of the copies stays from save to save: fresh pages cost several times the copy itself,
-pinned ones more than that.
+The memory of the copies stays from save to save: fresh pages cost several times the copy itself.
+What is pinned for tensors of a GPU has not run on one yet.
 """
 
 from __future__ import annotations

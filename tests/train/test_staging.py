@@ -163,7 +163,8 @@ def test_the_end_gives_the_memory_back(tmp_path: Path) -> None:
     assert not saves._staging._copies
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory is a GPU's")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (make gpu-check)")
 def test_of_a_gpu_it_is_pinned_and_there() -> None:
     staging = Staging()
     tensors = {"a": torch.randn(1 << 20, device="cuda"), "b": torch.randn(3, 5)}
